@@ -1,0 +1,24 @@
+"""DDIM sampling (arXiv 2010.02502) with a fused update kernel.
+
+`fastddim.sample(model, steps)` draws samples; `step` is one update for loops of your own.
+"""
+
+from fastddim import models, philox
+from fastddim.api import invert, sample, slerp, step
+from fastddim.plan import select_timesteps
+from fastddim.sampler import Sampler
+from fastddim.schedule import Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Sampler",
+    "Schedule",
+    "invert",
+    "models",
+    "philox",
+    "sample",
+    "select_timesteps",
+    "slerp",
+    "step",
+]

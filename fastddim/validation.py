@@ -1,0 +1,216 @@
+"""Checks of public arguments: each names the argument, what was expected and what was given."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STATE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def check_int(name: str, value: Any, low: int, high: int) -> int:
+    """An integer in [low, high]; Python and NumPy integers are taken, booleans are not."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an integer, got {_described(value)}")
+    number = int(value)
+    if not low <= number <= high:
+        raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {number}")
+    return number
+
+
+def check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {_described(value)}")
+    return value
+
+
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+) -> float:
+    """A finite real number in [low, high], or in (low, high] where `open_low`."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {_described(value)}")
+    number = float(value)
+    if not math.isfinite(number) or number > high or number < low or (open_low and number == low):
+        raise ValueError(f"{name}: expected {_interval(low, high, open_low)}, got {number}")
+    return number
+
+
+def check_coefficient(
+    name: str, value: Any, batch: int | None, low: float = -math.inf, high: float = math.inf
+) -> float | Tensor:
+    """A number, or a float64 tensor `[batch]`, inside [low, high].
+
+    The values of a tensor on an accelerator are not read, since that would wait for the device.
+    """
+    if not isinstance(value, Tensor):
+        return check_number(name, value, low, high)
+    if value.ndim == 0 and value.device.type == "cpu":
+        return check_number(name, value.item(), low, high)
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected a real tensor, got dtype {value.dtype}")
+    if value.ndim != 1 or (batch is not None and value.shape[0] != batch):
+        expected = "[B]" if batch is None else f"[{batch}]"
+        raise ValueError(
+            f"{name}: expected a number or a tensor {expected}, got shape {tuple(value.shape)}"
+        )
+    values = value.detach().to(torch.float64)
+    if values.device.type == "cpu":
+        for i, v in enumerate(values.tolist()):
+            check_number(f"{name}[{i}]", v, low, high)
+    return values
+
+
+def check_state(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {_described(value)}")
+    if value.dtype not in STATE_DTYPES:
+        raise TypeError(f"{name}: expected a floating-point tensor, got dtype {value.dtype}")
+    if value.ndim < 1:
+        raise ValueError(f"{name}: expected a batch [B, ...], got a tensor without dimensions")
+    return value
+
+
+def check_dtype(name: str, value: Any) -> torch.dtype:
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name}: expected a torch.dtype, got {_described(value)}")
+    if value not in STATE_DTYPES:
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(str, STATE_DTYPES))}, got {value}"
+        )
+    return value
+
+
+def check_like(name: str, value: Any, like_name: str, like: Tensor) -> Tensor:
+    """A floating-point tensor with the shape and device of `like`."""
+    check_state(name, value)
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name}: expected the shape of {like_name}, {tuple(like.shape)}, "
+            f"got {tuple(value.shape)}"
+        )
+    return check_device(name, value, like_name, like.device)
+
+
+def check_device(name: str, value: Tensor, like_name: str, device: torch.device) -> Tensor:
+    if value.device != device:
+        raise ValueError(
+            f"{name}: expected the device of {like_name}, {device}, got {value.device}"
+        )
+    return value
+
+
+def check_noise(name: str, value: Any, x: Tensor) -> Tensor:
+    return check_like(name, value, "the state", x)
+
+
+def check_model_output(name: str, value: Any, x: Tensor, *, guided: bool) -> Tensor:
+    """A model output for the state `x`: 2B samples where guided, C or 2C channels (learned
+    variance).
+    """
+    check_state(name, value)
+    batch = (2 if guided else 1) * x.shape[0]
+    plain = (batch, *x.shape[1:])
+    allowed = [plain]
+    if x.ndim > 1:
+        allowed.append((batch, 2 * x.shape[1], *x.shape[2:]))
+    if tuple(value.shape) not in allowed:
+        guidance = " under guidance" if guided else ""
+        raise ValueError(
+            f"{name}: expected shape {' or '.join(map(str, allowed))}{guidance}, "
+            f"got {tuple(value.shape)}"
+        )
+    return check_device(name, value, "the state", x.device)
+
+
+def check_timestep(name: str, value: Any, batch: int, T: int) -> Tensor:
+    """int64 CPU tensor `[1]` or `[batch]` of timesteps in [0, T)."""
+    if not isinstance(value, Tensor):
+        return torch.tensor([check_int(name, value, 0, T - 1)])
+    if value.dtype.is_floating_point or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got dtype {value.dtype}")
+    index = value.to("cpu", torch.int64).reshape(-1) if value.ndim < 2 else value
+    if index.ndim != 1 or index.shape[0] not in (1, batch):
+        raise ValueError(
+            f"{name}: expected an integer or a tensor [{batch}], got shape {tuple(value.shape)}"
+        )
+    for v in index.tolist():
+        check_int(name, v, 0, T - 1)
+    return index
+
+
+def check_seed(name: str, value: Any, batch: int) -> Tensor:
+    """The seed's 64 bits as int64: a 0-dim tensor, or `[batch]` where each sample has its own."""
+    if isinstance(value, Tensor) and value.ndim == 1:
+        if value.dtype != torch.int64:
+            raise TypeError(f"{name}: expected an int64 tensor, got dtype {value.dtype}")
+        seeds = value
+    elif isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes):
+        seeds = torch.tensor(
+            [_signed_bits(check_int(f"{name}[{i}]", v, 0, 2**64 - 1)) for i, v in enumerate(value)],
+            dtype=torch.int64,
+        )
+    elif isinstance(value, Tensor) and value.ndim > 1:
+        raise ValueError(f"{name}: expected an int64 tensor [B], got shape {tuple(value.shape)}")
+    else:
+        return torch.tensor(_signed_bits(check_int(name, _unwrapped(value), 0, 2**64 - 1)))
+    if seeds.shape[0] != batch:
+        raise ValueError(f"{name}: expected one seed per sample, {batch}, got {seeds.shape[0]}")
+    return seeds
+
+
+def check_step_index(name: str, value: Any, batch: int) -> Tensor:
+    if isinstance(value, Tensor) and value.ndim == 1:
+        if value.dtype != torch.int64:
+            raise TypeError(f"{name}: expected an int64 tensor, got dtype {value.dtype}")
+        if value.shape[0] != batch:
+            raise ValueError(f"{name}: expected [{batch}], got shape {tuple(value.shape)}")
+        if value.device.type == "cpu":
+            for i, v in enumerate(value.tolist()):
+                check_int(f"{name}[{i}]", v, 0, 2**32 - 1)
+        return value
+    return torch.tensor(check_int(name, _unwrapped(value), 0, 2**32 - 1))
+
+
+def check_sample_range(sample_offset: Any, batch: int, *, per_sample_seed: bool) -> None:
+    offset = check_int("sample_offset", sample_offset, 0, 2**32 - 1)
+    if per_sample_seed and offset:
+        raise ValueError(
+            f"sample_offset: expected 0 where each sample has its own seed, got {offset}"
+        )
+    if offset + batch > 2**32:
+        raise ValueError(
+            f"sample_offset: expected sample indices below 2**32, got {offset} + {batch} samples"
+        )
+
+
+def _unwrapped(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+
+
+def _signed_bits(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _interval(low: float, high: float, open_low: bool) -> str:
+    if math.isinf(low) and math.isinf(high):
+        return "a finite number"
+    if math.isinf(high):
+        return f"a finite number {'>' if open_low else '>='} {low:g}"
+    return f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"
+
+
+def _described(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"
