@@ -1,0 +1,417 @@
+"""The public functions: check once, then one call down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastddim import backends, philox
+from fastddim.adapter import Model
+from fastddim.plan import (
+    Coefficient,
+    Update,
+    coefficient_row,
+    make_inversion_plan,
+    stack_row,
+)
+from fastddim.reference import compute_dtype
+from fastddim.sampler import (
+    Callback,
+    Loop,
+    NoiseSource,
+    Sampler,
+    check_generators,
+    check_graph,
+    check_initial,
+    check_model,
+    draw,
+    resolve_device,
+    resolve_schedule,
+)
+from fastddim.schedule import Schedule
+from fastddim.validation import (
+    check_bool,
+    check_coefficient,
+    check_dtype,
+    check_like,
+    check_model_output,
+    check_noise,
+    check_state,
+)
+
+
+def sample(
+    model: Model,
+    steps: int | Sequence[int] | Tensor,
+    *,
+    schedule: Schedule | None = None,
+    spacing: str = "uniform",
+    steps_offset: int = 0,
+    eta: Coefficient = 0.0,
+    variance: str = "small",
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    rederive_eps: bool = False,
+    guidance_scale: Coefficient | None = None,
+    seed: int | Sequence[int] | Tensor = 0,
+    sample_offset: int = 0,
+    noise: NoiseSource = None,
+    x_T: Tensor | None = None,
+    shape: Sequence[int] | None = None,
+    batch_size: int = 1,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+    graph: str | bool = "auto",
+    progress: bool = False,
+    callback: Callback | None = None,
+    return_trajectory: bool = False,
+    check_finite: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Draw samples with DDIM (arXiv 2010.02502, eq. 12).
+
+    Calls repeat: without a `seed` it is 0, so two calls with the same arguments give the same
+    samples.
+
+    Args:
+        model: any callable `model(x, t, **model_kwargs)` with t an int64 tensor `[B]` on x's
+            device. It returns a tensor, a tuple that starts with one, or an object with `.sample`;
+            of twice as many channels as x (learned variance) the first half is used. It gets x in
+            the dtype of its own parameters.
+        steps: number of steps S in [1, T], or the timesteps themselves in the order visited
+            (decreasing).
+        schedule: ᾱ the model was trained with; by default `model.schedule`, else
+            `Schedule.linear()`.
+        spacing: how S timesteps are chosen out of T: uniform, quadratic, leading, trailing or
+            linspace (see `fastddim.select_timesteps`). At S = 1 only trailing starts at T − 1.
+        steps_offset: added to every timestep of `leading`.
+        eta: η ≥ 0 of eq. 16, a number or a tensor `[B]`; 0 is DDIM, 1 is DDPM's ancestral sampling.
+        variance: "small", or "large" for noise of DDPM's larger variance; `eta=1, variance="large"`
+            is the paper's σ-hat. The direction term keeps the small one (appendix D.3).
+        prediction: what the model predicts: "epsilon", "sample" (x_0) or "v_prediction".
+        clip: r > 0 clamps the predicted x_0 to [−r, r].
+        rederive_eps: recompute epsilon from the clipped x_0.
+        guidance_scale: g of classifier-free guidance, a number or a tensor `[B]`: the model is
+            evaluated on 2B samples and its output is read as unconditional, then conditional half;
+            `model_kwargs` hold 2B rows.
+        seed: int in [0, 2⁶⁴), or one per sample (a sequence, or an int64 tensor read as unsigned
+            bits): then sample i is the one drawn alone with that seed.
+        sample_offset: global index of the first sample: samples 64…127 of a seed are
+            `sample_offset=64`.
+        noise: noise to use instead of the seed's: a tensor `[S, B, …]`, a `torch.Generator` or a
+            list of B of them. A generator draws x_T first. Unread where no noise is added.
+        x_T: starting state `[B, …]`; by default drawn from `seed` or `noise`. Not modified.
+        shape: (B, …) of the state; by default that of `x_T`, else `batch_size` samples of the shape
+            that the model tells (`.sample_shape`, or a diffusers `.config`).
+        batch_size: B where `shape` is not given.
+        device: of the state; by default that of `x_T`, else the model's.
+        dtype: of the state; by default that of `x_T`, else float32.
+        impl: "auto", or the backend to use and no other ("reference", …; `fastddim env` lists
+            them).
+        graph: CUDA graph capture: "auto" or False here; True and "loop" need a CUDA device.
+        progress: show a tqdm bar on stderr.
+        callback: `callback(step_index, timestep, x_t, x_0)` after each update, with copies of the
+            new state and of the predicted x_0.
+        return_trajectory: also return every state.
+        check_finite: stop with an error that names the step where the model returns NaN or
+            infinity. This waits for the device at every step.
+        model_kwargs: passed to the model unchanged.
+
+    Returns:
+        The samples `[B, …]`, or `(samples, trajectory)` with trajectory `[S + 1, B, …]` from x_T
+        on.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
+            it.
+    """
+    if x_T is not None:
+        check_state("x_T", x_T)
+        shape = tuple(x_T.shape) if shape is None else shape
+        dtype = x_T.dtype if dtype is None else dtype
+        device = x_T.device if device is None else device
+    sampler = Sampler(
+        model,
+        steps,
+        shape=shape,
+        batch_size=batch_size,
+        schedule=schedule,
+        spacing=spacing,
+        steps_offset=steps_offset,
+        eta=eta,
+        variance=variance,
+        prediction=prediction,
+        clip=clip,
+        rederive_eps=rederive_eps,
+        guidance_scale=guidance_scale,
+        device=device,
+        dtype=dtype,
+        impl=impl,
+        graph=graph,
+        check_finite=check_finite,
+        model_kwargs=model_kwargs,
+    )
+    return sampler(
+        seed=seed,
+        sample_offset=sample_offset,
+        x_T=x_T,
+        noise=noise,
+        progress=progress,
+        callback=callback,
+        return_trajectory=return_trajectory,
+    )
+
+
+def invert(
+    model: Model,
+    x_0: Tensor,
+    steps: int | Sequence[int] | Tensor,
+    *,
+    schedule: Schedule | None = None,
+    spacing: str = "uniform",
+    steps_offset: int = 0,
+    eta: float = 0.0,
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    rederive_eps: bool = False,
+    guidance_scale: Coefficient | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+    graph: str | bool = "auto",
+    progress: bool = False,
+    callback: Callback | None = None,
+    return_trajectory: bool = False,
+    check_finite: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Encode data into latents: the steps of `sample` walked upwards (arXiv 2010.02502, section
+    4.3).
+
+    `sample(model, steps, x_T=invert(model, x_0, steps))` gives back `x_0` up to an error that falls
+    with the number of steps. Each step to timestep t evaluates the model at (current state, t), the
+    explicit guess for the equation that `sample` solves exactly in the other direction.
+
+    Args:
+        x_0: data `[B, …]`. Not modified.
+        eta, clip, rederive_eps: only their defaults; anything else cannot be inverted and is
+            refused.
+
+        The other arguments are those of `sample`.
+
+    Returns:
+        The latents `[B, …]` at the first timestep that `sample` visits, or `(latents, trajectory)`
+        with trajectory `[S + 1, B, …]` from `x_0` on.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape or range, or cannot be
+            inverted (among them `prediction="sample"`, whose step from ᾱ = 1 does not depend on the
+            state); the message names it.
+    """
+    check_model(model)
+    check_state("x_0", x_0)
+    for name, value, neutral in (
+        ("eta", eta, 0.0),
+        ("clip", clip, None),
+        ("rederive_eps", rederive_eps, False),
+    ):
+        if isinstance(value, Tensor) or value != neutral:
+            raise ValueError(f"{name}: expected {neutral} for an invertible step, got {value!r}")
+    check_bool("check_finite", check_finite)
+    target = resolve_device(model, device, x_0)
+    state_dtype = x_0.dtype if dtype is None else check_dtype("dtype", dtype)
+    check_initial("x_0", x_0, tuple(x_0.shape), state_dtype, target)
+    check_graph(graph, target)
+    update = Update(prediction=prediction, guidance_scale=guidance_scale).checked(x_0.shape[0])
+    plan = make_inversion_plan(
+        resolve_schedule(model, schedule),
+        steps,
+        update,
+        spacing=spacing,
+        steps_offset=steps_offset,
+    )
+    loop = Loop(
+        model,
+        plan,
+        tuple(x_0.shape),
+        device=target,
+        dtype=state_dtype,
+        impl=impl,
+        model_kwargs=model_kwargs,
+        check_finite=check_finite,
+    )
+    return loop.run(x_0, progress=progress, callback=callback, return_trajectory=return_trajectory)
+
+
+def step(
+    x_t: Tensor,
+    model_output: Tensor,
+    alpha_t: Coefficient,
+    alpha_prev: Coefficient,
+    *,
+    eta: Coefficient = 0.0,
+    variance: str = "small",
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    rederive_eps: bool = False,
+    guidance_scale: Coefficient | None = None,
+    seed: int | Sequence[int] | Tensor = 0,
+    sample_offset: int = 0,
+    step_index: int | Tensor = 0,
+    noise: Tensor | torch.Generator | Sequence[torch.Generator] | None = None,
+    out: Tensor | None = None,
+    return_x0: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One DDIM update (arXiv 2010.02502, eq. 12): what `sample` does between two model evaluations.
+
+    Args:
+        x_t: state `[B, …]`, floating point.
+        model_output: `[B, …]` shaped like `x_t`, or with 2C channels (learned variance: the first
+            half is used), or with 2B samples under guidance. Its dtype may differ from that of
+            `x_t`.
+        alpha_t: ᾱ_t (`alphas_cumprod[t]`) in [0, 1), a number or a tensor `[B]`.
+        alpha_prev: ᾱ at the next visited timestep in [0, 1], 1 after the last, a number or a tensor
+            `[B]`.
+        seed, sample_offset, step_index: key the noise; `seed` and `step_index` may be `[B]`. With
+            the step's index in the plan this is the noise that `sample` adds.
+        noise: z to use instead, shaped like `x_t`, or a `torch.Generator` or a list of B of them to
+            draw it.
+        out: where to write x_prev, with the shape, dtype and device of `x_t`; may be `x_t` itself.
+        return_x0: also return the predicted x_0.
+
+        The other arguments are those of `sample`. Values of coefficient tensors on an accelerator
+        are not checked, since reading them would wait for the device.
+
+    Returns:
+        x_prev, or `(x_prev, x_0)`, with the shape, dtype and device of `x_t`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
+            it.
+    """
+    check_state("x_t", x_t)
+    batch = x_t.shape[0]
+    check_bool("return_x0", return_x0)
+    update = Update(eta, variance, prediction, clip, rederive_eps, guidance_scale).checked(batch)
+    a = check_coefficient("alpha_t", alpha_t, batch, 0.0, 1.0)
+    p = check_coefficient("alpha_prev", alpha_prev, batch, 0.0, 1.0)
+    check_model_output("model_output", model_output, x_t, guided=guidance_scale is not None)
+    backend = backends.choose(impl, x_t.device)
+    keys = None
+    if noise is not None:
+        noise = _step_noise(noise, x_t)
+    elif update.noisy:
+        keys = philox.make_keys(
+            seed, batch, sample_offset=sample_offset, step_index=step_index, device=x_t.device
+        )
+    if out is None:
+        out = torch.empty_like(x_t)
+    else:
+        check_like("out", out, "x_t", x_t)
+        if out.dtype != x_t.dtype:
+            raise ValueError(f"out: expected dtype {x_t.dtype}, got {out.dtype}")
+    x_0 = torch.empty_like(x_t) if return_x0 else None
+    table = _step_table(a, p, update, x_t)
+    row = torch.arange(table.shape[0], device=x_t.device)
+    backend.update_out(
+        x_t,
+        model_output,
+        table,
+        row,
+        noise=noise if update.noisy else None,
+        keys=keys,
+        out=out,
+        x_0=x_0,
+        model_input=None,
+    )
+    return out if x_0 is None else (out, x_0)
+
+
+def slerp(z_0: Tensor, z_1: Tensor, weight: float | Sequence[float] | Tensor) -> Tensor:
+    """Spherical interpolation between latents (arXiv 2010.02502, eq. 67), the angle taken per
+    sample.
+
+    Args:
+        z_0, z_1: latents `[B, …]` of one shape, dtype and device.
+        weight: α, 0 gives `z_0` and 1 gives `z_1`: a number, or `[n]` of them.
+
+    Returns:
+        `[B, …]` for a number, `[n, B, …]` for `[n]` (`.flatten(0, 1)` makes it a batch for
+        `sample`), in the dtype of `z_0`. Where the latents are parallel or one is zero, the
+        straight line between them.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
+            it.
+    """
+    check_state("z_0", z_0)
+    check_like("z_1", z_1, "z_0", z_0)
+    if z_1.dtype != z_0.dtype:
+        raise ValueError(f"z_1: expected dtype {z_0.dtype}, got {z_1.dtype}")
+    weights = _slerp_weights(weight).to(z_0.device)
+    first, second = z_0.double().flatten(1), z_1.double().flatten(1)
+    theta = _angle(first, second)
+    alpha = weights.reshape(-1, 1, 1)
+    sine = theta.sin()
+    straight = sine < 1e-9
+    sine = torch.where(straight, 1.0, sine)
+    w_0 = torch.where(straight, 1 - alpha, ((1 - alpha) * theta).sin() / sine)
+    w_1 = torch.where(straight, alpha, (alpha * theta).sin() / sine)
+    mixed = (w_0 * first + w_1 * second).to(z_0.dtype)
+    return mixed.reshape(*weights.shape, *z_0.shape)
+
+
+def _slerp_weights(weight: float | Sequence[float] | Tensor) -> Tensor:
+    try:
+        # NumPy first: torch would round Python floats to float32.
+        weights = weight if isinstance(weight, Tensor) else torch.from_numpy(np.array(weight))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"weight: expected a number or [n] of them, got {weight!r}") from error
+    if weights.is_complex() or weights.dtype == torch.bool:
+        raise TypeError(f"weight: expected real numbers, got dtype {weights.dtype}")
+    if weights.ndim > 1:
+        raise ValueError(f"weight: expected a number or [n], got shape {tuple(weights.shape)}")
+    if weights.device.type == "cpu" and not bool(weights.isfinite().all()):
+        raise ValueError(f"weight: expected finite numbers, got {weights.tolist()}")
+    return weights.double()
+
+
+def _angle(first: Tensor, second: Tensor) -> Tensor:
+    """Angle between the rows of two matrices, `[B, 1]`; exact to rounding near 0 and π (Kahan)."""
+    a, b = (torch.nn.functional.normalize(v, dim=1, eps=1e-300) for v in (first, second))
+    return 2 * torch.atan2((a - b).norm(dim=1, keepdim=True), (a + b).norm(dim=1, keepdim=True))
+
+
+def _step_noise(noise: Tensor | torch.Generator | Sequence[torch.Generator], x_t: Tensor) -> Tensor:
+    if isinstance(noise, Tensor):
+        return check_noise("noise", noise, x_t)
+    if not isinstance(noise, torch.Generator):
+        check_generators("noise", noise, x_t.shape[0])
+    return draw(noise, x_t)
+
+
+def _step_table(a: Coefficient, p: Coefficient, update: Update, x_t: Tensor) -> Tensor:
+    """Coefficient table `[1 or B, K]` of one step; that of plain numbers is remembered."""
+    dtype = compute_dtype(x_t.dtype)
+    values: tuple[Any, ...] = (a, p, update.eta, update.guidance_scale)
+    if not any(isinstance(v, Tensor) for v in values):
+        return _number_table(a, p, update, dtype, x_t.device)
+    on_device = [v.to(x_t.device) if isinstance(v, Tensor) else v for v in values]
+    a, p, eta, guidance_scale = on_device
+    update = replace(update, eta=eta, guidance_scale=guidance_scale)
+    return stack_row(coefficient_row(a, p, update)).to(dtype)
+
+
+@lru_cache(maxsize=4096)
+def _number_table(
+    a: Coefficient, p: Coefficient, update: Update, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return stack_row(coefficient_row(a, p, update)).to(device, dtype)[None]

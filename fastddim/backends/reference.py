@@ -1,0 +1,70 @@
+"""Eager PyTorch, on any device: what every other backend is compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastddim import philox, reference
+from fastddim.philox import Keys
+
+PRIORITY = 0
+
+
+def unavailable(device: torch.device) -> str | None:
+    return None
+
+
+def update(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    *,
+    noise: Tensor | None,
+    keys: Keys | None,
+    history: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `fastddim.ops.update`."""
+    if keys is not None:
+        noise = philox.normal(keys, x.shape[1:], philox.STEP_NOISE)
+    rows = table.index_select(0, row)
+    return reference.update(x, model_output, rows, noise, history, mask, known)
+
+
+def update_out(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    *,
+    noise: Tensor | None,
+    keys: Keys | None,
+    history: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    out: Tensor,
+    x_0: Tensor | None,
+    model_input: Tensor | None,
+) -> None:
+    """See `fastddim.ops.update_out`."""
+    x_prev, predicted = update(
+        x,
+        model_output,
+        table,
+        row,
+        noise=noise,
+        keys=keys,
+        history=history,
+        mask=mask,
+        known=known,
+    )
+    out.copy_(x_prev)
+    if x_0 is not None:
+        x_0.copy_(predicted)
+    if model_input is not None:
+        batch = x.shape[0]
+        for first in range(0, model_input.shape[0], max(batch, 1)):
+            model_input[first : first + batch].copy_(x_prev)
