@@ -1,0 +1,72 @@
+// The kernel for AVX-512.
+
+#if defined(__x86_64__)
+
+#define FASTDDIM_NAMESPACE fastddim_avx512
+#include "target.h"
+FASTDDIM_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+// GCC before 13 warns of its own intrinsics here (bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+#include "../scalar.h"
+
+namespace FASTDDIM_NAMESPACE {
+
+#define FASTDDIM_LANES 16
+#include "vector.h"
+
+FASTDDIM_FN Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+FASTDDIM_FN Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm512_fmadd_pd(a, b, c); }
+FASTDDIM_FN Floats root(Floats a) { return _mm512_sqrt_ps(a); }
+
+FASTDDIM_FN Floats from_half(const uint16_t* a) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)a));
+}
+FASTDDIM_FN void to_half(uint16_t* out, Floats a) {
+  _mm256_storeu_si256((__m256i*)out, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+FASTDDIM_FN void stream(float* out, Floats a) { _mm512_stream_ps(out, a); }
+FASTDDIM_FN void stream(double* out, Doubles a) { _mm512_stream_pd(out, a); }
+
+// Eight 64-bit lanes, each with one 32-bit word in its low half; what is in the high half does not count.
+using Words = __m512i;
+FASTDDIM_FN Words words(uint32_t value) { return _mm512_set1_epi64(value); }
+FASTDDIM_FN Words words(const int64_t* values) { return _mm512_loadu_si512(values); }
+FASTDDIM_FN Words plus(Words a, Words b) { return _mm512_add_epi64(a, b); }
+FASTDDIM_FN Words product(Words a, Words b) { return _mm512_mul_epu32(a, b); }
+FASTDDIM_FN Words mixed(Words high, Words b, Words c) {
+  return _mm512_ternarylogic_epi64(_mm512_srli_epi64(high, 32), b, c, 0x96);
+}
+// Words of `even` and `odd` in turns, as floats rounded once.
+FASTDDIM_FN Floats merged(Words even, Words odd) {
+  return _mm512_cvtepu32_ps(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)));
+}
+
+// Lane 4l + i of z_k is element k of quad 4i + l: after two rounds of unpacking, register i holds
+// the quads 4i … 4i + 3 in memory order.
+FASTDDIM_FN void store_quads(float* out, Floats z_0, Floats z_1, Floats z_2, Floats z_3) {
+  __m512d low_01 = _mm512_castps_pd(_mm512_unpacklo_ps(z_0, z_1));
+  __m512d low_23 = _mm512_castps_pd(_mm512_unpacklo_ps(z_2, z_3));
+  __m512d high_01 = _mm512_castps_pd(_mm512_unpackhi_ps(z_0, z_1));
+  __m512d high_23 = _mm512_castps_pd(_mm512_unpackhi_ps(z_2, z_3));
+  _mm512_storeu_ps(out, _mm512_castpd_ps(_mm512_unpacklo_pd(low_01, low_23)));
+  _mm512_storeu_ps(out + 16, _mm512_castpd_ps(_mm512_unpackhi_pd(low_01, low_23)));
+  _mm512_storeu_ps(out + 32, _mm512_castpd_ps(_mm512_unpacklo_pd(high_01, high_23)));
+  _mm512_storeu_ps(out + 48, _mm512_castpd_ps(_mm512_unpackhi_pd(high_01, high_23)));
+}
+
+}  // namespace FASTDDIM_NAMESPACE
+
+#include "kernel.h"
+
+namespace fastddim {
+const Kernels AVX512 = {"avx512", &FASTDDIM_NAMESPACE::update, &FASTDDIM_NAMESPACE::backward};
+}
+
+FASTDDIM_TARGET_END
+
+#endif

@@ -1,0 +1,172 @@
+// Tiles in and out of memory: dtype conversion, gathering and scattering. Included inside the namespace of an
+// instruction set.
+
+// One tile of one sample: elements first … first + count − 1.
+struct Span {
+  const Job& job;
+  int64_t sample, first, count;
+  Span(const Job& job, int64_t sample, int64_t first)
+      : job(job), sample(sample), first(first), count(least(TILE, job.count - first)) {}
+};
+
+struct Half {
+  uint16_t word;
+};
+struct Brain {
+  uint16_t word;
+};
+
+FASTDDIM_FN float widened(Half a) {
+  uint32_t sign = (uint32_t)(a.word & 0x8000) << 16, magnitude = a.word & 0x7FFF;
+  // Moved to the float's exponent field, the value is off by 2^112; multiplying also normalises subnormals.
+  float scaled = from_bits((int32_t)(magnitude << 13)) * 0x1p112f;
+  uint32_t special = magnitude >= 0x7C00 ? 0x7F800000 | magnitude << 13 : (uint32_t)bits(scaled);
+  return from_bits((int32_t)(sign | special));
+}
+FASTDDIM_FN float widened(Brain a) { return from_bits((int32_t)((uint32_t)a.word << 16)); }
+FASTDDIM_FN float widened(float a) { return a; }
+FASTDDIM_FN double widened(double a) { return a; }
+
+FASTDDIM_FN void narrow(float a, float& out) { out = a; }
+FASTDDIM_FN void narrow(double a, double& out) { out = a; }
+FASTDDIM_FN void narrow(float a, Brain& out) {
+  uint32_t word = (uint32_t)bits(a);
+  uint32_t even = word + 0x7FFF + (word >> 16 & 1);
+  out.word = (uint16_t)(a != a ? 0x7FC0 : even >> 16);
+}
+FASTDDIM_FN void narrow(float a, Half& out) {
+  uint32_t word = (uint32_t)bits(a), sign = word >> 16 & 0x8000, magnitude = word & 0x7FFFFFFF;
+  uint32_t result;
+  if (magnitude >= 0x47800000) {  // 2^16 and above, infinity, NaN
+    result = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;
+  } else if (magnitude < 0x38800000) {  // below 2^-14: the sum's own rounding leaves a subnormal
+    result = (uint32_t)bits(from_bits((int32_t)magnitude) + 0.5f) - 0x3F000000;
+  } else {
+    result = (magnitude + 0xC8000FFF + (magnitude >> 13 & 1)) >> 13;
+  }
+  out.word = (uint16_t)(sign | result);
+}
+// As torch converts: by way of float.
+FASTDDIM_FN void narrow(double a, float& out) { out = (float)a; }
+FASTDDIM_FN void narrow(double a, Half& out) { narrow((float)a, out); }
+FASTDDIM_FN void narrow(double a, Brain& out) { narrow((float)a, out); }
+FASTDDIM_FN void narrow(float a, double& out) { out = a; }
+
+template <class S, class T>
+FASTDDIM_FN void read_run(const S* from, int64_t stride, int64_t count, T* to) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = (T)widened(from[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = (T)widened(from[i * stride]);
+  }
+}
+
+template <class S, class T>
+FASTDDIM_FN void write_run(S* to, int64_t stride, int64_t count, const T* from) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) narrow(from[i], to[i * stride]);
+  }
+}
+
+#if FASTDDIM_LANES > 1
+FASTDDIM_FN void read_run(const Half* from, int64_t stride, int64_t count, float* to) {
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + LANES <= count; i += LANES) store(to + i, from_half((const uint16_t*)from + i));
+  }
+  for (; i < count; ++i) to[i] = widened(from[i * stride]);
+}
+
+FASTDDIM_FN void write_run(Half* to, int64_t stride, int64_t count, const float* from) {
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + LANES <= count; i += LANES) to_half((uint16_t*)to + i, load<Floats>(from + i));
+  }
+  for (; i < count; ++i) narrow(from[i], to[i * stride]);
+}
+#endif
+
+// Calls visit(offset, stride, position, count) for each run of equally spaced elements in a span.
+template <class Visit>
+FASTDDIM_FN void for_each_run(const View& view, const Span& span, Visit visit) {
+  const int64_t base = span.sample * view.sample_stride;
+  if (view.contiguous) return visit(base + span.first, 1, 0, span.count);
+  const int last = span.job.ndim - 1;
+  const int64_t* sizes = span.job.sizes;
+  int64_t position = 0;
+  while (position < span.count) {
+    int64_t rest = span.first + position, offset = base, column = 0;
+    for (int d = last; d >= 0; --d) {
+      int64_t index = rest % sizes[d];
+      if (d == last) column = index;
+      offset += index * view.strides[d];
+      rest /= sizes[d];
+    }
+    int64_t count = least(sizes[last] - column, span.count - position);
+    visit(offset, view.strides[last], position, count);
+    position += count;
+  }
+}
+
+template <class S, class T>
+FASTDDIM_FN void read_as(const View& view, const Span& span, T* buffer) {
+  for_each_run(view, span, [&](int64_t offset, int64_t stride, int64_t position, int64_t count) {
+    read_run((const S*)view.data + offset, stride, count, buffer + position);
+  });
+}
+
+template <class S, class T>
+FASTDDIM_FN void write_as(const View& view, const Span& span, const T* buffer) {
+  for_each_run(view, span, [&](int64_t offset, int64_t stride, int64_t position, int64_t count) {
+    write_run((S*)view.data + offset, stride, count, buffer + position);
+  });
+}
+
+FASTDDIM_FN bool same(Dtype dtype, float) { return dtype == Dtype::float32; }
+FASTDDIM_FN bool same(Dtype dtype, double) { return dtype == Dtype::float64; }
+
+// Where the span lies in memory if it can be used there, else `buffer`; null for an absent tensor.
+template <class T>
+FASTDDIM_FN T* place(const View& view, const Span& span, T* buffer) {
+  if (!view.data) return nullptr;
+  if (!view.contiguous || !same(view.dtype, T())) return buffer;
+  return (T*)view.data + span.sample * view.sample_stride + span.first;
+}
+
+template <class T>
+const T* read(const View& view, const Span& span, T* buffer) {
+  T* at = place(view, span, buffer);
+  if (at != buffer) return at;
+  switch (view.dtype) {
+    case Dtype::float32: read_as<float>(view, span, buffer); break;
+    case Dtype::float64: read_as<double>(view, span, buffer); break;
+    case Dtype::float16: read_as<Half>(view, span, buffer); break;
+    case Dtype::bfloat16: read_as<Brain>(view, span, buffer); break;
+  }
+  return buffer;
+}
+
+template <class T>
+void write(const View& view, const Span& span, const T* from) {
+  if (!view.data || place(view, span, (T*)nullptr) == from) return;
+  switch (view.dtype) {
+    case Dtype::float32: write_as<float>(view, span, from); break;
+    case Dtype::float64: write_as<double>(view, span, from); break;
+    case Dtype::float16: write_as<Half>(view, span, from); break;
+    case Dtype::bfloat16: write_as<Brain>(view, span, from); break;
+  }
+}
+
+// The tile rounded to the state's dtype, as a user who casts the new state for the model would see it.
+FASTDDIM_FN const float* rounded(Dtype dtype, int64_t count, float* tile) {
+  for (int64_t i = 0; i < count; ++i) {
+    Half half;
+    Brain brain;
+    if (dtype == Dtype::float16) narrow(tile[i], half), tile[i] = widened(half);
+    if (dtype == Dtype::bfloat16) narrow(tile[i], brain), tile[i] = widened(brain);
+  }
+  return tile;
+}
+FASTDDIM_FN const double* rounded(Dtype, int64_t, double* tile) { return tile; }

@@ -1,0 +1,60 @@
+// One call of the update as plain data: what the binding hands to the kernel of the CPU at hand.
+
+#pragma once
+
+#include <stdint.h>
+
+namespace fastddim {
+
+enum class Dtype : int32_t { float32, float64, float16, bfloat16 };
+
+constexpr int MAX_DIMS = 64;
+
+// Samples are cut into tiles of this many elements: small enough for a handful of them to stay in the L1 cache, and
+// whole quads of noise.
+constexpr int64_t TILE = 1024;
+
+struct View {
+  char* data = nullptr;  // null where the optional tensor is absent
+  Dtype dtype = Dtype::float32;
+  bool contiguous = false;  // each sample is one run in the order elements are counted
+  int64_t sample_stride = 0;
+  const int64_t* strides = nullptr;  // [ndim], of one sample
+};
+
+struct Job {
+  int64_t batch, count;  // samples, and elements of one
+  int ndim;              // dimensions of one sample
+  const int64_t* sizes;  // [ndim]
+  bool float64;          // what is computed in
+  bool streaming;        // the output is too large to stay in a cache
+
+  View x, unconditional, conditional, noise, history, mask, known;
+  View out, x_0, model_input[2];
+
+  const void* table;  // rows of float32, or float64
+  const int64_t* row;
+  int64_t row_stride;  // 0 where all samples share one row
+  const int64_t *seed, *step, *sample;
+
+  // The backward pass reads these and writes grad_x, grad_unconditional, grad_conditional.
+  View grad_out, grad_x_0;
+  View grad_x, grad_unconditional, grad_conditional;
+
+  int64_t tiles_per_sample() const { return (count + TILE - 1) / TILE; }
+};
+
+// Run the tiles [begin, end) of a job, counted through all samples. One per instruction set.
+using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
+
+struct Kernels {
+  const char* name;
+  Kernel update, backward;
+};
+
+extern const Kernels PLAIN;
+#if defined(__x86_64__)
+extern const Kernels AVX2, AVX512;
+#endif
+
+}  // namespace fastddim

@@ -1,0 +1,164 @@
+// The kernel of one instruction set: tiles are read into compute precision, updated, and written back.
+//
+// A contiguous tensor of the compute dtype is read and written where it lies; any other goes through a tile in the
+// L1 cache. So every dtype and layout runs the same arithmetic, and dtypes do not multiply the code.
+
+#pragma once
+
+#include "../formula.h"
+#include "job.h"
+
+namespace FASTDDIM_NAMESPACE {
+
+using fastddim::Dtype;
+using fastddim::Job;
+using fastddim::TILE;
+using fastddim::View;
+
+FASTDDIM_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class V, class T>
+FASTDDIM_FN V load(const T* from) {
+  V value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class V, class T>
+FASTDDIM_FN void store(T* to, V value) {
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+#include "convert.h"
+#include "noise.h"
+
+template <class V, class T>
+FASTDDIM_FN Row<V> broadcast(const Row<T>& row) {
+  V like{};
+  return {splat(like, row.cx), splat(like, row.cm), splat(like, row.r),  splat(like, row.ex),
+          splat(like, row.em), splat(like, row.e0), splat(like, row.p0), splat(like, row.pe),
+          splat(like, row.pn), splat(like, row.g),  splat(like, row.ph)};
+}
+
+template <class T>
+FASTDDIM_FN Row<T> row_of(const Job& job, int64_t sample) {
+  const T* at = (const T*)job.table + job.row[sample * job.row_stride] * ROW_FIELDS;
+  return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10]};
+}
+
+// Pointers to the elements of one tile in compute precision; null where absent.
+template <class T>
+struct Tile {
+  const T *x, *unconditional, *conditional, *noise, *history, *mask, *known;
+  T *out, *x_0;
+  bool stream;
+};
+
+template <class V, class T>
+FASTDDIM_FN void update_at(const Row<V>& row, const Tile<T>& tile, int64_t i) {
+  V x = load<V>(tile.x + i);
+  V m = load<V>(tile.unconditional + i);
+  if (tile.conditional) m = guided(row, m, load<V>(tile.conditional + i));
+  V x_0 = clipped(row, unclipped_x_0(row, x, m));
+  V x_prev = noiseless(row, x_0, epsilon(row, x, m, x_0));
+  if (tile.history) x_prev = fma(row.ph, load<V>(tile.history + i), x_prev);
+  if (tile.noise) x_prev = fma(row.pn, load<V>(tile.noise + i), x_prev);
+  if (tile.mask) x_prev = blended(x_prev, load<V>(tile.mask + i), load<V>(tile.known + i));
+  if (tile.x_0) store(tile.x_0 + i, x_0);
+#if FASTDDIM_LANES > 1
+  if constexpr (sizeof(V) > sizeof(T)) {
+    if (tile.stream) return stream(tile.out + i, x_prev);
+  }
+#endif
+  store(tile.out + i, x_prev);
+}
+
+template <class T>
+FASTDDIM_FN void update_tile(const Row<T>& row, const Tile<T>& tile, int64_t count) {
+  int64_t i = 0;
+#if FASTDDIM_LANES > 1
+  using V = typename VectorOf<T>::type;
+  constexpr int64_t width = sizeof(V) / sizeof(T);
+  const Row<V> rows = broadcast<V>(row);
+  for (; i + width <= count; i += width) update_at<V>(rows, tile, i);
+#endif
+  for (; i < count; ++i) update_at<T>(row, tile, i);
+}
+
+template <class T>
+void update_tiles(const Job& job, int64_t begin, int64_t end) {
+  alignas(64) T buffers[9][TILE];
+  const int64_t per_sample = job.tiles_per_sample();
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t sample = index / per_sample;
+    const Span span{job, sample, index % per_sample * TILE};
+    const Row<T> row = row_of<T>(job, sample);
+    Tile<T> tile;
+    tile.x = read(job.x, span, buffers[0]);
+    tile.unconditional = read(job.unconditional, span, buffers[1]);
+    tile.conditional = read(job.conditional, span, buffers[2]);
+    tile.history = read(job.history, span, buffers[3]);
+    tile.mask = read(job.mask, span, buffers[4]);
+    tile.known = read(job.known, span, buffers[5]);
+    tile.noise = nullptr;
+    if (row.pn != 0) {
+      tile.noise = job.seed ? draw(job, span, buffers[6]) : read(job.noise, span, buffers[6]);
+    }
+    tile.out = place(job.out, span, buffers[7]);
+    tile.x_0 = place(job.x_0, span, buffers[8]);
+    tile.stream = job.streaming && tile.out != buffers[7] && (uintptr_t)tile.out % 64 == 0;
+    update_tile(row, tile, span.count);
+    write(job.out, span, tile.out);
+    write(job.x_0, span, tile.x_0);
+    for (const View& input : job.model_input) {
+      if (input.data) write(input, span, rounded(job.out.dtype, span.count, tile.out));
+    }
+  }
+}
+
+// The gradient of the update, which is affine where the clip does not act.
+template <class T>
+void backward_tiles(const Job& job, int64_t begin, int64_t end) {
+  alignas(64) T buffers[8][TILE];
+  const int64_t per_sample = job.tiles_per_sample();
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t sample = index / per_sample;
+    const Span span{job, sample, index % per_sample * TILE};
+    const Row<T> row = row_of<T>(job, sample);
+    const T* x = read(job.x, span, buffers[0]);
+    const T* unconditional = read(job.unconditional, span, buffers[1]);
+    const T* conditional = read(job.conditional, span, buffers[2]);
+    const T* mask = read(job.mask, span, buffers[3]);
+    const T* grad_out = read(job.grad_out, span, buffers[4]);
+    const T* grad_x_0 = read(job.grad_x_0, span, buffers[5]);
+    T *grad_x = buffers[6], *grad_u = buffers[7], *grad_c = buffers[2];
+    for (int64_t i = 0; i < span.count; ++i) {
+      T m = unconditional[i];
+      if (conditional) m = guided(row, m, conditional[i]);
+      T x_0 = unclipped_x_0(row, x[i], m);
+      bool inside = x_0 >= -row.r && x_0 <= row.r;
+      T next = grad_out ? grad_out[i] : T(0);
+      if (mask) next -= mask[i] * next;
+      T to_eps = row.pe * next;
+      T to_x_0 = row.p0 * next + row.e0 * to_eps + (grad_x_0 ? grad_x_0[i] : T(0));
+      if (!inside) to_x_0 = T(0);
+      T to_m = row.cm * to_x_0 + row.em * to_eps;
+      grad_x[i] = row.cx * to_x_0 + row.ex * to_eps;
+      grad_u[i] = conditional ? to_m - row.g * to_m : to_m;
+      if (conditional) grad_c[i] = row.g * to_m;
+    }
+    write(job.grad_x, span, grad_x);
+    write(job.grad_unconditional, span, grad_u);
+    write(job.grad_conditional, span, grad_c);
+  }
+}
+
+void update(const Job& job, int64_t begin, int64_t end) {
+  job.float64 ? update_tiles<double>(job, begin, end) : update_tiles<float>(job, begin, end);
+}
+
+void backward(const Job& job, int64_t begin, int64_t end) {
+  job.float64 ? backward_tiles<double>(job, begin, end) : backward_tiles<float>(job, begin, end);
+}
+
+}  // namespace FASTDDIM_NAMESPACE

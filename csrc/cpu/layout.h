@@ -1,0 +1,121 @@
+// How a job walks its tensors: dimensions reordered and merged until as many tensors as possible are one run.
+
+#pragma once
+
+#include <stdint.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+
+#include "job.h"
+
+namespace fastddim {
+
+// A job together with the sizes and strides that it points to.
+class Layout {
+ public:
+  // `shape` is that of the state, batch first; each view has the strides of one sample, in the
+  // same dimensions. `ordered`: elements must be counted in row-major order, since noise is keyed
+  // by it. `one_row`: all samples share one row.
+  Layout(Job& job, const int64_t* shape, int dims, bool ordered, bool one_row) : job_(job) {
+    job.batch = shape[0];
+    job.count = 1;
+    for (int d = 1; d < dims; ++d) job.count *= shape[d];
+    collect(shape + 1, dims - 1);
+    if (!ordered) sort_by(job.out);
+    merge();
+    mark_contiguous();
+    if (!ordered && one_row) absorb_batch();
+    job.ndim = ndim_;
+    job.sizes = sizes_.data();
+  }
+  Layout(const Layout&) = delete;
+  Layout& operator=(const Layout&) = delete;
+
+ private:
+  static constexpr int VIEWS = 15;
+
+  void collect(const int64_t* sizes, int dims) {
+    View* all[VIEWS] = {&job_.x,          &job_.unconditional,     &job_.conditional,
+                        &job_.noise,      &job_.history,           &job_.mask,
+                        &job_.known,      &job_.out,               &job_.x_0,
+                        &job_.model_input[0], &job_.model_input[1], &job_.grad_out,
+                        &job_.grad_x_0,   &job_.grad_x,            &job_.grad_unconditional};
+    for (View* view : all) add(view, sizes, dims);
+    add(&job_.grad_conditional, sizes, dims);
+    for (int d = 0; d < dims; ++d) {
+      if (sizes[d] != 1) sizes_[ndim_++] = sizes[d];
+    }
+  }
+
+  void add(View* view, const int64_t* sizes, int dims) {
+    if (!view->data) return;
+    int64_t* strides = strides_[views_];
+    for (int d = 0, kept = 0; d < dims; ++d) {
+      if (sizes[d] != 1) strides[kept++] = view->strides[d];
+    }
+    view->strides = strides;
+    view_[views_++] = view;
+  }
+
+  // Largest stride first, as `like` lies in memory.
+  void sort_by(const View& like) {
+    if (!like.data) return;
+    std::array<int, MAX_DIMS> order;
+    for (int d = 0; d < ndim_; ++d) order[d] = d;
+    std::stable_sort(order.begin(), order.begin() + ndim_, [&](int a, int b) {
+      return std::abs(like.strides[a]) > std::abs(like.strides[b]);
+    });
+    permute(sizes_.data(), order);
+    for (int v = 0; v < views_; ++v) permute(strides_[v], order);
+  }
+
+  void permute(int64_t* values, const std::array<int, MAX_DIMS>& order) {
+    std::array<int64_t, MAX_DIMS> old;
+    std::copy(values, values + ndim_, old.begin());
+    for (int d = 0; d < ndim_; ++d) values[d] = old[order[d]];
+  }
+
+  // Neighbouring dimensions that are one run in every view become one.
+  void merge() {
+    int kept = 0;
+    for (int d = 1; d < ndim_; ++d) {
+      bool run = true;
+      for (int v = 0; v < views_; ++v) run &= strides_[v][kept] == strides_[v][d] * sizes_[d];
+      if (!run) ++kept;
+      sizes_[kept] = run ? sizes_[kept] * sizes_[d] : sizes_[d];
+      for (int v = 0; v < views_; ++v) strides_[v][kept] = strides_[v][d];
+    }
+    if (ndim_ > 0) ndim_ = kept + 1;
+  }
+
+  void mark_contiguous() {
+    for (int v = 0; v < views_; ++v) {
+      int64_t expected = 1;
+      view_[v]->contiguous = true;
+      for (int d = ndim_ - 1; d >= 0; --d) {
+        view_[v]->contiguous &= strides_[v][d] == expected;
+        expected *= sizes_[d];
+      }
+    }
+  }
+
+  // Many small samples that follow each other in every view become one large sample.
+  void absorb_batch() {
+    for (int v = 0; v < views_; ++v) {
+      if (!view_[v]->contiguous) return;
+      if (job_.batch > 1 && view_[v]->sample_stride != job_.count) return;
+    }
+    job_.count *= job_.batch;
+    job_.batch = job_.count > 0;
+  }
+
+  Job& job_;
+  int ndim_ = 0, views_ = 0;
+  std::array<int64_t, MAX_DIMS> sizes_;
+  View* view_[VIEWS + 1];
+  int64_t strides_[VIEWS + 1][MAX_DIMS];
+};
+
+}  // namespace fastddim

@@ -1,0 +1,11 @@
+// The kernel for any CPU: one element at a time, or whatever the compiler makes of it.
+
+#define FASTDDIM_NAMESPACE fastddim_plain
+#include "../scalar.h"
+
+#define FASTDDIM_LANES 1
+#include "kernel.h"
+
+namespace fastddim {
+const Kernels PLAIN = {"plain", &FASTDDIM_NAMESPACE::update, &FASTDDIM_NAMESPACE::backward};
+}

@@ -1,0 +1,40 @@
+// The operations that formula.h needs beyond + − * and comparison, for one element, on a CPU or in a CUDA kernel.
+
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define FASTDDIM_FN __host__ __device__ __forceinline__
+#else
+#define FASTDDIM_FN inline __attribute__((always_inline))
+#endif
+
+// A header compiled for several instruction sets needs one namespace for each: the linker keeps one copy of equal
+// names, and that copy may use instructions the caller's CPU lacks.
+#if !defined(FASTDDIM_NAMESPACE)
+#define FASTDDIM_NAMESPACE fastddim_default
+#endif
+
+namespace FASTDDIM_NAMESPACE {
+
+FASTDDIM_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+FASTDDIM_FN double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+FASTDDIM_FN float root(float a) { return __builtin_sqrtf(a); }
+
+FASTDDIM_FN int32_t bits(float a) {
+  int32_t word;
+  __builtin_memcpy(&word, &a, sizeof word);
+  return word;
+}
+FASTDDIM_FN float from_bits(int32_t word) {
+  float a;
+  __builtin_memcpy(&a, &word, sizeof a);
+  return a;
+}
+FASTDDIM_FN float to_float(int32_t a) { return (float)a; }
+FASTDDIM_FN int32_t truncated(float a) { return (int32_t)a; }
+FASTDDIM_FN float splat(float, float value) { return value; }
+FASTDDIM_FN double splat(double, double value) { return value; }
+
+}  // namespace FASTDDIM_NAMESPACE

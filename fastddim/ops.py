@@ -1,0 +1,275 @@
+"""The update as PyTorch operators: schemas, fakes and gradients, each in one place.
+
+`fastddim::update_out` writes into tensors it is given; `fastddim::update` returns new ones and is
+differentiable. Compiled backends implement `update_out` and `backward_out`; without one, both run
+the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddim.backends import reference
+from fastddim.philox import Keys
+from fastddim.plan import Row
+
+_INPUTS = (
+    "Tensor x, Tensor model_output, Tensor table, Tensor row, Tensor? noise, "
+    "Tensor? seed, Tensor? step, Tensor? sample, Tensor? history, Tensor? mask, Tensor? known"
+)
+
+_library = torch.library.Library("fastddim", "DEF")
+_library.define(
+    f"update_out({_INPUTS}, Tensor(a!) out, Tensor(b!)? x_0, Tensor(c!)? model_input) -> ()"
+)
+_library.define(f"update({_INPUTS}) -> (Tensor x_prev, Tensor x_0)")
+_library.define(
+    "backward_out(Tensor? grad_x_prev, Tensor? grad_x_0, Tensor x, Tensor model_output, "
+    "Tensor table, Tensor row, Tensor? mask, Tensor(a!) grad_x, Tensor(b!) grad_model_output) -> ()"
+)
+_library.define(
+    "backward(Tensor? grad_x_prev, Tensor? grad_x_0, Tensor x, Tensor model_output, "
+    "Tensor table, Tensor row, Tensor? mask) -> (Tensor grad_x, Tensor grad_model_output)"
+)
+
+EXTENSION_ERROR: str | None = None
+"""Why the compiled extension cannot be used, or None where it can."""
+
+try:
+    import fastddim._C  # noqa: F401  (registers the CPU implementations)
+except ImportError as error:
+    EXTENSION_ERROR = f"the compiled extension is missing ({error})"
+
+
+def update_out(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    *,
+    noise: Tensor | None,
+    keys: Keys | None,
+    history: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    out: Tensor,
+    x_0: Tensor | None,
+    model_input: Tensor | None,
+) -> None:
+    """One update into `out`, by the implementation compiled for the device.
+
+    Args:
+        x: state `[B, …]`.
+        model_output: `[B or 2B, C or 2C, …]`: 2B samples are guided, of 2C channels the first half
+            is read.
+        table: coefficient rows `[R, K]` in the order of `plan.Row`; float32, or float64 for a
+            float64 state.
+        row: int64 `[1]` or `[B]`, the row of each sample.
+        noise: z like `x`; or
+        keys: what keys the noise drawn inside.
+        history: an earlier model output like `x`, added with the row's coefficient `ph`.
+        mask: weight like `x` of `known` in the result.
+        known: values like `x`.
+        out: x_prev like `x`; may be `x`.
+        x_0: predicted x_0, shaped like `x`.
+        model_input: `[B or 2B, …]`: the new state in the model's dtype, twice under guidance.
+
+    Raises:
+        RuntimeError: grad mode is on and an input requires grad (`torch.ops.fastddim.update` is
+            differentiable), or a tensor does not fit.
+    """
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad
+        for tensor in (x, model_output, noise, history, mask, known, out)
+    ):
+        raise RuntimeError(
+            "out: writing into a given tensor is not differentiable; "
+            "call without out=, or under torch.no_grad()"
+        )
+    seed, step, sample = keys if keys is not None else (None, None, None)
+    torch.ops.fastddim.update_out(
+        x,
+        model_output,
+        table,
+        row,
+        noise,
+        seed,
+        step,
+        sample,
+        history,
+        mask,
+        known,
+        out,
+        x_0,
+        model_input,
+    )
+
+
+@torch.library.impl(_library, "update_out", "CompositeExplicitAutograd")
+def _update_out(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    step: Tensor | None,
+    sample: Tensor | None,
+    history: Tensor | None,
+    mask: Tensor | None,
+    known: Tensor | None,
+    out: Tensor,
+    x_0: Tensor | None,
+    model_input: Tensor | None,
+) -> None:
+    reference.update_out(
+        x,
+        model_output,
+        table,
+        row,
+        noise=noise,
+        keys=_keys(seed, step, sample),
+        history=history,
+        mask=mask,
+        known=known,
+        out=out,
+        x_0=x_0,
+        model_input=model_input,
+    )
+
+
+def _keys(seed: Tensor | None, step: Tensor | None, sample: Tensor | None) -> Keys | None:
+    if seed is None or step is None or sample is None:
+        return None
+    return Keys(seed, step, sample)
+
+
+@torch.library.impl(_library, "update", "CompositeExplicitAutograd")
+def _update(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    x_prev, x_0 = torch.empty_like(x), torch.empty_like(x)
+    torch.ops.fastddim.update_out(x, *inputs, x_prev, x_0, None)
+    return x_prev, x_0
+
+
+@torch.library.impl(_library, "backward_out", "CompositeExplicitAutograd")
+def _backward_out(
+    grad_x_prev: Tensor | None,
+    grad_x_0: Tensor | None,
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    mask: Tensor | None,
+    grad_x: Tensor,
+    grad_model_output: Tensor,
+) -> None:
+    known = None if mask is None else torch.zeros_like(x)
+    with torch.enable_grad():
+        inputs = (x.detach().requires_grad_(), model_output.detach().requires_grad_())
+        outputs = reference.update(
+            *inputs, table, row, noise=None, keys=None, mask=mask, known=known
+        )
+        pairs = [
+            (o, g) for o, g in zip(outputs, (grad_x_prev, grad_x_0), strict=True) if g is not None
+        ]
+        grads = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs])
+    grad_x.copy_(grads[0])
+    grad_model_output.copy_(grads[1])
+
+
+@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
+def _backward(
+    grad_x_prev: Tensor | None, grad_x_0: Tensor | None, x: Tensor, model_output: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    # Channels that are not read (learned variance) have no gradient and are not written.
+    grad_x, grad_model_output = torch.empty_like(x), torch.zeros_like(model_output)
+    torch.ops.fastddim.backward_out(
+        grad_x_prev, grad_x_0, x, model_output, *rest, grad_x, grad_model_output
+    )
+    return grad_x, grad_model_output
+
+
+@torch.library.register_fake("fastddim::update_out", lib=_library)
+@torch.library.register_fake("fastddim::backward_out", lib=_library)
+def _fake_out(*inputs: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("fastddim::update", lib=_library)
+def _fake_update(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.register_fake("fastddim::backward", lib=_library)
+def _fake_backward(
+    grad_x_prev: Any, grad_x_0: Any, x: Tensor, model_output: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(model_output)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, model_output, table, row, noise, _, _, _, history, mask, known = inputs
+    if mask is not None and mask.requires_grad:
+        raise NotImplementedError("mask: expected a tensor that does not require grad")
+    ctx.save_for_backward(x, model_output, table, row, mask)
+    ctx.dtypes = [None if other is None else other.dtype for other in (noise, history, known)]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_x_prev: Tensor | None, grad_x_0: Tensor | None) -> tuple[Any, ...]:
+    x, model_output, table, row, mask = ctx.saved_tensors
+    grads = dict.fromkeys(("x", "model_output", "noise", "history", "known"))
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        grads["x"], grads["model_output"] = torch.ops.fastddim.backward(
+            grad_x_prev, grad_x_0, x, model_output, table, row, mask
+        )
+    if grad_x_prev is not None:
+        columns = table.index_select(0, row).reshape(-1, len(Row._fields), *[1] * (x.ndim - 1))
+        pn, ph = (columns[:, Row._fields.index(name)] for name in ("pn", "ph"))
+        kept = grad_x_prev if mask is None else grad_x_prev * (1 - mask)
+        known = None if mask is None else grad_x_prev * mask
+        grads |= {"noise": pn * kept, "history": ph * kept, "known": known}
+    for name, dtype in zip(("noise", "history", "known"), ctx.dtypes, strict=True):
+        grad = grads[name]
+        grads[name] = None if grad is None or dtype is None else grad.to(dtype)
+    return (
+        grads["x"],
+        grads["model_output"],
+        None,
+        None,
+        grads["noise"],
+        *(None,) * 3,
+        grads["history"],
+        None,
+        grads["known"],
+    )
+
+
+torch.library.register_autograd(
+    "fastddim::update", _gradients, setup_context=_setup_context, lib=_library
+)
+
+
+def update(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    *,
+    noise: Tensor | None,
+    keys: Keys | None,
+    history: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(x_prev, x_0), differentiable in every floating-point input but `table` and `mask`.
+
+    The arguments are those of `update_out`.
+    """
+    seed, step, sample = keys if keys is not None else (None, None, None)
+    inputs = (x, model_output, table, row, noise, seed, step, sample, history, mask, known)
+    result: tuple[Tensor, Tensor] = torch.ops.fastddim.update(*inputs)
+    return result
