@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -287,6 +287,7 @@ def step(
         out: where to write x_prev, with the shape, dtype and device of `x_t`; may be `x_t` itself.
         return_x0: also return the predicted x_0.
 
+    Without `out` the result is differentiable in `x_t`, `model_output` and a `noise` tensor.
         The other arguments are those of `sample`. Values of coefficient tensors on an accelerator
         are not checked, since reading them would wait for the device.
 
@@ -298,41 +299,43 @@ def step(
             it.
     """
     check_state("x_t", x_t)
-    batch = x_t.shape[0]
     check_bool("return_x0", return_x0)
-    update = Update(eta, variance, prediction, clip, rederive_eps, guidance_scale).checked(batch)
-    a = check_coefficient("alpha_t", alpha_t, batch, 0.0, 1.0)
-    p = check_coefficient("alpha_prev", alpha_prev, batch, 0.0, 1.0)
-    check_model_output("model_output", model_output, x_t, guided=guidance_scale is not None)
-    backend = backends.choose(impl, x_t.device)
+    batch = x_t.shape[0]
+    kind = (eta, variance, prediction, clip, rederive_eps, guidance_scale)
+    backend, table, row, noisy, guided = _prepared_step(x_t, alpha_t, alpha_prev, kind, impl)
+    check_model_output("model_output", model_output, x_t, guided=guided)
     keys = None
     if noise is not None:
-        noise = _step_noise(noise, x_t)
-    elif update.noisy:
+        noise = _step_noise(noise, x_t) if noisy else None
+    elif noisy:
         keys = philox.make_keys(
             seed, batch, sample_offset=sample_offset, step_index=step_index, device=x_t.device
         )
-    if out is None:
-        out = torch.empty_like(x_t)
-    else:
+    if out is not None:
         check_like("out", out, "x_t", x_t)
         if out.dtype != x_t.dtype:
             raise ValueError(f"out: expected dtype {x_t.dtype}, got {out.dtype}")
-    x_0 = torch.empty_like(x_t) if return_x0 else None
-    table = _step_table(a, p, update, x_t)
-    row = torch.arange(table.shape[0], device=x_t.device)
+    if out is None and _needs_grad(x_t, model_output, noise):
+        x_prev, x_0 = backend.update(x_t, model_output, table, row, noise=noise, keys=keys)
+        return (x_prev, x_0) if return_x0 else x_prev
+    x_prev = torch.empty_like(x_t) if out is None else out
+    predicted = torch.empty_like(x_t) if return_x0 else None
     backend.update_out(
         x_t,
         model_output,
         table,
         row,
-        noise=noise if update.noisy else None,
+        noise=noise,
         keys=keys,
-        out=out,
-        x_0=x_0,
+        out=x_prev,
+        x_0=predicted,
         model_input=None,
     )
-    return out if x_0 is None else (out, x_0)
+    return x_prev if predicted is None else (x_prev, predicted)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def slerp(z_0: Tensor, z_1: Tensor, weight: float | Sequence[float] | Tensor) -> Tensor:
@@ -398,20 +401,55 @@ def _step_noise(noise: Tensor | torch.Generator | Sequence[torch.Generator], x_t
     return draw(noise, x_t)
 
 
-def _step_table(a: Coefficient, p: Coefficient, update: Update, x_t: Tensor) -> Tensor:
-    """Coefficient table `[1 or B, K]` of one step; that of plain numbers is remembered."""
-    dtype = compute_dtype(x_t.dtype)
-    values: tuple[Any, ...] = (a, p, update.eta, update.guidance_scale)
-    if not any(isinstance(v, Tensor) for v in values):
-        return _number_table(a, p, update, dtype, x_t.device)
-    on_device = [v.to(x_t.device) if isinstance(v, Tensor) else v for v in values]
-    a, p, eta, guidance_scale = on_device
-    update = replace(update, eta=eta, guidance_scale=guidance_scale)
-    return stack_row(coefficient_row(a, p, update)).to(dtype)
+class _Step(NamedTuple):
+    backend: backends.Backend
+    table: Tensor  # [1 or B, K]
+    row: Tensor  # [1 or B]
+    noisy: bool
+    guided: bool
 
 
-@lru_cache(maxsize=4096)
-def _number_table(
-    a: Coefficient, p: Coefficient, update: Update, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    return stack_row(coefficient_row(a, p, update)).to(device, dtype)[None]
+def _prepared_step(
+    x_t: Tensor, alpha_t: Coefficient, alpha_prev: Coefficient, kind: tuple[Any, ...], impl: str
+) -> _Step:
+    """Everything about a step but its tensors; what follows from plain numbers is remembered."""
+    arguments = (x_t.dtype, x_t.device, impl, alpha_t, alpha_prev, *kind)
+    plain = not any(isinstance(argument, Tensor) for argument in arguments)
+    if plain and not torch.compiler.is_compiling():
+        try:
+            return _remembered_step(*arguments)
+        except TypeError:
+            pass  # of something unhashable, which the checks below name, or from those checks
+    return _prepare_step(*arguments, batch=x_t.shape[0])
+
+
+def _prepare_step(
+    dtype: torch.dtype,
+    device: torch.device,
+    impl: str,
+    alpha_t: Coefficient,
+    alpha_prev: Coefficient,
+    *kind: Any,
+    batch: int | None = None,
+) -> _Step:
+    backend = backends.choose(impl, device)
+    update = Update(*kind).checked(batch)
+    a = check_coefficient("alpha_t", alpha_t, batch, 0.0, 1.0)
+    p = check_coefficient("alpha_prev", alpha_prev, batch, 0.0, 1.0)
+    guidance = update.guidance_scale
+    update = replace(
+        update,
+        eta=_on(device, update.eta),
+        guidance_scale=None if guidance is None else _on(device, guidance),
+    )
+    rows = stack_row(coefficient_row(_on(device, a), _on(device, p), update))
+    table = rows.to(device, compute_dtype(dtype)).reshape(-1, rows.shape[-1])
+    row = torch.arange(table.shape[0], device=device)
+    return _Step(backend, table, row, update.noisy, guidance is not None)
+
+
+_remembered_step = lru_cache(maxsize=4096, typed=True)(_prepare_step)
+
+
+def _on(device: torch.device, value: Coefficient) -> Coefficient:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -7,6 +7,7 @@ the reference.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ EXTENSION_ERROR: str | None = None
 """Why the compiled extension cannot be used, or None where it can."""
 
 try:
-    import fastddim._C  # noqa: F401  (registers the CPU implementations)
+    # Registers the CPU implementations.
+    importlib.import_module("fastddim._C")
 except ImportError as error:
     EXTENSION_ERROR = f"the compiled extension is missing ({error})"
 
@@ -192,22 +194,27 @@ def _backward(
     return grad_x, grad_model_output
 
 
-@torch.library.register_fake("fastddim::update_out", lib=_library)
-@torch.library.register_fake("fastddim::backward_out", lib=_library)
 def _fake_out(*inputs: Any) -> None:
     return None
 
 
-@torch.library.register_fake("fastddim::update", lib=_library)
 def _fake_update(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
 
 
-@torch.library.register_fake("fastddim::backward", lib=_library)
 def _fake_backward(
     grad_x_prev: Any, grad_x_0: Any, x: Tensor, model_output: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(model_output)
+
+
+for _name, _fake in (
+    ("update_out", _fake_out),
+    ("backward_out", _fake_out),
+    ("update", _fake_update),
+    ("backward", _fake_backward),
+):
+    torch.library.register_fake(f"fastddim::{_name}", _fake, lib=_library)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

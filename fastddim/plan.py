@@ -26,7 +26,14 @@ import torch
 from torch import Tensor
 
 from fastddim.schedule import Schedule
-from fastddim.validation import check_bool, check_choice, check_coefficient, check_int, check_number
+from fastddim.validation import (
+    check_bool,
+    check_choice,
+    check_coefficient,
+    check_int,
+    check_number,
+    readable,
+)
 
 Coefficient: TypeAlias = float | Tensor
 
@@ -365,7 +372,7 @@ def _table(rows: Sequence[Row]) -> Tensor:
 def _any(condition: Any) -> bool:
     """Whether a condition holds anywhere; values on an accelerator are not read."""
     if isinstance(condition, Tensor):
-        return condition.device.type == "cpu" and bool(condition.any())
+        return readable(condition) and bool(condition.any())
     return bool(condition)
 
 

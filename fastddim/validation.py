@@ -48,6 +48,11 @@ def check_number(
     return number
 
 
+def readable(values: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device or breaking a traced graph."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_coefficient(
     name: str, value: Any, batch: int | None, low: float = -math.inf, high: float = math.inf
 ) -> float | Tensor:
@@ -67,7 +72,7 @@ def check_coefficient(
             f"{name}: expected a number or a tensor {expected}, got shape {tuple(value.shape)}"
         )
     values = value.detach().to(torch.float64)
-    if values.device.type == "cpu":
+    if readable(values):
         for i, v in enumerate(values.tolist()):
             check_number(f"{name}[{i}]", v, low, high)
     return values

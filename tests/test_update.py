@@ -215,7 +215,7 @@ def assert_accurate(case: Case, got: Result) -> None:
     """
     if case.x.numel() == 0:
         return
-    eager = run(backends.load("reference").update_out, case)
+    eager = run(backends.BACKENDS["reference"].update_out, case)
     unit = torch.finfo(reference.compute_dtype(case.x.dtype)).eps / 2
     for name, mine, theirs, truth, terms in zip(
         ("x_prev", "x_0"),
@@ -295,7 +295,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
     name, _, instruction_set = request.param.partition("-")
     if instruction_set:
         use_instruction_set(instruction_set)
-    yield backends.load(name)
+    yield backends.BACKENDS[name]
     if instruction_set:
         ctypes.CDLL(fastddim._C.__file__).fastddim_use_instruction_set(None)
 
@@ -472,7 +472,7 @@ def test_random_cases(data: st.DataObject) -> None:
         mask=data.draw(st.booleans()),
         model_input=data.draw(st.sampled_from([None, *DTYPES])),
     )
-    check(backends.load("cpu"), case)
+    check(backends.BACKENDS["cpu"], case)
     assert_same_bits(case)
 
 
@@ -482,7 +482,7 @@ def assert_same_bits(case: Case) -> None:
     try:
         for name in INSTRUCTION_SETS:
             if library.fastddim_use_instruction_set(name.encode()):
-                results.append(run(backends.load("cpu").update_out, case))
+                results.append(run(backends.BACKENDS["cpu"].update_out, case))
     finally:
         library.fastddim_use_instruction_set(None)
     for other in results[1:]:
@@ -545,7 +545,7 @@ def test_thread_counts_give_the_same_bits(generator: torch.Generator) -> None:
             results = []
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
-                results.append(run(backends.load("cpu").update_out, case))
+                results.append(run(backends.BACKENDS["cpu"].update_out, case))
             for other in results[1:]:
                 assert torch.equal(results[0].out, other.out)
     finally:
@@ -556,7 +556,7 @@ def test_concurrent_calls(generator: torch.Generator) -> None:
     """Eight threads at once get what one gets alone."""
     if ops.EXTENSION_ERROR is not None:
         pytest.skip(ops.EXTENSION_ERROR)
-    update_out = backends.load("cpu").update_out
+    update_out = backends.BACKENDS["cpu"].update_out
     cases = [make_case(generator, (4, 3, 64, 64), noise="keyed") for _ in range(8)]
     alone = [run(update_out, case).out for case in cases]
     together: list[list[Tensor]] = [[] for _ in cases]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import warnings
-from functools import cache
 from typing import Protocol, cast
 
 import torch
@@ -24,6 +23,7 @@ from fastddim.philox import Keys
 
 
 class Backend(Protocol):
+    __name__: str
     PRIORITY: int
 
     def unavailable(self, device: torch.device) -> str | None: ...
@@ -60,20 +60,23 @@ class Backend(Protocol):
     ) -> None: ...
 
 
-@cache
-def names() -> tuple[str, ...]:
-    """Names of all backends, fastest first."""
-    found = [module.name for module in pkgutil.iter_modules(__path__)]
-    return tuple(sorted(found, key=lambda name: -load(name).PRIORITY))
+def _found() -> dict[str, Backend]:
+    modules = [
+        cast(Backend, importlib.import_module(f"{__name__}.{module.name}"))
+        for module in pkgutil.iter_modules(__path__)
+    ]
+    modules.sort(key=lambda module: -module.PRIORITY)
+    return {module.__name__.rpartition(".")[2]: module for module in modules}
 
 
-@cache
-def load(name: str) -> Backend:
-    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+BACKENDS = _found()
+"""All backends by name, fastest first."""
 
 
 def choose(impl: str, device: torch.device) -> Backend:
     """The backend that `impl` names, or for "auto" the fastest that works on `device`.
+
+    Where "auto" has to do without the backend made for the device it warns and says why.
 
     Raises:
         ValueError: `impl` is unknown, or names a backend that cannot serve `device`; the message
@@ -81,23 +84,20 @@ def choose(impl: str, device: torch.device) -> Backend:
     """
     if impl == "auto":
         return _fastest(device)
-    if impl not in names():
-        expected = ", ".join(map(repr, ("auto", *names())))
+    if impl not in BACKENDS:
+        expected = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"impl: expected one of {expected}, got {impl!r}")
-    backend = load(impl)
-    reason = backend.unavailable(device)
+    reason = BACKENDS[impl].unavailable(device)
     if reason is not None:
         raise ValueError(f"impl: {impl!r} cannot be used on {device}: {reason}")
-    return backend
+    return BACKENDS[impl]
 
 
-@cache
 def _fastest(device: torch.device) -> Backend:
-    """The fastest backend for a device; says once why the CPU's compiled one is missing."""
-    for name in names():
-        reason = load(name).unavailable(device)
+    for name, backend in BACKENDS.items():
+        reason = backend.unavailable(device)
         if reason is None:
-            return load(name)
+            return backend
         if name == device.type:
-            warnings.warn(f"fastddim: no {name!r} backend: {reason}", stacklevel=4)
+            warnings.warn(f"fastddim: no {name!r} backend: {reason}", stacklevel=2)
     raise AssertionError("the reference serves every device")
