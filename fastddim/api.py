@@ -364,7 +364,8 @@ def slerp(z_0: Tensor, z_1: Tensor, weight: float | Sequence[float] | Tensor) ->
     theta = _angle(first, second)
     alpha = weights.reshape(-1, 1, 1)
     sine = theta.sin()
-    straight = sine < 1e-9
+    zero = (first == 0).all(1, keepdim=True) | (second == 0).all(1, keepdim=True)
+    straight = zero | (sine < 1e-9)
     sine = torch.where(straight, 1.0, sine)
     w_0 = torch.where(straight, 1 - alpha, ((1 - alpha) * theta).sin() / sine)
     w_1 = torch.where(straight, alpha, (alpha * theta).sin() / sine)

@@ -30,11 +30,15 @@ FASTDDIM_FN void normals_of_batch(const Key& key, const Words (&multipliers)[2],
   store_quads(out, z[0], z[1], z[2], z[3]);
 }
 
+// The order that store_quads undoes.
+FASTDDIM_FN int64_t quad_of_lane(int lane) { return lane % 4 * (LANES / 4) + lane / 4; }
+
 // Normals from `first_quad` on; whole batches, so `out` holds `count` rounded up to 4·LANES.
 FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, float* out) {
   int64_t even[LANES / 2], odd[LANES / 2];
-  for (int lane = 0; lane < LANES; ++lane) {
-    (lane % 2 ? odd : even)[lane / 2] = lane % 4 * (LANES / 4) + lane / 4;
+  for (int i = 0; i < LANES / 2; ++i) {
+    even[i] = quad_of_lane(2 * i);
+    odd[i] = quad_of_lane(2 * i + 1);
   }
   const Words multipliers[2] = {words(PHILOX_MULTIPLIERS[0]), words(PHILOX_MULTIPLIERS[1])};
   for (int64_t i = 0; i < count; i += 4 * LANES) {

@@ -1,0 +1,62 @@
+# Everything runs in .venv, which the first target that needs it creates.
+
+PYTHON ?= python3
+# The build of torch that a new .venv gets. A GPU machine may want another: `make demo TORCH=torch`.
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench format clean
+# Two targets at once would run two pips in the same environment.
+.NOTPARALLEL:
+
+help: ## List the targets
+	@awk -F ': .*## ' '/^[a-z]+:.* ## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## Draw digits and fashion items with the bundled models into demo/
+	$(BIN)/fastddim demo --out demo
+
+test: $(VENV)/.installed-dev ## Run the tests
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-dev ## Check format, style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+ifneq ($(CXX_FILES),)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+endif
+
+format: $(VENV)/.installed-dev ## Format the code in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+ifneq ($(CXX_FILES),)
+	$(BIN)/clang-format -i $(CXX_FILES)
+endif
+
+bench: $(VENV)/.installed-dev ## Run the benchmarks
+	$(BIN)/pytest benchmarks
+
+clean: ## Remove build products and caches, but not .venv
+	rm -rf build dist demo *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -exec rm -rf {} +
+
+# torch comes first and on its own: it decides what the package is built against, and the package's
+# own requirement would take whichever build of torch is the newest.
+$(VENV)/.torch:
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "setuptools>=77" "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)
+	$(PIP) install --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)
+	$(PIP) install --no-build-isolation -e ".[test,lint]"
+	touch $(VENV)/.installed $@

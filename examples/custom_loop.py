@@ -1,0 +1,54 @@
+"""A loop of your own around `fastddim.step`: complete an image of which one half is known.
+
+After every step the known half is put back, noised to where the state is. Planners and robot
+policies fix the current state of a trajectory in the same way.
+
+python examples/custom_loop.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fastddim
+from fastddim import images
+
+STEPS, ETA, COMPLETIONS = 100, 1.0, 12
+
+
+def complete(model: fastddim.models.UNet, known: Tensor, mask: Tensor, *, seed: int) -> Tensor:
+    """Samples that equal `known` `[B, C, H, W]` wherever `mask` is True."""
+    schedule = model.schedule
+    timesteps = fastddim.select_timesteps(schedule.T, STEPS).tolist()
+    a = schedule.alphas_cumprod.tolist()
+    x = fastddim.philox.initial_latents(known.shape, seed)
+    for s, t in enumerate(timesteps):
+        last = s == STEPS - 1
+        eps = model(x, torch.full((len(x),), t))
+        alpha_prev = 1.0 if last else a[timesteps[s + 1]]
+        fastddim.step(x, eps, a[t], alpha_prev, eta=ETA, seed=seed, step_index=s, out=x)
+        noised = known if last else schedule.add_noise(known, timesteps[s + 1], seed=seed)
+        x = torch.where(mask, noised, x)
+    return x
+
+
+def main() -> None:
+    model = fastddim.models.load("digits")
+    whole = fastddim.sample(model, 50, seed=0)
+    top = torch.zeros(8, 8, dtype=torch.bool)
+    top[:4] = True
+    known = whole.repeat(COMPLETIONS, 1, 1, 1)
+    x = complete(model, known, top, seed=1)
+    assert torch.equal(x[:, :, :4], known[:, :, :4])
+    out = Path("runs/custom_loop.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shown = torch.cat([whole, torch.where(top, whole, 0.0), x])
+    images.save_png(out, images.grid(images.to_uint8(shown), 7, scale=8))
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

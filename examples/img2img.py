@@ -1,0 +1,59 @@
+"""Start from an image instead of noise: a sketch becomes a digit.
+
+The sketch is noised to a timestep t and denoised from there. The higher t, the less of it is left.
+Each row of the picture is one draw of the noise: first the sketch, then what it becomes from t = 200, 400, ….
+
+python examples/img2img.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fastddim
+from fastddim import images
+
+SKETCH = """
+. . # # # # . .
+. . . . . # . .
+. . . . . # . .
+. . . # # # . .
+. . . . . # . .
+. . . . . # . .
+. . . . . # . .
+. . # # # # . .
+"""
+STARTS = (200, 400, 600, 800)
+VARIATIONS = 4
+
+
+def read_sketch() -> Tensor:
+    """float32 `[1, 1, 8, 8]` in [−1, 1]."""
+    pixels = [[1.0 if mark == "#" else -1.0 for mark in row.split()] for row in SKETCH.split("\n")]
+    return torch.tensor([row for row in pixels if row])[None, None]
+
+
+def vary(model: fastddim.models.UNet, x_0: Tensor, start: int) -> Tensor:
+    """Noise `x_0` to the first timestep up to `start`, and denoise from there."""
+    every = fastddim.select_timesteps(model.schedule.T, 100).tolist()
+    timesteps = [t for t in every if t <= start]
+    x_t = model.schedule.add_noise(x_0, timesteps[0], seed=0)
+    return fastddim.sample(model, timesteps, x_T=x_t)
+
+
+def main() -> None:
+    model = fastddim.models.load("digits")
+    sketch = read_sketch().repeat(VARIATIONS, 1, 1, 1)
+    columns = [sketch, *(vary(model, sketch, start) for start in STARTS)]
+    table = torch.stack(columns, dim=1).flatten(0, 1)
+    out = Path("runs/img2img.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    images.save_png(out, images.grid(images.to_uint8(table), len(columns), scale=8))
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The library run in batches; a batch size never changes the noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+import fastddim
+from fastddim import backends
+from fastddim.cli.options import Machine, shows_progress
+from fastddim.cli.program import usage_errors
+from fastddim.cli.sources import Source
+from fastddim.plan import Update, make_inversion_plan
+
+
+class Drawing:
+    """Sampling whose options are checked before anything is drawn.
+
+    Raises:
+        click.UsageError: `arguments`, those of `fastddim.Sampler`, are refused.
+    """
+
+    def __init__(
+        self, source: Source, machine: Machine, count: int, arguments: Mapping[str, Any]
+    ) -> None:
+        self._source, self._machine, self._count = source, machine, count
+        self._arguments = arguments
+        self._sampler = cache(self._new_sampler)
+        self._sampler(min(count, machine.batch_size))
+
+    def batches(
+        self, *, seed: int = 0, sample_offset: int = 0, latents: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """All samples `[b, C, H, W]`, one batch at a time.
+
+        Args:
+            latents: `[count, C, H, W]` to start from instead of the seed's.
+        """
+        for start, stop in _spans("sampling", self._count, self._machine):
+            x_T = None if latents is None else _state(latents[start:stop], self._machine)
+            samples = self._sampler(stop - start)(
+                seed=seed,
+                sample_offset=sample_offset + start,
+                x_T=x_T,
+                progress=_shows_steps(self._count, self._machine),
+            )
+            assert isinstance(samples, Tensor)
+            yield samples
+
+    def _new_sampler(self, batch: int) -> fastddim.Sampler:
+        with usage_errors():
+            return fastddim.Sampler(
+                self._source.model,
+                shape=(batch, *self._source.sample_shape),
+                schedule=self._source.schedule,
+                prediction=self._source.prediction,
+                device=self._machine.torch_device,
+                dtype=self._machine.torch_dtype,
+                impl=self._machine.impl,
+                **self._arguments,
+            )
+
+
+class Encoding:
+    """Inversion whose options are checked before anything is computed.
+
+    Raises:
+        click.UsageError: `walk`, the steps of `fastddim.invert`, is refused.
+    """
+
+    def __init__(self, source: Source, machine: Machine, walk: Mapping[str, Any]) -> None:
+        self._source, self._machine, self._walk = source, machine, walk
+        update = Update(prediction=source.prediction)
+        with usage_errors():
+            make_inversion_plan(source.schedule, update=update, **walk)
+            backends.choose(machine.impl, machine.torch_device)
+
+    def batches(self, x_0: Tensor) -> Iterator[Tensor]:
+        """The latents of `x_0` `[N, C, H, W]`, one batch at a time."""
+        count = len(x_0)
+        for start, stop in _spans("encoding", count, self._machine):
+            latents = fastddim.invert(
+                self._source.model,
+                _state(x_0[start:stop], self._machine),
+                schedule=self._source.schedule,
+                prediction=self._source.prediction,
+                impl=self._machine.impl,
+                progress=_shows_steps(count, self._machine),
+                **self._walk,
+            )
+            assert isinstance(latents, Tensor)
+            yield latents
+
+
+def _state(x: Tensor, machine: Machine) -> Tensor:
+    return x.to(machine.torch_device, machine.torch_dtype)
+
+
+def _spans(task: str, count: int, machine: Machine) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each batch, with one bar for all where there are several."""
+    size = machine.batch_size
+    hidden = count <= size or not shows_progress(machine.progress)
+    with tqdm(total=count, desc=task, unit="image", disable=hidden) as bar:
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            yield start, stop
+            bar.update(stop - start)
+
+
+def _shows_steps(count: int, machine: Machine) -> bool:
+    return count <= machine.batch_size and shows_progress(machine.progress)

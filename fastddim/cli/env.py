@@ -1,0 +1,113 @@
+"""`fastddim env`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import click
+import torch
+
+import fastddim
+from fastddim import backends, models
+
+PACKAGES = ("torch", "numpy", "safetensors", "pillow", "click", "tqdm", "triton", "diffusers")
+
+
+@click.command(
+    "env",
+    epilog="""\b
+Examples:
+  fastddim env
+  fastddim env --json | jq '.backends[] | select(.available)'""",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(as_json: bool) -> None:
+    """Show what works on this machine.
+
+    That is versions, devices, and each backend: available, or why not.
+    """
+    report = collect()
+    click.echo(json.dumps(report, indent=2) if as_json else _as_text(report))
+
+
+def collect() -> dict[str, Any]:
+    """What the command prints: names of versions, packages, devices, backends and models."""
+    devices = _devices()
+    return {
+        "fastddim": fastddim.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "devices": devices,
+        "backends": [
+            _backend(name, device["device"]) for name in backends.BACKENDS for device in devices
+        ],
+        "models": list(models.available()),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    cpu = {
+        "device": "cpu",
+        "name": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+    return [cpu, *(_cuda_device(i) for i in range(torch.cuda.device_count()))]
+
+
+def _cuda_device(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "device": f"cuda:{index}",
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+    }
+
+
+def _backend(name: str, device: str) -> dict[str, Any]:
+    reason = backends.BACKENDS[name].unavailable(torch.device(device))
+    return {"backend": name, "device": device, "available": reason is None, "reason": reason}
+
+
+def _as_text(report: dict[str, Any]) -> str:
+    packages = {name: version or "not installed" for name, version in report["packages"].items()}
+    lines = [
+        f"fastddim     {report['fastddim']}",
+        f"python       {report['python']}",
+        f"platform     {report['platform']}",
+        *(f"{name:12} {version}" for name, version in packages.items()),
+        f"torch's CUDA {report['cuda'] or 'none'}",
+        f"models       {', '.join(report['models'])}",
+        "",
+        "devices",
+        *(f"  {_device_line(device)}" for device in report["devices"]),
+        "",
+        "backends, fastest first",
+        *(
+            f"  {b['backend']:10} {b['device']:7} "
+            + ("available" if b["available"] else f"not available: {b['reason']}")
+            for b in report["backends"]
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _device_line(device: dict[str, Any]) -> str:
+    if "threads" in device:
+        rest = f"{device['threads']} threads"
+    else:
+        rest = f"{device['memory_bytes'] / 2**30:.0f} GiB"
+    return f"{device['device']:7} {device['name']}, {device['capability']}, {rest}"

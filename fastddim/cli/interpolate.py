@@ -1,0 +1,93 @@
+"""`fastddim interpolate`."""
+
+from __future__ import annotations
+
+import click
+import torch
+from torch import Tensor
+
+from fastddim import philox
+from fastddim.api import slerp
+from fastddim.cli.drawing import Drawing
+from fastddim.cli.files import open_sink
+from fastddim.cli.options import (
+    Machine,
+    Walk,
+    integers,
+    machine_options,
+    prediction_option,
+    scale_option,
+    walk_options,
+)
+from fastddim.cli.program import usage_errors
+from fastddim.cli.sources import load
+from fastddim.images import to_uint8
+
+STRIP, CORNERS = 2, 4
+
+
+@click.command(
+    "interpolate",
+    epilog="""\b
+Examples:
+  fastddim interpolate digits --seeds 3,8
+  fastddim interpolate fashion --seeds 1,2,3,4 --frames 7 --out square.png""",
+)
+@click.argument("model")
+@click.option(
+    "--seeds",
+    callback=integers,
+    metavar="INT,INT,...",
+    default="0,1",
+    help="Two seeds for the ends of a strip, or four for the corners of a square (top left, top "
+    "right, bottom left, bottom right).",
+)
+@click.option(
+    "--frames", type=click.IntRange(min=2), default=9, help="Images from one end to the other."
+)
+@walk_options
+@prediction_option
+@click.option(
+    "--out",
+    default="interpolation.png",
+    help="A grid (.png), an archive (.npz) or a folder, as in 'fastddim sample'.",
+)
+@scale_option
+@machine_options
+def command(
+    model: str,
+    seeds: list[int],
+    frames: int,
+    walk: Walk,
+    prediction: str | None,
+    out: str,
+    scale: int | None,
+    machine: Machine,
+) -> None:
+    """Draw the images between two or four images of MODEL.
+
+    The latents of the seeds are mixed by spherical interpolation and decoded with DDIM. The end of
+    seed s is the first image of 'fastddim sample --seed s'. MODEL is as in 'fastddim sample'.
+    """
+    if len(seeds) not in (STRIP, CORNERS):
+        raise click.UsageError(f"--seeds: expected two or four seeds, got {len(seeds)}")
+    source = load(model, machine.torch_device, prediction)
+    with usage_errors():
+        ends = philox.initial_latents((len(seeds), *source.sample_shape), seeds)
+    latents = mixed(ends, frames)
+    drawing = Drawing(source, machine, len(latents), walk.arguments())
+    sink = open_sink(out, first=0, columns=frames, scale=scale)
+    for samples in drawing.batches(latents=latents):
+        sink.add(to_uint8(samples))
+    sink.finish()
+    click.echo(out)
+
+
+def mixed(ends: Tensor, frames: int) -> Tensor:
+    """Latents `[frames, …]` between two ends, or row by row `[frames·frames, …]` between four."""
+    weights = torch.linspace(0, 1, frames, dtype=torch.float64)
+    if len(ends) == STRIP:
+        return slerp(ends[:1], ends[1:], weights).flatten(0, 1)
+    left = slerp(ends[0:1], ends[2:3], weights).flatten(0, 1)
+    right = slerp(ends[1:2], ends[3:4], weights).flatten(0, 1)
+    return slerp(left, right, weights).transpose(0, 1).flatten(0, 1)

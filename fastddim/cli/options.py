@@ -1,0 +1,209 @@
+"""Options that several commands share, each group handed to the command as one object."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import click
+import torch
+from click.core import ParameterSource
+
+from fastddim.plan import PREDICTIONS, SPACINGS
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+SEED = click.IntRange(0, 2**64 - 1)
+
+
+def integers(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    """The callback of an option that takes integers separated by commas."""
+    try:
+        return None if value is None else [int(part) for part in value.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(
+            f"expected integers separated by commas, got {value!r}", ctx, param
+        ) from error
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Which timesteps are visited."""
+
+    steps: int
+    timesteps: list[int] | None
+    spacing: str
+    steps_offset: int
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `fastddim.sample` and `invert` that say so.
+
+        Raises:
+            click.UsageError: timesteps and a way to choose them are both given.
+        """
+        if self.timesteps is None:
+            return {
+                "steps": self.steps,
+                "spacing": self.spacing,
+                "steps_offset": self.steps_offset,
+            }
+        ctx = click.get_current_context()
+        for name in ("steps", "spacing", "steps_offset"):
+            if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+                option = name.replace("_", "-")
+                raise click.UsageError(f"--timesteps: expected no --{option} beside it")
+        return {"steps": self.timesteps}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how the computation runs."""
+
+    batch_size: int
+    device: str
+    dtype: str
+    impl: str
+    progress: bool | None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @functools.cached_property
+    def torch_device(self) -> torch.device:
+        """See `working_device`."""
+        return working_device(self.device)
+
+
+def working_device(name: str = "auto") -> torch.device:
+    """The device of that name, tried out; "auto" is CUDA where there is any, else the CPU.
+
+    Raises:
+        click.UsageError: it is unknown, or cannot be used here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    # A torch without CUDA raises AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise click.UsageError(
+            f"--device: expected a device that works here, got {name!r}: {reason}"
+        ) from error
+    return device
+
+
+def shows_progress(asked: bool | None = None) -> bool:
+    """As asked for, or else where somebody watches."""
+    return sys.stderr.isatty() if asked is None else asked
+
+
+def bundled(
+    name: str, kind: type[Any], options: Sequence[Callable[[Any], Any]]
+) -> Callable[[Command], Command]:
+    """A decorator that adds `options` and passes their values as one `kind` under `name`."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def collected(**values: Any) -> Any:
+            taken = {field.name: values.pop(field.name) for field in fields(kind)}
+            return command(**{name: kind(**taken)}, **values)
+
+        decorated: Any = collected
+        for option in reversed(options):
+            decorated = option(decorated)
+        result: Command = decorated
+        return result
+
+    return decorate
+
+
+walk_options = bundled(
+    "walk",
+    Walk,
+    [
+        click.option("--steps", type=int, default=50, help="Number of sampling steps."),
+        click.option(
+            "--timesteps",
+            callback=integers,
+            metavar="INT,INT,...",
+            show_default="chosen by --steps and --spacing",
+            help="The timesteps themselves, decreasing.",
+        ),
+        click.option(
+            "--spacing",
+            type=click.Choice(SPACINGS),
+            default="uniform",
+            help="How --steps timesteps are chosen out of the model's.",
+        ),
+        click.option(
+            "--steps-offset", type=int, default=0, help="Added to every timestep of 'leading'."
+        ),
+    ],
+)
+
+machine_options = bundled(
+    "machine",
+    Machine,
+    [
+        click.option(
+            "--batch-size",
+            type=click.IntRange(min=1),
+            default=64,
+            help="Images computed at a time; the noise does not depend on it.",
+        ),
+        click.option(
+            "--device",
+            default="auto",
+            show_default="cuda where there is one, else cpu",
+            help="Where to compute: cpu, cuda, cuda:1, ...",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(DTYPES),
+            default="float32",
+            help="Type of the state; the model computes in the type of its weights.",
+        ),
+        click.option(
+            "--impl",
+            default="auto",
+            show_default="the fastest that works here",
+            help="Backend of the update, used or refused with the reason; see 'fastddim env'.",
+        ),
+        click.option(
+            "--progress/--no-progress",
+            default=None,
+            show_default="where stderr is a terminal",
+            help="Show a progress bar on stderr.",
+        ),
+    ],
+)
+
+prediction_option = click.option(
+    "--prediction",
+    type=click.Choice(PREDICTIONS),
+    default=None,
+    show_default="what the model says, else epsilon",
+    help="What the model predicts.",
+)
+
+columns_option = click.option(
+    "--columns",
+    type=click.IntRange(min=1),
+    show_default="about square",
+    help="Images per row of a grid.",
+)
+
+scale_option = click.option(
+    "--scale",
+    type=click.IntRange(min=1),
+    show_default="small images to 64 pixels",
+    help="Enlarge the images of a grid by a whole factor.",
+)

@@ -1,0 +1,66 @@
+"""Small trained diffusion models that ship with fastddim, and files of the same kind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from fastddim.models.files import MODEL, RECORD, WEIGHTS, read, refuse_links, save
+from fastddim.models.unet import UNet, UNetConfig
+
+__all__ = ["UNet", "UNetConfig", "available", "load", "save"]
+
+_BUNDLED = Path(__file__).parent / "weights"
+
+
+def available() -> tuple[str, ...]:
+    """Names of the bundled models."""
+    return tuple(sorted(path.stem for path in _BUNDLED.glob("*" + WEIGHTS)))
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> UNet:
+    """A trained model, ready to sample from.
+
+    Args:
+        name_or_path: one of `available()`, a `.safetensors` file, or a folder written by `save`
+            (and so by `examples/train.py`). Where a folder has a bundled model's name, write
+            `./digits` for the folder.
+        device: default the CPU.
+        dtype: of the parameters, default float32 (they are stored as float16).
+
+    Returns:
+        The model in eval mode and without gradients. It carries `sample_shape` (C, H, W),
+        `schedule` and `prediction`, so that `fastddim.sample(model, 50)` needs no more.
+
+    Raises:
+        FileNotFoundError: a file of the model is missing.
+        ValueError: an unknown name, a corrupt file, weights that do not fit the architecture, or a
+            file that is a link out of its folder.
+        TypeError: `dtype` is not a floating-point dtype.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+    model = read(_locate(name_or_path)).eval().requires_grad_(False)
+    return model.to(device=device, dtype=dtype)
+
+
+def _locate(name_or_path: str | os.PathLike[str]) -> Path:
+    if name_or_path in available():
+        return _BUNDLED / f"{name_or_path}{WEIGHTS}"
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / (MODEL + WEIGHTS)
+    elif path.suffix != WEIGHTS:
+        raise ValueError(
+            f"name_or_path: expected one of {', '.join(available())}, a {WEIGHTS} file or a folder "
+            f"with {MODEL}{WEIGHTS} and {MODEL}{RECORD}, got {str(name_or_path)!r}"
+        )
+    refuse_links(path)
+    return path

@@ -1,0 +1,68 @@
+"""What `import fastddim` does, and what it leaves alone, each in a process of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+LEAN_IMPORT = """
+import sys
+import warnings
+
+import torch
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("import fastddim asked for CUDA")
+
+
+torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = refuse
+warnings.simplefilter("error")
+before = set(sys.modules)
+import fastddim
+
+added = set(sys.modules) - before
+expected = {*sys.stdlib_module_names, "fastddim", "numpy", "torch"}
+assert not {name for name in added if name.partition(".")[0] not in expected}, added
+assert not {name for name in added if name.startswith(("torch._dynamo", "torch._inductor"))}, added
+"""
+
+WITHOUT_OPTIONAL_PACKAGES = """
+import sys
+
+for name in ("diffusers", "matplotlib", "scipy", "sklearn", "triton"):
+    sys.modules[name] = None
+
+import fastddim
+
+x = fastddim.sample(lambda x, t: 0.5 * x, 3, shape=(2, 1, 4, 4))
+assert x.shape == (2, 1, 4, 4)
+assert x.isfinite().all()
+"""
+
+
+def test_import_takes_torch_and_nothing_else(run_python, tmp_path):
+    result = run_python("-c", LEAN_IMPORT, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout + result.stderr == ""
+
+
+def test_samples_without_the_optional_packages(run_python, tmp_path):
+    result = run_python("-c", WITHOUT_OPTIONAL_PACKAGES, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout + result.stderr == ""
+
+
+def test_kernels_is_refused_as_a_top_level_package(run_python):
+    result = run_python("-c", "import kernels", cwd=ROOT)
+    assert result.returncode == 1
+    assert "ImportError: this folder is the package 'fastddim.kernels'" in result.stderr
+
+
+def test_diffusers_imports_from_the_repository_root(run_python):
+    # diffusers looks for a package named `kernels`, and from here it finds this repository's.
+    code = "from diffusers import DDIMScheduler, UNet2DModel; print(UNet2DModel.__name__)"
+    result = run_python("-c", code, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "UNet2DModel\n"

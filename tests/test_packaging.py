@@ -1,0 +1,191 @@
+"""The sdist, its wheels and the editable install, built from a copy of the checkout."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+DRAW_WITH_EACH_MODEL = """
+import json
+import sys
+
+import fastddim
+import fastddim.kernels
+
+for name in ("digits", "fashion"):
+    model = fastddim.models.load(name)
+    assert fastddim.sample(model, 2, impl=sys.argv[1]).isfinite().all()
+print(json.dumps([fastddim.__file__, fastddim.kernels.__file__]))
+"""
+
+IMPORTED_BY_PYTEST = """
+import os
+
+import fastddim
+import fastddim.kernels
+
+
+def test_the_wheel_is_tested():
+    assert fastddim.__file__.startswith(os.environ["PYTHONPATH"])
+    assert fastddim.kernels.__file__.startswith(os.environ["PYTHONPATH"])
+"""
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def contents(wheel: Path) -> dict[str, int]:
+    """CRC of each file that the wheel installs, its own metadata aside."""
+    with zipfile.ZipFile(wheel) as archive:
+        found = {info.filename: info.CRC for info in archive.infolist()}
+    return {name: crc for name, crc in found.items() if ".dist-info/" not in name}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """What a clone holds, without what is built or written there."""
+    folder = tmp_path_factory.mktemp("source") / "checkout"
+    products = (".*", "*.egg-info", "*.so", "__pycache__", "build", "demo", "dist", "runs")
+    return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*products))
+
+
+@pytest.fixture(scope="module")
+def build(checkout, run_python, tmp_path_factory):
+    def build(*options, env=None):
+        folder = tmp_path_factory.mktemp("build")
+        source = shutil.copytree(checkout, folder / "source")
+        options = ("--no-isolation", "--outdir", folder, *options)
+        result = run_python("-m", "build", *options, source, cwd=folder, env=env)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def sdist_and_wheel(build):
+    """An sdist, and the wheel that `build` makes of it."""
+    folder = build()
+    return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist_and_wheel):
+    return sdist_and_wheel[1]
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(build):
+    return next(build("--wheel", env={"FASTDDIM_BUILD_EXT": "0"}).glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def install(run_python, tmp_path_factory):
+    def install(wheel):
+        folder = tmp_path_factory.mktemp("installed")
+        options = ("--no-deps", "--no-index", "--target", folder)
+        result = run_python("-m", "pip", "install", *options, wheel, cwd=folder)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return folder
+
+    return install
+
+
+@pytest.fixture(scope="module")
+def installed(install, wheel):
+    return install(wheel)
+
+
+@pytest.fixture
+def draw_with_each_model(run_python, tmp_path):
+    def draw(installed, impl):
+        """Draw from an empty folder, and say where the packages came from."""
+        env = {"PYTHONPATH": str(installed)}
+        result = run_python("-c", DRAW_WITH_EACH_MODEL, impl, cwd=tmp_path, env=env)
+        assert result.returncode == 0, result.stderr
+        return [Path(file).relative_to(installed).as_posix() for file in json.loads(result.stdout)]
+
+    return draw
+
+
+def test_sdist_holds_the_checkout(checkout, sdist_and_wheel):
+    with tarfile.open(sdist_and_wheel[0]) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert files(checkout) <= held
+
+
+def test_wheel_holds_the_whole_package_and_nothing_else(checkout, wheel):
+    package = {f"fastddim/{name}" for name in files(checkout / "fastddim")}
+    kernels = {f"fastddim/kernels/{name}" for name in files(checkout / "kernels")}
+    held = set(contents(wheel))
+    assert held == package | kernels | {"fastddim/_C.abi3.so"}
+    assert {"fastddim/py.typed", "fastddim/models/weights/digits.safetensors"} <= held
+
+
+def test_wheel_serves_every_python_from_the_oldest_supported(wheel):
+    assert "-cp310-abi3-" in wheel.name
+
+
+def test_wheel_names_its_licence_and_its_command(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        information = zipfile.Path(archive) / f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"
+        assert (information / "licenses/LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+        assert "License-Expression: Apache-2.0\n" in (information / "METADATA").read_text()
+        commands = (information / "entry_points.txt").read_text()
+    assert "[console_scripts]\nfastddim = fastddim.cli:main\n" in commands
+
+
+def test_pure_wheel_differs_in_the_extension_alone(wheel, pure_wheel):
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+    compiled = contents(wheel)
+    del compiled["fastddim/_C.abi3.so"]
+    assert contents(pure_wheel) == compiled
+
+
+def test_installed_wheel_works(installed, draw_with_each_model):
+    imported = draw_with_each_model(installed, "cpu")
+    assert imported == ["fastddim/__init__.py", "fastddim/kernels/__init__.py"]
+
+
+def test_installed_pure_wheel_works(install, pure_wheel, draw_with_each_model):
+    imported = draw_with_each_model(install(pure_wheel), "reference")
+    assert imported == ["fastddim/__init__.py", "fastddim/kernels/__init__.py"]
+
+
+def test_installed_command_runs(installed, run_python, tmp_path):
+    command = installed / "bin/fastddim"
+    result = run_python(command, "--help", cwd=tmp_path, env={"PYTHONPATH": str(installed)})
+    assert result.returncode == 0, result.stderr
+    assert "fastddim sample digits" in result.stdout
+
+
+def test_pytest_in_the_checkout_tests_the_installed_wheel(
+    checkout, installed, run_python, tmp_path
+):
+    source = shutil.copytree(checkout, tmp_path / "checkout")
+    test = source / "tests/test_imported.py"
+    test.write_text(IMPORTED_BY_PYTEST)
+    # As the command `pytest` does: `python -m pytest` would put the checkout itself on the path.
+    code = "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main(sys.argv[1:]))"
+    result = run_python("-c", code, test, cwd=source, env={"PYTHONPATH": str(installed)})
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_editable_install_resolves_kernels(run_python, tmp_path):
+    url = importlib.metadata.distribution("fastddim").read_text("direct_url.json") or "{}"
+    if not json.loads(url).get("dir_info", {}).get("editable"):
+        pytest.skip("fastddim is not installed in editable mode")
+    result = run_python(
+        "-c", "import fastddim.kernels; print(fastddim.kernels.__file__)", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{ROOT / 'kernels/__init__.py'}\n"

@@ -1,0 +1,191 @@
+"""`examples/train.py`: its data, its steps and its checkpoints, on runs of a few steps."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import itertools
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastddim import models
+
+TRAIN = Path(__file__).parents[1] / "examples" / "train.py"
+
+
+@pytest.fixture(scope="module")
+def train() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train", TRAIN)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tiny(train: ModuleType) -> Any:
+    """A recipe with the parts of the real ones: autocast, channels-last weights, several epochs."""
+    config = models.UNetConfig(sample_shape=(1, 8, 8), channels=(8, 16))
+    return train.Recipe(config, steps=6, batch=8, learning_rate=1e-2, warmup=2, bfloat16=True)
+
+
+@pytest.fixture
+def data(train: ModuleType) -> Any:
+    images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return train.Data(images[:15], images[15:], {"name": "noise", "licence": "none"})
+
+
+def run(train: ModuleType, recipe: Any, data: Any, out: Path, *, resume: bool = False) -> None:
+    train.train("digits", recipe, data, out, checkpoint_every=2, resume=resume)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    train: ModuleType, tiny: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(train, tiny, data, tmp_path / "whole")
+
+    train_step = train.Trainer.train_step
+
+    def interrupted(trainer: Any, images: torch.Tensor) -> float:
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        loss: float = train_step(trainer, images)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(train, tiny, data, tmp_path / "parts")
+    torch.manual_seed(123)
+    run(train, tiny, data, tmp_path / "parts", resume=True)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    name = "model.safetensors"
+    assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    records = [json.loads((folder / "model.json").read_text()) for folder in (whole, parts)]
+    for record in records:
+        del record["training"]["minutes"]
+    assert records[0] == records[1]
+    assert list(records[0]["training"]["loss_at_step"]) == ["2", "4", "6"]
+
+
+def test_the_result_loads_and_has_learnt(
+    train: ModuleType, tiny: Any, data: Any, tmp_path: Path
+) -> None:
+    constant = train.Data(torch.full((4, 1, 8, 8), 0.5), torch.full((2, 1, 8, 8), 0.5), data.source)
+    run(train, replace(tiny, steps=40), constant, tmp_path)
+    record = json.loads((tmp_path / "model.json").read_text())
+    untrained = models.UNet(tiny.config, models.load(tmp_path).schedule).requires_grad_(False)
+    before = train.held_out_loss(untrained, constant.held_out)[100]
+    few, many = record["quality"]["held_out_epsilon_loss"]
+    assert few["images"] == many["images"] == 2
+    assert few["at_timestep"]["100"] < 0.5 * before
+    assert record["training"]["steps_done"] == 40
+
+
+def test_a_finished_run_is_only_exported_again(
+    train: ModuleType, tiny: Any, data: Any, tmp_path: Path
+) -> None:
+    run(train, tiny, data, tmp_path)
+    weights, record = ((tmp_path / f"model.{end}").read_bytes() for end in ("safetensors", "json"))
+    (tmp_path / "model.json").unlink()
+    run(train, tiny, data, tmp_path, resume=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+    assert (tmp_path / "model.json").read_bytes() == record
+
+
+def test_refusals(train: ModuleType, tiny: Any, data: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no .*checkpoint.safetensors to resume"):
+        run(train, tiny, data, tmp_path / "out", resume=True)
+    assert not list(tmp_path.iterdir())
+    run(train, replace(tiny, steps=2), data, tmp_path)
+    with pytest.raises(SystemExit, match="exists: continue it with --resume"):
+        run(train, tiny, data, tmp_path)
+    with pytest.raises(SystemExit, match="is of another recipe"):
+        run(train, tiny, data, tmp_path, resume=True)
+
+
+def test_an_epoch_visits_every_image_once(train: ModuleType, tiny: Any) -> None:
+    images = torch.arange(24.0).view(24, 1, 1, 1)
+    epochs = [
+        torch.cat([train.draw_batch(tiny, images, step)[0] for step in steps]).flatten()
+        for steps in (range(3), range(3, 6))
+    ]
+    for epoch in epochs:
+        assert torch.equal(epoch.sort().values, torch.arange(24.0))
+    assert not torch.equal(*epochs)
+
+
+def test_timesteps_cover_the_schedule_evenly(train: ModuleType, tiny: Any) -> None:
+    recipe = replace(tiny, batch=50)
+    drawn = torch.stack([train.draw_batch(recipe, torch.zeros(1, 1, 1, 1), i)[1] for i in range(9)])
+    assert drawn.dtype == torch.int64
+    assert torch.equal(drawn // 20, torch.arange(50).expand(9, 50))
+    assert len(drawn[:, 0].unique()) > 1
+
+
+def test_a_step_depends_on_the_seed(train: ModuleType, tiny: Any) -> None:
+    images = torch.arange(24.0).view(24, 1, 1, 1)
+    first, other = (train.draw_batch(replace(tiny, seed=s), images, 0) for s in (0, 1))
+    again = train.draw_batch(tiny, images, 0)
+    for a, b, c in zip(first, other, again, strict=True):
+        assert torch.equal(a, c)
+        assert not torch.equal(a, b)
+
+
+def test_learning_rate_rises_and_falls_to_zero(train: ModuleType, tiny: Any) -> None:
+    recipe = replace(tiny, steps=100, warmup=10, learning_rate=1.0)
+    rates = [train.learning_rate(recipe, step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] > 0.97
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+
+
+def test_digits_are_scaled_and_split(train: ModuleType) -> None:
+    data = train.digits_data()
+    assert data.train.shape == (1437, 1, 8, 8)
+    assert data.held_out.shape == (360, 1, 8, 8)
+    assert data.train.aminmax() == (-1, 1)
+
+
+def test_fashion_is_read_from_a_folder(train: ModuleType, tmp_path: Path) -> None:
+    with np.load(Path(__file__).parent / "data" / "fashion_test.npz") as stored:
+        images = stored["images"]
+    header = np.array([0x803, *images.shape], ">i4").tobytes()
+    for part, content in (("train", images), ("t10k", 255 - images)):
+        with gzip.open(tmp_path / f"{part}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(header + content.tobytes())
+    data = train.fashion_data(tmp_path)
+    expected = torch.from_numpy(images).float()[:, None] / 127.5 - 1
+    assert torch.equal(data.train, expected)
+    torch.testing.assert_close(data.held_out, -expected, rtol=0, atol=1e-6)
+
+
+def test_command_line_says_how_to_get_missing_data(run_python: Any, tmp_path: Path) -> None:
+    arguments = ("fashion", "--data", tmp_path / "none", "--out", tmp_path / "out")
+    result = run_python(TRAIN, *arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "apt-get install dataset-fashion-mnist" in result.stderr
+    assert "--data" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_command_line_trains(run_python: Any, tmp_path: Path) -> None:
+    result = run_python(TRAIN, "digits", "--steps", "2", "--out", tmp_path / "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "loss=" in result.stderr
+    record = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert record["training"]["steps_done"] == 2
+    assert [entry["images"] for entry in record["quality"]["held_out_epsilon_loss"]] == [64, 360]
+    assert models.load(tmp_path / "out").sample_shape == (1, 8, 8)
