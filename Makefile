@@ -40,7 +40,7 @@ ifneq ($(CXX_FILES),)
 endif
 
 bench: $(VENV)/.installed-dev ## Run the benchmarks
-	$(BIN)/pytest benchmarks
+	$(BIN)/pytest benchmarks -s
 
 clean: ## Remove build products and caches, but not .venv
 	rm -rf build dist demo *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -50,7 +50,7 @@ clean: ## Remove build products and caches, but not .venv
 # own requirement would take whichever build of torch is the newest.
 $(VENV)/.torch:
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(PIP) install "setuptools>=77" "$(TORCH)"
+	$(PIP) install "setuptools>=77" ninja "$(TORCH)"
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)

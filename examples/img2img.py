@@ -1,7 +1,7 @@
 """Start from an image instead of noise: a sketch becomes a digit.
 
 The sketch is noised to a timestep t and denoised from there. The higher t, the less of it is left.
-Each row of the picture is one draw of the noise: first the sketch, then what it becomes from t = 200, 400, ….
+Each row of the picture is one draw of the noise: the sketch, then the results from t = 200, 400, …
 
 python examples/img2img.py
 """

@@ -3,7 +3,7 @@
 `fastddim.sample(model, steps)` draws samples; `step` is one update for loops of your own.
 """
 
-from fastddim import models, philox
+from fastddim import models, philox, process
 from fastddim.api import invert, sample, slerp, step
 from fastddim.plan import select_timesteps
 from fastddim.sampler import Sampler
@@ -17,6 +17,7 @@ __all__ = [
     "invert",
     "models",
     "philox",
+    "process",
     "sample",
     "select_timesteps",
     "slerp",

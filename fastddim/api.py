@@ -30,6 +30,7 @@ from fastddim.sampler import (
     check_graph,
     check_initial,
     check_model,
+    check_watching,
     draw,
     resolve_device,
     resolve_schedule,
@@ -225,6 +226,7 @@ def invert(
         if isinstance(value, Tensor) or value != neutral:
             raise ValueError(f"{name}: expected {neutral} for an invertible step, got {value!r}")
     check_bool("check_finite", check_finite)
+    check_watching(progress, callback, return_trajectory)
     target = resolve_device(model, device, x_0)
     state_dtype = x_0.dtype if dtype is None else check_dtype("dtype", dtype)
     check_initial("x_0", x_0, tuple(x_0.shape), state_dtype, target)

@@ -3,12 +3,15 @@
 The update of every step is affine in the state x and the model output m (arXiv 2010.02502, eq. 9,
 12 and 16). With a = ᾱ_t and p = ᾱ of the next visited timestep (1 after the last):
 
-    x0  = clamp(cx·x + cm·m, −r, r)
-    eps = ex·x + em·m + e0·x0
-    x_prev = p0·x0 + pe·eps + ph·h + pn·z
+    x0 = cx·x + cm·m, clamped to [−r, r]
+    eps = ex·x + em·m, or (x − √a·x0)/√(1−a) where it is re-derived
+    x_prev = √p·x0 + √(1−p−σ²)·eps + pn·z
+
+so that, with the coefficients of x0, x and m in x_prev collected into k0, kx and km,
+
+    x_prev = k0·x0 + kx·x + km·m + pn·z + ph·h
 
 where z is noise and h, with its coefficient ph = 0 here, room for an earlier model output.
-
 `coefficient_row` is where these numbers come from; `reference.update` and the kernels are where
 they are used.
 """
@@ -52,11 +55,9 @@ class Row(NamedTuple):
     cx: Coefficient
     cm: Coefficient
     r: Coefficient
-    ex: Coefficient
-    em: Coefficient
-    e0: Coefficient
-    p0: Coefficient
-    pe: Coefficient
+    k0: Coefficient
+    kx: Coefficient
+    km: Coefficient
     pn: Coefficient
     g: Coefficient
     ph: Coefficient = 0.0
@@ -249,20 +250,18 @@ def coefficient_row(a: Coefficient, p: Coefficient, update: Update, *, where: st
             f"eta: expected 0 where alpha_prev < alpha_t, got eta = {_shown(update.eta)}{where}"
         )
     cx, cm, ex, em = _prediction_coefficients(a, update.prediction)
-    e0: Coefficient = 0.0
+    pe, pn = _deviations(a, p, update, where)
+    k0, kx, km = p**0.5, pe * ex, pe * em
     if update.rederive_eps:
-        ex, em, e0 = 1 / (1 - a) ** 0.5, 0.0, -(a**0.5) / (1 - a) ** 0.5
-    direction, noise = _deviations(a, p, update, where)
+        k0, kx, km = p**0.5 - pe * (a / (1 - a)) ** 0.5, pe / (1 - a) ** 0.5, 0.0
     return Row(
         cx=cx,
         cm=cm,
         r=math.inf if update.clip is None else update.clip,
-        ex=ex,
-        em=em,
-        e0=e0,
-        p0=p**0.5,
-        pe=direction,
-        pn=noise,
+        k0=k0,
+        kx=kx,
+        km=km,
+        pn=pn,
         g=1.0 if update.guidance_scale is None else update.guidance_scale,
     )
 
@@ -290,11 +289,9 @@ def inversion_row(a: Coefficient, p: Coefficient, update: Update, *, where: str 
         cx=cx / A,
         cm=cm - cx * B / A,
         r=math.inf,
-        ex=ex / A,
-        em=em - ex * B / A,
-        e0=0.0,
-        p0=a**0.5,
-        pe=(1 - a) ** 0.5,
+        k0=a**0.5,
+        kx=(1 - a) ** 0.5 * ex / A,
+        km=(1 - a) ** 0.5 * (em - ex * B / A),
         pn=0.0,
         g=1.0 if update.guidance_scale is None else update.guidance_scale,
     )

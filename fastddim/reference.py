@@ -1,12 +1,15 @@
 """The specification: one DDIM update in eager PyTorch.
 
-name here      paper (arXiv 2010.02502)                  where
-x              x_{τ_i}                                   eq. 12
-m              model output: ε_θ, or x_0, or v           eq. 9 for ε_θ
-x0             "predicted x_0", f_θ(x)                   eq. 9
-eps            "direction pointing to x_t" / √(1−ᾱ−σ²)   eq. 12
-p0, pe, pn     √ᾱ_prev, √(1 − ᾱ_prev − σ²), σ            eq. 12, 16
-g              classifier-free guidance scale            arXiv 2207.12598
+name here   paper (arXiv 2010.02502)                        where
+x           x_{τ_i}                                         eq. 12
+m           model output: ε_θ, or x_0, or v                 eq. 9 for ε_θ
+x0          "predicted x_0", f_θ(x)                         eq. 9
+k0, kx, km  √ᾱ_prev on x0, √(1 − ᾱ_prev − σ²) on ε_θ, both  eq. 12
+            written as coefficients of x0, x and m
+pn, noise   σ, z                                            eq. 12, 16
+g           classifier-free guidance scale                  arXiv 2207.12598
+
+`plan.coefficient_row` derives the coefficients.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ def update(
     dtype = compute_dtype(x.dtype)
     # The order is that of `plan.Row`.
     columns = rows.to(dtype).reshape(rows.shape + (1,) * (x.ndim - 1)).unbind(1)
-    cx, cm, r, ex, em, e0, p0, pe, pn, g, ph = columns
+    cx, cm, r, k0, kx, km, pn, g, ph = columns
     m = model_output.to(dtype)
     if x.ndim > 1 and m.shape[1] != x.shape[1]:
         m = m[:, : x.shape[1]]
@@ -42,8 +45,7 @@ def update(
         m = unconditional + g * (conditional - unconditional)
     state = x.to(dtype)
     x0 = (cx * state + cm * m).clamp(-r, r)
-    eps = ex * state + em * m + e0 * x0
-    x_prev = p0 * x0 + pe * eps
+    x_prev = k0 * x0 + kx * state + km * m
     if history is not None:
         x_prev = x_prev + ph * history.to(dtype)
     if noise is not None:

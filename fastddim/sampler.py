@@ -246,10 +246,7 @@ class Sampler:
         return_trajectory: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draw one batch, the caller's own; see `fastddim.sample` for the arguments."""
-        check_bool("progress", progress)
-        check_bool("return_trajectory", return_trajectory)
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
+        check_watching(progress, callback, return_trajectory)
         keys = philox.make_keys(
             seed, self.shape[0], sample_offset=sample_offset, device=self.device
         )
@@ -330,6 +327,13 @@ def check_initial(
 def check_model(model: Any) -> None:
     if not callable(model):
         raise TypeError(f"model: expected a callable model(x, t), got {type(model).__name__}")
+
+
+def check_watching(progress: Any, callback: Any, return_trajectory: Any) -> None:
+    check_bool("progress", progress)
+    check_bool("return_trajectory", return_trajectory)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
 
 
 def check_model_kwargs(model_kwargs: Any) -> dict[str, Any]:

@@ -34,6 +34,18 @@ def increasing(steps, spacing, T=T, **kwargs):
     return select_timesteps(T, steps, spacing, **kwargs).flip(0).numpy()
 
 
+def evaluate(row, x, m, z=0.0):
+    """(x_prev, x_0) of the affine form that a row, or a table's rows, stand for."""
+    row = Row(*(np.asarray(v, dtype=np.float64)[..., None] for v in row))
+    x_0 = np.clip(row.cx * x + row.cm * m, -row.r, row.r)
+    return row.k0 * x_0 + row.kx * x + row.km * m + row.pn * z, x_0
+
+
+def rows_of(plan):
+    """The rows of a plan as one Row of columns `[S]`."""
+    return Row(*plan.table.unbind(-1))
+
+
 def check_property(T, S, spacing):
     timesteps = select_timesteps(T, S, spacing)
     assert timesteps.dtype == torch.int64
@@ -167,39 +179,36 @@ def test_explicit_timesteps(given_steps):
 
 def test_previous_is_the_next_visited():
     """The ᾱ_prev of a step is that of the next visited timestep, 1 after the last."""
+    rng = np.random.default_rng(0)
+    x, m = rng.normal(size=(2, 20))
     a = linear_alphas()
     for steps in ([981, 500, 3], 7, 13, 333):
         for spacing in SPACINGS:
             plan = make_plan(LINEAR, steps, Update(), spacing=spacing)
-            p = np.append(a[plan.timesteps.numpy()[1:]], 1.0)
-            np.testing.assert_allclose(plan.table[:, Row._fields.index("p0")], p**0.5, rtol=1e-12)
-            np.testing.assert_allclose(
-                plan.table[:, Row._fields.index("pe")], (1 - p) ** 0.5, rtol=1e-12
-            )
+            visited = plan.timesteps.numpy()
+            assert plan.steps == len(visited)
+            previous = np.append(a[visited[1:]], 1.0)
+            own, own_x_0 = evaluate(rows_of(plan), x, m)
+            every = np.broadcast_to(x, (len(visited), 20)), np.broadcast_to(m, (len(visited), 20))
+            expected, x_0 = ddim_step(*every, a[visited], previous)
+            np.testing.assert_allclose(own, expected, rtol=1e-10, atol=1e-10)
+            np.testing.assert_allclose(own_x_0, x_0, rtol=1e-10, atol=1e-10)
 
 
-def test_coefficients_of_the_table():
-    """cx, cm, ex, em of each prediction type, as tabulated in the design."""
+def test_coefficients_of_x_0():
+    """As tabulated for each prediction type; no clipping and no guidance are infinity and 1."""
     for a in (0.9, 0.25, 1e-4):
-        signal, sigma = math.sqrt(a), math.sqrt(1 - a)
         expected = {
-            "epsilon": (1 / signal, -sigma / signal, 0.0, 1.0),
-            "sample": (0.0, 1.0, 1 / sigma, -signal / sigma),
-            "v_prediction": (signal, -sigma, sigma, signal),
+            "epsilon": (1 / math.sqrt(a), -math.sqrt(1 - a) / math.sqrt(a)),
+            "sample": (0.0, 1.0),
+            "v_prediction": (math.sqrt(a), -math.sqrt(1 - a)),
         }
         for prediction, values in expected.items():
             row = coefficient_row(a, 0.95, Update(prediction=prediction))
-            np.testing.assert_allclose((row.cx, row.cm, row.ex, row.em), values, rtol=1e-14)
-            assert row.r == math.inf
-            assert row.g == 1.0
-
-
-def evaluate(row, x, m, z):
-    """The affine form that a row stands for."""
-    row = Row(*(np.asarray(v, dtype=np.float64)[..., None] for v in row))
-    x_0 = np.clip(row.cx * x + row.cm * m, -row.r, row.r)
-    eps = row.ex * x + row.em * m + row.e0 * x_0
-    return row.p0 * x_0 + row.pe * eps + row.pn * z, x_0
+            np.testing.assert_allclose((row.cx, row.cm), values, rtol=1e-14)
+            assert (row.r, row.g, row.pn) == (math.inf, 1.0, 0.0)
+        row = coefficient_row(a, 0.95, Update(clip=2.5, guidance_scale=7.5))
+        assert (row.r, row.g) == (2.5, 7.5)
 
 
 STEPS = [(0.9999, 1.0), (0.9, 0.999), (0.5, 0.500001), (0.02, 0.7), (4e-5, 6e-5)]
@@ -325,9 +334,9 @@ class TestTooLargeEta:
         a, p = 0.2, 0.6
         limit = math.sqrt((1 - a) / (1 - a / p))
         row = coefficient_row(a, p, Update(eta=limit))
-        assert row.pe == pytest.approx(0.0, abs=1e-7)
+        assert row.km == pytest.approx(0.0, abs=1e-7)
         assert row.pn == pytest.approx(math.sqrt(1 - p), rel=1e-14)
-        assert not math.isnan(row.pe)
+        assert not math.isnan(row.km)
         with pytest.raises(ValueError, match=r"^eta: "):
             coefficient_row(a, p, Update(eta=limit * (1 + 1e-9)))
 
@@ -335,7 +344,7 @@ class TestTooLargeEta:
         """At η = 1 and ā_t = 0 the exact value is 0, whatever the rounding."""
         for p in np.linspace(0.001, 0.999, 999):
             row = coefficient_row(0.0, float(p), Update(eta=1.0, prediction="v_prediction"))
-            assert row.pe == pytest.approx(0.0, abs=1e-7)
+            assert row.kx == pytest.approx(0.0, abs=1e-7)
 
 
 class TestZeroTerminalSnr:
@@ -348,7 +357,9 @@ class TestZeroTerminalSnr:
             make_inversion_plan(self.schedule, 10, Update(), spacing="trailing")
 
     def test_epsilon_elsewhere_is_not(self):
-        assert make_plan(self.schedule, 10, Update()).table.isfinite().sum() > 0
+        plan = make_plan(self.schedule, 10, Update(clip=1.0))
+        assert plan.timesteps[0] == 900
+        assert plan.table.isfinite().all()
 
     @pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
     @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -375,7 +386,7 @@ class TestInversionPlan:
         rng = np.random.default_rng(2)
         x, m = rng.normal(size=(2, 100))
         for a, p in ((0.9999, 1.0), (0.5, 0.9), (0.02, 0.7)):
-            up, x_0 = evaluate(inversion_row(a, p, Update(prediction=prediction)), x, m, 0.0)
+            up, x_0 = evaluate(inversion_row(a, p, Update(prediction=prediction)), x, m)
             down, expected_x_0 = ddim_step(up, m, a, p, prediction=prediction)
             np.testing.assert_allclose(down, x, rtol=1e-12, atol=1e-12)
             np.testing.assert_allclose(x_0, expected_x_0, rtol=1e-12, atol=1e-12)
@@ -384,7 +395,7 @@ class TestInversionPlan:
         """Invertible from ᾱ < 1; refused from ᾱ = 1."""
         rng = np.random.default_rng(3)
         x, m = rng.normal(size=(2, 100))
-        up, _ = evaluate(inversion_row(0.5, 0.9, Update(prediction="sample")), x, m, 0.0)
+        up, _ = evaluate(inversion_row(0.5, 0.9, Update(prediction="sample")), x, m)
         down, _ = ddim_step(up, m, 0.5, 0.9, prediction="sample")
         np.testing.assert_allclose(down, x, rtol=1e-12, atol=1e-12)
         with pytest.raises(ValueError, match=r"^prediction: .*'sample'"):

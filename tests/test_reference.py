@@ -93,24 +93,35 @@ def test_coefficients_per_sample(prediction):
         np.testing.assert_allclose(own_x_0.numpy(), x_0, rtol=1e-12, atol=1e-11)
 
 
-def error_bound(x, m, z, a, p, eta, prediction, clip, rederive_eps, dtype, guidance=None):
+# (cx, cm, ex, em): x_0 = cx·x + cm·m and ε = ex·x + em·m.
+PREDICTION = {
+    "epsilon": lambda a: (1 / a**0.5, (1 - a) ** 0.5 / a**0.5, 0.0, 1.0),
+    "sample": lambda a: (0.0, 1.0, 1 / (1 - a) ** 0.5, (a / (1 - a)) ** 0.5),
+    "v_prediction": lambda a: (a**0.5, (1 - a) ** 0.5, (1 - a) ** 0.5, a**0.5),
+}
+
+
+def error_bound(x, m, z, a, p, eta, prediction, rederive_eps, dtype, guidance=None):
     """(bound of x_prev, bound of x_0): forward error of the float32 (float64) evaluation.
 
     Let u be the compute dtype's unit roundoff. Guidance takes three roundings of terms of size
-    |u| + |g|(|c| + |u|). Every coefficient is rounded once, every product once and every sum once,
-    so x_0 = cx·x + cm·m is off by at most (3 + 3)u of its terms' sizes (clamping only shrinks
-    errors), eps = ex·x + em·m + e0·x_0 by (4 + 6)u of its own, and x_prev by (4 + 10)u: 16 covers
-    the terms of order u² as well. One rounding to the state's dtype comes on top.
+    |u| + |g|(|c| + |u|). Every coefficient, product and sum is rounded once, so x_0 = cx·x + cm·m
+    is off by at most (3 + 3)u of its terms' sizes (clamping only shrinks errors), ε by (4 + 6)u of
+    its own, and x_prev by (4 + 10)u: 16 covers the terms of order u² as well. Collecting
+    coefficients beforehand only saves roundings. One rounding to the state's dtype comes on top.
     """
-    row = coefficient_row(a, p, Update(eta, "small", prediction, clip, rederive_eps, guidance))
     if guidance is None:
         m_size = np.abs(m)
     else:
         unconditional, conditional = np.split(np.abs(m), 2)
         m_size = unconditional + abs(guidance) * (conditional + unconditional)
-    x_0 = abs(row.cx) * np.abs(x) + abs(row.cm) * m_size
-    eps = abs(row.ex) * np.abs(x) + abs(row.em) * m_size + abs(row.e0) * x_0
-    x_prev = abs(row.p0) * x_0 + abs(row.pe) * eps + abs(row.pn) * np.abs(z)
+    cx, cm, ex, em = PREDICTION[prediction](a)
+    x_0 = cx * np.abs(x) + cm * m_size
+    eps = ex * np.abs(x) + em * m_size
+    if rederive_eps:
+        eps = (np.abs(x) + a**0.5 * x_0) / (1 - a) ** 0.5
+    sigma = eta * ((1 - p) / (1 - a) * (1 - a / p)) ** 0.5
+    x_prev = p**0.5 * x_0 + (1 - p - sigma**2) ** 0.5 * eps + sigma * np.abs(z)
     compute = UNIT[torch.float64 if dtype == torch.float64 else torch.float32]
     return 16 * compute * x_prev, 16 * compute * x_0
 
@@ -153,7 +164,7 @@ def test_one_output_rounding(dtype, prediction, guidance):
             z=wide(z),
         )
         bound, bound_x_0 = error_bound(
-            wide(x), wide(m), wide(z), a, p, eta, prediction, clip, rederive_eps, dtype, guidance
+            wide(x), wide(m), wide(z), a, p, eta, prediction, rederive_eps, dtype, guidance
         )
         for value, truth, computed in ((own, exact, bound), (own_x_0, exact_x_0, bound_x_0)):
             excess = np.abs(wide(value) - truth) - rounding(truth, dtype) - computed

@@ -267,7 +267,7 @@ def exact(case: Case, *, absolute: bool = False) -> tuple[np.ndarray, np.ndarray
     x_0 = row.cx * x + row.cm * m
     if not absolute:
         x_0 = np.clip(x_0, -row.r, row.r)
-    x_prev = row.p0 * x_0 + row.pe * (row.ex * x + row.em * m + row.e0 * x_0)
+    x_prev = row.k0 * x_0 + row.kx * x + row.km * m
     if case.history is not None:
         x_prev = x_prev + row.ph * extended(case.history)
     if case.keys is not None:

@@ -35,15 +35,15 @@ FASTDDIM_FN void store(T* to, V value) {
 template <class V, class T>
 FASTDDIM_FN Row<V> broadcast(const Row<T>& row) {
   V like{};
-  return {splat(like, row.cx), splat(like, row.cm), splat(like, row.r),  splat(like, row.ex),
-          splat(like, row.em), splat(like, row.e0), splat(like, row.p0), splat(like, row.pe),
+  return {splat(like, row.cx), splat(like, row.cm), splat(like, row.r),
+          splat(like, row.k0), splat(like, row.kx), splat(like, row.km),
           splat(like, row.pn), splat(like, row.g),  splat(like, row.ph)};
 }
 
 template <class T>
 FASTDDIM_FN Row<T> row_of(const Job& job, int64_t sample) {
   const T* at = (const T*)job.table + job.row[sample * job.row_stride] * ROW_FIELDS;
-  return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10]};
+  return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8]};
 }
 
 // Pointers to the elements of one tile in compute precision; null where absent.
@@ -60,7 +60,7 @@ FASTDDIM_FN void update_at(const Row<V>& row, const Tile<T>& tile, int64_t i) {
   V m = load<V>(tile.unconditional + i);
   if (tile.conditional) m = guided(row, m, load<V>(tile.conditional + i));
   V x_0 = clipped(row, unclipped_x_0(row, x, m));
-  V x_prev = noiseless(row, x_0, epsilon(row, x, m, x_0));
+  V x_prev = noiseless(row, x, m, x_0);
   if (tile.history) x_prev = fma(row.ph, load<V>(tile.history + i), x_prev);
   if (tile.noise) x_prev = fma(row.pn, load<V>(tile.noise + i), x_prev);
   if (tile.mask) x_prev = blended(x_prev, load<V>(tile.mask + i), load<V>(tile.known + i));
@@ -139,11 +139,10 @@ void backward_tiles(const Job& job, int64_t begin, int64_t end) {
       bool inside = x_0 >= -row.r && x_0 <= row.r;
       T next = grad_out ? grad_out[i] : T(0);
       if (mask) next -= mask[i] * next;
-      T to_eps = row.pe * next;
-      T to_x_0 = row.p0 * next + row.e0 * to_eps + (grad_x_0 ? grad_x_0[i] : T(0));
+      T to_x_0 = row.k0 * next + (grad_x_0 ? grad_x_0[i] : T(0));
       if (!inside) to_x_0 = T(0);
-      T to_m = row.cm * to_x_0 + row.em * to_eps;
-      grad_x[i] = row.cx * to_x_0 + row.ex * to_eps;
+      T to_m = row.cm * to_x_0 + row.km * next;
+      grad_x[i] = row.cx * to_x_0 + row.kx * next;
       grad_u[i] = conditional ? to_m - row.g * to_m : to_m;
       if (conditional) grad_c[i] = row.g * to_m;
     }

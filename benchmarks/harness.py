@@ -1,0 +1,106 @@
+"""Timing in pairs: every contender runs once a round, so that a slow moment hits them all."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Timing:
+    """Seconds a call, and the ratio to the baseline of the same round: median, 20th and 80th
+    percentile.
+    """
+
+    seconds: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+
+
+def compare(
+    contenders: dict[str, Callable[[], Any]], baseline: str, *, budget: float = 1.5
+) -> dict[str, Timing]:
+    """Time all contenders in turn for about `budget` seconds each.
+
+    A round calls a contender as often as fills half a millisecond, so that the clock's own cost
+    does not count.
+    """
+    calls = {name: _calls_per_round(contender) for name, contender in contenders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    slowest = max(calls[name] * _once(contender) for name, contender in contenders.items())
+    rounds = max(7, min(201, int(budget / slowest)))
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            seconds[name].append(_timed(contender, calls[name]))
+    return {name: _timing(values, seconds[baseline]) for name, values in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What a result depends on beside the code, and which code it was."""
+    return {
+        "cpu": _cpu_name(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": _version("diffusers"),
+        "fastddim": _version("fastddim"),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _once(contender: Callable[[], Any]) -> float:
+    contender()
+    return _timed(contender, 1)
+
+
+def _calls_per_round(contender: Callable[[], Any]) -> int:
+    return max(1, min(500, int(5e-4 / min(_once(contender) for _ in range(3)))))
+
+
+def _timed(contender: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        contender()
+    return (time.perf_counter() - start) / calls
+
+
+def _timing(values: list[float], baseline: list[float]) -> Timing:
+    ratios = [mine / base for mine, base in zip(values, baseline, strict=True)]
+    low, *_, high = statistics.quantiles(ratios, n=5)
+    return Timing(statistics.median(values), statistics.median(ratios), low, high)
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip()
