@@ -51,10 +51,14 @@ const Kernels& current_kernels() {
 
 Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Double: return Dtype::float64;
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
     default:
       STD_TORCH_CHECK(false, "fastddim: ", name, ": expected a floating-point tensor, got dtype ",
                       torch::headeronly::toString(tensor.scalar_type()));
@@ -82,15 +86,15 @@ View view_of(const Tensor& tensor, const char* name, const Shape& shape, int64_t
   for (int64_t d = 0; d < shape.dims; ++d) {
     int64_t expected = (d == 0 ? parts : 1) * shape.sizes[d];
     STD_TORCH_CHECK(sizes[d] == expected || (wide && d == 1 && sizes[d] == 2 * expected),
-                    "fastddim: ", name, ": expected size ", expected, " in dimension ", d,
-                    ", got ", sizes[d]);
+                    "fastddim: ", name, ": expected size ", expected, " in dimension ", d, ", got ",
+                    sizes[d]);
   }
   View view;
   view.dtype = dtype_of(tensor, name);
   view.sample_stride = strides[0];
   view.strides = strides.data() + 1;
-  view.data = (char*)tensor.data_ptr() +
-              part * shape.sizes[0] * view.sample_stride * size_of(view.dtype);
+  view.data =
+      (char*)tensor.data_ptr() + part * shape.sizes[0] * view.sample_stride * size_of(view.dtype);
   return view;
 }
 
@@ -141,9 +145,8 @@ void set_keys(Job& job, const Optional& seed, const Optional& step, const Option
 }
 
 Job job_of(const Tensor& x, const Shape& shape) {
-  STD_TORCH_CHECK(shape.dims >= 1 && shape.dims < fastddim::MAX_DIMS,
-                  "fastddim: x: expected 1 to ", fastddim::MAX_DIMS - 1, " dimensions, got ",
-                  shape.dims);
+  STD_TORCH_CHECK(shape.dims >= 1 && shape.dims < fastddim::MAX_DIMS, "fastddim: x: expected 1 to ",
+                  fastddim::MAX_DIMS - 1, " dimensions, got ", shape.dims);
   Job job{};
   job.x = view_of(x, "x", shape);
   job.float64 = job.x.dtype == Dtype::float64;
@@ -156,8 +159,8 @@ void run(const Job& job, Kernel kernel, bool noisy) {
   const int64_t grain = std::max<int64_t>((noisy ? NOISY_GRAIN : GRAIN) / per_tile, 1);
   const int64_t tiles = job.batch * job.tiles_per_sample();
   if (tiles <= grain) return kernel(job, 0, tiles);
-  torch::stable::parallel_for(
-      0, tiles, grain, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  torch::stable::parallel_for(0, tiles, grain,
+                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 }
 
 void update_out(Tensor x, Tensor model_output, Tensor table, Tensor row, Optional noise,
@@ -191,9 +194,8 @@ void update_out(Tensor x, Tensor model_output, Tensor table, Tensor row, Optiona
   run(job, current_kernels().update, job.seed != nullptr);
 }
 
-void backward_out(Optional grad_out, Optional grad_x_0, Tensor x, Tensor model_output,
-                  Tensor table, Tensor row, Optional mask, Tensor grad_x,
-                  Tensor grad_model_output) {
+void backward_out(Optional grad_out, Optional grad_x_0, Tensor x, Tensor model_output, Tensor table,
+                  Tensor row, Optional mask, Tensor grad_x, Tensor grad_model_output) {
   const auto sizes = x.sizes();
   const Shape shape{sizes.data(), (int64_t)sizes.size()};
   Job job = job_of(x, shape);
@@ -203,8 +205,7 @@ void backward_out(Optional grad_out, Optional grad_x_0, Tensor x, Tensor model_o
   job.grad_x_0 = view_of(grad_x_0, "grad_x_0", shape);
   job.grad_x = view_of(grad_x, "grad_x", shape);
   const int64_t parts = job.conditional.data ? 2 : 1;
-  job.grad_unconditional =
-      view_of(grad_model_output, "grad_model_output", shape, parts, 0, true);
+  job.grad_unconditional = view_of(grad_model_output, "grad_model_output", shape, parts, 0, true);
   if (parts == 2) {
     job.grad_conditional = view_of(grad_model_output, "grad_model_output", shape, 2, 1, true);
   }
@@ -213,8 +214,8 @@ void backward_out(Optional grad_out, Optional grad_x_0, Tensor x, Tensor model_o
   run(job, current_kernels().backward, false);
 }
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C",    nullptr, 0, nullptr, nullptr,
-                      nullptr,               nullptr, nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -1,8 +1,9 @@
 // The update and the noise, once, for every compiler and instruction set.
 //
-// The functions are templates over a value type: a scalar, or a vector of lanes that has the same operators. Every
-// fused multiply-add is written out and contraction is off everywhere, so all instantiations give the same bits.
-// Names are those of fastddim/reference.py and fastddim/philox.py, which specify what is computed here.
+// The functions are templates over a value type: a scalar, or a vector of lanes that has the same
+// operators. Every fused multiply-add is written out and contraction is off everywhere, so all
+// instantiations give the same bits. Names are those of fastddim/reference.py and
+// fastddim/philox.py, which specify what is computed here.
 //
 // Included after `fma` and `root` are declared for the value types in use; see scalar.h.
 
@@ -72,16 +73,17 @@ template <class V>
 FASTDDIM_FN void sincos_2pi(V u, V& sine, V& cosine) {
   constexpr float odd[] = {-0x1.a32bd0p-23f, -0x1.4abbbap+5f, 0x1.465eeap+6f, -0x1.2da156p+6f};
   constexpr float even[] = {1.0f, -0x1.3bd3ccp+4f, 0x1.03c1aep+6f, -0x1.55b146p+6f, 0x1.d47d48p+5f};
-  auto quarter = truncated(u * splat(u, 4.0f) + splat(u, 0.5f));
-  V r = u - to_float(quarter) * splat(u, 0.25f);
+  auto quarter = truncated(fma(u, splat(u, 4.0f), splat(u, 0.5f)));
+  V r = fma(to_float(quarter), splat(u, -0.25f), u);
   V square = r * r;
   V s = fma(r, splat(u, 0x1.921fb6p+2f), r * polynomial(odd, square));
   V c = polynomial(even, square);
   auto swapped = (quarter & 1) != 0;
-  V first = swapped ? c : s;
-  V second = swapped ? s : c;
-  sine = from_bits(bits(first) ^ ((quarter & 2) << 30));
-  cosine = from_bits(bits(second) ^ (((quarter + 1) & 2) << 30));
+  V first = select(swapped, c, s);
+  V second = select(swapped, s, c);
+  // Bit 1 of the quarter is the sign.
+  sine = from_bits(bits(first) ^ ((quarter << 30) & INT32_MIN));
+  cosine = from_bits(bits(second) ^ (((quarter + 1) << 30) & INT32_MIN));
 }
 
 // u in (0, 1] of a word that was rounded to float once.

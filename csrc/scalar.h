@@ -1,4 +1,5 @@
-// The operations that formula.h needs beyond + − * and comparison, for one element, on a CPU or in a CUDA kernel.
+// The operations that formula.h needs beyond + − * and comparison, for one element, on a CPU or in
+// a CUDA kernel.
 
 #pragma once
 
@@ -10,8 +11,8 @@
 #define FASTDDIM_FN inline __attribute__((always_inline))
 #endif
 
-// A header compiled for several instruction sets needs one namespace for each: the linker keeps one copy of equal
-// names, and that copy may use instructions the caller's CPU lacks.
+// A header compiled for several instruction sets needs one namespace for each: the linker keeps one
+// copy of equal names, and that copy may use instructions the caller's CPU lacks.
 #if !defined(FASTDDIM_NAMESPACE)
 #define FASTDDIM_NAMESPACE fastddim_default
 #endif
@@ -34,6 +35,7 @@ FASTDDIM_FN float from_bits(int32_t word) {
 }
 FASTDDIM_FN float to_float(int32_t a) { return (float)a; }
 FASTDDIM_FN int32_t truncated(float a) { return (int32_t)a; }
+FASTDDIM_FN float select(bool condition, float a, float b) { return condition ? a : b; }
 FASTDDIM_FN float splat(float, float value) { return value; }
 FASTDDIM_FN double splat(double, double value) { return value; }
 

@@ -18,6 +18,10 @@ namespace FASTDDIM_NAMESPACE {
 FASTDDIM_FN Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 FASTDDIM_FN Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm256_fmadd_pd(a, b, c); }
 FASTDDIM_FN Floats root(Floats a) { return _mm256_sqrt_ps(a); }
+FASTDDIM_FN FloatParts fma(FloatParts a, FloatParts b, FloatParts c) {
+  return FASTDDIM_EACH(Floats, fma(a.part[i], b.part[i], c.part[i]));
+}
+FASTDDIM_FN FloatParts root(FloatParts a) { return FASTDDIM_EACH(Floats, root(a.part[i])); }
 
 FASTDDIM_FN Floats from_half(const uint16_t* a) {
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)a));
@@ -28,7 +32,8 @@ FASTDDIM_FN void to_half(uint16_t* out, Floats a) {
 FASTDDIM_FN void stream(float* out, Floats a) { _mm256_stream_ps(out, a); }
 FASTDDIM_FN void stream(double* out, Doubles a) { _mm256_stream_pd(out, a); }
 
-// Four 64-bit lanes, each with one 32-bit word in its low half; what is in the high half does not count.
+// Four 64-bit lanes, each with one 32-bit word in its low half; what is in the high half does not
+// count.
 using Words = __m256i;
 FASTDDIM_FN Words words(uint32_t value) { return _mm256_set1_epi64x(value); }
 FASTDDIM_FN Words words(const int64_t* values) {
@@ -39,8 +44,8 @@ FASTDDIM_FN Words product(Words a, Words b) { return _mm256_mul_epu32(a, b); }
 FASTDDIM_FN Words mixed(Words high, Words b, Words c) {
   return _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(high, 32), b), c);
 }
-// Words of `even` and `odd` in turns, as floats rounded once: AVX2 converts signed words only, so the halves are
-// converted exactly and added with the one rounding.
+// Words of `even` and `odd` in turns, as floats rounded once: AVX2 converts signed words only, so
+// the halves are converted exactly and added with the one rounding.
 FASTDDIM_FN Floats merged(Words even, Words odd) {
   __m256i word = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
   Floats high = _mm256_cvtepi32_ps(_mm256_srli_epi32(word, 16));

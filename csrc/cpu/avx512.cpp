@@ -22,6 +22,10 @@ namespace FASTDDIM_NAMESPACE {
 FASTDDIM_FN Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 FASTDDIM_FN Doubles fma(Doubles a, Doubles b, Doubles c) { return _mm512_fmadd_pd(a, b, c); }
 FASTDDIM_FN Floats root(Floats a) { return _mm512_sqrt_ps(a); }
+FASTDDIM_FN FloatParts fma(FloatParts a, FloatParts b, FloatParts c) {
+  return FASTDDIM_EACH(Floats, fma(a.part[i], b.part[i], c.part[i]));
+}
+FASTDDIM_FN FloatParts root(FloatParts a) { return FASTDDIM_EACH(Floats, root(a.part[i])); }
 
 FASTDDIM_FN Floats from_half(const uint16_t* a) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)a));
@@ -32,7 +36,8 @@ FASTDDIM_FN void to_half(uint16_t* out, Floats a) {
 FASTDDIM_FN void stream(float* out, Floats a) { _mm512_stream_ps(out, a); }
 FASTDDIM_FN void stream(double* out, Doubles a) { _mm512_stream_pd(out, a); }
 
-// Eight 64-bit lanes, each with one 32-bit word in its low half; what is in the high half does not count.
+// Eight 64-bit lanes, each with one 32-bit word in its low half; what is in the high half does not
+// count.
 using Words = __m512i;
 FASTDDIM_FN Words words(uint32_t value) { return _mm512_set1_epi64(value); }
 FASTDDIM_FN Words words(const int64_t* values) { return _mm512_loadu_si512(values); }

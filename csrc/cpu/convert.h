@@ -1,5 +1,5 @@
-// Tiles in and out of memory: dtype conversion, gathering and scattering. Included inside the namespace of an
-// instruction set.
+// Tiles in and out of memory: dtype conversion, gathering and scattering. Included inside the
+// namespace of an instruction set.
 
 // One tile of one sample: elements first … first + count − 1.
 struct Span {
@@ -18,7 +18,8 @@ struct Brain {
 
 FASTDDIM_FN float widened(Half a) {
   uint32_t sign = (uint32_t)(a.word & 0x8000) << 16, magnitude = a.word & 0x7FFF;
-  // Moved to the float's exponent field, the value is off by 2^112; multiplying also normalises subnormals.
+  // Moved to the float's exponent field, the value is off by 2^112; multiplying also normalises
+  // subnormals.
   float scaled = from_bits((int32_t)(magnitude << 13)) * 0x1p112f;
   uint32_t special = magnitude >= 0x7C00 ? 0x7F800000 | magnitude << 13 : (uint32_t)bits(scaled);
   return from_bits((int32_t)(sign | special));
@@ -140,10 +141,18 @@ const T* read(const View& view, const Span& span, T* buffer) {
   T* at = place(view, span, buffer);
   if (at != buffer) return at;
   switch (view.dtype) {
-    case Dtype::float32: read_as<float>(view, span, buffer); break;
-    case Dtype::float64: read_as<double>(view, span, buffer); break;
-    case Dtype::float16: read_as<Half>(view, span, buffer); break;
-    case Dtype::bfloat16: read_as<Brain>(view, span, buffer); break;
+    case Dtype::float32:
+      read_as<float>(view, span, buffer);
+      break;
+    case Dtype::float64:
+      read_as<double>(view, span, buffer);
+      break;
+    case Dtype::float16:
+      read_as<Half>(view, span, buffer);
+      break;
+    case Dtype::bfloat16:
+      read_as<Brain>(view, span, buffer);
+      break;
   }
   return buffer;
 }
@@ -152,14 +161,23 @@ template <class T>
 void write(const View& view, const Span& span, const T* from) {
   if (!view.data || place(view, span, (T*)nullptr) == from) return;
   switch (view.dtype) {
-    case Dtype::float32: write_as<float>(view, span, from); break;
-    case Dtype::float64: write_as<double>(view, span, from); break;
-    case Dtype::float16: write_as<Half>(view, span, from); break;
-    case Dtype::bfloat16: write_as<Brain>(view, span, from); break;
+    case Dtype::float32:
+      write_as<float>(view, span, from);
+      break;
+    case Dtype::float64:
+      write_as<double>(view, span, from);
+      break;
+    case Dtype::float16:
+      write_as<Half>(view, span, from);
+      break;
+    case Dtype::bfloat16:
+      write_as<Brain>(view, span, from);
+      break;
   }
 }
 
-// The tile rounded to the state's dtype, as a user who casts the new state for the model would see it.
+// The tile rounded to the state's dtype, as a user who casts the new state for the model would see
+// it.
 FASTDDIM_FN const float* rounded(Dtype dtype, int64_t count, float* tile) {
   for (int64_t i = 0; i < count; ++i) {
     Half half;

@@ -10,8 +10,8 @@ enum class Dtype : int32_t { float32, float64, float16, bfloat16 };
 
 constexpr int MAX_DIMS = 64;
 
-// Samples are cut into tiles of this many elements: small enough for a handful of them to stay in the L1 cache, and
-// whole quads of noise.
+// Samples are cut into tiles of this many elements: small enough for a handful of them to stay in
+// the L1 cache, and whole quads of noise.
 constexpr int64_t TILE = 1024;
 
 struct View {

@@ -1,7 +1,9 @@
-// The kernel of one instruction set: tiles are read into compute precision, updated, and written back.
+// The kernel of one instruction set: tiles are read into compute precision, updated, and written
+// back.
 //
-// A contiguous tensor of the compute dtype is read and written where it lies; any other goes through a tile in the
-// L1 cache. So every dtype and layout runs the same arithmetic, and dtypes do not multiply the code.
+// A contiguous tensor of the compute dtype is read and written where it lies; any other goes
+// through a tile in the L1 cache. So every dtype and layout runs the same arithmetic, and dtypes do
+// not multiply the code.
 
 #pragma once
 

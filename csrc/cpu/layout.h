@@ -1,4 +1,5 @@
-// How a job walks its tensors: dimensions reordered and merged until as many tensors as possible are one run.
+// How a job walks its tensors: dimensions reordered and merged until as many tensors as possible
+// are one run.
 
 #pragma once
 
@@ -37,11 +38,21 @@ class Layout {
   static constexpr int VIEWS = 15;
 
   void collect(const int64_t* sizes, int dims) {
-    View* all[VIEWS] = {&job_.x,          &job_.unconditional,     &job_.conditional,
-                        &job_.noise,      &job_.history,           &job_.mask,
-                        &job_.known,      &job_.out,               &job_.x_0,
-                        &job_.model_input[0], &job_.model_input[1], &job_.grad_out,
-                        &job_.grad_x_0,   &job_.grad_x,            &job_.grad_unconditional};
+    View* all[VIEWS] = {&job_.x,
+                        &job_.unconditional,
+                        &job_.conditional,
+                        &job_.noise,
+                        &job_.history,
+                        &job_.mask,
+                        &job_.known,
+                        &job_.out,
+                        &job_.x_0,
+                        &job_.model_input[0],
+                        &job_.model_input[1],
+                        &job_.grad_out,
+                        &job_.grad_x_0,
+                        &job_.grad_x,
+                        &job_.grad_unconditional};
     for (View* view : all) add(view, sizes, dims);
     add(&job_.grad_conditional, sizes, dims);
     for (int d = 0; d < dims; ++d) {

@@ -1,4 +1,5 @@
-// Noise of a tile, in the order elements are counted. Included inside the namespace of an instruction set.
+// Noise of a tile, in the order elements are counted. Included inside the namespace of an
+// instruction set.
 
 #if FASTDDIM_LANES > 1
 
@@ -12,38 +13,67 @@ FASTDDIM_FN void philox_round(const Words (&multipliers)[2], Words key_0, Words 
   counter[3] = product_0;
 }
 
-// One batch of LANES quads: 4·LANES normals.
-FASTDDIM_FN void normals_of_batch(const Key& key, const Words (&multipliers)[2], Words quads_even,
-                                  Words quads_odd, float* out) {
-  Words even[4] = {quads_even, words(key.step), words(key.sample), words(STEP_NOISE)};
-  Words odd[4] = {quads_odd, even[1], even[2], even[3]};
-  uint32_t k_0 = (uint32_t)key.seed, k_1 = (uint32_t)(key.seed >> 32);
-  for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-    philox_round(multipliers, words(k_0), words(k_1), even);
-    philox_round(multipliers, words(k_0), words(k_1), odd);
-    k_0 += PHILOX_WEYL[0];
-    k_1 += PHILOX_WEYL[1];
+// The keys of all rounds, in every lane.
+struct RoundKeys {
+  Words keys[PHILOX_ROUNDS][2];
+  FASTDDIM_FN explicit RoundKeys(uint64_t seed) {
+    uint32_t k_0 = (uint32_t)seed, k_1 = (uint32_t)(seed >> 32);
+    for (auto& key : keys) {
+      key[0] = words(k_0);
+      key[1] = words(k_1);
+      k_0 += PHILOX_WEYL[0];
+      k_1 += PHILOX_WEYL[1];
+    }
   }
-  Floats z[4];
-  box_muller(merged(even[0], odd[0]), merged(even[1], odd[1]), z[0], z[1]);
-  box_muller(merged(even[2], odd[2]), merged(even[3], odd[3]), z[2], z[3]);
-  store_quads(out, z[0], z[1], z[2], z[3]);
+};
+
+// Two batches of LANES quads: 8·LANES normals. A batch is two halves of the words' lanes.
+constexpr int64_t BATCH = 8 * LANES;
+
+FASTDDIM_FN void normals_of_batches(const Key& key, const RoundKeys& rounds,
+                                    const Words (&multipliers)[2], const Words (&quads)[PARTS],
+                                    float* out) {
+  Words counters[PARTS][4];
+  for (int i = 0; i < PARTS; ++i) {
+    counters[i][0] = quads[i];
+    counters[i][1] = words(key.step);
+    counters[i][2] = words(key.sample);
+    counters[i][3] = words(STEP_NOISE);
+  }
+  for (const auto& round : rounds.keys) {
+    for (auto& counter : counters) philox_round(multipliers, round[0], round[1], counter);
+  }
+  // Parts: the first and the second pair of words of one batch, then of the other.
+  const FloatParts radii = FASTDDIM_EACH(
+      Floats, merged(counters[i / 2 * 2][i % 2 * 2], counters[i / 2 * 2 + 1][i % 2 * 2]));
+  const FloatParts angles = FASTDDIM_EACH(
+      Floats, merged(counters[i / 2 * 2][i % 2 * 2 + 1], counters[i / 2 * 2 + 1][i % 2 * 2 + 1]));
+  FloatParts cosines, sines;
+  box_muller(radii, angles, cosines, sines);
+  for (int i = 0; i < PARTS; i += 2) {
+    store_quads(out + i * 2 * LANES, cosines.part[i], sines.part[i], cosines.part[i + 1],
+                sines.part[i + 1]);
+  }
 }
 
 // The order that store_quads undoes.
 FASTDDIM_FN int64_t quad_of_lane(int lane) { return lane % 4 * (LANES / 4) + lane / 4; }
 
-// Normals from `first_quad` on; whole batches, so `out` holds `count` rounded up to 4·LANES.
+// Normals from `first_quad` on; `out` holds `count` rounded up to whole batches.
 FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, float* out) {
-  int64_t even[LANES / 2], odd[LANES / 2];
-  for (int i = 0; i < LANES / 2; ++i) {
-    even[i] = quad_of_lane(2 * i);
-    odd[i] = quad_of_lane(2 * i + 1);
+  int64_t lanes[PARTS][LANES / 2];
+  for (int part = 0; part < PARTS; ++part) {
+    for (int i = 0; i < LANES / 2; ++i) {
+      lanes[part][i] = part / 2 * LANES + quad_of_lane(2 * i + part % 2);
+    }
   }
   const Words multipliers[2] = {words(PHILOX_MULTIPLIERS[0]), words(PHILOX_MULTIPLIERS[1])};
-  for (int64_t i = 0; i < count; i += 4 * LANES) {
-    const Words quad = words(first_quad + (uint32_t)(i / 4));
-    normals_of_batch(key, multipliers, plus(words(even), quad), plus(words(odd), quad), out + i);
+  const RoundKeys rounds(key.seed);
+  for (int64_t i = 0; i < count; i += BATCH) {
+    const Words first = words(first_quad + (uint32_t)(i / 4));
+    Words quads[PARTS];
+    for (int part = 0; part < PARTS; ++part) quads[part] = plus(words(lanes[part]), first);
+    normals_of_batches(key, rounds, multipliers, quads, out + i);
   }
 }
 

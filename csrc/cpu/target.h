@@ -1,5 +1,5 @@
-// One instruction set for a whole file, without a compiler flag for it: a flag would reach headers whose functions
-// the linker then shares with the rest of the library.
+// One instruction set for a whole file, without a compiler flag for it: a flag would reach headers
+// whose functions the linker then shares with the rest of the library.
 
 #pragma once
 
