@@ -8,21 +8,32 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+CXX_FILES := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench format clean
+.PHONY: help demo test test-sanitize lint bench format clean
 # Two targets at once would run two pips in the same environment.
 .NOTPARALLEL:
 
 help: ## List the targets
-	@awk -F ': .*## ' '/^[a-z]+:.* ## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ': .*## ' '/^[a-z-]+:.* ## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## Draw digits and fashion items with the bundled models into demo/
 	$(BIN)/fastddim demo --out demo
 
 test: $(VENV)/.installed-dev ## Run the tests
 	$(BIN)/pytest
+
+test-sanitize: $(VENV)/.installed-dev ## Run the kernel's tests under AddressSanitizer and UBSan
+	rm -rf build/sanitize
+# Instrumented code makes GCC see uninitialised variables where there are none.
+	CFLAGS="$(SANITIZE) -g -Wno-maybe-uninitialized" LDFLAGS="$(SANITIZE)" \
+		$(PIP) install --no-build-isolation --no-deps --target build/sanitize .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize \
+		$(BIN)/pytest tests/test_update.py tests/test_ops.py
 
 lint: $(VENV)/.installed-dev ## Check format, style and types
 	$(BIN)/ruff check .

@@ -41,7 +41,10 @@ struct Job {
   View grad_out, grad_x_0;
   View grad_x, grad_unconditional, grad_conditional;
 
-  int64_t tiles_per_sample() const { return (count + TILE - 1) / TILE; }
+  // Inlined always: a copy of its own would be shared between instruction sets.
+  __attribute__((always_inline)) int64_t tiles_per_sample() const {
+    return (count + TILE - 1) / TILE;
+  }
 };
 
 // Run the tiles [begin, end) of a job, counted through all samples. One per instruction set.
