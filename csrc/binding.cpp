@@ -30,6 +30,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
+// The stream of fastddim/philox.py that updates draw from.
+constexpr uint32_t STEP_NOISE = 1;
+
 constexpr int ROW_FIELDS = FASTDDIM_NAMESPACE::ROW_FIELDS;
 
 // A second thread costs about as much as this many elements.
@@ -136,17 +139,28 @@ const int64_t* key_of(const Tensor& tensor, const char* name, int64_t batch) {
   return (const int64_t*)tensor.data_ptr();
 }
 
-void set_keys(Job& job, const Optional& seed, const Optional& step, const Optional& sample) {
+void set_keys(Job& job, const Optional& seed, const Optional& step, const Optional& sample,
+              uint32_t stream) {
   if (!seed) return;
+  job.stream = stream;
   STD_TORCH_CHECK(step && sample, "fastddim: step, sample: expected both beside seed");
   job.seed = key_of(*seed, "seed", job.batch);
   job.step = key_of(*step, "step", job.batch);
   job.sample = key_of(*sample, "sample", job.batch);
 }
 
+void check_dims(const Shape& shape, const char* name) {
+  STD_TORCH_CHECK(shape.dims >= 1 && shape.dims < fastddim::MAX_DIMS, "fastddim: ", name,
+                  ": expected 1 to ", fastddim::MAX_DIMS - 1, " dimensions, got ", shape.dims);
+}
+
+void check_count(const Job& job) {
+  STD_TORCH_CHECK(!job.seed || job.count <= (int64_t)4 << 32,
+                  "fastddim: x: expected at most 2**34 elements a sample, got ", job.count);
+}
+
 Job job_of(const Tensor& x, const Shape& shape) {
-  STD_TORCH_CHECK(shape.dims >= 1 && shape.dims < fastddim::MAX_DIMS, "fastddim: x: expected 1 to ",
-                  fastddim::MAX_DIMS - 1, " dimensions, got ", shape.dims);
+  check_dims(shape, "x");
   Job job{};
   job.x = view_of(x, "x", shape);
   job.float64 = job.x.dtype == Dtype::float64;
@@ -185,10 +199,9 @@ void update_out(Tensor x, Tensor model_output, Tensor table, Tensor row, Optiona
     }
   }
   set_rows(job, table, row);
-  set_keys(job, seed, step, sample);
+  set_keys(job, seed, step, sample, STEP_NOISE);
   const Layout layout(job, shape.sizes, (int)shape.dims, job.seed != nullptr, job.row_stride == 0);
-  STD_TORCH_CHECK(!job.seed || job.count <= (int64_t)4 << 32,
-                  "fastddim: x: expected at most 2**34 elements a sample, got ", job.count);
+  check_count(job);
   job.streaming = job.out.data != job.x.data && !model_input &&
                   job.batch * job.count * size_of(job.out.dtype) >= STREAMING_BYTES;
   run(job, current_kernels().update, job.seed != nullptr);
@@ -214,6 +227,19 @@ void backward_out(Optional grad_out, Optional grad_x_0, Tensor x, Tensor model_o
   run(job, current_kernels().backward, false);
 }
 
+void normal_out(Tensor seed, Tensor step, Tensor sample, int64_t stream, Tensor out) {
+  const auto sizes = out.sizes();
+  const Shape shape{sizes.data(), (int64_t)sizes.size()};
+  check_dims(shape, "out");
+  Job job{};
+  job.batch = shape.sizes[0];
+  job.out = view_of(out, "out", shape);
+  set_keys(job, seed, step, sample, (uint32_t)stream);
+  const Layout layout(job, shape.sizes, (int)shape.dims, true, false);
+  check_count(job);
+  run(job, current_kernels().normal, true);
+}
+
 PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
 
@@ -222,6 +248,7 @@ PyModuleDef module = {
 STABLE_TORCH_LIBRARY_IMPL(fastddim, CPU, m) {
   m.impl("update_out", TORCH_BOX(&update_out));
   m.impl("backward_out", TORCH_BOX(&backward_out));
+  m.impl("normal_out", TORCH_BOX(&normal_out));
 }
 
 // For tests and bug reports, through ctypes: the instruction set in use, and another one to use

@@ -104,19 +104,17 @@ FASTDDIM_FN void box_muller(V word_0, V word_1, V& z_0, V& z_1) {
 constexpr uint32_t PHILOX_MULTIPLIERS[] = {0xD2511F53u, 0xCD9E8D57u};
 constexpr uint32_t PHILOX_WEYL[] = {0x9E3779B9u, 0xBB67AE85u};
 constexpr int PHILOX_ROUNDS = 10;
-constexpr uint32_t STEP_NOISE = 1;
-
-// What keys the noise of one sample at one step.
+// What keys the noise of one sample at one step; the streams are listed in fastddim/philox.py.
 struct Key {
   uint64_t seed;
-  uint32_t step, sample;
+  uint32_t step, sample, stream;
 };
 
 FASTDDIM_FN void philox(const Key& key, uint32_t quad, uint32_t (&counter)[4]) {
   counter[0] = quad;
   counter[1] = key.step;
   counter[2] = key.sample;
-  counter[3] = STEP_NOISE;
+  counter[3] = key.stream;
   uint32_t k_0 = (uint32_t)key.seed, k_1 = (uint32_t)(key.seed >> 32);
   for (int round = 0; round < PHILOX_ROUNDS; ++round) {
     uint64_t product_0 = (uint64_t)PHILOX_MULTIPLIERS[0] * counter[0];

@@ -36,6 +36,10 @@ _library.define(
     "Tensor table, Tensor row, Tensor? mask) -> (Tensor grad_x, Tensor grad_model_output)"
 )
 
+_library.define(
+    "normal_out(Tensor seed, Tensor step, Tensor sample, int stream, Tensor(a!) out) -> ()"
+)
+
 EXTENSION_ERROR: str | None = None
 """Why the compiled extension cannot be used, or None where it can."""
 
@@ -108,6 +112,16 @@ def update_out(
         x_0,
         model_input,
     )
+
+
+def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
+    """Standard normals of one stream into `out` `[B, …]`; the bits are those of `philox.normal`."""
+    torch.ops.fastddim.normal_out(*keys, stream, out)
+
+
+@torch.library.impl(_library, "normal_out", "CompositeExplicitAutograd")
+def _normal_out(seed: Tensor, step: Tensor, sample: Tensor, stream: int, out: Tensor) -> None:
+    reference.normal_out(Keys(seed, step, sample), stream, out)
 
 
 @torch.library.impl(_library, "update_out", "CompositeExplicitAutograd")
@@ -211,6 +225,7 @@ def _fake_backward(
 for _name, _fake in (
     ("update_out", _fake_out),
     ("backward_out", _fake_out),
+    ("normal_out", _fake_out),
     ("update", _fake_update),
     ("backward", _fake_backward),
 ):

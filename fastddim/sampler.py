@@ -117,6 +117,12 @@ class Loop:
             x = self.state.clone()
         return x if trajectory is None else (x, trajectory)
 
+    def latents(self, keys: Keys) -> Tensor:
+        """x_T of the keys, as `philox.initial_latents` specifies it."""
+        x_T = torch.empty_like(self.state)
+        self._backend.normal_out(keys, philox.LATENTS, x_T)
+        return x_T
+
     def step(self, noise: Tensor | None, s: int, *, with_x_0: bool) -> None:
         """The step program; `s` only serves to name the step in an error."""
         result = self.model(self._model_input, self.t, **self.model_kwargs)
@@ -254,7 +260,7 @@ class Sampler:
         if x_T is not None:
             check_initial("x_T", x_T, self.shape, self.dtype, self.device)
         elif noise is None or isinstance(noise, Tensor):
-            x_T = philox.normal(keys, self.shape[1:], philox.LATENTS).to(self.dtype)
+            x_T = self._loop.latents(keys)
         else:
             x_T = draw(noise, self._loop.state)
         return self._loop.run(

@@ -127,16 +127,11 @@ def check_model_output(name: str, value: Any, x: Tensor, *, guided: bool) -> Ten
     """
     check_state(name, value)
     batch = (2 if guided else 1) * x.shape[0]
-    plain = (batch, *x.shape[1:])
-    allowed = [plain]
-    if x.ndim > 1:
-        allowed.append((batch, 2 * x.shape[1], *x.shape[2:]))
-    if tuple(value.shape) not in allowed:
+    shape, plain = tuple(value.shape), (batch, *x.shape[1:])
+    if shape != plain and (x.ndim == 1 or shape != (batch, 2 * x.shape[1], *x.shape[2:])):
+        wide = f" or {(batch, 2 * x.shape[1], *x.shape[2:])}" if x.ndim > 1 else ""
         guidance = " under guidance" if guided else ""
-        raise ValueError(
-            f"{name}: expected shape {' or '.join(map(str, allowed))}{guidance}, "
-            f"got {tuple(value.shape)}"
-        )
+        raise ValueError(f"{name}: expected shape {plain}{wide}{guidance}, got {shape}")
     return check_device(name, value, "the state", x.device)
 
 

@@ -83,6 +83,11 @@ def test_opcheck(dtype: torch.dtype, channels_last: bool) -> None:
         )
 
 
+def test_opcheck_of_normals() -> None:
+    arguments = (*philox.make_keys(5, 2), philox.LATENTS, torch.zeros(2, 3, 4))
+    torch.library.opcheck(torch.ops.fastddim.normal_out.default, arguments, test_utils=OPCHECK)
+
+
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("clip", [None, 0.8])

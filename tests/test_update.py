@@ -250,15 +250,14 @@ def exact(case: Case, *, absolute: bool = False) -> tuple[np.ndarray, np.ndarray
     `absolute`: the same sums over the absolute values of their terms.
     """
 
-    def extended(values: Tensor) -> np.ndarray:
-        wide = values.double().numpy().astype(np.longdouble)
-        return abs(wide) if absolute else wide
+    def wide(values: Tensor) -> np.ndarray:
+        return abs(extended(values)) if absolute else extended(values)
 
-    columns = extended(case.table.index_select(0, case.row)).T
+    columns = wide(case.table.index_select(0, case.row)).T
     shape = (-1,) + (1,) * (case.x.ndim - 1)
     row = Row(*(column.reshape(shape) for column in columns))
-    x = extended(case.x)
-    m = extended(case.model_output)
+    x = wide(case.x)
+    m = wide(case.model_output)
     if x.ndim > 1:
         m = m[:, : x.shape[1]]
     if len(m) != len(x):
@@ -269,15 +268,15 @@ def exact(case: Case, *, absolute: bool = False) -> tuple[np.ndarray, np.ndarray
         x_0 = np.clip(x_0, -row.r, row.r)
     x_prev = row.k0 * x_0 + row.kx * x + row.km * m
     if case.history is not None:
-        x_prev = x_prev + row.ph * extended(case.history)
+        x_prev = x_prev + row.ph * wide(case.history)
     if case.keys is not None:
         z = philox.normal(case.keys, case.x.shape[1:], philox.STEP_NOISE)
-        x_prev = x_prev + row.pn * extended(z)
+        x_prev = x_prev + row.pn * wide(z)
     if case.noise is not None:
-        x_prev = x_prev + row.pn * extended(case.noise)
+        x_prev = x_prev + row.pn * wide(case.noise)
     if case.mask is not None and case.known is not None:
-        weight = extended(case.mask)
-        x_prev = weight * extended(case.known) + (1 - weight) * x_prev
+        weight = wide(case.mask)
+        x_prev = weight * wide(case.known) + (1 - weight) * x_prev
     return x_prev, x_0
 
 
@@ -502,6 +501,19 @@ def test_noise_has_the_specified_bits(
         silent = replace(case, x=zero, model_output=zero, rows=rows)
         expected = philox.normal(case.keys, case.x.shape[1:], philox.STEP_NOISE)
         assert torch.equal(run(backend.update_out, silent).out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stream", [philox.LATENTS, philox.STEP_NOISE])
+def test_normals(
+    backend: backends.Backend, generator: torch.Generator, dtype: torch.dtype, stream: int
+) -> None:
+    for layout, shape in itertools.product(LAYOUTS[:-1], [(3, 5, 7, 9), (2, 0), (4,), (1, 5003)]):
+        case = make_case(generator, shape, dtype=dtype, layout=layout, noise="keyed")
+        out, buffer = poisoned_like(case.x)
+        backend.normal_out(case.keys, stream, out)
+        assert torch.equal(out, philox.normal(case.keys, shape[1:], stream).to(dtype))
+        assert written_only_inside(out, buffer)
 
 
 def test_no_noise_is_read_where_its_coefficient_is_zero(

@@ -71,7 +71,8 @@ FASTDDIM_FN void store_quads(float* out, Floats z_0, Floats z_1, Floats z_2, Flo
 #include "kernel.h"
 
 namespace fastddim {
-const Kernels AVX2 = {"avx2", &FASTDDIM_NAMESPACE::update, &FASTDDIM_NAMESPACE::backward};
+const Kernels AVX2 = {"avx2", &FASTDDIM_NAMESPACE::update, &FASTDDIM_NAMESPACE::backward,
+                      &FASTDDIM_NAMESPACE::normal};
 }
 
 FASTDDIM_TARGET_END

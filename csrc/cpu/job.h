@@ -36,6 +36,7 @@ struct Job {
   const int64_t* row;
   int64_t row_stride;  // 0 where all samples share one row
   const int64_t *seed, *step, *sample;
+  uint32_t stream;
 
   // The backward pass reads these and writes grad_x, grad_unconditional, grad_conditional.
   View grad_out, grad_x_0;
@@ -52,7 +53,7 @@ using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
 
 struct Kernels {
   const char* name;
-  Kernel update, backward;
+  Kernel update, backward, normal;
 };
 
 extern const Kernels PLAIN;

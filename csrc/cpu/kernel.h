@@ -154,6 +154,16 @@ void backward_tiles(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
+// Standard normals into `out`, in float32 whatever its dtype.
+void normal(const Job& job, int64_t begin, int64_t end) {
+  alignas(64) float buffer[TILE];
+  const int64_t per_sample = job.tiles_per_sample();
+  for (int64_t index = begin; index < end; ++index) {
+    const Span span{job, index / per_sample, index % per_sample * TILE};
+    write(job.out, span, draw(job, span, buffer));
+  }
+}
+
 void update(const Job& job, int64_t begin, int64_t end) {
   job.float64 ? update_tiles<double>(job, begin, end) : update_tiles<float>(job, begin, end);
 }

@@ -38,7 +38,7 @@ FASTDDIM_FN void normals_of_batches(const Key& key, const RoundKeys& rounds,
     counters[i][0] = quads[i];
     counters[i][1] = words(key.step);
     counters[i][2] = words(key.sample);
-    counters[i][3] = words(STEP_NOISE);
+    counters[i][3] = words(key.stream);
   }
   for (const auto& round : rounds.keys) {
     for (auto& counter : counters) philox_round(multipliers, round[0], round[1], counter);
@@ -90,7 +90,8 @@ FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, flo
 #endif
 
 FASTDDIM_FN Key key_of(const Job& job, int64_t sample) {
-  return {(uint64_t)job.seed[sample], (uint32_t)job.step[sample], (uint32_t)job.sample[sample]};
+  return {(uint64_t)job.seed[sample], (uint32_t)job.step[sample], (uint32_t)job.sample[sample],
+          job.stream};
 }
 
 FASTDDIM_FN const float* draw(const Job& job, const Span& span, float* buffer) {

@@ -7,5 +7,6 @@
 #include "kernel.h"
 
 namespace fastddim {
-const Kernels PLAIN = {"plain", &FASTDDIM_NAMESPACE::update, &FASTDDIM_NAMESPACE::backward};
+const Kernels PLAIN = {"plain", &FASTDDIM_NAMESPACE::update, &FASTDDIM_NAMESPACE::backward,
+                       &FASTDDIM_NAMESPACE::normal};
 }

@@ -15,6 +15,11 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
+    """See `fastddim.ops.normal_out`."""
+    out.copy_(philox.normal(keys, out.shape[1:], stream))
+
+
 def update(
     x: Tensor,
     model_output: Tensor,

@@ -41,6 +41,7 @@ extern "C" int64_t last_tile(const char* instruction_set, int64_t rows, int64_t 
   job.seed = key;
   job.step = key + 1;
   job.sample = key + 2;
+  job.stream = 1;
   const int64_t tiles = job.tiles_per_sample();
   kernels->update(job, tiles - 1, tiles);
   return job.count - (tiles - 1) * fastddim::TILE;
