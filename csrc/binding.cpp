@@ -19,6 +19,7 @@
 
 namespace {
 
+using fastddim::DIRECT_TILE;
 using fastddim::Dtype;
 using fastddim::Job;
 using fastddim::Kernel;
@@ -162,6 +163,7 @@ void check_count(const Job& job) {
 Job job_of(const Tensor& x, const Shape& shape) {
   check_dims(shape, "x");
   Job job{};
+  job.tile = TILE;
   job.x = view_of(x, "x", shape);
   job.float64 = job.x.dtype == Dtype::float64;
   job.batch = shape.sizes[0];
@@ -169,7 +171,7 @@ Job job_of(const Tensor& x, const Shape& shape) {
 }
 
 void run(const Job& job, Kernel kernel, bool noisy) {
-  const int64_t per_tile = std::max<int64_t>(std::min(job.count, TILE), 1);
+  const int64_t per_tile = std::max<int64_t>(std::min(job.count, job.tile), 1);
   const int64_t grain = std::max<int64_t>((noisy ? NOISY_GRAIN : GRAIN) / per_tile, 1);
   const int64_t tiles = job.batch * job.tiles_per_sample();
   if (tiles <= grain) return kernel(job, 0, tiles);
@@ -202,6 +204,8 @@ void update_out(Tensor x, Tensor model_output, Tensor table, Tensor row, Optiona
   set_keys(job, seed, step, sample, STEP_NOISE);
   const Layout layout(job, shape.sizes, (int)shape.dims, job.seed != nullptr, job.row_stride == 0);
   check_count(job);
+  const Dtype computed = job.float64 ? Dtype::float64 : Dtype::float32;
+  if (!job.seed && layout.direct(computed)) job.tile = DIRECT_TILE;
   job.streaming = job.out.data != job.x.data && !model_input &&
                   job.batch * job.count * size_of(job.out.dtype) >= STREAMING_BYTES;
   run(job, current_kernels().update, job.seed != nullptr);
@@ -232,6 +236,7 @@ void normal_out(Tensor seed, Tensor step, Tensor sample, int64_t stream, Tensor 
   const Shape shape{sizes.data(), (int64_t)sizes.size()};
   check_dims(shape, "out");
   Job job{};
+  job.tile = TILE;
   job.batch = shape.sizes[0];
   job.out = view_of(out, "out", shape);
   set_keys(job, seed, step, sample, (uint32_t)stream);

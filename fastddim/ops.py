@@ -40,6 +40,9 @@ _library.define(
     "normal_out(Tensor seed, Tensor step, Tensor sample, int stream, Tensor(a!) out) -> ()"
 )
 
+# Resolved once: looking an overload up costs a tenth of a small update.
+_update_out_op = torch.ops.fastddim.update_out.default
+
 EXTENSION_ERROR: str | None = None
 """Why the compiled extension cannot be used, or None where it can."""
 
@@ -96,7 +99,7 @@ def update_out(
             "call without out=, or under torch.no_grad()"
         )
     seed, step, sample = keys if keys is not None else (None, None, None)
-    torch.ops.fastddim.update_out(
+    _update_out_op(
         x,
         model_output,
         table,

@@ -6,7 +6,7 @@ struct Span {
   const Job& job;
   int64_t sample, first, count;
   Span(const Job& job, int64_t sample, int64_t first)
-      : job(job), sample(sample), first(first), count(least(TILE, job.count - first)) {}
+      : job(job), sample(sample), first(first), count(least(job.tile, job.count - first)) {}
 };
 
 struct Half {

@@ -10,9 +10,10 @@ enum class Dtype : int32_t { float32, float64, float16, bfloat16 };
 
 constexpr int MAX_DIMS = 64;
 
-// Samples are cut into tiles of this many elements: small enough for a handful of them to stay in
-// the L1 cache, and whole quads of noise.
-constexpr int64_t TILE = 1024;
+// Samples are cut into tiles. What has to be converted, gathered or drawn goes through buffers of
+// this many elements: small enough for a handful of them to stay in the L1 cache, and whole batches
+// of noise. Tiles that need no buffer are longer.
+constexpr int64_t TILE = 1024, DIRECT_TILE = 16 * TILE;
 
 struct View {
   char* data = nullptr;  // null where the optional tensor is absent
@@ -24,6 +25,7 @@ struct View {
 
 struct Job {
   int64_t batch, count;  // samples, and elements of one
+  int64_t tile;          // elements of a tile
   int ndim;              // dimensions of one sample
   const int64_t* sizes;  // [ndim]
   bool float64;          // what is computed in
@@ -44,7 +46,7 @@ struct Job {
 
   // Inlined always: a copy of its own would be shared between instruction sets.
   __attribute__((always_inline)) int64_t tiles_per_sample() const {
-    return (count + TILE - 1) / TILE;
+    return (count + tile - 1) / tile;
   }
 };
 

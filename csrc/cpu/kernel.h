@@ -56,12 +56,13 @@ struct Tile {
   bool stream;
 };
 
-template <class V, class T>
+template <bool CLIP, class V, class T>
 FASTDDIM_FN void update_at(const Row<V>& row, const Tile<T>& tile, int64_t i) {
   V x = load<V>(tile.x + i);
   V m = load<V>(tile.unconditional + i);
   if (tile.conditional) m = guided(row, m, load<V>(tile.conditional + i));
-  V x_0 = clipped(row, unclipped_x_0(row, x, m));
+  V x_0 = unclipped_x_0(row, x, m);
+  if constexpr (CLIP) x_0 = clipped(row, x_0);
   V x_prev = noiseless(row, x, m, x_0);
   if (tile.history) x_prev = fma(row.ph, load<V>(tile.history + i), x_prev);
   if (tile.noise) x_prev = fma(row.pn, load<V>(tile.noise + i), x_prev);
@@ -75,16 +76,30 @@ FASTDDIM_FN void update_at(const Row<V>& row, const Tile<T>& tile, int64_t i) {
   store(tile.out + i, x_prev);
 }
 
-template <class T>
-FASTDDIM_FN void update_tile(const Row<T>& row, const Tile<T>& tile, int64_t count) {
+template <bool CLIP, class T>
+FASTDDIM_FN void update_run(const Row<T>& row, const Tile<T>& tile, int64_t count) {
   int64_t i = 0;
 #if FASTDDIM_LANES > 1
   using V = typename VectorOf<T>::type;
   constexpr int64_t width = sizeof(V) / sizeof(T);
   const Row<V> rows = broadcast<V>(row);
-  for (; i + width <= count; i += width) update_at<V>(rows, tile, i);
+#pragma GCC unroll 4
+  for (; i + width <= count; i += width) update_at<CLIP>(rows, tile, i);
 #endif
-  for (; i < count; ++i) update_at<T>(row, tile, i);
+  for (; i < count; ++i) update_at<CLIP>(row, tile, i);
+}
+
+// The plain step, out of the cache, is bound by its instructions: it gets a loop without questions.
+template <class T>
+FASTDDIM_FN void update_tile(const Row<T>& row, const Tile<T>& tile, int64_t count) {
+  const bool clip = row.r < __builtin_inff();
+  const bool plain = !tile.conditional && !tile.history && !tile.noise && !tile.mask && !tile.x_0;
+  if (plain && !tile.stream && !clip) {
+    const Tile<T> simple{tile.x, tile.unconditional, {}, {}, {}, {}, {}, tile.out, {}, false};
+    update_run<false>(row, simple, count);
+  } else {
+    update_run<true>(row, tile, count);
+  }
 }
 
 template <class T>
@@ -93,7 +108,7 @@ void update_tiles(const Job& job, int64_t begin, int64_t end) {
   const int64_t per_sample = job.tiles_per_sample();
   for (int64_t index = begin; index < end; ++index) {
     const int64_t sample = index / per_sample;
-    const Span span{job, sample, index % per_sample * TILE};
+    const Span span{job, sample, index % per_sample * job.tile};
     const Row<T> row = row_of<T>(job, sample);
     Tile<T> tile;
     tile.x = read(job.x, span, buffers[0]);
@@ -125,7 +140,7 @@ void backward_tiles(const Job& job, int64_t begin, int64_t end) {
   const int64_t per_sample = job.tiles_per_sample();
   for (int64_t index = begin; index < end; ++index) {
     const int64_t sample = index / per_sample;
-    const Span span{job, sample, index % per_sample * TILE};
+    const Span span{job, sample, index % per_sample * job.tile};
     const Row<T> row = row_of<T>(job, sample);
     const T* x = read(job.x, span, buffers[0]);
     const T* unconditional = read(job.unconditional, span, buffers[1]);
@@ -159,7 +174,7 @@ void normal(const Job& job, int64_t begin, int64_t end) {
   alignas(64) float buffer[TILE];
   const int64_t per_sample = job.tiles_per_sample();
   for (int64_t index = begin; index < end; ++index) {
-    const Span span{job, index / per_sample, index % per_sample * TILE};
+    const Span span{job, index / per_sample, index % per_sample * job.tile};
     write(job.out, span, draw(job, span, buffer));
   }
 }

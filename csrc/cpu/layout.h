@@ -31,6 +31,12 @@ class Layout {
     job.ndim = ndim_;
     job.sizes = sizes_.data();
   }
+  // Whether every tensor can be read and written where it lies, in the order elements are counted.
+  bool direct(Dtype computed) const {
+    bool all = true;
+    for (int v = 0; v < views_; ++v) all &= view_[v]->contiguous && view_[v]->dtype == computed;
+    return all;
+  }
   Layout(const Layout&) = delete;
   Layout& operator=(const Layout&) = delete;
 

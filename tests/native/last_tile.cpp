@@ -30,6 +30,7 @@ extern "C" int64_t last_tile(const char* instruction_set, int64_t rows, int64_t 
   const int64_t extent = (rows - 1) * pitch + width;
   fastddim::Job job{};
   job.batch = 1;
+  job.tile = fastddim::TILE;
   job.count = rows * width;
   job.ndim = 2;
   job.sizes = sizes;
