@@ -37,7 +37,7 @@ constexpr uint32_t STEP_NOISE = 1;
 constexpr int ROW_FIELDS = FASTDDIM_NAMESPACE::ROW_FIELDS;
 
 // A second thread costs about as much as this many elements.
-constexpr int64_t GRAIN = 32768, NOISY_GRAIN = 8192;
+constexpr int64_t GRAIN = 32768, NOISY_GRAIN = 16384;
 
 // Above this many bytes the output would only push the inputs out of the caches.
 constexpr int64_t STREAMING_BYTES = 16 << 20;

@@ -175,7 +175,7 @@ def make_keys(
     check_sample_range(sample_offset, batch, per_sample_seed=seeds.ndim == 1)
     steps = check_step_index("step_index", step_index, batch)
     per_sample = seeds.ndim == 1
-    samples = torch.zeros(batch, dtype=torch.int64) if per_sample else torch.arange(batch)
+    samples = torch.arange(batch, device="cpu") * (not per_sample)
     return Keys(
         seeds.expand(batch).contiguous().to(device),
         steps.expand(batch).contiguous().to(device),

@@ -301,7 +301,7 @@ def stack_row(row: Row) -> Tensor:
     """float64 tensor `[K]`, or `[B, K]` where a field is a tensor."""
     tensors = [v for v in row if isinstance(v, Tensor)]
     if not tensors:
-        return torch.tensor(row, dtype=torch.float64)
+        return torch.tensor(row, dtype=torch.float64, device="cpu")
     like = tensors[0]
     return torch.stack(
         [v if isinstance(v, Tensor) else torch.full_like(like, v) for v in row], dim=-1
@@ -318,7 +318,7 @@ def _explicit_timesteps(T: int, steps: Sequence[Any]) -> Tensor:
                 "steps: expected strictly decreasing timesteps, "
                 f"got steps[{i}] = {after} after {before}"
             )
-    return torch.tensor(timesteps)
+    return torch.tensor(timesteps, device="cpu")
 
 
 def _prediction_coefficients(

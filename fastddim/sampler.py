@@ -78,13 +78,11 @@ class Loop:
         self.t = torch.zeros(model_batch, dtype=torch.int64, device=device)
 
         first_rows = (
-            torch.arange(batch) * plan.steps
+            torch.arange(batch, device=device) * plan.steps
             if plan.table.ndim == 3
-            else torch.zeros(0, dtype=torch.int64)
+            else torch.zeros(0, dtype=torch.int64, device=device)
         )
-        self._start = torch.cat([torch.zeros(model_batch, dtype=torch.int64), first_rows]).to(
-            device
-        )
+        self._start = torch.cat([torch.zeros_like(self.t), first_rows])
         self._counters = self._start.clone()
         self._step = self._counters[:model_batch]
         self._row = self._counters[model_batch:] if plan.table.ndim == 3 else self._step[:1]

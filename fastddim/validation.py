@@ -138,7 +138,7 @@ def check_model_output(name: str, value: Any, x: Tensor, *, guided: bool) -> Ten
 def check_timestep(name: str, value: Any, batch: int, T: int) -> Tensor:
     """int64 CPU tensor `[1]` or `[batch]` of timesteps in [0, T)."""
     if not isinstance(value, Tensor):
-        return torch.tensor([check_int(name, value, 0, T - 1)])
+        return torch.tensor([check_int(name, value, 0, T - 1)], device="cpu")
     if value.dtype.is_floating_point or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: expected integers, got dtype {value.dtype}")
     index = value.to("cpu", torch.int64).reshape(-1) if value.ndim < 2 else value
@@ -161,11 +161,13 @@ def check_seed(name: str, value: Any, batch: int) -> Tensor:
         seeds = torch.tensor(
             [_signed_bits(check_int(f"{name}[{i}]", v, 0, 2**64 - 1)) for i, v in enumerate(value)],
             dtype=torch.int64,
+            device="cpu",
         )
     elif isinstance(value, Tensor) and value.ndim > 1:
         raise ValueError(f"{name}: expected an int64 tensor [B], got shape {tuple(value.shape)}")
     else:
-        return torch.tensor(_signed_bits(check_int(name, _unwrapped(value), 0, 2**64 - 1)))
+        word = _signed_bits(check_int(name, _unwrapped(value), 0, 2**64 - 1))
+        return torch.tensor(word, device="cpu")
     if seeds.shape[0] != batch:
         raise ValueError(f"{name}: expected one seed per sample, {batch}, got {seeds.shape[0]}")
     return seeds
@@ -181,7 +183,7 @@ def check_step_index(name: str, value: Any, batch: int) -> Tensor:
             for i, v in enumerate(value.tolist()):
                 check_int(f"{name}[{i}]", v, 0, 2**32 - 1)
         return value
-    return torch.tensor(check_int(name, _unwrapped(value), 0, 2**32 - 1))
+    return torch.tensor(check_int(name, _unwrapped(value), 0, 2**32 - 1), device="cpu")
 
 
 def check_sample_range(sample_offset: Any, batch: int, *, per_sample_seed: bool) -> None:

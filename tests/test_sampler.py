@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import types
 
@@ -254,6 +255,79 @@ class TestDiffusers:
         assert fastddim.sample(model, 2).shape == (1, 2, 5, 5)
 
 
+UPDATE = {
+    "eta": 0.0,
+    "prediction": "epsilon",
+    "clip": None,
+    "rederive_eps": False,
+    "guidance_scale": None,
+}
+NOISE = {"seed": 0, "sample_offset": 0, "noise": None}
+PLAN = {"schedule": None, "spacing": "uniform", "steps_offset": 0}
+RUN = {
+    "device": None,
+    "dtype": None,
+    "impl": "auto",
+    "graph": "auto",
+    "check_finite": False,
+    "model_kwargs": None,
+}
+WATCH = {"progress": False, "callback": None, "return_trajectory": False}
+
+
+class TestSignatures:
+    """The public keyword arguments and their defaults."""
+
+    @pytest.mark.parametrize(
+        ("function", "positional", "defaults"),
+        [
+            (
+                fastddim.sample,
+                ["model", "steps"],
+                UPDATE
+                | NOISE
+                | PLAN
+                | RUN
+                | WATCH
+                | {"variance": "small", "x_T": None, "shape": None, "batch_size": 1},
+            ),
+            (
+                Sampler,
+                ["model", "steps"],
+                UPDATE | PLAN | RUN | {"variance": "small", "shape": None, "batch_size": 1},
+            ),
+            (Sampler.__call__, ["self"], NOISE | WATCH | {"x_T": None}),
+            (fastddim.invert, ["model", "x_0", "steps"], UPDATE | PLAN | RUN | WATCH),
+            (
+                fastddim.step,
+                ["x_t", "model_output", "alpha_t", "alpha_prev"],
+                UPDATE
+                | NOISE
+                | {
+                    "variance": "small",
+                    "step_index": 0,
+                    "out": None,
+                    "return_x0": False,
+                    "impl": "auto",
+                },
+            ),
+            (fastddim.slerp, ["z_0", "z_1", "weight"], {}),
+        ],
+        ids=["sample", "Sampler", "call", "invert", "step", "slerp"],
+    )
+    def test_keywords(self, function, positional, defaults):
+        parameters = inspect.signature(function).parameters.values()
+        keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        assert keywords == defaults
+        assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == positional
+
+    def test_the_default_schedule_is_linear(self):
+        assert torch.equal(
+            fastddim.sample(elementwise_model, 5, shape=SHAPE),
+            fastddim.sample(elementwise_model, 5, shape=SHAPE, schedule=Schedule.linear()),
+        )
+
+
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 class TestSameBits:
     """What sample a number belongs to decides it, and nothing else."""
@@ -306,6 +380,21 @@ class TestSameBits:
                 starts.append(recorder.x[0])
             assert torch.equal(torch.cat(starts), expected)
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+    def test_x_T_in_every_dtype(self, impl, dtype):
+        _, trajectory = fastddim.sample(
+            elementwise_model,
+            1,
+            shape=SHAPE,
+            dtype=dtype,
+            seed=5,
+            sample_offset=9,
+            return_trajectory=True,
+            impl=impl,
+        )
+        expected = philox.initial_latents(SHAPE, 5, sample_offset=9)
+        assert torch.equal(trajectory[0], expected.to(dtype))
+
     @pytest.mark.parametrize("eta", [0.0, 1.0])
     def test_seed_per_sample(self, impl, eta):
         seeds = [3, 2**64 - 1, 0, 3]
@@ -339,6 +428,40 @@ class TestSameBits:
         before = torch.get_rng_state()
         fastddim.sample(elementwise_model, 5, shape=(2, 5), eta=1.0, impl=impl)
         assert torch.equal(torch.get_rng_state(), before)
+
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            {"steps": 5},
+            {"steps": [900, 500, 3], "eta": torch.tensor([0.5, 1.0])},
+            {"steps": 5, "seed": [1, 2], "guidance_scale": 2.0},
+        ],
+        ids=["number", "tensors", "seeds"],
+    )
+    def test_global_defaults_do_not_matter(self, impl, kind):
+        """A default device or dtype of the user's is for tensors that the user makes."""
+        kind = {"shape": SHAPE, "device": "cpu", "impl": impl, "eta": 1.0, **kind}
+        x = latents()
+        previous = torch.get_default_dtype()
+
+        def everything():
+            return (
+                fastddim.sample(elementwise_model, **kind),
+                fastddim.invert(elementwise_model, x, 5, impl=impl),
+                fastddim.invert(elementwise_model, x, [900, 3], impl=impl),
+                fastddim.step(x, x, 0.5, 0.6125, eta=1.0, seed=4, impl=impl),
+                fastddim.slerp(x, x.flip(0), 0.3),
+                Schedule.cosine().add_noise(x, 5, seed=3),
+            )
+
+        expected = everything()
+        try:
+            torch.set_default_dtype(torch.float64)
+            with torch.device("meta"):
+                own = everything()
+        finally:
+            torch.set_default_dtype(previous)
+        assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
 
 
 class TestGivenNoise:
