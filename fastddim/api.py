@@ -19,6 +19,7 @@ from fastddim.plan import (
     coefficient_row,
     make_inversion_plan,
     stack_row,
+    to_table,
 )
 from fastddim.reference import compute_dtype
 from fastddim.sampler import (
@@ -43,6 +44,7 @@ from fastddim.validation import (
     check_like,
     check_model_output,
     check_noise,
+    check_overlap,
     check_state,
 )
 
@@ -85,7 +87,8 @@ def sample(
         model: any callable `model(x, t, **model_kwargs)` with t an int64 tensor `[B]` on x's
             device. It returns a tensor, a tuple that starts with one, or an object with `.sample`;
             of twice as many channels as x (learned variance) the first half is used. It gets x in
-            the dtype of its own parameters.
+            the dtype of its own parameters. x and t are buffers that the loop writes over: a model
+            must not change them, nor keep them without a copy.
         steps: number of steps S in [1, T], or the timesteps themselves in the order visited
             (decreasing).
         schedule: ᾱ the model was trained with; by default `model.schedule`, else
@@ -289,9 +292,10 @@ def step(
         out: where to write x_prev, with the shape, dtype and device of `x_t`; may be `x_t` itself.
         return_x0: also return the predicted x_0.
 
-    Without `out` the result is differentiable in `x_t`, `model_output` and a `noise` tensor.
         The other arguments are those of `sample`. Values of coefficient tensors on an accelerator
         are not checked, since reading them would wait for the device.
+
+    Without `out` the result is differentiable in `x_t`, `model_output` and a `noise` tensor.
 
     Returns:
         x_prev, or `(x_prev, x_0)`, with the shape, dtype and device of `x_t`.
@@ -317,6 +321,8 @@ def step(
         check_like("out", out, "x_t", x_t)
         if out.dtype != x_t.dtype:
             raise ValueError(f"out: expected dtype {x_t.dtype}, got {out.dtype}")
+        check_overlap("out", out, "x_t", x_t)
+        check_overlap("out", out, "model_output", model_output)
     if out is None and _needs_grad(x_t, model_output, noise):
         x_prev, x_0 = backend.update(x_t, model_output, table, row, noise=noise, keys=keys)
         return (x_prev, x_0) if return_x0 else x_prev
@@ -446,7 +452,7 @@ def _prepare_step(
         guidance_scale=None if guidance is None else _on(device, guidance),
     )
     rows = stack_row(coefficient_row(_on(device, a), _on(device, p), update))
-    table = rows.to(device, compute_dtype(dtype)).reshape(-1, rows.shape[-1])
+    table = to_table(rows, compute_dtype(dtype), device)
     row = torch.arange(table.shape[0], device=device)
     return _Step(backend, table, row, update.noisy, guidance is not None)
 

@@ -308,6 +308,25 @@ def stack_row(row: Row) -> Tensor:
     )
 
 
+def to_table(rows: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows `[…, K]` as a backend reads them: a table `[R, K]` in the dtype that it computes in.
+
+    Raises:
+        ValueError: a coefficient overflows `dtype`.
+    """
+    table = rows.reshape(-1, rows.shape[-1]).to(dtype)
+    if readable(rows):
+        overflow = rows.reshape(table.shape).isfinite() & ~table.isfinite()
+        if overflow.any():
+            r, k = overflow.nonzero()[0].tolist()
+            raise ValueError(
+                f"alphas_cumprod: expected coefficients in the range of {dtype}, got "
+                f"{Row._fields[k]} = {rows.reshape(table.shape)[r, k].item():g} in row {r}; "
+                "a float64 state has the range"
+            )
+    return table.to(device)
+
+
 def _explicit_timesteps(T: int, steps: Sequence[Any]) -> Tensor:
     if len(steps) == 0:
         raise ValueError("steps: expected at least one timestep, got none")

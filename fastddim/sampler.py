@@ -8,7 +8,9 @@ waits for the device, or moves data between devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from fastddim import adapter, backends, philox
 from fastddim.adapter import Model
 from fastddim.philox import Keys
-from fastddim.plan import Coefficient, Plan, Update, make_plan
+from fastddim.plan import Coefficient, Plan, Update, make_plan, to_table
 from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
 from fastddim.validation import (
@@ -56,6 +58,7 @@ class Loop:
         self.model = model
         self.plan = plan
         self.check_finite = check_finite
+        self._idle = threading.Lock()
         self.model_kwargs = check_model_kwargs(model_kwargs)
         self._backend = backends.choose(impl, device)
         self._timestep_list = plan.timesteps.tolist()
@@ -71,7 +74,7 @@ class Loop:
             if separate
             else None
         )
-        self.table = plan.table.flatten(0, -2).to(device, compute_dtype(dtype))
+        self.table = to_table(plan.table, compute_dtype(dtype), device)
         # The counters run one past the last step, where the repeated timestep keeps the read in
         # bounds.
         self._timesteps = torch.cat([plan.timesteps, plan.timesteps[-1:]]).to(device)
@@ -103,7 +106,11 @@ class Loop:
         return_trajectory: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Walk the plan from `x`; see `Sampler.__call__`."""
-        with torch.inference_mode(False), torch.no_grad():
+        if not self._idle.acquire(blocking=False):
+            raise RuntimeError(
+                "Sampler: expected one call at a time, got another from a callback or a thread"
+            )
+        with self._released(), torch.inference_mode(False), torch.no_grad():
             self._reset(x, keys)
             trajectory = self._new_trajectory() if return_trajectory else None
             for s in self._step_indices(progress):
@@ -114,6 +121,13 @@ class Loop:
                     callback(s, self._timestep_list[s], self.state.clone(), self.x_0.clone())
             x = self.state.clone()
         return x if trajectory is None else (x, trajectory)
+
+    @contextmanager
+    def _released(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._idle.release()
 
     def latents(self, keys: Keys) -> Tensor:
         """x_T of the keys, as `philox.initial_latents` specifies it."""

@@ -117,6 +117,30 @@ def check_device(name: str, value: Tensor, like_name: str, device: torch.device)
     return value
 
 
+def check_overlap(name: str, written: Tensor, read_name: str, read: Tensor) -> None:
+    """Memory that is written may be exactly what is read, or apart from it."""
+    if written is read or torch.compiler.is_compiling():
+        return
+    same = written.data_ptr() == read.data_ptr() and written.stride() == read.stride()
+    if same and written.dtype == read.dtype:
+        return
+    (first, end), (other_first, other_end) = _extent(written), _extent(read)
+    if first < other_end and other_first < end:
+        raise ValueError(
+            f"{name}: expected {read_name} itself or memory apart from it, "
+            "got a tensor that overlaps it in part"
+        )
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and past the last; equal for an empty tensor."""
+    first = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return first, first
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (last + 1) * tensor.element_size()
+
+
 def check_noise(name: str, value: Any, x: Tensor) -> Tensor:
     return check_like(name, value, "the state", x)
 

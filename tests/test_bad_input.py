@@ -863,3 +863,41 @@ class TestPhilox:
         fails(
             lambda: philox.step_noise((2, 3), 2**32), ValueError, "step_index", "[0, ", "4294967296"
         )
+
+
+def test_overlapping_out_is_refused():
+    """Written memory is exactly the state's (or the model output's) or apart from them."""
+    buffer = torch.randn(3, 8)
+    x, m = buffer[0:2], torch.randn(2, 8)
+    with pytest.raises(ValueError, match=r"^out: expected x_t itself .* overlaps it in part"):
+        fastddim.step(x, m, 0.5, 0.7, out=buffer[1:3])
+    with pytest.raises(ValueError, match=r"^out: expected model_output itself"):
+        fastddim.step(m.clone(), x, 0.5, 0.7, out=buffer[1:3])
+    square = torch.randn(4, 4)
+    with pytest.raises(ValueError, match=r"^out: .*overlaps"):
+        fastddim.step(square, torch.randn(4, 4), 0.5, 0.7, out=square.T)
+    expected = fastddim.step(x, m, 0.5, 0.7)
+    assert torch.equal(fastddim.step(x, m.clone(), 0.5, 0.7, out=x[:]), expected)
+
+
+def test_coefficients_beyond_the_dtype_are_refused():
+    schedule = fastddim.Schedule.linear(20000)
+    with pytest.raises(ValueError, match=r"^alphas_cumprod: .*float32, got cx = .*float64"):
+        fastddim.sample(lambda x, t: x, 5, shape=(1, 2), schedule=schedule, spacing="trailing")
+    x = fastddim.sample(
+        lambda x, t: x * 0,
+        5,
+        shape=(1, 2),
+        schedule=schedule,
+        spacing="trailing",
+        dtype=torch.float64,
+    )
+    assert x.isfinite().all()
+
+
+def test_a_sampler_serves_one_call_at_a_time():
+    sampler = fastddim.Sampler(lambda x, t: x, 3, shape=(1, 2))
+    expected = sampler(seed=1)
+    with pytest.raises(RuntimeError, match=r"^Sampler: expected one call at a time"):
+        sampler(callback=lambda *_: sampler())
+    assert torch.equal(sampler(seed=1), expected)
