@@ -103,6 +103,12 @@ FASTDDIM_FN void update_tile(const Row<T>& row, const Tile<T>& tile, int64_t cou
 }
 
 template <class T>
+FASTDDIM_FN void prefetch(const T* from, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i);
+}
+
+template <class T>
 void update_tiles(const Job& job, int64_t begin, int64_t end) {
   alignas(64) T buffers[9][TILE];
   const int64_t per_sample = job.tiles_per_sample();
@@ -119,7 +125,13 @@ void update_tiles(const Job& job, int64_t begin, int64_t end) {
     tile.known = read(job.known, span, buffers[5]);
     tile.noise = nullptr;
     if (row.pn != 0) {
-      tile.noise = job.seed ? draw(job, span, buffers[6]) : read(job.noise, span, buffers[6]);
+      // Memory answers while the noise is drawn.
+      const auto fetch = [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+        prefetch(tile.x + first, count);
+        prefetch(tile.unconditional + first, count);
+      };
+      tile.noise =
+          job.seed ? draw(job, span, buffers[6], fetch) : read(job.noise, span, buffers[6]);
     }
     tile.out = place(job.out, span, buffers[7]);
     tile.x_0 = place(job.x_0, span, buffers[8]);
@@ -175,7 +187,7 @@ void normal(const Job& job, int64_t begin, int64_t end) {
   const int64_t per_sample = job.tiles_per_sample();
   for (int64_t index = begin; index < end; ++index) {
     const Span span{job, index / per_sample, index % per_sample * job.tile};
-    write(job.out, span, draw(job, span, buffer));
+    write(job.out, span, draw(job, span, buffer, [](int64_t, int64_t) {}));
   }
 }
 

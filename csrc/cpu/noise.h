@@ -59,8 +59,11 @@ FASTDDIM_FN void normals_of_batches(const Key& key, const RoundKeys& rounds,
 // The order that store_quads undoes.
 FASTDDIM_FN int64_t quad_of_lane(int lane) { return lane % 4 * (LANES / 4) + lane / 4; }
 
-// Normals from `first_quad` on; `out` holds `count` rounded up to whole batches.
-FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, float* out) {
+// Normals from `first_quad` on; `out` holds `count` rounded up to whole batches. `meanwhile(i, n)`
+// is called before elements i … i + n − 1 are drawn.
+template <class Meanwhile>
+FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, float* out,
+                         Meanwhile meanwhile) {
   int64_t lanes[PARTS][LANES / 2];
   for (int part = 0; part < PARTS; ++part) {
     for (int i = 0; i < LANES / 2; ++i) {
@@ -70,6 +73,7 @@ FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, flo
   const Words multipliers[2] = {words(PHILOX_MULTIPLIERS[0]), words(PHILOX_MULTIPLIERS[1])};
   const RoundKeys rounds(key.seed);
   for (int64_t i = 0; i < count; i += BATCH) {
+    meanwhile(i, BATCH);
     const Words first = words(first_quad + (uint32_t)(i / 4));
     Words quads[PARTS];
     for (int part = 0; part < PARTS; ++part) quads[part] = plus(words(lanes[part]), first);
@@ -79,8 +83,11 @@ FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, flo
 
 #else
 
-FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, float* out) {
+template <class Meanwhile>
+FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, float* out,
+                         Meanwhile meanwhile) {
   for (int64_t i = 0; i < count; i += 4) {
+    meanwhile(i, 4);
     float z[4];
     normals_of_quad(key, first_quad + (uint32_t)(i / 4), z);
     for (int k = 0; k < 4; ++k) out[i + k] = z[k];
@@ -94,14 +101,18 @@ FASTDDIM_FN Key key_of(const Job& job, int64_t sample) {
           job.stream};
 }
 
-FASTDDIM_FN const float* draw(const Job& job, const Span& span, float* buffer) {
-  normals(key_of(job, span.sample), (uint32_t)(span.first / 4), span.count, buffer);
+template <class Meanwhile>
+FASTDDIM_FN const float* draw(const Job& job, const Span& span, float* buffer,
+                              Meanwhile meanwhile) {
+  normals(key_of(job, span.sample), (uint32_t)(span.first / 4), span.count, buffer, meanwhile);
   return buffer;
 }
 
-FASTDDIM_FN const double* draw(const Job& job, const Span& span, double* buffer) {
+template <class Meanwhile>
+FASTDDIM_FN const double* draw(const Job& job, const Span& span, double* buffer,
+                               Meanwhile meanwhile) {
   alignas(64) float narrow[TILE];
-  draw(job, span, narrow);
+  draw(job, span, narrow, meanwhile);
   for (int64_t i = 0; i < span.count; ++i) buffer[i] = narrow[i];
   return buffer;
 }
