@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from fastddim.files import atomic_file
 from fastddim.models import UNet, UNetConfig, load, save
-from fastddim.models.files import replace_file
 from fastddim.schedule import Schedule
 
 SCHEDULE = {"T": 1000, "beta_start": 1e-4, "beta_end": 0.02}
@@ -224,7 +224,8 @@ class Trainer:
             tensors[f"averaged.{name}"] = parameter
         progress = {"step": self.step, "minutes": self.minutes, "history": self.history}
         metadata = {"recipe": json.dumps(asdict(self.recipe)), "progress": json.dumps(progress)}
-        replace_file(path, safetensors.torch.save(tensors, metadata))
+        with atomic_file(path) as file:
+            file.write(safetensors.torch.save(tensors, metadata))
 
     def load_checkpoint(self, path: Path) -> None:
         """Continue from `save_checkpoint`'s file, which must be of the same recipe."""

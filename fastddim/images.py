@@ -1,4 +1,4 @@
-"""Images: [−1, 1] tensors to 8-bit arrays and back, grids, PNG files, and files that appear whole.
+"""Images: [−1, 1] tensors to 8-bit arrays and back, grids and PNG files.
 
 Eight-bit images are NumPy arrays `[N, H, W, C]`, as in the `.npz` files of sample-quality
 evaluators.
@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+from fastddim.files import atomic_file
 
 Images: TypeAlias = NDArray[np.uint8]
 
@@ -149,47 +147,6 @@ def load_png(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> Image
             raise
         raise ValueError(f"{path}: expected a PNG image, got {error}") from error
     return pixels.reshape(height, width, channels)
-
-
-@contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open `path` for writing, so that it is always either the old file or the whole new one.
-
-    The content goes to a hidden file beside it, which reaches the disk before it takes the name,
-    and which is removed on any error, Ctrl-C included. A link is followed.
-
-    Raises:
-        OSError: the folder is missing or cannot be written, or `path` is there and is no ordinary
-            file.
-    """
-    with _part_beside(path) as (part, file):
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(part, os.path.realpath(path))
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise now the OSError that `atomic_file(path)` would raise; leaves nothing behind."""
-    with _part_beside(path):
-        pass
-
-
-@contextmanager
-def _part_beside(path: str | os.PathLike[str]) -> Iterator[tuple[Path, BinaryIO]]:
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise OSError(f"{path}: expected an ordinary file or a new name, got something else there")
-    part = target.with_name(f".fastddim-{secrets.token_hex(8)}.part")
-    try:
-        file = part.open("xb")
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
-    try:
-        with file:
-            yield part, file
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _check_uint8(name: str, images: Any, ndim: int, form: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastddim import images
+from fastddim import files, images
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_load_png_refuses_what_does_not_fit(tmp_path):
 def test_atomic_file_keeps_its_name_back_until_the_end(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with images.atomic_file(path) as file:
+    with files.atomic_file(path) as file:
         file.write(b"new")
         file.flush()
         assert path.read_text() == "old"
@@ -169,7 +169,7 @@ def test_atomic_file_leaves_nothing_of_an_interrupted_write(tmp_path, error):
     kept.write_text("old")
 
     def write_half(path):
-        with images.atomic_file(path) as file:
+        with files.atomic_file(path) as file:
             file.write(b"half")
             raise error
 
@@ -181,7 +181,7 @@ def test_atomic_file_leaves_nothing_of_an_interrupted_write(tmp_path, error):
 
 
 def test_atomic_file_has_the_permissions_of_any_new_file(tmp_path):
-    with images.atomic_file(tmp_path / "a.txt"):
+    with files.atomic_file(tmp_path / "a.txt"):
         pass
     (tmp_path / "b.txt").touch()
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
@@ -191,7 +191,7 @@ def test_atomic_file_has_the_permissions_of_any_new_file(tmp_path):
 def test_atomic_file_follows_a_link(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "folder/target")
-    with images.atomic_file(tmp_path / "link") as file:
+    with files.atomic_file(tmp_path / "link") as file:
         file.write(b"new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "folder/target").read_text() == "new"
@@ -201,12 +201,12 @@ def test_atomic_file_replaces_ordinary_files_only(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):
         with pytest.raises(OSError, match="expected an ordinary file"):
-            images.check_writable(path)
+            files.check_writable(path)
     assert (tmp_path / "pipe").is_fifo()
 
 
 def test_check_writable_says_why_not_and_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cannot be written: .*missing/a\.png"):
-        images.check_writable(tmp_path / "missing/a.png")
-    images.check_writable(tmp_path / "a.png")
+        files.check_writable(tmp_path / "missing/a.png")
+    files.check_writable(tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 import fastddim
 from fastddim import models
 from fastddim.cli.options import shows_progress, working_device
-from fastddim.images import Images, check_writable, grid, save_png, to_uint8
+from fastddim.files import check_writable
+from fastddim.images import Images, grid, save_png, to_uint8
 
 DDIM_STEPS, DDPM_STEPS = 50, 1000
 DIGITS, FASHION = 64, 32

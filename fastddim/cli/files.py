@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastddim.images import Images, atomic_file, check_writable, grid, load_png, save_png
+from fastddim.files import atomic_file, check_writable
+from fastddim.images import Images, grid, load_png, save_png
 from fastddim.models.files import WEIGHTS
 
 LATENTS = "latents"

@@ -19,7 +19,8 @@ from fastddim.cli.options import (
     walk_options,
 )
 from fastddim.cli.sources import load
-from fastddim.images import Images, check_writable, from_uint8, to_uint8
+from fastddim.files import check_writable
+from fastddim.images import Images, from_uint8, to_uint8
 
 
 @click.command(

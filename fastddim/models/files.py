@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastddim.files import atomic_file
 from fastddim.models.unet import UNet, UNetConfig
 from fastddim.schedule import Schedule
 
@@ -55,8 +56,10 @@ def save(model: UNet, folder: str | os.PathLike[str], record: Mapping[str, Any])
     }
     path = Path(folder) / (MODEL + WEIGHTS)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, to_bytes(state))
-    replace_file(path.with_suffix(RECORD), (json.dumps(description, indent=2) + "\n").encode())
+    with atomic_file(path) as file:
+        file.write(to_bytes(state))
+    with atomic_file(path.with_suffix(RECORD)) as file:
+        file.write((json.dumps(description, indent=2) + "\n").encode())
     return path
 
 
@@ -93,13 +96,6 @@ def refuse_links(path: Path) -> None:
     for file in (path, path.with_suffix(RECORD)):
         if file.resolve().parent != folder:
             raise ValueError(f"model file: expected a file inside {folder}, got a link: {file}")
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `path` so that it is always either the old file or the new one, never a part."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def _read_record(path: Path) -> tuple[UNetConfig, Schedule]:
