@@ -89,16 +89,27 @@ FASTDDIM_FN void update_run(const Row<T>& row, const Tile<T>& tile, int64_t coun
   for (; i < count; ++i) update_at<CLIP>(row, tile, i);
 }
 
-// The plain step, out of the cache, is bound by its instructions: it gets a loop without questions.
+// Only what every step has, and noise. The questions that update_at asks of it are answered at
+// compile time.
+template <bool NOISE, bool STREAM, class T>
+FASTDDIM_FN void bare_run(const Row<T>& row, const Tile<T>& tile, int64_t count) {
+  Tile<T> bare{
+      tile.x, tile.unconditional, {}, NOISE ? tile.noise : nullptr, {}, {}, {}, tile.out, {},
+      STREAM};
+  if (NOISE && !bare.noise) __builtin_unreachable();
+  update_run<false>(row, bare, count);
+}
+
 template <class T>
 FASTDDIM_FN void update_tile(const Row<T>& row, const Tile<T>& tile, int64_t count) {
   const bool clip = row.r < __builtin_inff();
-  const bool plain = !tile.conditional && !tile.history && !tile.noise && !tile.mask && !tile.x_0;
-  if (plain && !tile.stream && !clip) {
-    const Tile<T> simple{tile.x, tile.unconditional, {}, {}, {}, {}, {}, tile.out, {}, false};
-    update_run<false>(row, simple, count);
-  } else {
+  if (clip || tile.conditional || tile.history || tile.mask || tile.x_0) {
     update_run<true>(row, tile, count);
+  } else if (tile.noise) {
+    tile.stream ? bare_run<true, true>(row, tile, count) : bare_run<true, false>(row, tile, count);
+  } else {
+    tile.stream ? bare_run<false, true>(row, tile, count)
+                : bare_run<false, false>(row, tile, count);
   }
 }
 
