@@ -29,6 +29,7 @@ FASTDDIM_FN Floats from_half(const uint16_t* a) {
 FASTDDIM_FN void to_half(uint16_t* out, Floats a) {
   _mm_storeu_si128((__m128i*)out, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
+FASTDDIM_FN void finish_streams() { _mm_sfence(); }
 FASTDDIM_FN void stream(float* out, Floats a) { _mm256_stream_ps(out, a); }
 FASTDDIM_FN void stream(double* out, Doubles a) { _mm256_stream_pd(out, a); }
 

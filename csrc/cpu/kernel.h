@@ -204,6 +204,9 @@ void normal(const Job& job, int64_t begin, int64_t end) {
 
 void update(const Job& job, int64_t begin, int64_t end) {
   job.float64 ? update_tiles<double>(job, begin, end) : update_tiles<float>(job, begin, end);
+#if FASTDDIM_LANES > 1
+  if (job.streaming) finish_streams();
+#endif
 }
 
 void backward(const Job& job, int64_t begin, int64_t end) {
