@@ -516,6 +516,32 @@ def test_normals(
         assert written_only_inside(out, buffer)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7, 8, 9])
+def test_noise_of_interleaved_channels(
+    backend: backends.Backend, generator: torch.Generator, channels: int
+) -> None:
+    """Several tiles of pixels, their edges at any channel and at any place in a quad."""
+    for pixels in [(1, 1), (7, 9), (31, 43), (64, 65)]:
+        shape = (2, channels, *pixels)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            case = make_case(
+                generator, shape, dtype=dtype, layout="channels_last", noise="keyed", history=True
+            )
+            out = torch.full_like(case.x, float("nan"))
+            backend.normal_out(case.keys, philox.STEP_NOISE, out)
+            expected = philox.normal(case.keys, shape[1:], philox.STEP_NOISE).to(dtype)
+            assert torch.equal(out, expected)
+            got = run(backend.update_out, case)
+            assert_accurate(case, got)
+            row_major = replace(
+                case,
+                x=case.x.contiguous(),
+                model_output=case.model_output.contiguous(),
+                history=case.history.contiguous(),
+            )
+            assert torch.equal(got.out, run(backend.update_out, row_major).out)
+
+
 def test_no_noise_is_read_where_its_coefficient_is_zero(
     backend: backends.Backend, generator: torch.Generator
 ) -> None:

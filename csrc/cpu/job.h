@@ -34,6 +34,10 @@ struct Job {
   View x, unconditional, conditional, noise, history, mask, known;
   View out, x_0, model_input[2];
 
+  // Where elements are counted pixel by pixel, each with this many channels (channels_last), while
+  // noise is keyed channel by channel; 0 where they are counted as noise is keyed.
+  int64_t channels;
+
   const void* table;  // rows of float32, or float64
   const int64_t* row;
   int64_t row_stride;  // 0 where all samples share one row

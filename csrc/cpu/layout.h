@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <utility>
 
 #include "job.h"
 
@@ -26,6 +27,7 @@ class Layout {
     collect(shape + 1, dims - 1);
     if (!ordered) sort_by(job.out);
     merge();
+    if (ordered) turn_channels_last();
     mark_contiguous();
     if (!ordered && one_row) absorb_batch();
     job.ndim = ndim_;
@@ -42,6 +44,9 @@ class Layout {
 
  private:
   static constexpr int VIEWS = 15;
+
+  // With more channels than these the runs of noise in a tile are too short to be worth it.
+  static constexpr int64_t MAX_CHANNELS = 8;
 
   void collect(const int64_t* sizes, int dims) {
     View* all[VIEWS] = {&job_.x,
@@ -105,6 +110,16 @@ class Layout {
       for (int v = 0; v < views_; ++v) strides_[v][kept] = strides_[v][d];
     }
     if (ndim_ > 0) ndim_ = kept + 1;
+  }
+
+  // Few channels, each a plane, interleaved in memory: count pixel by pixel.
+  void turn_channels_last() {
+    const View& out = job_.out;
+    if (ndim_ != 2 || sizes_[0] > MAX_CHANNELS || out.strides[0] != 1) return;
+    if (out.strides[1] != sizes_[0]) return;
+    job_.channels = sizes_[0];
+    std::swap(sizes_[0], sizes_[1]);
+    for (int v = 0; v < views_; ++v) std::swap(strides_[v][0], strides_[v][1]);
   }
 
   void mark_contiguous() {

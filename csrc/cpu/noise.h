@@ -83,6 +83,8 @@ FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, flo
 
 #else
 
+constexpr int64_t BATCH = 4;
+
 template <class Meanwhile>
 FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, float* out,
                          Meanwhile meanwhile) {
@@ -101,10 +103,29 @@ FASTDDIM_FN Key key_of(const Job& job, int64_t sample) {
           job.stream};
 }
 
+// Noise keyed plane by plane, into elements counted pixel by pixel.
+FASTDDIM_FN void draw_channels(const Job& job, const Span& span, const Key& key, float* buffer) {
+  alignas(64) float plane[TILE + BATCH];
+  const int64_t channels = job.channels, pixels = job.count / channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    const int64_t begin = (span.first - c + channels - 1) / channels;
+    const int64_t end = (span.first + span.count - c + channels - 1) / channels;
+    const int64_t element = c * pixels + begin, lead = element % 4;
+    normals(key, (uint32_t)(element / 4), lead + end - begin, plane, [](int64_t, int64_t) {});
+    float* to = buffer + begin * channels + c - span.first;
+    for (int64_t i = 0; i < end - begin; ++i) to[i * channels] = plane[lead + i];
+  }
+}
+
 template <class Meanwhile>
 FASTDDIM_FN const float* draw(const Job& job, const Span& span, float* buffer,
                               Meanwhile meanwhile) {
-  normals(key_of(job, span.sample), (uint32_t)(span.first / 4), span.count, buffer, meanwhile);
+  const Key key = key_of(job, span.sample);
+  if (job.channels) {
+    draw_channels(job, span, key, buffer);
+  } else {
+    normals(key, (uint32_t)(span.first / 4), span.count, buffer, meanwhile);
+  }
   return buffer;
 }
 
