@@ -54,15 +54,15 @@ FASTDDIM_FN Floats merged(Words even, Words odd) {
 
 // Lane 4l + i of z_k is element k of quad 4i + l: after two rounds of unpacking, register i holds
 // the quads 4i … 4i + 3 in memory order.
-FASTDDIM_FN void store_quads(float* out, Floats z_0, Floats z_1, Floats z_2, Floats z_3) {
+FASTDDIM_FN void order_quads(Floats z_0, Floats z_1, Floats z_2, Floats z_3, Floats (&ordered)[4]) {
   __m512d low_01 = _mm512_castps_pd(_mm512_unpacklo_ps(z_0, z_1));
   __m512d low_23 = _mm512_castps_pd(_mm512_unpacklo_ps(z_2, z_3));
   __m512d high_01 = _mm512_castps_pd(_mm512_unpackhi_ps(z_0, z_1));
   __m512d high_23 = _mm512_castps_pd(_mm512_unpackhi_ps(z_2, z_3));
-  _mm512_storeu_ps(out, _mm512_castpd_ps(_mm512_unpacklo_pd(low_01, low_23)));
-  _mm512_storeu_ps(out + 16, _mm512_castpd_ps(_mm512_unpackhi_pd(low_01, low_23)));
-  _mm512_storeu_ps(out + 32, _mm512_castpd_ps(_mm512_unpacklo_pd(high_01, high_23)));
-  _mm512_storeu_ps(out + 48, _mm512_castpd_ps(_mm512_unpackhi_pd(high_01, high_23)));
+  ordered[0] = (_mm512_castpd_ps(_mm512_unpacklo_pd(low_01, low_23)));
+  ordered[1] = (_mm512_castpd_ps(_mm512_unpackhi_pd(low_01, low_23)));
+  ordered[2] = (_mm512_castpd_ps(_mm512_unpacklo_pd(high_01, high_23)));
+  ordered[3] = (_mm512_castpd_ps(_mm512_unpackhi_pd(high_01, high_23)));
 }
 
 }  // namespace FASTDDIM_NAMESPACE

@@ -89,34 +89,60 @@ FASTDDIM_FN void update_run(const Row<T>& row, const Tile<T>& tile, int64_t coun
   for (; i < count; ++i) update_at<CLIP>(row, tile, i);
 }
 
-// Only what every step has, and noise. The questions that update_at asks of it are answered at
-// compile time.
-template <bool NOISE, bool STREAM, class T>
+// Nothing but what every step has. The questions that update_at asks are answered at compile time.
+template <bool STREAM, class T>
 FASTDDIM_FN void bare_run(const Row<T>& row, const Tile<T>& tile, int64_t count) {
-  Tile<T> bare{
-      tile.x, tile.unconditional, {}, NOISE ? tile.noise : nullptr, {}, {}, {}, tile.out, {},
-      STREAM};
-  if (NOISE && !bare.noise) __builtin_unreachable();
+  const Tile<T> bare{tile.x, tile.unconditional, {}, {}, {}, {}, {}, tile.out, {}, STREAM};
   update_run<false>(row, bare, count);
 }
 
 template <class T>
-FASTDDIM_FN void update_tile(const Row<T>& row, const Tile<T>& tile, int64_t count) {
+FASTDDIM_FN bool is_bare(const Row<T>& row, const Tile<T>& tile) {
   const bool clip = row.r < __builtin_inff();
-  if (clip || tile.conditional || tile.history || tile.mask || tile.x_0) {
-    update_run<true>(row, tile, count);
-  } else if (tile.noise) {
-    tile.stream ? bare_run<true, true>(row, tile, count) : bare_run<true, false>(row, tile, count);
-  } else {
-    tile.stream ? bare_run<false, true>(row, tile, count)
-                : bare_run<false, false>(row, tile, count);
-  }
+  return !clip && !tile.conditional && !tile.history && !tile.mask && !tile.x_0;
 }
 
 template <class T>
-FASTDDIM_FN void prefetch(const T* from, int64_t count) {
-  constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i);
+FASTDDIM_FN void update_tile(const Row<T>& row, const Tile<T>& tile, int64_t count) {
+  if (!is_bare(row, tile) || tile.noise) {
+    update_run<true>(row, tile, count);
+  } else {
+    tile.stream ? bare_run<true>(row, tile, count) : bare_run<false>(row, tile, count);
+  }
+}
+
+#if FASTDDIM_LANES > 1
+// A bare step that takes each vector of noise as it is drawn, so that memory answers meanwhile.
+// `buffer` holds the noise of the elements after the last whole vector.
+template <bool STREAM>
+FASTDDIM_FN void drawing_run(const Job& job, const Span& span, const Row<float>& row,
+                             const Tile<float>& tile, float* buffer) {
+  const Row<Floats> rows = broadcast<Floats>(row);
+  const auto take = [&](int64_t i, Floats z) __attribute__((always_inline)) {
+    if (i + LANES > span.count) return store(buffer + i, z);
+    Floats x = load<Floats>(tile.x + i), m = load<Floats>(tile.unconditional + i);
+    Floats x_prev = fma(rows.pn, z, noiseless(rows, x, m, unclipped_x_0(rows, x, m)));
+    STREAM ? stream(tile.out + i, x_prev) : store(tile.out + i, x_prev);
+  };
+  for_normals(key_of(job, span.sample), (uint32_t)(span.first / 4), span.count, take);
+  Tile<float> rest = tile;
+  rest.noise = buffer;
+  for (int64_t i = span.count / LANES * LANES; i < span.count; ++i) update_at<false>(row, rest, i);
+}
+
+FASTDDIM_FN bool update_drawing(const Job& job, const Span& span, const Row<float>& row,
+                                const Tile<float>& tile, float* buffer) {
+  if (!job.seed || job.channels || !is_bare(row, tile)) return false;
+  tile.stream ? drawing_run<true>(job, span, row, tile, buffer)
+              : drawing_run<false>(job, span, row, tile, buffer);
+  return true;
+}
+#endif
+
+// Whether the tile was updated with noise drawn on the way.
+template <class T>
+FASTDDIM_FN bool update_drawing(const Job&, const Span&, const Row<T>&, const Tile<T>&, T*) {
+  return false;
 }
 
 template <class T>
@@ -134,20 +160,16 @@ void update_tiles(const Job& job, int64_t begin, int64_t end) {
     tile.history = read(job.history, span, buffers[3]);
     tile.mask = read(job.mask, span, buffers[4]);
     tile.known = read(job.known, span, buffers[5]);
-    tile.noise = nullptr;
-    if (row.pn != 0) {
-      // Memory answers while the noise is drawn.
-      const auto fetch = [&](int64_t first, int64_t count) __attribute__((always_inline)) {
-        prefetch(tile.x + first, count);
-        prefetch(tile.unconditional + first, count);
-      };
-      tile.noise =
-          job.seed ? draw(job, span, buffers[6], fetch) : read(job.noise, span, buffers[6]);
-    }
     tile.out = place(job.out, span, buffers[7]);
     tile.x_0 = place(job.x_0, span, buffers[8]);
     tile.stream = job.streaming && tile.out != buffers[7] && (uintptr_t)tile.out % 64 == 0;
-    update_tile(row, tile, span.count);
+    tile.noise = nullptr;
+    if (row.pn == 0 || !update_drawing(job, span, row, tile, buffers[6])) {
+      if (row.pn != 0) {
+        tile.noise = job.seed ? draw(job, span, buffers[6]) : read(job.noise, span, buffers[6]);
+      }
+      update_tile(row, tile, span.count);
+    }
     write(job.out, span, tile.out);
     write(job.x_0, span, tile.x_0);
     for (const View& input : job.model_input) {
@@ -198,7 +220,7 @@ void normal(const Job& job, int64_t begin, int64_t end) {
   const int64_t per_sample = job.tiles_per_sample();
   for (int64_t index = begin; index < end; ++index) {
     const Span span{job, index / per_sample, index % per_sample * job.tile};
-    write(job.out, span, draw(job, span, buffer, [](int64_t, int64_t) {}));
+    write(job.out, span, draw(job, span, buffer));
   }
 }
 

@@ -27,12 +27,14 @@ struct RoundKeys {
   }
 };
 
-// Two batches of LANES quads: 8·LANES normals. A batch is two halves of the words' lanes.
+// Two batches of LANES quads: 8·LANES normals, given to `sink(i, z)` from element `at` on. A batch
+// is two halves of the words' lanes.
 constexpr int64_t BATCH = 8 * LANES;
 
+template <class Sink>
 FASTDDIM_FN void normals_of_batches(const Key& key, const RoundKeys& rounds,
                                     const Words (&multipliers)[2], const Words (&quads)[PARTS],
-                                    float* out) {
+                                    int64_t at, Sink sink) {
   Words counters[PARTS][4];
   for (int i = 0; i < PARTS; ++i) {
     counters[i][0] = quads[i];
@@ -51,19 +53,19 @@ FASTDDIM_FN void normals_of_batches(const Key& key, const RoundKeys& rounds,
   FloatParts cosines, sines;
   box_muller(radii, angles, cosines, sines);
   for (int i = 0; i < PARTS; i += 2) {
-    store_quads(out + i * 2 * LANES, cosines.part[i], sines.part[i], cosines.part[i + 1],
-                sines.part[i + 1]);
+    Floats ordered[4];
+    order_quads(cosines.part[i], sines.part[i], cosines.part[i + 1], sines.part[i + 1], ordered);
+    for (int j = 0; j < 4; ++j) sink(at + (2 * i + j) * LANES, ordered[j]);
   }
 }
 
-// The order that store_quads undoes.
+// The order that order_quads undoes.
 FASTDDIM_FN int64_t quad_of_lane(int lane) { return lane % 4 * (LANES / 4) + lane / 4; }
 
-// Normals from `first_quad` on; `out` holds `count` rounded up to whole batches. `meanwhile(i, n)`
-// is called before elements i … i + n − 1 are drawn.
-template <class Meanwhile>
-FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, float* out,
-                         Meanwhile meanwhile) {
+// Normals from `first_quad` on, given to `sink(i, z)` a vector at a time: elements i … i + LANES −
+// 1, in whole batches up to `count` or beyond it.
+template <class Sink>
+FASTDDIM_FN void for_normals(const Key& key, uint32_t first_quad, int64_t count, Sink sink) {
   int64_t lanes[PARTS][LANES / 2];
   for (int part = 0; part < PARTS; ++part) {
     for (int i = 0; i < LANES / 2; ++i) {
@@ -73,23 +75,25 @@ FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, flo
   const Words multipliers[2] = {words(PHILOX_MULTIPLIERS[0]), words(PHILOX_MULTIPLIERS[1])};
   const RoundKeys rounds(key.seed);
   for (int64_t i = 0; i < count; i += BATCH) {
-    meanwhile(i, BATCH);
     const Words first = words(first_quad + (uint32_t)(i / 4));
     Words quads[PARTS];
     for (int part = 0; part < PARTS; ++part) quads[part] = plus(words(lanes[part]), first);
-    normals_of_batches(key, rounds, multipliers, quads, out + i);
+    normals_of_batches(key, rounds, multipliers, quads, i, sink);
   }
+}
+
+// Normals from `first_quad` on; `out` holds `count` rounded up to whole batches.
+FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, float* out) {
+  const auto keep = [&](int64_t i, Floats z) __attribute__((always_inline)) { store(out + i, z); };
+  for_normals(key, first_quad, count, keep);
 }
 
 #else
 
 constexpr int64_t BATCH = 4;
 
-template <class Meanwhile>
-FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, float* out,
-                         Meanwhile meanwhile) {
+FASTDDIM_FN void normals(const Key& key, uint32_t first_quad, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i += 4) {
-    meanwhile(i, 4);
     float z[4];
     normals_of_quad(key, first_quad + (uint32_t)(i / 4), z);
     for (int k = 0; k < 4; ++k) out[i + k] = z[k];
@@ -111,29 +115,25 @@ FASTDDIM_FN void draw_channels(const Job& job, const Span& span, const Key& key,
     const int64_t begin = (span.first - c + channels - 1) / channels;
     const int64_t end = (span.first + span.count - c + channels - 1) / channels;
     const int64_t element = c * pixels + begin, lead = element % 4;
-    normals(key, (uint32_t)(element / 4), lead + end - begin, plane, [](int64_t, int64_t) {});
+    normals(key, (uint32_t)(element / 4), lead + end - begin, plane);
     float* to = buffer + begin * channels + c - span.first;
     for (int64_t i = 0; i < end - begin; ++i) to[i * channels] = plane[lead + i];
   }
 }
 
-template <class Meanwhile>
-FASTDDIM_FN const float* draw(const Job& job, const Span& span, float* buffer,
-                              Meanwhile meanwhile) {
+FASTDDIM_FN const float* draw(const Job& job, const Span& span, float* buffer) {
   const Key key = key_of(job, span.sample);
   if (job.channels) {
     draw_channels(job, span, key, buffer);
   } else {
-    normals(key, (uint32_t)(span.first / 4), span.count, buffer, meanwhile);
+    normals(key, (uint32_t)(span.first / 4), span.count, buffer);
   }
   return buffer;
 }
 
-template <class Meanwhile>
-FASTDDIM_FN const double* draw(const Job& job, const Span& span, double* buffer,
-                               Meanwhile meanwhile) {
+FASTDDIM_FN const double* draw(const Job& job, const Span& span, double* buffer) {
   alignas(64) float narrow[TILE];
-  draw(job, span, narrow, meanwhile);
+  draw(job, span, narrow);
   for (int64_t i = 0; i < span.count; ++i) buffer[i] = narrow[i];
   return buffer;
 }
