@@ -1,8 +1,8 @@
 """The update as PyTorch operators: schemas, fakes and gradients, each in one place.
 
 `fastddim::update_out` writes into tensors it is given; `fastddim::update` returns new ones and is
-differentiable. Compiled backends implement `update_out` and `backward_out`; without one, both run
-the reference.
+differentiable; `fastddim::normal_out` draws. Compiled backends implement `update_out`,
+`backward_out` and `normal_out`; without one, they run the reference.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ _library.define(
     "backward(Tensor? grad_x_prev, Tensor? grad_x_0, Tensor x, Tensor model_output, "
     "Tensor table, Tensor row, Tensor? mask) -> (Tensor grad_x, Tensor grad_model_output)"
 )
-
 _library.define(
     "normal_out(Tensor seed, Tensor step, Tensor sample, int stream, Tensor(a!) out) -> ()"
 )
