@@ -106,10 +106,13 @@ View view_of(const Optional& tensor, const char* name, const Shape& shape) {
   return tensor ? view_of(*tensor, name, shape) : View();
 }
 
-void set_model_output(Job& job, const Tensor& model_output, const Shape& shape) {
-  const int64_t parts = model_output.size(0) == shape.sizes[0] ? 1 : 2;
-  job.unconditional = view_of(model_output, "model_output", shape, parts, 0, true);
-  if (parts == 2) job.conditional = view_of(model_output, "model_output", shape, 2, 1, true);
+// A model output, or its gradient: B samples, or under guidance B unconditional, then B
+// conditional.
+void set_halves(View& unconditional, View& conditional, const Tensor& tensor, const char* name,
+                const Shape& shape) {
+  const int64_t parts = tensor.size(0) == shape.sizes[0] ? 1 : 2;
+  unconditional = view_of(tensor, name, shape, parts, 0, true);
+  if (parts == 2) conditional = view_of(tensor, name, shape, 2, 1, true);
 }
 
 void set_rows(Job& job, const Tensor& table, const Tensor& row) {
@@ -185,7 +188,7 @@ void update_out(Tensor x, Tensor model_output, Tensor table, Tensor row, Optiona
   const auto sizes = x.sizes();
   const Shape shape{sizes.data(), (int64_t)sizes.size()};
   Job job = job_of(x, shape);
-  set_model_output(job, model_output, shape);
+  set_halves(job.unconditional, job.conditional, model_output, "model_output", shape);
   job.noise = view_of(noise, "noise", shape);
   job.history = view_of(history, "history", shape);
   job.mask = view_of(mask, "mask", shape);
@@ -216,16 +219,15 @@ void backward_out(Optional grad_out, Optional grad_x_0, Tensor x, Tensor model_o
   const auto sizes = x.sizes();
   const Shape shape{sizes.data(), (int64_t)sizes.size()};
   Job job = job_of(x, shape);
-  set_model_output(job, model_output, shape);
+  set_halves(job.unconditional, job.conditional, model_output, "model_output", shape);
   job.mask = view_of(mask, "mask", shape);
   job.grad_out = view_of(grad_out, "grad_out", shape);
   job.grad_x_0 = view_of(grad_x_0, "grad_x_0", shape);
   job.grad_x = view_of(grad_x, "grad_x", shape);
-  const int64_t parts = job.conditional.data ? 2 : 1;
-  job.grad_unconditional = view_of(grad_model_output, "grad_model_output", shape, parts, 0, true);
-  if (parts == 2) {
-    job.grad_conditional = view_of(grad_model_output, "grad_model_output", shape, 2, 1, true);
-  }
+  STD_TORCH_CHECK(grad_model_output.size(0) == model_output.size(0),
+                  "fastddim: grad_model_output: expected the batch of model_output");
+  set_halves(job.grad_unconditional, job.grad_conditional, grad_model_output, "grad_model_output",
+             shape);
   set_rows(job, table, row);
   const Layout layout(job, shape.sizes, (int)shape.dims, false, job.row_stride == 0);
   run(job, current_kernels().backward, false);

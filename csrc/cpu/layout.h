@@ -43,7 +43,7 @@ class Layout {
   Layout& operator=(const Layout&) = delete;
 
  private:
-  static constexpr int VIEWS = 15;
+  static constexpr int VIEWS = 16;
 
   // With more channels than these the runs of noise in a tile are too short to be worth it.
   static constexpr int64_t MAX_CHANNELS = 8;
@@ -63,9 +63,9 @@ class Layout {
                         &job_.grad_out,
                         &job_.grad_x_0,
                         &job_.grad_x,
-                        &job_.grad_unconditional};
+                        &job_.grad_unconditional,
+                        &job_.grad_conditional};
     for (View* view : all) add(view, sizes, dims);
-    add(&job_.grad_conditional, sizes, dims);
     for (int d = 0; d < dims; ++d) {
       if (sizes[d] != 1) sizes_[ndim_++] = sizes[d];
     }
@@ -146,8 +146,8 @@ class Layout {
   Job& job_;
   int ndim_ = 0, views_ = 0;
   std::array<int64_t, MAX_DIMS> sizes_;
-  View* view_[VIEWS + 1];
-  int64_t strides_[VIEWS + 1][MAX_DIMS];
+  View* view_[VIEWS];
+  int64_t strides_[VIEWS][MAX_DIMS];
 };
 
 }  // namespace fastddim
