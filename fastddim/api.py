@@ -45,6 +45,7 @@ from fastddim.validation import (
     check_model_output,
     check_noise,
     check_overlap,
+    check_same_dtype,
     check_state,
 )
 
@@ -319,8 +320,7 @@ def step(
         )
     if out is not None:
         check_like("out", out, "x_t", x_t)
-        if out.dtype != x_t.dtype:
-            raise ValueError(f"out: expected dtype {x_t.dtype}, got {out.dtype}")
+        check_same_dtype("out", out, x_t.dtype)
         check_overlap("out", out, "x_t", x_t)
         check_overlap("out", out, "model_output", model_output)
     if out is None and _needs_grad(x_t, model_output, noise):
@@ -365,8 +365,7 @@ def slerp(z_0: Tensor, z_1: Tensor, weight: float | Sequence[float] | Tensor) ->
     """
     check_state("z_0", z_0)
     check_like("z_1", z_1, "z_0", z_0)
-    if z_1.dtype != z_0.dtype:
-        raise ValueError(f"z_1: expected dtype {z_0.dtype}, got {z_1.dtype}")
+    check_same_dtype("z_1", z_1, z_0.dtype)
     weights = _slerp_weights(weight).to(z_0.device)
     first, second = z_0.double().flatten(1), z_1.double().flatten(1)
     theta = _angle(first, second)

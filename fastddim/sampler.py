@@ -29,6 +29,7 @@ from fastddim.validation import (
     check_dtype,
     check_int,
     check_model_output,
+    check_same_dtype,
     check_state,
 )
 
@@ -106,11 +107,7 @@ class Loop:
         return_trajectory: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Walk the plan from `x`; see `Sampler.__call__`."""
-        if not self._idle.acquire(blocking=False):
-            raise RuntimeError(
-                "Sampler: expected one call at a time, got another from a callback or a thread"
-            )
-        with self._released(), torch.inference_mode(False), torch.no_grad():
+        with self._alone(), torch.inference_mode(False), torch.no_grad():
             self._reset(x, keys)
             trajectory = self._new_trajectory() if return_trajectory else None
             for s in self._step_indices(progress):
@@ -123,7 +120,11 @@ class Loop:
         return x if trajectory is None else (x, trajectory)
 
     @contextmanager
-    def _released(self) -> Iterator[None]:
+    def _alone(self) -> Iterator[None]:
+        if not self._idle.acquire(blocking=False):
+            raise RuntimeError(
+                "Sampler: expected one call at a time, got another from a callback or a thread"
+            )
         try:
             yield
         finally:
@@ -336,9 +337,8 @@ def check_initial(
     check_state(name, x)
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
-    if x.dtype != dtype:
-        raise ValueError(f"{name}: expected dtype {dtype}, got {x.dtype}")
-    if x.device != torch.empty(0, device=device).device:
+    check_same_dtype(name, x, dtype)
+    if x.device != device:
         raise ValueError(f"{name}: expected device {device}, got {x.device}")
 
 

@@ -117,6 +117,11 @@ def check_device(name: str, value: Tensor, like_name: str, device: torch.device)
     return value
 
 
+def check_same_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    if value.dtype != dtype:
+        raise ValueError(f"{name}: expected dtype {dtype}, got {value.dtype}")
+
+
 def check_overlap(name: str, written: Tensor, read_name: str, read: Tensor) -> None:
     """Memory that is written may be exactly what is read, or apart from it."""
     if written is read or torch.compiler.is_compiling():
