@@ -101,8 +101,8 @@ FASTDDIM_FN void box_muller(V word_0, V word_1, V& z_0, V& z_1) {
   z_1 = radius * sine;
 }
 
-constexpr uint32_t PHILOX_MULTIPLIERS[] = {0xD2511F53u, 0xCD9E8D57u};
-constexpr uint32_t PHILOX_WEYL[] = {0x9E3779B9u, 0xBB67AE85u};
+constexpr uint32_t PHILOX_MULTIPLIER_0 = 0xD2511F53u, PHILOX_MULTIPLIER_1 = 0xCD9E8D57u;
+constexpr uint32_t PHILOX_WEYL_0 = 0x9E3779B9u, PHILOX_WEYL_1 = 0xBB67AE85u;
 constexpr int PHILOX_ROUNDS = 10;
 // What keys the noise of one sample at one step; the streams are listed in fastddim/philox.py.
 struct Key {
@@ -117,14 +117,14 @@ FASTDDIM_FN void philox(const Key& key, uint32_t quad, uint32_t (&counter)[4]) {
   counter[3] = key.stream;
   uint32_t k_0 = (uint32_t)key.seed, k_1 = (uint32_t)(key.seed >> 32);
   for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-    uint64_t product_0 = (uint64_t)PHILOX_MULTIPLIERS[0] * counter[0];
-    uint64_t product_1 = (uint64_t)PHILOX_MULTIPLIERS[1] * counter[2];
+    uint64_t product_0 = (uint64_t)PHILOX_MULTIPLIER_0 * counter[0];
+    uint64_t product_1 = (uint64_t)PHILOX_MULTIPLIER_1 * counter[2];
     counter[0] = (uint32_t)(product_1 >> 32) ^ counter[1] ^ k_0;
     counter[1] = (uint32_t)product_1;
     counter[2] = (uint32_t)(product_0 >> 32) ^ counter[3] ^ k_1;
     counter[3] = (uint32_t)product_0;
-    k_0 += PHILOX_WEYL[0];
-    k_1 += PHILOX_WEYL[1];
+    k_0 += PHILOX_WEYL_0;
+    k_1 += PHILOX_WEYL_1;
   }
 }
 

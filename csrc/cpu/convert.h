@@ -9,50 +9,6 @@ struct Span {
       : job(job), sample(sample), first(first), count(least(job.tile, job.count - first)) {}
 };
 
-struct Half {
-  uint16_t word;
-};
-struct Brain {
-  uint16_t word;
-};
-
-FASTDDIM_FN float widened(Half a) {
-  uint32_t sign = (uint32_t)(a.word & 0x8000) << 16, magnitude = a.word & 0x7FFF;
-  // Moved to the float's exponent field, the value is off by 2^112; multiplying also normalises
-  // subnormals.
-  float scaled = from_bits((int32_t)(magnitude << 13)) * 0x1p112f;
-  uint32_t special = magnitude >= 0x7C00 ? 0x7F800000 | magnitude << 13 : (uint32_t)bits(scaled);
-  return from_bits((int32_t)(sign | special));
-}
-FASTDDIM_FN float widened(Brain a) { return from_bits((int32_t)((uint32_t)a.word << 16)); }
-FASTDDIM_FN float widened(float a) { return a; }
-FASTDDIM_FN double widened(double a) { return a; }
-
-FASTDDIM_FN void narrow(float a, float& out) { out = a; }
-FASTDDIM_FN void narrow(double a, double& out) { out = a; }
-FASTDDIM_FN void narrow(float a, Brain& out) {
-  uint32_t word = (uint32_t)bits(a);
-  uint32_t even = word + 0x7FFF + (word >> 16 & 1);
-  out.word = (uint16_t)(a != a ? 0x7FC0 : even >> 16);
-}
-FASTDDIM_FN void narrow(float a, Half& out) {
-  uint32_t word = (uint32_t)bits(a), sign = word >> 16 & 0x8000, magnitude = word & 0x7FFFFFFF;
-  uint32_t result;
-  if (magnitude >= 0x47800000) {  // 2^16 and above, infinity, NaN
-    result = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;
-  } else if (magnitude < 0x38800000) {  // below 2^-14: the sum's own rounding leaves a subnormal
-    result = (uint32_t)bits(from_bits((int32_t)magnitude) + 0.5f) - 0x3F000000;
-  } else {
-    result = (magnitude + 0xC8000FFF + (magnitude >> 13 & 1)) >> 13;
-  }
-  out.word = (uint16_t)(sign | result);
-}
-// As torch converts: by way of float.
-FASTDDIM_FN void narrow(double a, float& out) { out = (float)a; }
-FASTDDIM_FN void narrow(double a, Half& out) { narrow((float)a, out); }
-FASTDDIM_FN void narrow(double a, Brain& out) { narrow((float)a, out); }
-FASTDDIM_FN void narrow(float a, double& out) { out = a; }
-
 template <class S, class T>
 FASTDDIM_FN void read_run(const S* from, int64_t stride, int64_t count, T* to) {
   if (stride == 1) {

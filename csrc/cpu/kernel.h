@@ -7,8 +7,9 @@
 
 #pragma once
 
+#include "../dtypes.h"
 #include "../formula.h"
-#include "job.h"
+#include "../job.h"
 
 namespace FASTDDIM_NAMESPACE {
 

@@ -21,8 +21,8 @@ struct RoundKeys {
     for (auto& key : keys) {
       key[0] = words(k_0);
       key[1] = words(k_1);
-      k_0 += PHILOX_WEYL[0];
-      k_1 += PHILOX_WEYL[1];
+      k_0 += PHILOX_WEYL_0;
+      k_1 += PHILOX_WEYL_1;
     }
   }
 };
@@ -72,7 +72,7 @@ FASTDDIM_FN void for_normals(const Key& key, uint32_t first_quad, int64_t count,
       lanes[part][i] = part / 2 * LANES + quad_of_lane(2 * i + part % 2);
     }
   }
-  const Words multipliers[2] = {words(PHILOX_MULTIPLIERS[0]), words(PHILOX_MULTIPLIERS[1])};
+  const Words multipliers[2] = {words(PHILOX_MULTIPLIER_0), words(PHILOX_MULTIPLIER_1)};
   const RoundKeys rounds(key.seed);
   for (int64_t i = 0; i < count; i += BATCH) {
     const Words first = words(first_quad + (uint32_t)(i / 4));

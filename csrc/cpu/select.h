@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "job.h"
+#include "../job.h"
 
 namespace fastddim {
 

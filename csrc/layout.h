@@ -14,20 +14,26 @@
 
 namespace fastddim {
 
+// How elements are counted where few channels, each a plane, are interleaved in memory: pixel by
+// pixel, or as in any other layout.
+enum class Interleaved { by_pixel, as_any };
+
 // A job together with the sizes and strides that it points to.
 class Layout {
  public:
   // `shape` is that of the state, batch first; each view has the strides of one sample, in the
   // same dimensions. `ordered`: elements must be counted in row-major order, since noise is keyed
   // by it. `one_row`: all samples share one row.
-  Layout(Job& job, const int64_t* shape, int dims, bool ordered, bool one_row) : job_(job) {
+  Layout(Job& job, const int64_t* shape, int dims, bool ordered, bool one_row,
+         Interleaved interleaved = Interleaved::by_pixel)
+      : job_(job) {
     job.batch = shape[0];
     job.count = 1;
     for (int d = 1; d < dims; ++d) job.count *= shape[d];
     collect(shape + 1, dims - 1);
     if (!ordered) sort_by(job.out);
     merge();
-    if (ordered) turn_channels_last();
+    if (ordered && interleaved == Interleaved::by_pixel) turn_channels_last();
     mark_contiguous();
     if (!ordered && one_row) absorb_batch();
     job.ndim = ndim_;
@@ -112,7 +118,6 @@ class Layout {
     if (ndim_ > 0) ndim_ = kept + 1;
   }
 
-  // Few channels, each a plane, interleaved in memory: count pixel by pixel.
   void turn_channels_last() {
     const View& out = job_.out;
     if (ndim_ != 2 || sizes_[0] > MAX_CHANNELS || out.strides[0] != 1) return;

@@ -1,0 +1,24 @@
+// What the CUDA library offers. It knows no framework: plain pointers and sizes in, and what
+// cudaGetLastError() says of the launch out (0 is success). Nothing here waits or allocates.
+
+#pragma once
+
+#include "../job.h"
+
+extern "C" {
+
+// The update of job.h on the device that is current, queued on `stream` (a cudaStream_t). Every
+// pointer in the job is to device memory but those to sizes and strides.
+int fastddim_cuda_update(const fastddim::Job* job, void* stream);
+
+// Standard normals into `job->out`.
+int fastddim_cuda_normal(const fastddim::Job* job, void* stream);
+
+// counters[i] += 1 for all `count` of them; then t[j] = timesteps[counters[j]] for the first
+// `t_count`.
+int fastddim_cuda_advance(int64_t* counters, int64_t count, const int64_t* timesteps, int64_t* t,
+                          int64_t t_count, void* stream);
+
+// The text of an error code.
+const char* fastddim_cuda_error(int code);
+}
