@@ -135,7 +135,8 @@ inline void set_rows(Job& job, const Tensor& table, const Tensor& row, const Pla
   job.row = integers_of(row, "row", place);
   const int64_t count = row.size(0), rows = table.size(0);
   STD_TORCH_CHECK(count == 1 || count == job.batch,
-                  "fastddim: row: expected a contiguous int64 tensor [1] or [B], got [", count, "]");
+                  "fastddim: row: expected a contiguous int64 tensor [1] or [B], got [", count,
+                  "]");
   job.row_stride = count > 1;
   for (int64_t i = 0; !place.cuda && i < count; ++i) {
     STD_TORCH_CHECK(job.row[i] >= 0 && job.row[i] < rows, "fastddim: row: expected values in [0, ",

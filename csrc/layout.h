@@ -146,6 +146,9 @@ class Layout {
     }
     job_.count *= job_.batch;
     job_.batch = job_.count > 0;
+    ndim_ = 1;
+    sizes_[0] = job_.count;
+    for (int v = 0; v < views_; ++v) strides_[v][0] = 1;
   }
 
   Job& job_;

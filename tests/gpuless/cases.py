@@ -1,0 +1,94 @@
+"""Updates that between them take every path of a GPU kernel, and what "the same bits" means."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddim import backends
+
+from ..test_update import DTYPES, Case, Result, make_case, run
+
+Arguments = tuple[tuple[int, ...], dict[str, Any]]
+
+# Many samples a block, several tiles a sample, tails of every length.
+SHAPES = (
+    (1, 1),
+    (1, 3),
+    (5, 4),
+    (2, 7),
+    (300, 8),
+    (3, 112),
+    (2, 1021),
+    (1, 1024),
+    (2, 3, 700),
+    (1, 2053),
+)
+
+
+def update_arguments() -> Iterator[tuple[str, Arguments]]:
+    """(name, arguments of `make_case`), in a fixed order."""
+    for shape, noise in itertools.product(SHAPES, ("none", "given", "keyed")):
+        yield f"{shape}-{noise}", (shape, {"noise": noise})
+    for dtype, noise in itertools.product(DTYPES, ("none", "given", "keyed")):
+        for shape in ((3, 4, 16), (2, 3, 5, 7)):
+            kind = {"dtype": dtype, "noise": noise, "guided": noise == "keyed"}
+            yield f"{dtype}-{shape}-{noise}", (shape, {**kind, "per_sample": True})
+    for dtype, model_dtype in itertools.product(DTYPES, DTYPES):
+        kind = {"dtype": dtype, "model_dtype": model_dtype, "model_input": model_dtype}
+        yield f"{dtype}-{model_dtype}", ((2, 3, 8), {**kind, "noise": "keyed"})
+        yield f"{dtype}-{model_dtype}-guided", ((2, 3, 8), {**kind, "guided": True})
+    for layout, noise in itertools.product(
+        ("channels_last", "permuted", "sliced", "offset", "expanded"), ("none", "given", "keyed")
+    ):
+        kind = {"layout": layout, "noise": noise, "guided": True, "model_input": torch.float16}
+        yield f"{layout}-{noise}", ((2, 3, 5, 8), kind)
+    for prediction, clip, rederive_eps in itertools.product(
+        ("epsilon", "sample", "v_prediction"), (None, 0.7), (False, True)
+    ):
+        kind = {"prediction": prediction, "clip": clip, "rederive_eps": rederive_eps}
+        for learned in (False, True):
+            yield (
+                f"{prediction}-{clip}-{rederive_eps}-{learned}",
+                ((3, 3, 20), {**kind, "learned_variance": learned, "per_sample": True}),
+            )
+    for dtype in DTYPES:
+        extras = {"history": True, "mask": True, "guided": True, "learned_variance": True}
+        for noise in ("given", "keyed"):
+            kind = {"dtype": dtype, "noise": noise, "model_input": dtype, "clip": 1.0, **extras}
+            yield f"everything-{dtype}-{noise}", ((3, 2, 24), {**kind, "per_sample": True})
+    yield "no-samples", ((0, 3, 4), {"noise": "keyed"})
+    yield "no-elements", ((2, 0, 4), {"noise": "none"})
+    yield "six-dimensions", ((2, 3, 1, 4, 3, 2), {"layout": "sliced", "noise": "keyed"})
+
+
+UPDATES = dict(update_arguments())
+
+
+def update_case(name: str) -> Case:
+    shape, arguments = UPDATES[name]
+    return make_case(torch.Generator().manual_seed(20), shape, **arguments)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, but for the payload of a NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.isnan(), b.isnan()):
+        return False
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    words, others = (v.nan_to_num(nan=0.0).contiguous().view(integer) for v in (a, b))
+    return torch.equal(words, others)
+
+
+def assert_bits_of_cpu(update_out: Any, case: Case, *, in_place: bool = False) -> Result:
+    """`update_out` gives the bits of the C++ kernel on the CPU, in every output."""
+    got = run(update_out, case, in_place=in_place)
+    expected = run(backends.BACKENDS["cpu"].update_out, case)
+    for name, a, b in zip(
+        ("out", "x_0", "model_input"), got.tensors(), expected.tensors(), strict=False
+    ):
+        assert same_bits(a, b), f"{name} differs in {int((a != b).sum())} of {a.numel()} elements"
+    return got

@@ -1,0 +1,76 @@
+"""The CUDA launchers as a backend for CPU tensors (tests/native/launcher.cpp)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from fastddim.philox import Keys
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COMPILER = os.environ.get("CXX", "c++")
+OPERATORS = ("update_out", "normal_out", "advance")
+
+
+def build_library(namespace: str, folder: Path, objects: list[str], flags: list[str]) -> Path:
+    """Compile the binding for the operators `namespace::…` and link it with the launchers."""
+    library = folder / f"{namespace}.so"
+    subprocess.run(
+        [
+            *(COMPILER, "-std=c++20", "-O1", "-g", "-shared", "-fPIC"),
+            *(f"-isystem{path}" for path in include_paths()),
+            "-DTORCH_TARGET_VERSION=0x020b000000000000",
+            f"-DFASTDDIM_TEST_LIBRARY={namespace}",
+            str(ROOT / "tests/native/launcher.cpp"),
+            *(*flags, *objects, "-o", str(library)),
+            *(f"-L{path}" for path in library_paths()),
+            *("-ltorch_cpu", "-lc10"),
+        ],
+        check=True,
+    )
+    return library
+
+
+def define(namespace: str) -> torch.library.Library:
+    """Operators with the schemas of fastddim's; they last as long as what is returned."""
+    library = torch.library.Library(namespace, "DEF")
+    for name in OPERATORS:
+        schema = str(getattr(torch.ops.fastddim, name).default._schema)
+        library.define(schema.removeprefix("fastddim::"))
+    return library
+
+
+def backend(namespace: str) -> Any:
+    """`update_out`, `normal_out` and `advance` as a backend has them."""
+    operators = getattr(torch.ops, namespace)
+
+    def update_out(
+        x: Tensor,
+        model_output: Tensor,
+        table: Tensor,
+        row: Tensor,
+        *,
+        noise: Tensor | None,
+        keys: Keys | None,
+        history: Tensor | None = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        out: Tensor,
+        x_0: Tensor | None,
+        model_input: Tensor | None,
+    ) -> None:
+        seed, step, sample = keys if keys is not None else (None, None, None)
+        inputs = (x, model_output, table, row, noise, seed, step, sample, history, mask, known)
+        operators.update_out(*inputs, out, x_0, model_input)
+
+    def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
+        operators.normal_out(*keys, stream, out)
+
+    return SimpleNamespace(update_out=update_out, normal_out=normal_out, advance=operators.advance)

@@ -1,0 +1,295 @@
+"""The CUDA kernels as compiled for every target: what their machine code holds, and that the
+library builds, links and loads beside any torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from .gpuless.toolchain import compile_ptx, nvcc, tool
+from .test_native import ROOT, needs_compiler
+
+# Architecture, registers a thread at full occupancy, and at three quarters of it: 65,536 registers
+# for 2,048 threads of a multiprocessor, or for 1,536, in units of eight.
+TARGETS = {80: (32, 40), 86: (40, 56), 89: (40, 56), 90: (32, 40), 100: (32, 40), 120: (40, 56)}
+
+pytestmark = [
+    needs_compiler,
+    pytest.mark.skipif(nvcc() is None, reason="there is no nvcc"),
+    pytest.mark.skipif(
+        tool("cuobjdump") is None or tool("nvdisasm") is None,
+        reason="there is no cuobjdump or nvdisasm (Triton brings both)",
+    ),
+]
+
+
+class Function(NamedTuple):
+    """One kernel on one target."""
+
+    registers: int
+    stack: int
+    shared: int
+    local: int
+    sass: Counter[str]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The extension with the CUDA kernels, as setup.py builds it."""
+    folder = tmp_path_factory.mktemp("build")
+    compiler = nvcc()
+    assert compiler is not None
+    environment = {
+        **os.environ,
+        "FASTDDIM_BUILD_CUDA": "1",
+        "CUDA_HOME": str(compiler.resolve().parent.parent),
+    }
+    arguments = ["build_ext", "--build-temp", str(folder / "objects"), "--build-lib", str(folder)]
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return folder / "fastddim/_C.abi3.so"
+
+
+@pytest.fixture(scope="module")
+def functions(library: Path) -> dict[int, dict[str, Function]]:
+    """Every kernel of every target, by its short name."""
+    folder = library.parent / "cubin"
+    folder.mkdir()
+    output_of([tool("cuobjdump"), "-xelf", "all", str(library)], folder)
+    found = {}
+    for cubin in folder.glob("*.cubin"):
+        usage = output_of([tool("cuobjdump"), "-res-usage", cubin.name], folder)
+        sass = sass_of(output_of([tool("nvdisasm"), "-c", cubin.name], folder))
+        resources = re.findall(
+            r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage
+        )
+        arch = re.search(r"sm_(\d+)", cubin.name)
+        assert arch is not None
+        found[int(arch[1])] = {
+            short(name): Function(*map(int, numbers), sass[name]) for name, *numbers in resources
+        }
+    return found
+
+
+def output_of(command: list[object], folder: Path) -> str:
+    return subprocess.run(
+        list(map(str, command)), cwd=folder, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def short(name: str) -> str:
+    """`update<float, __half, plain, false>` from a mangled name, with our names for the types."""
+    demangled = subprocess.run(
+        ["c++filt", name], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    demangled = demangled.replace("fastddim_default::", "").removeprefix("void ")
+    for value, kind in enumerate(("plain", "guided", "any")):
+        demangled = demangled.replace(f"(Kind){value}", kind)
+    return demangled.partition("(")[0]
+
+
+def sass_of(listing: str) -> dict[str, Counter[str]]:
+    """Instructions of each function by opcode with its modifiers."""
+    found = {}
+    for section in re.split(r"\.section\s+\.text\.", listing)[1:]:
+        name = re.match(r"\w+", section)
+        assert name is not None
+        instruction = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
+        found[name[0]] = Counter(re.findall(instruction, section, re.MULTILINE))
+    return found
+
+
+def count(sass: Counter[str], opcode: str) -> int:
+    return sum(n for name, n in sass.items() if name.split(".")[0] == opcode)
+
+
+def test_every_target_is_there(functions: dict[int, dict[str, Function]], library: Path) -> None:
+    assert set(functions) == set(TARGETS)
+    ptx = output_of([tool("cuobjdump"), "--list-ptx", str(library)], library.parent)
+    assert "sm_100.ptx" in ptx
+    for kernels in functions.values():
+        assert len(kernels) == len(functions[90]) == 6 * 3 * 2 + 4 + 2
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_no_stack_no_spills(functions: dict[int, dict[str, Function]], arch: int) -> None:
+    for name, function in functions[arch].items():
+        assert (function.stack, function.local, function.shared) == (0, 0, 0), name
+        assert count(function.sass, "LDL") == count(function.sass, "STL") == 0, name
+        for opcode in ("BAR", "ATOM", "ATOMG", "RED", "MEMBAR"):
+            assert count(function.sass, opcode) == 0, name
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_registers_leave_room_for_threads(
+    functions: dict[int, dict[str, Function]], arch: int
+) -> None:
+    """A step without noise runs at full occupancy, one with it at three quarters or more."""
+    full, three_quarters = TARGETS[arch]
+    for state, model in (("float", "float"), ("float", "Half"), ("Half", "Half")):
+        kernels = functions[arch]
+        assert kernels[f"update<{state}, {model}, plain, false>"].registers <= full
+        assert kernels[f"update<{state}, {model}, plain, true>"].registers <= three_quarters
+        assert kernels[f"update<{state}, {model}, guided, true>"].registers <= three_quarters
+    assert functions[arch]["update<float, float, guided, false>"].registers <= full
+    assert functions[arch]["update<Brain, Brain, plain, false>"].registers <= full
+    assert functions[arch]["update<Brain, Brain, plain, true>"].registers <= three_quarters
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_accesses_are_sixteen_bytes_wide(
+    functions: dict[int, dict[str, Function]], arch: int
+) -> None:
+    """One load of each input and one store of each output move a whole chunk."""
+    for state in ("float", "Half", "Brain"):
+        for noise in ("false", "true"):
+            for kind, loads, stores in (("plain", 2, 2), ("guided", 3, 3), ("any", 7, 4)):
+                sass = functions[arch][f"update<{state}, {state}, {kind}, {noise}>"].sass
+                wide = [name for name in sass.elements() if ".128" in name]
+                assert sum(name.startswith("LDG") for name in wide) == loads
+                assert sum(name.startswith("STG") for name in wide) == stores
+    mixed = functions[arch]["update<float, Brain, plain, false>"].sass
+    assert sum(n for name, n in mixed.items() if name.startswith("LDG") and ".128" in name) == 1
+    assert sum(n for name, n in mixed.items() if name.startswith("STG") and ".128" in name) == 1
+
+
+SQRT_KERNEL = """
+extern "C" __global__ void one(float* x) { x[0] = __fsqrt_rn(x[0]); }
+extern "C" __global__ void two(float* x) {
+  x[0] = __fsqrt_rn(x[0]);
+  x[1] = __fsqrt_rn(x[1]);
+}
+"""
+PTX_OPERATIONS = {"FFMA": r"fma\.rn\.f32", "FMUL": r"mul\.rn\.f32", "FADD": r"(?:add|sub)\.rn\.f32"}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_ptxas_contracts_nothing(
+    functions: dict[int, dict[str, Function]], arch: int, tmp_path: Path
+) -> None:
+    """As many fused and unfused operations in machine code as in PTX, whose results the tests
+    compare bit for bit; a square root is a sequence of both, counted from a kernel of its own.
+    """
+    source = tmp_path / "sqrt.cu"
+    source.write_text(SQRT_KERNEL)
+    cubin = tmp_path / "sqrt.cubin"
+    output_of([nvcc(), f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(cubin)], tmp_path)
+    roots = sass_of(output_of([tool("nvdisasm"), "-c", str(cubin)], tmp_path))
+    ptx = compile_ptx(ROOT / "csrc/cuda/update.cu", f"sm_{arch}", "-fmad=false")
+    bodies = {
+        short(name): body
+        for name, body in re.findall(r"\.entry (\w+)\((.*?)(?=\.visible|\Z)", ptx, re.DOTALL)
+    }
+    compared = 0
+    for name, function in functions[arch].items():
+        # float64 conversions and 64-bit division have sequences of their own.
+        if not name.startswith("update<") or "double" in name:
+            continue
+        body = bodies[name]
+        assert not re.search(r"\b(?:fma|mul|add|sub)\.f32", body), "an operation may be contracted"
+        assert "approx" not in body
+        assert ".ftz" not in body
+        n = len(re.findall(r"sqrt\.rn\.f32", body))
+        assert n == (2 if "true" in name and "update<float" in name else 4 if "true" in name else 0)
+        for opcode, operation in PTX_OPERATIONS.items():
+            first, second = (count(roots[kernel], opcode) for kernel in ("one", "two"))
+            expected = len(re.findall(rf"\b{operation}", body)) + packed(body, opcode)
+            expected += first + (n - 1) * (second - first) if n else 0
+            found = count(function.sass, opcode) + 2 * count(function.sass, opcode + "2")
+            assert found == expected, f"{name}: {opcode}"
+            compared += 1
+    assert compared == 5 * 3 * 2 * 3
+
+
+def packed(body: str, opcode: str) -> int:
+    """Operations on pairs count twice."""
+    name = {"FFMA": "fma", "FMUL": "mul", "FADD": "add"}[opcode]
+    return 2 * len(re.findall(rf"\b{name}\.rn\.f32x2", body))
+
+
+IMPORTED = """
+import importlib.util, sys, warnings
+path = sys.argv[1]
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "fastddim._C":
+            return importlib.util.spec_from_file_location(name, path)
+
+sys.meta_path.insert(0, Finder())
+import torch, fastddim
+from fastddim import ops
+assert ops.EXTENSION_ERROR is None and sys.modules["fastddim._C"].__file__ == path
+for name in ("update_out", "normal_out", "advance"):
+    for key in ("CPU", "CUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastddim::{name}", key)
+print(fastddim.step(torch.ones(1, 4), torch.zeros(1, 4), 0.25, 1.0).tolist())
+"""
+
+
+def test_the_library_loads_beside_any_torch(library: Path, tmp_path: Path) -> None:
+    """Also beside one without CUDA: the runtime is linked in, the stream's symbols are weak."""
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORTED, str(library)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[[2.0, 2.0, 2.0, 2.0]]"
+    dynamic = output_of(["nm", "-D", "--undefined-only", "--demangle", str(library)], tmp_path)
+    assert not [line for line in dynamic.splitlines() if "c10::" in line or "at::" in line]
+    assert "cuda" not in dynamic.replace("aoti_torch_device_type_cuda", "").replace(
+        "w aoti_torch_get_current_cuda_stream", ""
+    )
+
+
+def test_the_launcher_can_neither_wait_nor_allocate(library: Path) -> None:
+    """What it needs of the CUDA runtime is to register and to launch."""
+    listed = output_of(
+        ["nm", "--undefined-only", str(library.parent.parent / "objects/update.o")], ROOT
+    )
+    needed = {line.split()[-1] for line in listed.splitlines() if "cuda" in line.split()[-1]}
+    assert needed == {
+        "__cudaGetKernel",
+        "__cudaLaunchKernel",
+        "__cudaPopCallConfiguration",
+        "__cudaPushCallConfiguration",
+        "__cudaRegisterFatBinary",
+        "__cudaRegisterFatBinaryEnd",
+        "__cudaRegisterFunction",
+        "__cudaUnregisterFatBinary",
+        "cudaGetErrorString",
+        "cudaGetLastError",
+    }
+
+
+def test_a_missing_compiler_is_an_error_where_cuda_was_asked_for(tmp_path: Path) -> None:
+    """FASTDDIM_BUILD_CUDA=1 is not quietly ignored."""
+    environment = {**os.environ, "FASTDDIM_BUILD_CUDA": "1", "CUDA_HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "FASTDDIM_BUILD_CUDA=1: expected nvcc on PATH or in CUDA_HOME" in result.stderr

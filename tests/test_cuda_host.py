@@ -1,0 +1,86 @@
+"""The CUDA source compiled as plain C++ under AddressSanitizer and UndefinedBehaviorSanitizer: it
+touches no memory but its tensors', and its bits are those of the CPU kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastddim import ops
+
+from .gpuless.launcher import COMPILER, ROOT, build_library
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+CASES = ROOT / "tests/gpuless/on_host.py"
+
+
+def sanitizers() -> list[str]:
+    """The runtime libraries of the sanitizers, empty where the compiler has none."""
+    found = []
+    for name in ("libasan.so", "libubsan.so"):
+        printed = subprocess.run(
+            [COMPILER, f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        found += [printed] if Path(printed).is_absolute() else []
+    return found if len(found) == 2 else []
+
+
+def compiled(source: str, folder: Path) -> Path:
+    """`csrc/cuda/update.cu` with another text, as a library of operators on CPU tensors."""
+    (folder / "csrc/cuda").mkdir(parents=True)
+    for header in ROOT.glob("csrc/*.h"):
+        shutil.copy(header, folder / "csrc" / header.name)
+    shutil.copy(ROOT / "csrc/cuda/launch.h", folder / "csrc/cuda/launch.h")
+    (folder / "csrc/cuda/update.cu").write_text(source)
+    (folder / "tests/native").mkdir(parents=True)
+    shim = shutil.copy(ROOT / "tests/native/cuda_on_host.cpp", folder / "tests/native")
+    built = folder / "update.o"
+    flags = ["-std=c++20", "-O0", "-fPIC", "-ffp-contract=off", "-fno-math-errno", *SANITIZE]
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
+    subprocess.run([COMPILER, *flags, *warnings, "-c", str(shim), "-o", str(built)], check=True)
+    return build_library("fastddim_on_host", folder, [str(built)], SANITIZE)
+
+
+def run_cases(library: Path) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(sanitizers()),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "FASTDDIM_ON_HOST": str(library),
+    }
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+            *("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(CASES)),
+        ],
+        # Elsewhere than in the checkout, which would hide the installed package.
+        cwd=library.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+needs_sanitizers = pytest.mark.skipif(
+    shutil.which(COMPILER) is None or not sanitizers() or ops.EXTENSION_ERROR is not None,
+    reason=f"needs {COMPILER} with AddressSanitizer and UBSan, and the compiled extension",
+)
+SOURCE = (ROOT / "csrc/cuda/update.cu").read_text()
+
+
+@needs_sanitizers
+def test_memory_and_bits(tmp_path: Path) -> None:
+    result = run_cases(compiled(SOURCE, tmp_path))
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 300
+    assert "skipped" not in result.stdout

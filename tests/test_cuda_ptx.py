@@ -1,0 +1,315 @@
+"""The CUDA kernels executed: the launchers that nvcc built and the PTX that it made of the kernels,
+on an interpreter, bit for bit against the C++ kernel on the CPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastddim import philox
+
+from .gpuless import launcher, ptx
+from .gpuless.cases import UPDATES, assert_bits_of_cpu, same_bits, update_case
+from .gpuless.gpu import FakeGpu
+from .gpuless.toolchain import compile_ptx, nvcc
+from .test_native import ROOT, needs_compiler, needs_extension
+from .test_update import DTYPES, LAYOUTS, Case, make_case, poisoned_like, written_only_inside
+
+pytestmark = [
+    needs_compiler,
+    needs_extension,
+    pytest.mark.skipif(nvcc() is None, reason="there is no nvcc"),
+]
+SOURCE = ROOT / "csrc/cuda/update.cu"
+NAMESPACE = "fastddim_on_ptx"
+
+
+class Device:
+    """The operators on the interpreter: every call registers its tensors and nothing else."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu = gpu
+        self._backend = launcher.backend(NAMESPACE)
+
+    def update_out(self, x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, **rest: Any):
+        names = ("x", "model_output", "table", "row")
+        tensors = dict(zip(names, (x, model_output, table, row), strict=True))
+        keys = rest["keys"]
+        tensors |= {k: v for k, v in rest.items() if isinstance(v, Tensor)}
+        tensors |= {} if keys is None else keys._asdict()
+        self._call(
+            tensors,
+            {"out", "x_0", "model_input"},
+            lambda: self._backend.update_out(x, model_output, table, row, **rest),
+        )
+
+    def normal_out(self, keys: philox.Keys, stream: int, out: Tensor) -> None:
+        tensors = {**keys._asdict(), "out": out}
+        self._call(tensors, {"out"}, lambda: self._backend.normal_out(keys, stream, out))
+
+    def advance(self, counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
+        tensors = {"counters": counters, "timesteps": timesteps, "t": t}
+        self._call(
+            tensors, {"counters", "t"}, lambda: self._backend.advance(counters, timesteps, t)
+        )
+
+    def _call(self, tensors: dict[str, Tensor], written: set[str], call: Any) -> None:
+        self.gpu.reset()
+        places = {v.data_ptr() for name, v in tensors.items() if name in written}
+        for name in sorted(tensors, key=lambda name: name not in written):
+            value = tensors[name]
+            if name in written or value.data_ptr() not in places:
+                self.gpu.memory.add_tensor(value, name, writable=name in written)
+        try:
+            call()
+        except RuntimeError:
+            if self.gpu.error is not None:
+                raise self.gpu.error from None
+            raise
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    folder = tmp_path_factory.mktemp("ptx")
+    gpu = FakeGpu(folder)
+    built = folder / "update.o"
+    flags = ["-std=c++20", "-O3", "-fmad=false", "-gencode=arch=compute_90,code=compute_90"]
+    host = ["-Werror=all-warnings", "-Xcompiler=-fPIC,-Wall,-Wextra"]
+    subprocess.run([nvcc(), *flags, *host, "-c", SOURCE, "-o", built], check=True)
+    operators = launcher.define(NAMESPACE)
+    library = launcher.build_library(NAMESPACE, folder, [str(built)], gpu.link_flags)
+    gpu.load(library, ptx_of("sm_90"))
+    yield Device(gpu)
+    del operators
+
+
+def ptx_of(arch: str, source: Path = SOURCE) -> str:
+    return compile_ptx(source, arch, "-fmad=false")
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_updates(device: Device, name: str) -> None:
+    case = update_case(name)
+    assert_bits_of_cpu(device.update_out, case)
+    assert_bits_of_cpu(device.update_out, case, in_place=True)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "sm_120"])
+def test_other_targets(device: Device, arch: str) -> None:
+    """What nvcc makes of the same source for other GPUs."""
+    before = device.gpu.module
+    device.gpu.module = ptx.parse(ptx_of(arch))
+    try:
+        for name in list(UPDATES)[::7]:
+            assert_bits_of_cpu(device.update_out, update_case(name))
+    finally:
+        device.gpu.module = before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_alignments(device: Device, dtype: torch.dtype) -> None:
+    """Views that begin at any element: no wide access to what is not aligned for it, and nothing
+    outside of the view is touched.
+    """
+    case = make_case(torch.Generator().manual_seed(3), (2, 3, 8), dtype=dtype, noise="keyed")
+    expected = assert_bits_of_cpu(device.update_out, case).out
+    for offset in range(9):
+        view, buffer = poisoned_at(case.x, offset)
+        view.copy_(case.x)
+        device.update_out(
+            *(view, case.model_output, case.table, case.row),
+            **{"noise": None, "keys": case.keys, "out": view, "x_0": None, "model_input": None},
+        )
+        assert same_bits(view, expected)
+        assert written_only_inside(view, buffer)
+
+
+def poisoned_at(like: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    buffer = torch.full((like.numel() + offset + 7,), 12345.0, dtype=like.dtype)
+    return buffer[offset : offset + like.numel()].view(like.shape), buffer
+
+
+def test_normals(device: Device) -> None:
+    for dtype, layout in itertools.product(DTYPES, LAYOUTS[:-1]):
+        case = make_case(
+            torch.Generator().manual_seed(1),
+            (3, 5, 7, 3),
+            dtype=dtype,
+            layout=layout,
+            noise="keyed",
+        )
+        assert case.keys is not None
+        out, buffer = poisoned_like(case.x)
+        device.normal_out(case.keys, philox.LATENTS, out)
+        expected = philox.normal(case.keys, case.x.shape[1:], philox.LATENTS).to(dtype)
+        assert torch.equal(out, expected)
+        assert written_only_inside(out, buffer)
+
+
+@pytest.mark.parametrize("count", [1, 31, 256, 700])
+def test_advance(device: Device, count: int) -> None:
+    """Counters up by one, and the timesteps they then point to, in one block."""
+    timesteps = torch.randint(0, 1000, (9,))
+    counters = torch.randint(0, 8, (count + 3,))
+    before, t = counters.clone(), torch.zeros(count, dtype=torch.int64)
+    device.advance(counters, timesteps, t)
+    assert torch.equal(counters, before + 1)
+    assert torch.equal(t, timesteps[counters[:count]])
+    (launch,) = device.gpu.launches
+    assert launch.grid == (1, 1, 1)
+
+
+def test_one_launch_on_the_given_stream(device: Device) -> None:
+    """Per step one update and one advance, which is all that the launchers do."""
+    for name, case in ((name, update_case(name)) for name in UPDATES):
+        assert_bits_of_cpu(device.update_out, case)
+        expected = 1 if case.x.numel() else 0
+        assert len(device.gpu.launches) == expected, name
+        assert all(launch.stream == 0x51 for launch in device.gpu.launches)
+        assert all(launch.shared_bytes == 0 for launch in device.gpu.launches)
+
+
+@pytest.mark.parametrize("noise", ["none", "keyed"])
+@pytest.mark.parametrize(
+    ("state", "model"),
+    [(d, d) for d in DTYPES] + [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)],
+)
+def test_bytes_moved_are_the_floor(
+    device: Device, noise: str, state: torch.dtype, model: torch.dtype
+) -> None:
+    """Each input is read once and each output written once, by as few accesses as there can be."""
+    case = make_case(
+        torch.Generator().manual_seed(4),
+        (2, 4, 1024),
+        dtype=state,
+        model_dtype=model,
+        noise=noise,
+        guided=True,
+        model_input=model,
+    )
+    out, inputs = torch.empty_like(case.x), torch.empty((4, 4, 1024), dtype=model)
+    device.update_out(
+        *(case.x, case.model_output, case.table, case.row),
+        **{"noise": None, "keys": case.keys, "out": out, "x_0": None, "model_input": inputs},
+    )
+    (launch,) = device.gpu.launches
+    for name, tensor in (("x", case.x), ("model_output", case.model_output)):
+        assert launch.stats.bytes_read[name] == tensor.nbytes
+    for name, tensor in (("out", out), ("model_input", inputs)):
+        assert launch.stats.bytes_written[name] == tensor.nbytes
+    assert set(launch.stats.bytes_written) == {"out", "model_input"}
+    elements = case.x.numel()
+    chunk = max(4, 16 // case.x.element_size())
+    threads = elements // chunk
+    wide = min(16, chunk * case.model_output.element_size()) // 4
+    loads = sum(n for name, n in launch.stats.executed.items() if name.startswith("ld.global.cs.v"))
+    words = chunk * case.x.element_size() // 16 + 2 * max(
+        1, chunk * case.model_output.element_size() // 16
+    )
+    assert loads == threads * words
+    assert launch.stats.executed[f"ld.global.cs.v{wide}.u32"] > 0
+
+
+def test_an_update_beyond_the_end_is_caught(device: Device) -> None:
+    """A tensor registered one element short stands for one that is: the check is exact."""
+    case = make_case(torch.Generator().manual_seed(5), (1, 1024))
+    out, table = torch.empty_like(case.x), case.table
+    for short, written in (("x", False), ("out", True)):
+        device.gpu.reset()
+        tensors = {
+            "x": case.x,
+            "model_output": case.model_output,
+            "table": table,
+            "row": case.row,
+            "out": out,
+        }
+        for name, tensor in tensors.items():
+            size = tensor.nbytes - (4 if name == short else 0)
+            device.gpu.memory.add(tensor.data_ptr(), size, name, writable=name == "out")
+        with pytest.raises(RuntimeError, match="CUDA error 700"):
+            launcher.backend(NAMESPACE).update_out(
+                *(case.x, case.model_output, table, case.row),
+                **{"noise": None, "keys": None, "out": out, "x_0": None, "model_input": None},
+            )
+        assert device.gpu.error is not None
+        assert ("store" if written else "load") in str(device.gpu.error)
+
+
+def test_a_large_sample(device: Device) -> None:
+    """Several waves of blocks; a sample of several tiles beside another."""
+    assert_bits_of_cpu(
+        device.update_out,
+        make_case(torch.Generator().manual_seed(6), (2, 3, 128, 129), noise="keyed"),
+    )
+
+
+BROKEN = {
+    "an index off by one": (
+        "chunk.element = index * SIZE;",
+        "chunk.element = index * SIZE + (index > 0);",
+    ),
+    "no mask for the tail": (
+        "chunk.count = rest < SIZE ? (int)rest : SIZE;",
+        "chunk.count = SIZE;",
+    ),
+    "no bounds check": ("chunk.sample >= grid.batch || ", ""),
+    "coefficients swapped": ("at[3], at[4], at[5]", "at[4], at[3], at[5]"),
+    "the noise of the next quad": (
+        "(uint32_t)((chunk.element + first) / 4), z);",
+        "(uint32_t)((chunk.element + first) / 4 + 1), z);",
+    ),
+    "wide accesses whatever the alignment": (
+        "if (words && chunk.count == SIZE)",
+        "if (chunk.count == SIZE)",
+    ),
+    "the row of the first sample": (
+        "rows.row[sample * rows.row_stride] * ROW_FIELDS",
+        "rows.row[0] * ROW_FIELDS",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_kernel_is_caught(device: Device, tmp_path: Path, fault: str) -> None:
+    """Each fault in the source is seen by the comparison of bits or by the checks of memory."""
+    right, wrong = BROKEN[fault]
+    text = SOURCE.read_text()
+    assert right in text
+    source = tmp_path / "csrc/cuda/update.cu"
+    source.parent.mkdir(parents=True)
+    for header in [*ROOT.glob("csrc/*.h"), ROOT / "csrc/cuda/launch.h"]:
+        target = tmp_path / header.relative_to(ROOT)
+        target.write_text(header.read_text())
+    source.write_text(text.replace(right, wrong))
+    before = device.gpu.module
+    device.gpu.module = ptx.parse(ptx_of("sm_90", source))
+    try:
+        caught = [name for name in list(UPDATES)[:90] if not right_bits(device, update_case(name))]
+        caught += [] if aligned_right(device) else ["alignment"]
+    finally:
+        device.gpu.module = before
+    assert caught
+
+
+def right_bits(device: Device, case: Case) -> bool:
+    try:
+        assert_bits_of_cpu(device.update_out, case)
+    except (AssertionError, ptx.PtxError):
+        return False
+    return True
+
+
+def aligned_right(device: Device) -> bool:
+    try:
+        test_alignments(device, torch.float32)
+    except (AssertionError, ptx.PtxError):
+        return False
+    return True
