@@ -17,11 +17,11 @@ from torch import Tensor
 from fastddim import philox
 
 from .gpuless import launcher, ptx
-from .gpuless.cases import UPDATES, assert_bits_of_cpu, same_bits, update_case
+from .gpuless.cases import UPDATES, assert_bits_of_cpu, run_bare, same_bits, update_case
 from .gpuless.gpu import FakeGpu
 from .gpuless.toolchain import compile_ptx, nvcc
 from .test_native import ROOT, needs_compiler, needs_extension
-from .test_update import DTYPES, LAYOUTS, Case, make_case, poisoned_like, written_only_inside
+from .test_update import DTYPES, LAYOUTS, Case, make_case, poisoned_like, run, written_only_inside
 
 pytestmark = [
     needs_compiler,
@@ -102,6 +102,18 @@ def test_updates(device: Device, name: str) -> None:
     assert_bits_of_cpu(device.update_out, case, in_place=True)
 
 
+def test_every_kernel_was_launched(device: Device) -> None:
+    """The cases reach all kinds of update there are."""
+    names = set()
+    for name in UPDATES:
+        for run_case in (run, run_bare):
+            run_case(device.update_out, update_case(name))
+            names |= {launch.name for launch in device.gpu.launches}
+    assert device.gpu.module is not None
+    updates = {name for name in device.gpu.module.kernels if "update" in name}
+    assert names == updates
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "sm_120"])
 def test_other_targets(device: Device, arch: str) -> None:
     """What nvcc makes of the same source for other GPUs."""
@@ -170,7 +182,7 @@ def test_advance(device: Device, count: int) -> None:
 def test_one_launch_on_the_given_stream(device: Device) -> None:
     """Per step one update and one advance, which is all that the launchers do."""
     for name, case in ((name, update_case(name)) for name in UPDATES):
-        assert_bits_of_cpu(device.update_out, case)
+        run_bare(device.update_out, case)
         expected = 1 if case.x.numel() else 0
         assert len(device.gpu.launches) == expected, name
         assert all(launch.stream == 0x51 for launch in device.gpu.launches)

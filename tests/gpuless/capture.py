@@ -1,0 +1,238 @@
+"""The loop on fake CUDA tensors, under a probe that refuses what a captured graph cannot hold.
+
+Run by tests/test_graph.py in a process of its own, since the device guard that it loads stays:
+`python capture.py GUARD`. Prints a JSON object: what the probe said of each case ("" for nothing).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten
+
+from fastddim import Schedule, backends, graph, philox
+from fastddim.plan import Update, make_plan
+from fastddim.sampler import Loop, Setup, make_setup
+
+_spec = importlib.util.spec_from_file_location("helpers", Path(__file__).parents[1] / "helpers.py")
+helpers = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(helpers)
+
+CUDA = torch.device("cuda", 0)
+SHAPE = (2, 3, 8, 8)
+STEPS = 4
+
+
+class OnDevice(helpers.NoSync):
+    """Refuses results off the device as well: a graph would hold their values, not the work."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        for value in tree_flatten(result)[0]:
+            if isinstance(value, Tensor) and value.device != CUDA:
+                raise AssertionError(f"result on the {value.device.type} in the loop: {func}")
+        return result
+
+
+class Net(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32, outputs: int = 3) -> None:
+        super().__init__()
+        make = {"device": CUDA, "dtype": dtype}
+        self.inner = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, **make),
+            nn.GroupNorm(2, 8, **make),
+            nn.SiLU(),
+            nn.Conv2d(8, outputs, 3, padding=1, **make),
+        )
+
+    def forward(self, x: Tensor, t: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = self.inner(x) + torch.sin(t.to(x.dtype) / 100)[:, None, None, None]
+        return y if scale is None else y * scale
+
+
+class Probed:
+    """A graph whose capture runs under the probe; a replay runs the body once more."""
+
+    def __init__(self, body: Callable[[], None]) -> None:
+        self.replay = body
+        with OnDevice() as probe:
+            body()
+        self.calls = probe.calls
+
+
+def capture(body, *, warm_up, device, generators=()):
+    # No warm-up: it may read values, of which fakes have none.
+    assert device == CUDA
+    return Probed(body)
+
+
+def setup(model: Any, mode: bool | str, model_kwargs: Any = None, **update: Any) -> Setup:
+    dtype = update.pop("dtype", torch.float32)
+    update = Update(**update).checked(SHAPE[0])
+    return make_setup(
+        model,
+        make_plan(Schedule.linear(), STEPS, update),
+        SHAPE,
+        device=CUDA,
+        dtype=dtype,
+        impl="auto",
+        graph=mode,
+        check_finite=False,
+        model_kwargs=model_kwargs,
+    )
+
+
+def run(
+    mode: bool | str,
+    *,
+    make_model: Callable[[], Any] = Net,
+    make_noise: Callable[[], Any] = lambda: None,
+    make_kwargs: Callable[[], Any] = lambda: None,
+    loop_type: type[Loop] = Loop,
+    watch: bool = True,
+    probe: Any = None,
+    **update: Any,
+) -> str:
+    """What the probe says: of the captured body, or of the whole loop where `mode` is False."""
+    # Plans and coefficients are made on the host, from values; so are they here.
+    prepared = setup(None, mode, **update)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            given = {"model": make_model(), "model_kwargs": make_kwargs() or {}}
+            loop = loop_type(Setup(**{**vars(prepared), **given}))
+            x = torch.zeros(SHAPE, dtype=prepared.dtype, device=CUDA)
+            keys = philox.make_keys([1, 2], SHAPE[0], device=CUDA)
+            noise = make_noise()
+            seen: list[Any] = []
+            with OnDevice() if mode is False else nullcontext():
+                result = loop.run(
+                    x,
+                    keys=keys,
+                    noise=noise,
+                    callback=None if mode == "loop" or not watch else lambda *a: seen.append(a),
+                    return_trajectory=watch,
+                )
+            state = result[0] if watch else result
+            assert state.device == CUDA
+            assert state.shape == SHAPE
+            assert len(seen) == (STEPS if watch and mode != "loop" else 0)
+            if mode is not False:
+                (program,) = loop._programs.values()
+                assert program.graph.calls >= 2 * (STEPS if mode == "loop" else 1)
+    except (AssertionError, ValueError) as error:
+        return str(error) or "assertion"
+    return ""
+
+
+CLEAN: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "unwatched": {"watch": False},
+    "noisy": {"eta": 1.0, "clip": 1.0, "rederive_eps": True},
+    "sigma-hat": {"eta": 1.0, "variance": "large", "prediction": "v_prediction"},
+    "rows": {"eta": torch.tensor([0.0, 1.0]), "clip": 1.0},
+    "guided": {"guidance_scale": 2.0, "eta": 0.5},
+    "guided rows": {"guidance_scale": torch.tensor([1.0, 3.0])},
+    "learned variance": {"make_model": lambda: Net(outputs=6)},
+    "half model": {"make_model": lambda: Net(torch.float16), "eta": 1.0},
+    "half state": {"dtype": torch.bfloat16, "guidance_scale": 2.0},
+    "float64": {"dtype": torch.float64, "eta": 1.0},
+    "noise": {"eta": 1.0, "make_noise": lambda: torch.zeros((STEPS, *SHAPE), device=CUDA)},
+    "kwargs": {"make_kwargs": lambda: {"scale": torch.ones(2, 1, 1, 1, device=CUDA)}},
+}
+
+# Drawn on the host, so the eager loop copies it; the captured body must not.
+HOST_NOISE: dict[str, dict[str, Any]] = {
+    "host generator": {"eta": 1.0, "make_noise": torch.Generator},
+    "host generators": {"eta": 1.0, "make_noise": lambda: [torch.Generator(), torch.Generator()]},
+}
+
+
+class Reads(Loop):
+    def _advance(self) -> None:
+        super()._advance()
+        self.t.fill_(self._timestep_list[min(int(self._step[0]), STEPS - 1)])
+
+
+class Uploads(Loop):
+    def _advance(self) -> None:
+        super()._advance()
+        self.t.add_(torch.tensor([0]).to(self.t.device))
+
+
+class Zeroes(Loop):
+    def _advance(self) -> None:
+        super()._advance()
+        self.t.add_(self._zero)
+
+    _zero = torch.tensor(0)
+
+
+def spoilt(defect: Callable[[Tensor, Tensor], Any]) -> Callable[[], Any]:
+    def make() -> Any:
+        net = Net()
+
+        def model(x: Tensor, t: Tensor) -> Tensor:
+            extra = defect(x, t)
+            return net(x, t) + extra if isinstance(extra, Tensor) else net(x, t)
+
+        return model
+
+    return make
+
+
+ZERO = torch.tensor(0.0)
+
+DEFECTS: dict[str, dict[str, Any]] = {
+    "item": {"make_model": spoilt(lambda x, t: x.mean().item())},
+    "int of t": {"make_model": spoilt(lambda x, t: range(int(t[0])))},
+    "branch on a value": {"make_model": spoilt(lambda x, t: 1 if x.isfinite().all() else 0)},
+    "index by a 0-dim tensor": {"make_model": spoilt(lambda x, t: x[t[0] * 0])},
+    "mask": {"make_model": spoilt(lambda x, t: x[x > 0].sum())},
+    "nonzero": {"make_model": spoilt(lambda x, t: x.nonzero().sum())},
+    "constant from the host": {"make_model": spoilt(lambda x, t: torch.tensor(1.0, device=CUDA))},
+    "host to device": {"make_model": spoilt(lambda x, t: torch.zeros(1, device="cpu").to(CUDA))},
+    "device to host": {"make_model": spoilt(lambda x, t: (x.cpu(), None)[1])},
+    "0-dim host tensor": {"make_model": spoilt(lambda x, t: x * ZERO)},
+    "tensor on the host": {"make_model": spoilt(lambda x, t: (torch.ones(1), None)[1])},
+    "loop reads a counter": {"loop_type": Reads},
+    "loop uploads": {"loop_type": Uploads},
+    "loop adds a host tensor": {"loop_type": Zeroes},
+}
+
+# Refused before the capture, in words for the caller.
+REFUSED: dict[str, dict[str, Any]] = {
+    "kwargs on the host": {"make_kwargs": lambda: {"scale": torch.ones(2, 1, 1, 1)}},
+}
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        ctypes.CDLL(sys.argv[1])
+    # The operators themselves, for which fakes stand in; any other backend asks for a GPU.
+    backends.choose = lambda impl, device: backends.BACKENDS["cpu"]
+    graph.capture = capture
+    in_order = graph.Turns
+    graph.Turns = lambda device: in_order(torch.device("cpu"))
+    results: dict[str, str] = {}
+    for mode in (False, True, "loop"):
+        groups = {"clean": CLEAN, "defect": DEFECTS}
+        if mode is not False:
+            groups |= {"clean on the host": HOST_NOISE, "refused": REFUSED}
+        for group, cases in groups.items():
+            for name, case in cases.items():
+                results[f"{group}/{mode}/{name}"] = run(mode, **case)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
