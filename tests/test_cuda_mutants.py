@@ -1,0 +1,349 @@
+"""How sharp the comparison is: one instruction of the kernels' PTX is changed at a time, and the
+updates of tests/gpuless/cases.py must notice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastddim import backends, philox
+
+from .gpuless import ptx
+from .gpuless.cases import run_bare, same_bits
+from .test_cuda_ptx import (  # noqa: F401
+    Device,
+    device,
+    ptx_of,
+    pytestmark,
+)
+from .test_update import DTYPES, Case, make_case, poisoned_like, run
+
+MUTANTS_PER_KERNEL = 70
+
+# What a mutation makes of an instruction; a function gets the operands.
+EXCHANGED = {
+    "add.f32": "sub.f32",
+    "sub.f32": "add.f32",
+    "add.rn.f32": "sub.rn.f32",
+    "sub.rn.f32": "add.rn.f32",
+    "mul.rn.f32": "add.rn.f32",
+    "neg.f32": "abs.f32",
+    "setp.lt.f32": "setp.gt.f32",
+    "setp.gt.f32": "setp.lt.f32",
+    "setp.eq.f32": "setp.neu.f32",
+    "setp.neu.f32": "setp.eq.f32",
+    "setp.lt.s64": "setp.le.s64",
+    "setp.le.s64": "setp.lt.s64",
+    "setp.gt.s64": "setp.ge.s64",
+    "setp.ge.s64": "setp.gt.s64",
+    "setp.lt.u64": "setp.le.u64",
+    "setp.lt.s32": "setp.le.s32",
+    "setp.gt.s32": "setp.ge.s32",
+    "setp.ge.s32": "setp.gt.s32",
+    "setp.lt.u32": "setp.le.u32",
+    "setp.gt.u32": "setp.ge.u32",
+    "setp.eq.s32": "setp.ne.s32",
+    "setp.ne.s32": "setp.eq.s32",
+    "setp.eq.s64": "setp.ne.s64",
+    "setp.ne.s64": "setp.eq.s64",
+    "add.s64": "sub.s64",
+    "sub.s64": "add.s64",
+    "add.s32": "sub.s32",
+    "sub.s32": "add.s32",
+    "xor.b32": "or.b32",
+    "or.b32": "and.b32",
+    "and.b32": "or.b32",
+    "shl.b32": "shr.u32",
+    "shl.b64": "shr.u64",
+    "shr.u32": "shl.b32",
+    "shr.s32": "shr.u32",
+    "shr.u64": "shl.b64",
+    "mul.hi.u32": "mul.lo.u32",
+    "mul.wide.u32": "mul.wide.s32",
+    "cvt.rn.f32.u32": "cvt.rn.f32.s32",
+    "cvt.rzi.s32.f32": "cvt.rni.s32.f32",
+}
+
+
+class Mutant(NamedTuple):
+    line: int
+    before: str
+    after: str
+
+
+def mutants(lines: list[str]) -> Iterator[Mutant]:
+    """Every change of one instruction that the operators make.
+
+    But for the choice between division in 32 and in 64 bits, which both give the quotient.
+    """
+    text = "\n".join(lines)
+    choices = set()
+    for high in re.findall(r"(%rd\d+), %rd\d+, -4294967296;", text):
+        choices |= set(re.findall(rf"setp\.\w+\.s64\s+(%p\d+), {high}, 0;", text))
+    for number, line in enumerate(lines):
+        if any(re.search(rf"{choice}\b", line) for choice in choices):
+            continue
+        match = re.match(r"(\s*)(@!?%p\d+\s+)?([a-z][\w.:]*)\s+(.*);", line)
+        if match is None:
+            continue
+        space, guard, opcode, rest = match[1], match[2] or "", match[3], match[4]
+        operands = [o.strip() for o in rest.split(",")]
+        if guard:
+            turned = guard.replace("@", "@!") if "!" not in guard else guard.replace("!", "")
+            yield Mutant(number, line, f"{space}{turned}{opcode} {rest};")
+        if opcode in EXCHANGED:
+            yield Mutant(number, line, f"{space}{guard}{EXCHANGED[opcode]} {rest};")
+        if opcode.startswith("fma.rn.f32"):
+            d, a, b, c = operands
+            yield Mutant(number, line, f"{space}{guard}mul.rn.f32 {d}, {a}, {b};")
+            yield Mutant(number, line, f"{space}{guard}fma.rn.f32 {d}, {a}, {c}, {b};")
+        if opcode.startswith("selp"):
+            d, a, b, p = operands
+            yield Mutant(number, line, f"{space}{guard}{opcode} {d}, {b}, {a}, {p};")
+        if opcode.startswith("mov.b32") and re.fullmatch(r"0f[0-9A-F]{8}", operands[-1]):
+            other = f"0f{int(operands[-1][2:], 16) ^ 1:08X}"
+            yield Mutant(number, line, f"{space}{guard}{opcode} {operands[0]}, {other};")
+        if opcode.startswith("fma.rn.f32") and operands[-1].startswith("0f"):
+            other = f"0f{int(operands[-1][2:], 16) ^ 1:08X}"
+            changed = ", ".join([*operands[:-1], other])
+            yield Mutant(number, line, f"{space}{guard}{opcode} {changed};")
+
+
+class Target(NamedTuple):
+    kernel: str
+    cases: list[Callable[[Device], bool]]
+    """Whether the kernel still gives the right bits."""
+
+
+def update_check(shape: tuple[int, ...], bare: bool, **arguments: Any) -> Callable[[Device], bool]:
+    case = make_case(torch.Generator().manual_seed(8), shape, **arguments)
+    return case_check(case, bare)
+
+
+def case_check(case: Case, bare: bool) -> Callable[[Device], bool]:
+    def outputs(update_out: Any) -> list[Tensor]:
+        return run_bare(update_out, case) if bare else run(update_out, case).tensors()
+
+    expected = outputs(backends.BACKENDS["cpu"].update_out)
+
+    def right(on: Device) -> bool:
+        return all(map(same_bits, outputs(on.update_out), expected))
+
+    return right
+
+
+def quiet(case: Case) -> Case:
+    """Half of the rows without noise, whose tensor must then not be read."""
+    case.rows[2::2, 6] = 0
+    return case
+
+
+def reordered(case: Case) -> Case:
+    """All tensors with their dimensions in reverse order in memory."""
+    case.x, case.model_output = shuffled(case.x), shuffled(case.model_output)
+    return case
+
+
+def special(case: Case) -> Case:
+    """Values that comparisons and conversions treat apart."""
+    values = torch.tensor(
+        [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 1e-42, 0.0, -0.0]
+    )
+    case.model_output.view(-1)[: len(values)] = values.to(case.model_output.dtype)
+    return case
+
+
+def shuffled(values: Tensor) -> Tensor:
+    """Dimensions in memory in an order that leaves no two of them one run."""
+    order = [0, *range(values.ndim - 1, 0, -1)]
+    return values.permute(order).contiguous().permute(order)
+
+
+def normal_check(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str
+) -> Callable[[Device], bool]:
+    case = make_case(
+        torch.Generator().manual_seed(9), shape, dtype=dtype, layout=layout, noise="keyed"
+    )
+    if layout == "shuffled":
+        case.x = shuffled(case.x)
+    assert case.keys is not None
+    keys = case.keys
+    expected = philox.normal(keys, shape[1:], philox.LATENTS).to(dtype)
+
+    def right(on: Device) -> bool:
+        out, _ = poisoned_like(case.x)
+        on.normal_out(keys, philox.LATENTS, out)
+        return same_bits(out, expected)
+
+    return right
+
+
+def advance_check(count: int, more: int) -> Callable[[Device], bool]:
+    def right(on: Device) -> bool:
+        timesteps = torch.arange(100, 109)
+        counters = torch.arange(count + more) % 8
+        t = torch.full((count,), -1)
+        on.advance(counters, timesteps, t)
+        before = torch.arange(count + more) % 8
+        return torch.equal(counters, before + 1) and torch.equal(t, timesteps[before[:count] + 1])
+
+    return right
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(10)
+
+
+def targets() -> list[Target]:
+    bf16 = torch.bfloat16
+    everything = {"history": True, "mask": True, "guided": True, "clip": 0.8, "noise": "keyed"}
+    float_any = [
+        update_check((40, 8), False, per_sample=True, **everything),
+        update_check((3, 2, 1100), False, model_input=torch.float32, **everything),
+        update_check((2, 1021), False, noise="keyed"),
+        update_check((2, 7), False, noise="keyed", mask=True),
+        update_check((300, 4), False, noise="keyed", history=True, per_sample=True),
+        case_check(quiet(make_case(generator(), (6, 20), noise="keyed", per_sample=True)), False),
+        case_check(special(make_case(generator(), (2, 36), noise="keyed", clip=1.0)), False),
+    ]
+    float_plain = [
+        update_check((40, 8), True, noise="keyed", per_sample=True, clip=0.8),
+        update_check((3, 2, 1100), True, noise="keyed", model_input=torch.float32),
+        update_check((2, 1021), True, noise="keyed"),
+        update_check((300, 4), True, noise="keyed", per_sample=True),
+        case_check(quiet(make_case(generator(), (6, 20), noise="keyed", per_sample=True)), True),
+        case_check(special(make_case(generator(), (2, 36), noise="keyed", clip=1.0)), True),
+    ]
+    kind = {"dtype": bf16, "noise": "keyed", "guided": True}
+    brain_guided = [
+        update_check((40, 16), True, per_sample=True, model_input=bf16, clip=0.8, **kind),
+        update_check((3, 2, 1104), True, **kind),
+        update_check((2, 1021), True, model_input=bf16, **kind),
+        update_check((300, 8), True, per_sample=True, **kind),
+        case_check(quiet(make_case(generator(), (6, 24), **(kind | {"per_sample": True}))), True),
+        case_check(special(make_case(generator(), (2, 40), clip=1.0, **kind)), True),
+    ]
+    # A tail of every length.
+    float_any += [update_check((3, n), False, noise="keyed") for n in (5, 6, 7)]
+    float_plain += [update_check((3, n), True, noise="keyed") for n in (5, 6, 7)]
+    brain_guided += [update_check((3, n), True, **kind) for n in range(9, 16)]
+    mixed = {"model_dtype": torch.float64, "model_input": torch.float16}
+    strided = [
+        update_check(
+            (2, 3, 3, 5),
+            False,
+            dtype=state,
+            model_dtype=model,
+            layout="sliced",
+            model_input=model,
+            **everything,
+        )
+        for state, model in itertools.product((torch.float32, torch.float16, bf16), DTYPES)
+    ]
+    strided += [
+        update_check((2, 3, 5, 7), False, layout="sliced", per_sample=True, **everything),
+        update_check((2, 3, 4, 5), False, layout="permuted", noise="keyed", **mixed),
+        update_check((3, 2, 9), False, dtype=bf16, noise="keyed", guided=True, **mixed),
+        update_check((2, 300, 5), False, dtype=torch.float16, layout="sliced", noise="keyed"),
+        update_check((2, 2, 3, 2, 5), False, layout="sliced", noise="keyed", mask=True),
+        *(
+            case_check(
+                reordered(
+                    make_case(
+                        generator(),
+                        (2, 2, 3, 2, 3, 2, 5)[:dims],
+                        **mixed,
+                        noise="keyed",
+                        guided=True,
+                        history=True,
+                    )
+                ),
+                False,
+            )
+            for dims in (4, 5, 6, 7)
+        ),
+    ]
+    normals = [
+        normal_check(shape, dtype, layout)
+        for dtype, layout, shape in itertools.product(
+            (torch.float32, torch.float16, bf16, torch.float64),
+            ("contiguous", "sliced"),
+            ((3, 5, 7, 3), (1, 1501)),
+        )
+    ]
+    normals += [
+        normal_check((2, 2, 3, 2, 3, 2, 3, 5)[:dims], torch.float32, "shuffled")
+        for dims in range(3, 9)
+    ]
+    sizes = ((1, 0), (3, 2), (256, 1), (700, 300), (256, 0), (512, 768), (3000, 0), (1024, 2000))
+    advances = [advance_check(*pair) for pair in sizes]
+    return [
+        Target("updateIffLNS_4KindE2ELb1E", float_any),
+        Target("updateIffLNS_4KindE0ELb1E", float_plain),
+        Target("updateINS_5BrainES1_LNS_4KindE1ELb1E", brain_guided),
+        Target("update_stridedIfLb1E", strided),
+        Target("normalENS_10NormalCall", normals),
+        Target("advanceEPl", advances),
+    ]
+
+
+def survivors_of(on: Device, target: Target, text: str) -> tuple[int, list[Mutant]]:
+    """(how many mutants were tried, those that no case noticed)."""
+    match = re.search(rf"\.entry (\w*{target.kernel}\w*)\(", text)
+    assert match is not None
+    start = text.index("{", match.end())
+    end = next(
+        (
+            m.start()
+            for m in re.finditer(r"\n\t// .globl|\n\.entry|\n\.visible", text)
+            if m.start() > start
+        ),
+        len(text),
+    )
+    lines = text[start:end].split("\n")
+    chosen = list(mutants(lines))
+    random.Random(0).shuffle(chosen)
+    chosen = chosen[:MUTANTS_PER_KERNEL]
+    left = []
+    for mutant in chosen:
+        changed = [*lines[: mutant.line], mutant.after, *lines[mutant.line + 1 :]]
+        on.gpu.module = ptx.parse(text[:start] + "\n".join(changed) + text[end:])
+        if all(not noticed(check, on) for check in target.cases):
+            left.append(mutant)
+    return len(chosen), left
+
+
+def noticed(check: Callable[[Device], bool], on: Device) -> bool:
+    try:
+        return not check(on)
+    except ptx.PtxError:
+        return True
+
+
+def test_mutants_are_noticed(device: Device) -> None:  # noqa: F811
+    """At least 95 of 100; docs/kernel.md says what the others are."""
+    text = ptx_of("sm_90")
+    before = device.gpu.module
+    tried, left = 0, []
+    try:
+        for target in targets():
+            device.gpu.module = before
+            assert all(check(device) for check in target.cases)
+            count, survivors = survivors_of(device, target, text)
+            tried += count
+            left += [(target.kernel, mutant) for mutant in survivors]
+    finally:
+        device.gpu.module = before
+    report = [f"{tried} mutants, {tried - len(left)} noticed"]
+    report += [f"{kernel}: {m.before.strip()} -> {m.after.strip()}" for kernel, m in left]
+    print("\n".join(report))
+    assert tried >= 300
+    assert len(left) <= 0.05 * tried, "\n".join(report)
