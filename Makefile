@@ -10,10 +10,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-CXX_FILES := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+CXX_FILES := $(shell find csrc tests/native tests/gpuless -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-sanitize lint bench format clean
+.PHONY: help demo test test-gpu test-sanitize lint bench bench-gpu format clean
 # Two targets at once would run two pips in the same environment.
 .NOTPARALLEL:
 
@@ -25,6 +25,9 @@ demo: $(VENV)/.installed ## Draw digits and fashion items with the bundled model
 
 test: $(VENV)/.installed-dev ## Run the tests
 	$(BIN)/pytest
+
+test-gpu: $(VENV)/.installed-dev ## Run the tests that need a GPU
+	$(BIN)/pytest -m gpu
 
 test-sanitize: $(VENV)/.installed-dev ## Run the kernel's tests under AddressSanitizer and UBSan
 	rm -rf build/sanitize
@@ -51,7 +54,10 @@ ifneq ($(CXX_FILES),)
 endif
 
 bench: $(VENV)/.installed-dev ## Run the benchmarks
-	$(BIN)/pytest benchmarks -s
+	$(BIN)/pytest benchmarks/bench_step.py -s
+
+bench-gpu: $(VENV)/.installed-dev ## Measure bandwidth and loops on a GPU
+	$(BIN)/pytest benchmarks/bench_gpu.py -s
 
 clean: ## Remove build products and caches, but not .venv
 	rm -rf build dist demo *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,5 +1,5 @@
-// The CUDA kernels as plain C++, for AddressSanitizer and UndefinedBehaviorSanitizer: each thread of
-// a launch is one turn of a loop. There are no barriers and no shared memory to model.
+// The CUDA kernels as plain C++, for AddressSanitizer and UndefinedBehaviorSanitizer: each thread
+// of a launch is one turn of a loop. There are no barriers and no shared memory to model.
 
 #include <stdint.h>
 
