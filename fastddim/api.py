@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastddim import backends, philox
 from fastddim.adapter import Model
+from fastddim.graph import check_graph
 from fastddim.plan import (
     Coefficient,
     Update,
@@ -24,17 +25,17 @@ from fastddim.plan import (
 from fastddim.reference import compute_dtype
 from fastddim.sampler import (
     Callback,
-    Loop,
     NoiseSource,
-    Sampler,
+    borrowed_loop,
     check_generators,
-    check_graph,
     check_initial,
     check_model,
     check_watching,
     draw,
+    make_setup,
     resolve_device,
     resolve_schedule,
+    sampling_setup,
 )
 from fastddim.schedule import Schedule
 from fastddim.validation import (
@@ -120,7 +121,14 @@ def sample(
         dtype: of the state; by default that of `x_T`, else float32.
         impl: "auto", or the backend to use and no other ("reference", …; `fastddim env` lists
             them).
-        graph: CUDA graph capture: "auto" or False here; True and "loop" need a CUDA device.
+        graph: CUDA graph capture, which takes the host out of the loop: True captures one step and
+            replays it S times, "loop" captures all steps and replays them once (without
+            `callback`), False captures nothing. "auto" is True on a CUDA device and False
+            elsewhere; where the model cannot be captured, or with `check_finite`, it runs without a
+            graph, and warns of the former. Graphs are kept for later calls with the same model,
+            shapes and kind of arguments, until `fastddim.graph.clear()`. What a captured model
+            reads beside x, t, its parameters and the tensors in `model_kwargs` stays as it was
+            at capture.
         progress: show a tqdm bar on stderr.
         callback: `callback(step_index, timestep, x_t, x_0)` after each update, with copies of the
             new state and of the predicted x_0.
@@ -142,20 +150,15 @@ def sample(
         shape = tuple(x_T.shape) if shape is None else shape
         dtype = x_T.dtype if dtype is None else dtype
         device = x_T.device if device is None else device
-    sampler = Sampler(
+    setup = sampling_setup(
         model,
         steps,
+        Update(eta, variance, prediction, clip, rederive_eps, guidance_scale),
         shape=shape,
         batch_size=batch_size,
         schedule=schedule,
         spacing=spacing,
         steps_offset=steps_offset,
-        eta=eta,
-        variance=variance,
-        prediction=prediction,
-        clip=clip,
-        rederive_eps=rederive_eps,
-        guidance_scale=guidance_scale,
         device=device,
         dtype=dtype,
         impl=impl,
@@ -163,15 +166,16 @@ def sample(
         check_finite=check_finite,
         model_kwargs=model_kwargs,
     )
-    return sampler(
-        seed=seed,
-        sample_offset=sample_offset,
-        x_T=x_T,
-        noise=noise,
-        progress=progress,
-        callback=callback,
-        return_trajectory=return_trajectory,
-    )
+    with borrowed_loop(setup) as loop:
+        return loop.sample(
+            seed=seed,
+            sample_offset=sample_offset,
+            x_T=x_T,
+            noise=noise,
+            progress=progress,
+            callback=callback,
+            return_trajectory=return_trajectory,
+        )
 
 
 def invert(
@@ -230,11 +234,11 @@ def invert(
         if isinstance(value, Tensor) or value != neutral:
             raise ValueError(f"{name}: expected {neutral} for an invertible step, got {value!r}")
     check_bool("check_finite", check_finite)
-    check_watching(progress, callback, return_trajectory)
+    check_watching(progress, callback, return_trajectory, graph)
     target = resolve_device(model, device, x_0)
     state_dtype = x_0.dtype if dtype is None else check_dtype("dtype", dtype)
     check_initial("x_0", x_0, tuple(x_0.shape), state_dtype, target)
-    check_graph(graph, target)
+    check_graph(graph, target, check_finite)
     update = Update(prediction=prediction, guidance_scale=guidance_scale).checked(x_0.shape[0])
     plan = make_inversion_plan(
         resolve_schedule(model, schedule),
@@ -243,17 +247,21 @@ def invert(
         spacing=spacing,
         steps_offset=steps_offset,
     )
-    loop = Loop(
+    setup = make_setup(
         model,
         plan,
         tuple(x_0.shape),
         device=target,
         dtype=state_dtype,
         impl=impl,
-        model_kwargs=model_kwargs,
+        graph=graph,
         check_finite=check_finite,
+        model_kwargs=model_kwargs,
     )
-    return loop.run(x_0, progress=progress, callback=callback, return_trajectory=return_trajectory)
+    with borrowed_loop(setup) as loop:
+        return loop.run(
+            x_0, progress=progress, callback=callback, return_trajectory=return_trajectory
+        )
 
 
 def step(

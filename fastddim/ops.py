@@ -1,8 +1,9 @@
 """The update as PyTorch operators: schemas, fakes and gradients, each in one place.
 
 `fastddim::update_out` writes into tensors it is given; `fastddim::update` returns new ones and is
-differentiable; `fastddim::normal_out` draws. Compiled backends implement `update_out`,
-`backward_out` and `normal_out`; without one, they run the reference.
+differentiable; `fastddim::normal_out` draws; `fastddim::advance` moves a loop to its next step.
+Compiled backends implement `update_out`, `backward_out`, `normal_out` and `advance`; without one,
+they run the reference.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ _library.define(
 _library.define(
     "normal_out(Tensor seed, Tensor step, Tensor sample, int stream, Tensor(a!) out) -> ()"
 )
+_library.define("advance(Tensor(a!) counters, Tensor timesteps, Tensor(b!) t) -> ()")
 
 # Resolved once: looking an overload up costs a tenth of a small update.
 _update_out_op = torch.ops.fastddim.update_out.default
+_advance_op = torch.ops.fastddim.advance.default
 
 EXTENSION_ERROR: str | None = None
 """Why the compiled extension cannot be used, or None where it can."""
@@ -119,6 +122,23 @@ def update_out(
 def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
     """Standard normals of one stream into `out` `[B, …]`; the bits are those of `philox.normal`."""
     torch.ops.fastddim.normal_out(*keys, stream, out)
+
+
+def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
+    """The next step: every counter goes up by one, then t[j] = timesteps[counters[j]].
+
+    Args:
+        counters: int64 `[n]`, n >= len(t): the step of each sample, and further numbers that grow
+            with it.
+        timesteps: int64 `[m]`, m > counters[j] for j < len(t).
+        t: int64, written.
+    """
+    _advance_op(counters, timesteps, t)
+
+
+@torch.library.impl(_library, "advance", "CompositeExplicitAutograd")
+def _advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
+    reference.advance(counters, timesteps, t)
 
 
 @torch.library.impl(_library, "normal_out", "CompositeExplicitAutograd")
@@ -228,6 +248,7 @@ for _name, _fake in (
     ("update_out", _fake_out),
     ("backward_out", _fake_out),
     ("normal_out", _fake_out),
+    ("advance", _fake_out),
     ("update", _fake_update),
     ("backward", _fake_backward),
 ):

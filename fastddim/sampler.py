@@ -3,28 +3,31 @@ memory.
 
 Per step: the model is evaluated at (state, t), the fused update writes the next state over the old
 one, and the counters advance. Nothing in it is a Python number that a captured graph would freeze,
-waits for the device, or moves data between devices.
+waits for the device, or moves data between devices: so the same step program runs eagerly, is
+captured as one CUDA graph a step, or as one for all steps.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastddim import adapter, backends, philox
+from fastddim import adapter, backends, graph, philox
 from fastddim.adapter import Model
+from fastddim.graph import check_graph
 from fastddim.philox import Keys
 from fastddim.plan import Coefficient, Plan, Update, make_plan, to_table
 from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
 from fastddim.validation import (
     check_bool,
-    check_choice,
     check_device,
     check_dtype,
     check_int,
@@ -36,49 +39,116 @@ from fastddim.validation import (
 Callback: TypeAlias = Callable[[int, int, Tensor, Tensor], None]
 NoiseSource: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator] | None
 
-GRAPH_MODES = ("auto", True, False, "loop")
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a loop is made for, all of it checked."""
+
+    model: Model
+    plan: Plan
+    table: Tensor  # [R, K]
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    backend: backends.Backend
+    graph: bool | str
+    check_finite: bool
+    model_kwargs: dict[str, Any]
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        return adapter.own_dtype(self.model) or self.dtype
+
+    @property
+    def captures(self) -> bool:
+        if self.graph == "auto":
+            return graph.available(self.device) and not self.check_finite
+        return self.graph is not False
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All that a loop's buffers and step program depend on; what else there is, `load` sets."""
+        return (
+            self.plan.steps,
+            self.plan.noisy,
+            self.plan.guided,
+            self.plan.table.ndim,
+            self.shape,
+            self.device,
+            self.dtype,
+            self.model_dtype,
+            self.backend.__name__,
+            self.graph,
+        )
+
+
+def make_setup(
+    model: Model,
+    plan: Plan,
+    shape: tuple[int, ...],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    impl: str,
+    graph: bool | str,
+    check_finite: bool,
+    model_kwargs: Mapping[str, Any] | None,
+) -> Setup:
+    return Setup(
+        model=model,
+        plan=plan,
+        model_kwargs=check_model_kwargs(model_kwargs),
+        backend=backends.choose(impl, device),
+        table=to_table(plan.table, compute_dtype(dtype), plan.table.device),
+        shape=shape,
+        device=device,
+        dtype=dtype,
+        graph=graph,
+        check_finite=check_finite,
+    )
+
+
+class Program(NamedTuple):
+    """A captured part of the loop, one step or all, and what it reads and writes beside the loop's
+    buffers.
+    """
+
+    graph: graph.Graph
+    inputs: graph.Inputs
+    noise: Tensor | None  # [steps, B, …]
+    trajectory: Tensor | None  # [steps, B, …], the states after each step
+
+    def tensors(self) -> list[Tensor]:
+        own = [t for t in (self.noise, self.trajectory) if t is not None]
+        return [*self.inputs.tensors, *own]
 
 
 class Loop:
-    """Runs one plan on one model, shape and device; prepared once, run many times."""
+    """Runs plans of one kind for one model and shape; prepared once, run many times."""
 
     # A buffer made under the caller's inference mode could not be written to outside it.
     @torch.inference_mode(False)
-    def __init__(
-        self,
-        model: Model,
-        plan: Plan,
-        shape: tuple[int, ...],
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        impl: str,
-        model_kwargs: Mapping[str, Any] | None,
-        check_finite: bool,
-    ) -> None:
-        self.model = model
-        self.plan = plan
-        self.check_finite = check_finite
+    def __init__(self, setup: Setup) -> None:
+        plan, shape, device = setup.plan, setup.shape, setup.device
+        self._backend = setup.backend
+        self._graph = setup.graph
+        self._captures = setup.captures
         self._idle = threading.Lock()
-        self.model_kwargs = check_model_kwargs(model_kwargs)
-        self._backend = backends.choose(impl, device)
-        self._timestep_list = plan.timesteps.tolist()
         batch = shape[0]
         model_batch = 2 * batch if plan.guided else batch
-        model_dtype = adapter.own_dtype(model) or dtype
 
-        self.state = torch.zeros(shape, dtype=dtype, device=device)
+        self.state = torch.zeros(shape, dtype=setup.dtype, device=device)
         self.x_0 = torch.zeros_like(self.state)
-        separate = plan.guided or model_dtype != dtype
+        separate = plan.guided or setup.model_dtype != setup.dtype
         self._next_input = (
-            torch.zeros((model_batch, *shape[1:]), dtype=model_dtype, device=device)
+            torch.zeros((model_batch, *shape[1:]), dtype=setup.model_dtype, device=device)
             if separate
             else None
         )
-        self.table = to_table(plan.table, compute_dtype(dtype), device)
+        self.table = torch.zeros_like(setup.table, device=device)
         # The counters run one past the last step, where the repeated timestep keeps the read in
         # bounds.
-        self._timesteps = torch.cat([plan.timesteps, plan.timesteps[-1:]]).to(device)
+        self._timesteps = torch.zeros(plan.steps + 1, dtype=torch.int64, device=device)
         self.t = torch.zeros(model_batch, dtype=torch.int64, device=device)
 
         first_rows = (
@@ -86,14 +156,67 @@ class Loop:
             if plan.table.ndim == 3
             else torch.zeros(0, dtype=torch.int64, device=device)
         )
-        self._start = torch.cat([torch.zeros_like(self.t), first_rows])
-        self._counters = self._start.clone()
+        self._before_first = torch.cat([torch.zeros_like(self.t), first_rows]) - 1
+        self._counters = self._before_first.clone()
         self._step = self._counters[:model_batch]
         self._row = self._counters[model_batch:] if plan.table.ndim == 3 else self._step[:1]
         self._keys = Keys(
             seed=torch.zeros(batch, dtype=torch.int64, device=device),
             step=self._step[:batch],
             sample=torch.zeros(batch, dtype=torch.int64, device=device),
+        )
+        self._parameters: Any = None
+        # None: cannot be captured.
+        self._programs: graph.Recent[Program | None] = graph.Recent()
+        self._turns = graph.Turns(device)
+        self.load(setup)
+
+    @torch.inference_mode(False)
+    def load(self, setup: Setup) -> None:
+        """Take over everything in `setup` that is not in its key."""
+        self.model = setup.model
+        self.plan = setup.plan
+        self.model_kwargs = setup.model_kwargs
+        self.check_finite = setup.check_finite
+        timesteps = setup.plan.timesteps
+        self._timestep_list = timesteps.tolist()
+        with self._turns.turn(self._tensors):
+            self.table.copy_(setup.table)
+            self._timesteps.copy_(torch.cat([timesteps, timesteps[-1:]]))
+
+    def unload(self) -> None:
+        """Let go of what is the caller's; `load` comes before the next run."""
+        del self.model, self.plan, self.model_kwargs
+
+    def sample(
+        self,
+        *,
+        seed: int | Sequence[int] | Tensor,
+        sample_offset: int,
+        x_T: Tensor | None,
+        noise: NoiseSource,
+        progress: bool,
+        callback: Callback | None,
+        return_trajectory: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Draw one batch; see `fastddim.sample` for the arguments."""
+        check_watching(progress, callback, return_trajectory, self._graph)
+        shape, device = tuple(self.state.shape), self.state.device
+        keys = philox.make_keys(seed, shape[0], sample_offset=sample_offset, device=device)
+        self._check_noise(noise)
+        if x_T is not None:
+            check_initial("x_T", x_T, shape, self.state.dtype, device)
+        elif noise is None or isinstance(noise, Tensor):
+            x_T = self.latents(keys)
+        else:
+            x_T = draw(noise, self.state)
+        return self.run(
+            x_T,
+            keys=keys,
+            noise=noise,
+            progress=progress,
+            callback=callback,
+            return_trajectory=return_trajectory,
         )
 
     def run(
@@ -106,16 +229,33 @@ class Loop:
         callback: Callback | None = None,
         return_trajectory: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Walk the plan from `x`; see `Sampler.__call__`."""
-        with self._alone(), torch.inference_mode(False), torch.no_grad():
+        """Walk the plan from `x`, step by step or by the graph of all steps."""
+        noise = noise if self.plan.noisy else None
+        with (
+            self._alone(),
+            self._turns.turn(self._tensors),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            program = self._program(noise, callback is not None, return_trajectory)
             self._reset(x, keys)
             trajectory = self._new_trajectory() if return_trajectory else None
-            for s in self._step_indices(progress):
-                self.step(self._noise_of(noise, s), s, with_x_0=callback is not None)
-                if trajectory is not None:
-                    trajectory[s + 1].copy_(self.state)
-                if callback is not None:
-                    callback(s, self._timestep_list[s], self.state.clone(), self.x_0.clone())
+            if program is not None and self._graph == "loop":
+                self._replay(program, noise, 0)
+                if trajectory is not None and program.trajectory is not None:
+                    trajectory[1:].copy_(program.trajectory)
+                for _ in self._step_indices(progress):
+                    pass
+            else:
+                for s in self._step_indices(progress):
+                    if program is not None:
+                        self._replay(program, noise, s)
+                    else:
+                        self.step(self._noise_of(noise, s), with_x_0=callback is not None)
+                    if trajectory is not None:
+                        trajectory[s + 1].copy_(self.state)
+                    if callback is not None:
+                        callback(s, self._timestep_list[s], self.state.clone(), self.x_0.clone())
             x = self.state.clone()
         return x if trajectory is None else (x, trajectory)
 
@@ -136,14 +276,21 @@ class Loop:
         self._backend.normal_out(keys, philox.LATENTS, x_T)
         return x_T
 
-    def step(self, noise: Tensor | None, s: int, *, with_x_0: bool) -> None:
-        """The step program; `s` only serves to name the step in an error."""
-        result = self.model(self._model_input, self.t, **self.model_kwargs)
+    def step(
+        self,
+        noise: Tensor | None,
+        *,
+        with_x_0: bool,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """The step program: all that runs, or is captured, between two steps."""
+        kwargs = self.model_kwargs if model_kwargs is None else model_kwargs
+        result = self.model(self._model_input, self.t, **kwargs)
         output = check_model_output(
             "model output", adapter.output_tensor(result), self.state, guided=self.plan.guided
         )
         if self.check_finite:
-            self._refuse_nonfinite(output, s)
+            self._refuse_nonfinite(output)
         self._backend.update_out(
             self.state,
             output,
@@ -155,16 +302,21 @@ class Loop:
             x_0=self.x_0 if with_x_0 else None,
             model_input=self._next_input,
         )
-        self._counters.add_(1)
-        torch.index_select(self._timesteps, 0, self._step, out=self.t)
+        self._advance()
 
     @property
     def _model_input(self) -> Tensor:
         return self.state if self._next_input is None else self._next_input
 
+    def _advance(self) -> None:
+        self._backend.advance(self._counters, self._timesteps, self.t)
+
+    def _rewind(self) -> None:
+        self._counters.copy_(self._before_first)
+        self._advance()
+
     def _reset(self, x: Tensor, keys: Keys | None) -> None:
-        self._counters.copy_(self._start)
-        torch.index_select(self._timesteps, 0, self._step, out=self.t)
+        self._rewind()
         self.state.copy_(x)
         if self._next_input is not None:
             for part in self._next_input.chunk(2 if self.plan.guided else 1):
@@ -186,23 +338,193 @@ class Loop:
         return tqdm(range(self.plan.steps), desc="sampling", unit="step")
 
     def _noise_of(self, noise: NoiseSource, s: int) -> Tensor | None:
-        if noise is None or not self.plan.noisy:
+        if noise is None:
             return None
         return noise[s] if isinstance(noise, Tensor) else draw(noise, self.state)
 
-    def _refuse_nonfinite(self, output: Tensor, s: int) -> None:
+    def _refuse_nonfinite(self, output: Tensor) -> None:
         if not bool(output.isfinite().all()):
+            s = int(self._step[0])
             raise ValueError(
                 "model output: expected finite values, got NaN or infinity "
                 f"at step {s} (timestep {self._timestep_list[s]})"
             )
 
+    def _program(
+        self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool
+    ) -> Program | None:
+        """The graph for this run, loaded with the caller's values; None where the run is eager."""
+        if not self._captures:
+            return None
+        parameters, training = graph.model_state(self.model)
+        if parameters != self._parameters:
+            # Their graphs read memory that is no longer the model's.
+            self._programs.clear()
+            self._parameters = parameters
+        kind = (
+            training,
+            graph.ambient(self.state.device),
+            graph.signature(self.model_kwargs),
+            noise.dtype if isinstance(noise, Tensor) else _listed(noise),
+            with_x_0,
+            return_trajectory and self._graph == "loop",
+        )
+        program = self._programs.get(kind)
+        if kind not in self._programs:
+            program = self._try_capture(noise, with_x_0, return_trajectory)
+        self._programs.put(kind, program)
+        if program is not None:
+            program.inputs.load(self.model_kwargs)
+        return program
+
+    def _try_capture(
+        self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool
+    ) -> Program | None:
+        try:
+            return self._capture(noise, with_x_0, return_trajectory)
+        except graph.CaptureError as error:
+            if self._graph != "auto":
+                raise ValueError(
+                    f"graph: expected 'auto' or False where capture fails ({error}), "
+                    f"got {self._graph!r}"
+                ) from error
+            warnings.warn(
+                f"fastddim: graph='auto' runs without a CUDA graph: {error}", stacklevel=2
+            )
+            return None
+
+    def _capture(self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool) -> Program:
+        device, shape = self.state.device, tuple(self.state.shape)
+        steps = self.plan.steps if self._graph == "loop" else 1
+        inputs = graph.Inputs(self.model_kwargs, device)
+        generators = [] if isinstance(noise, Tensor) else _listed(noise)
+        staged = None
+        if noise is not None and not (generators and graph.draws_inside(generators, device)):
+            dtype = noise.dtype if isinstance(noise, Tensor) else self.state.dtype
+            staged = torch.zeros((steps, *shape), dtype=dtype, device=device)
+            noise, generators = staged, []
+        trajectory = None
+        if return_trajectory and self._graph == "loop":
+            trajectory = torch.zeros((steps, *shape), dtype=self.state.dtype, device=device)
+
+        def take_step(s: int) -> None:
+            z = self._noise_of(noise, s)
+            self.step(z, with_x_0=with_x_0, model_kwargs=inputs.model_kwargs)
+
+        def warm_up() -> None:
+            take_step(0)
+            self._rewind()
+
+        def body() -> None:
+            for s in range(steps):
+                take_step(s)
+                if trajectory is not None:
+                    trajectory[s].copy_(self.state)
+
+        self._rewind()
+        captured = graph.capture(body, warm_up=warm_up, device=device, generators=generators)
+        return Program(captured, inputs, staged, trajectory)
+
+    def _replay(self, program: Program, noise: NoiseSource, first: int) -> None:
+        if program.noise is not None:
+            for s, row in enumerate(program.noise, start=first):
+                z = self._noise_of(noise, s)
+                assert z is not None
+                row.copy_(z)
+        program.graph.replay()
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from (self.state, self.x_0, self.table, self._timesteps, self.t)
+        yield from (self._counters, self._before_first, self._keys.seed, self._keys.sample)
+        if self._next_input is not None:
+            yield self._next_input
+        for program in self._programs.values():
+            if program is not None:
+                yield from program.tensors()
+
+    def _check_noise(self, noise: NoiseSource) -> None:
+        if noise is None or isinstance(noise, torch.Generator):
+            return
+        if isinstance(noise, Tensor):
+            check_state("noise", noise)
+            expected = (self.plan.steps, *self.state.shape)
+            if tuple(noise.shape) != expected:
+                raise ValueError(
+                    f"noise: expected shape [S, B, ...] = {expected}, got {tuple(noise.shape)}"
+                )
+            check_device("noise", noise, "the state", self.state.device)
+            return
+        check_generators("noise", noise, self.state.shape[0])
+
+
+@contextmanager
+def borrowed_loop(setup: Setup) -> Iterator[Loop]:
+    """A loop for one call: one that an earlier call left with its graphs, or a new one.
+
+    After an error it is not kept.
+    """
+    if not setup.captures:
+        yield Loop(setup)
+        return
+    loop: Loop | None = graph.SHELF.take(setup.model, setup.key)
+    if loop is None:
+        loop = Loop(setup)
+    else:
+        loop.load(setup)
+    yield loop
+    loop.unload()
+    graph.SHELF.put_back(setup.model, setup.key, loop)
+
+
+def sampling_setup(
+    model: Model,
+    steps: int | Sequence[int] | Tensor,
+    update: Update,
+    *,
+    shape: Sequence[int] | None,
+    batch_size: int,
+    schedule: Schedule | None,
+    spacing: str,
+    steps_offset: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    impl: str,
+    graph: str | bool,
+    check_finite: bool,
+    model_kwargs: Mapping[str, Any] | None,
+) -> Setup:
+    """The checked arguments of `sample` that do not change from call to call of a `Sampler`."""
+    check_model(model)
+    resolved = resolve_shape(model, shape, batch_size)
+    state_dtype = check_dtype("dtype", dtype) if dtype is not None else torch.float32
+    target = resolve_device(model, device)
+    check_bool("check_finite", check_finite)
+    check_graph(graph, target, check_finite)
+    plan = make_plan(
+        resolve_schedule(model, schedule),
+        steps,
+        update.checked(resolved[0]),
+        spacing=spacing,
+        steps_offset=steps_offset,
+    )
+    return make_setup(
+        model,
+        plan,
+        resolved,
+        device=target,
+        dtype=state_dtype,
+        impl=impl,
+        graph=graph,
+        check_finite=check_finite,
+        model_kwargs=model_kwargs,
+    )
+
 
 class Sampler:
-    """Sampling prepared once: checked arguments, plan, coefficient table, buffers.
+    """Sampling prepared once: checked arguments, plan, coefficient table, buffers, CUDA graph.
 
     `sampler(seed=3)` then draws a batch. The arguments are those of `fastddim.sample` that do not
-    change from call to call.
+    change from call to call. Buffers and graphs are the sampler's own and go with it.
     """
 
     def __init__(
@@ -228,30 +550,27 @@ class Sampler:
         check_finite: bool = False,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        check_model(model)
-        self.shape = resolve_shape(model, shape, batch_size)
-        self.dtype = check_dtype("dtype", dtype) if dtype is not None else torch.float32
-        self.device = resolve_device(model, device)
-        check_graph(graph, self.device)
-        check_bool("check_finite", check_finite)
-        update = Update(eta, variance, prediction, clip, rederive_eps, guidance_scale)
-        self.plan = make_plan(
-            resolve_schedule(model, schedule),
+        setup = sampling_setup(
+            model,
             steps,
-            update.checked(self.shape[0]),
+            Update(eta, variance, prediction, clip, rederive_eps, guidance_scale),
+            shape=shape,
+            batch_size=batch_size,
+            schedule=schedule,
             spacing=spacing,
             steps_offset=steps_offset,
-        )
-        self._loop = Loop(
-            model,
-            self.plan,
-            self.shape,
-            device=self.device,
-            dtype=self.dtype,
+            device=device,
+            dtype=dtype,
             impl=impl,
-            model_kwargs=model_kwargs,
+            graph=graph,
             check_finite=check_finite,
+            model_kwargs=model_kwargs,
         )
+        self.plan = setup.plan
+        self.shape = setup.shape
+        self.dtype = setup.dtype
+        self.device = setup.device
+        self._loop = Loop(setup)
 
     def __call__(
         self,
@@ -265,39 +584,15 @@ class Sampler:
         return_trajectory: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draw one batch, the caller's own; see `fastddim.sample` for the arguments."""
-        check_watching(progress, callback, return_trajectory)
-        keys = philox.make_keys(
-            seed, self.shape[0], sample_offset=sample_offset, device=self.device
-        )
-        self._check_noise(noise)
-        if x_T is not None:
-            check_initial("x_T", x_T, self.shape, self.dtype, self.device)
-        elif noise is None or isinstance(noise, Tensor):
-            x_T = self._loop.latents(keys)
-        else:
-            x_T = draw(noise, self._loop.state)
-        return self._loop.run(
-            x_T,
-            keys=keys,
+        return self._loop.sample(
+            seed=seed,
+            sample_offset=sample_offset,
+            x_T=x_T,
             noise=noise,
             progress=progress,
             callback=callback,
             return_trajectory=return_trajectory,
         )
-
-    def _check_noise(self, noise: NoiseSource) -> None:
-        if noise is None or isinstance(noise, torch.Generator):
-            return
-        if isinstance(noise, Tensor):
-            check_state("noise", noise)
-            expected = (self.plan.steps, *self.shape)
-            if tuple(noise.shape) != expected:
-                raise ValueError(
-                    f"noise: expected shape [S, B, ...] = {expected}, got {tuple(noise.shape)}"
-                )
-            check_device("noise", noise, "the state", self._loop.state.device)
-            return
-        check_generators("noise", noise, self.shape[0])
 
 
 def draw(
@@ -318,6 +613,14 @@ def _randn(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Te
         tuple(shape), generator=generator, dtype=like.dtype, device=generator.device
     )
     return drawn.to(like.device)
+
+
+def _listed(
+    generators: torch.Generator | Sequence[torch.Generator] | None,
+) -> tuple[torch.Generator, ...]:
+    if generators is None:
+        return ()
+    return (generators,) if isinstance(generators, torch.Generator) else tuple(generators)
 
 
 def check_generators(name: str, value: Any, batch: int) -> None:
@@ -347,11 +650,18 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model: expected a callable model(x, t), got {type(model).__name__}")
 
 
-def check_watching(progress: Any, callback: Any, return_trajectory: Any) -> None:
+def check_watching(progress: Any, callback: Any, return_trajectory: Any, graph: Any) -> None:
     check_bool("progress", progress)
     check_bool("return_trajectory", return_trajectory)
-    if callback is not None and not callable(callback):
+    if callback is None:
+        return
+    if not callable(callback):
         raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
+    if graph == "loop":
+        raise ValueError(
+            "callback: expected None with graph='loop', which runs all steps as one, "
+            f"got {callback!r}"
+        )
 
 
 def check_model_kwargs(model_kwargs: Any) -> dict[str, Any]:
@@ -360,12 +670,6 @@ def check_model_kwargs(model_kwargs: Any) -> dict[str, Any]:
             f"model_kwargs: expected a mapping of names to values, got {model_kwargs!r}"
         )
     return dict(model_kwargs or {})
-
-
-def check_graph(graph: Any, device: torch.device) -> None:
-    check_choice("graph", graph, GRAPH_MODES)
-    if graph in (True, "loop"):
-        raise ValueError(f"graph: {graph!r} needs CUDA graph capture, not available on {device}")
 
 
 def resolve_shape(model: Model, shape: Sequence[int] | None, batch_size: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ A module here is a backend. It defines
 - `PRIORITY: int`: `impl="auto"` takes the highest that works on the device;
 - `unavailable(device) -> str | None`: why it cannot serve tensors on `device`, or None where it
   can;
+- `advance`: the move to a loop's next step, as in `fastddim.ops.advance`;
 - `normal_out`: standard normals, as in `fastddim.ops.normal_out`;
 - `update`: the update, differentiable, as in `fastddim.ops.update`;
 - `update_out`: the same into given tensors, as in `fastddim.ops.update_out`.
@@ -28,6 +29,8 @@ class Backend(Protocol):
     PRIORITY: int
 
     def unavailable(self, device: torch.device) -> str | None: ...
+
+    def advance(self, counters: Tensor, timesteps: Tensor, t: Tensor) -> None: ...
 
     def normal_out(self, keys: Keys, stream: int, out: Tensor) -> None: ...
 

@@ -15,6 +15,12 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
+    """See `fastddim.ops.advance`."""
+    counters.add_(1)
+    torch.index_select(timesteps, 0, counters[: len(t)], out=t)
+
+
 def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
     """See `fastddim.ops.normal_out`."""
     out.copy_(philox.normal(keys, out.shape[1:], stream))

@@ -158,20 +158,20 @@ HOST_NOISE: dict[str, dict[str, Any]] = {
 
 
 class Reads(Loop):
-    def _advance(self) -> None:
-        super()._advance()
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        super().step(*args, **kwargs)
         self.t.fill_(self._timestep_list[min(int(self._step[0]), STEPS - 1)])
 
 
 class Uploads(Loop):
-    def _advance(self) -> None:
-        super()._advance()
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        super().step(*args, **kwargs)
         self.t.add_(torch.tensor([0]).to(self.t.device))
 
 
 class Zeroes(Loop):
-    def _advance(self) -> None:
-        super()._advance()
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        super().step(*args, **kwargs)
         self.t.add_(self._zero)
 
     _zero = torch.tensor(0)

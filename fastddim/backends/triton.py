@@ -1,0 +1,175 @@
+"""The Triton kernels (kernels/), on NVIDIA and AMD GPUs.
+
+Each launch is an operator, which costs a few microseconds a call: so `torch.compile` takes it
+without a graph break, and fake tensors and dispatch modes see it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddim import ops
+from fastddim.philox import Keys
+
+PRIORITY = 15
+
+_library = torch.library.Library("fastddim", "FRAGMENT")
+
+
+def _define(name: str) -> None:
+    """`fastddim::triton_…` with the schema of `fastddim::…`."""
+    schema = str(getattr(torch.ops.fastddim, name).default._schema)
+    _library.define(schema.replace("fastddim::", "triton_"))
+
+
+for _name in ("update_out", "update", "normal_out", "advance"):
+    _define(_name)
+
+_update_out_op = torch.ops.fastddim.triton_update_out.default
+_advance_op = torch.ops.fastddim.triton_advance.default
+
+
+def unavailable(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it runs on GPUs only"
+    try:
+        _launchers()
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return None
+
+
+def update_out(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    *,
+    noise: Tensor | None,
+    keys: Keys | None,
+    history: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    out: Tensor,
+    x_0: Tensor | None,
+    model_input: Tensor | None,
+) -> None:
+    """See `fastddim.ops.update_out`; the values of `row` are not checked."""
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad
+        for tensor in (x, model_output, noise, history, mask, known, out)
+    ):
+        raise RuntimeError(
+            "out: writing into a given tensor is not differentiable; "
+            "call without out=, or under torch.no_grad()"
+        )
+    seed, step, sample = keys if keys is not None else (None, None, None)
+    inputs = (x, model_output, table, row, noise, seed, step, sample, history, mask, known)
+    _update_out_op(*inputs, out, x_0, model_input)
+
+
+def update(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    *,
+    noise: Tensor | None,
+    keys: Keys | None,
+    history: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `fastddim.ops.update`; the backward pass is that of `fastddim::update`."""
+    seed, step, sample = keys if keys is not None else (None, None, None)
+    inputs = (x, model_output, table, row, noise, seed, step, sample, history, mask, known)
+    result: tuple[Tensor, Tensor] = torch.ops.fastddim.triton_update(*inputs)
+    return result
+
+
+def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
+    """See `fastddim.ops.normal_out`."""
+    torch.ops.fastddim.triton_normal_out(*keys, stream, out)
+
+
+def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
+    """See `fastddim.ops.advance`; the values of the counters are not checked."""
+    _advance_op(counters, timesteps, t)
+
+
+def _launchers() -> Any:
+    """Imported once it is used: it imports Triton."""
+    from fastddim.kernels import update
+
+    return update
+
+
+@torch.library.impl(_library, "triton_update_out", "CompositeExplicitAutograd")
+def _update_out(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    step: Tensor | None,
+    sample: Tensor | None,
+    history: Tensor | None,
+    mask: Tensor | None,
+    known: Tensor | None,
+    out: Tensor,
+    x_0: Tensor | None,
+    model_input: Tensor | None,
+) -> None:
+    keys = None
+    if seed is not None:
+        if step is None or sample is None:
+            raise ValueError("step, sample: expected both beside seed, got None")
+        keys = Keys(seed, step, sample)
+    _launchers().update_out(
+        x,
+        model_output,
+        table,
+        row,
+        noise=noise,
+        keys=keys,
+        history=history,
+        mask=mask,
+        known=known,
+        out=out,
+        x_0=x_0,
+        model_input=model_input,
+    )
+
+
+@torch.library.impl(_library, "triton_update", "CompositeExplicitAutograd")
+def _update(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    x_prev, x_0 = torch.empty_like(x), torch.empty_like(x)
+    torch.ops.fastddim.triton_update_out(x, *inputs, x_prev, x_0, None)
+    return x_prev, x_0
+
+
+@torch.library.impl(_library, "triton_normal_out", "CompositeExplicitAutograd")
+def _normal_out(seed: Tensor, step: Tensor, sample: Tensor, stream: int, out: Tensor) -> None:
+    _launchers().normal_out(Keys(seed, step, sample), stream, out)
+
+
+@torch.library.impl(_library, "triton_advance", "CompositeExplicitAutograd")
+def _advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
+    _launchers().advance(counters, timesteps, t)
+
+
+for _name, _fake in (
+    ("triton_update_out", ops._fake_out),
+    ("triton_normal_out", ops._fake_out),
+    ("triton_advance", ops._fake_out),
+    ("triton_update", ops._fake_update),
+):
+    torch.library.register_fake(f"fastddim::{_name}", _fake, lib=_library)
+
+torch.library.register_autograd(
+    "fastddim::triton_update", ops._gradients, setup_context=ops._setup_context, lib=_library
+)

@@ -1,0 +1,1397 @@
+"""CUDA graphs: what is captured, what a replay follows, what is kept between calls.
+
+Without a GPU, `helpers.RecordedGraph` stands in for a captured graph and real CPU kernels run in
+it; tests/gpuless/capture.py runs the loop on fake CUDA tensors. Marked `gpu`: the real thing.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import re
+import shutil
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastddim
+from fastddim import Sampler, Schedule, graph, ops, philox
+from fastddim.graph import CaptureError
+
+from .helpers import CPU_IMPLS, RecordedGraph, SmallNet, elementwise_model
+
+SHAPE = (2, 3, 6, 6)
+CPU = torch.device("cpu")
+CAPTURED = [True, "loop"]
+
+GPULESS = Path(__file__).parent / "gpuless"
+
+
+def latents(shape=SHAPE, seed=0, dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=dtype).to(device)
+
+
+def generator(seed, device="cpu"):
+    return torch.Generator(device).manual_seed(seed)
+
+
+class Captures(list):
+    """The graphs captured so far."""
+
+    def record(self, body, warm_up, device, generators):
+        for _ in range(graph.WARM_UPS):
+            warm_up()
+        try:
+            recorded = RecordedGraph(body)
+        except Exception as error:
+            raise CaptureError(f"{type(error).__name__}: {error}") from error
+        self.append(recorded)
+        return recorded
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Capture by recording, on the CPU, from an empty shelf."""
+    captures = Captures()
+    monkeypatch.setattr(graph, "record", captures.record)
+    monkeypatch.setattr(graph, "available", lambda device: True)
+    graph.clear()
+    yield captures
+    graph.clear()
+
+
+def sample(model, mode, steps=4, **kwargs):
+    if "x_T" not in kwargs:
+        kwargs.setdefault("shape", SHAPE)
+    return fastddim.sample(model, steps, graph=mode, **kwargs)
+
+
+def follows(mode, model, calls, **shared):
+    """Every call with a graph equals the eager one bit for bit, and no two calls are alike."""
+    results = []
+    for call in calls:
+        kwargs = {**shared, **{k: v() if callable(v) else v for k, v in call.items()}}
+        expected = sample(model, False, **kwargs)
+        kwargs = {**shared, **{k: v() if callable(v) else v for k, v in call.items()}}
+        own = sample(model, mode, **kwargs)
+        assert torch.equal(own, expected), call
+        assert expected.isfinite().all()
+        assert not any(torch.equal(own, before) for before in results), call
+        results.append(own)
+
+
+def unlike(**change):
+    """A call that differs from `{}` by `change`."""
+    return [{}, change]
+
+
+class Scaled(nn.Module):
+    """A network with a tensor among its keyword arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = SmallNet()
+
+    def forward(self, x, t, scale=1.0, **others):
+        return self.net(x, t) * scale
+
+
+@pytest.mark.parametrize("mode", CAPTURED)
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+class TestReplay:
+    """One graph serves every value; each result is the eager one's bits."""
+
+    def test_values_are_data(self, mode, impl, captures):
+        follows(
+            mode,
+            SmallNet(),
+            [
+                {},
+                {"seed": 5},
+                {"seed": [3, 2**64 - 1]},
+                {"sample_offset": 7},
+                {"x_T": latents()},
+                {"eta": 0.25},
+                {"variance": "large"},
+                {"spacing": "trailing"},
+                {"steps": [981, 500, 77, 3]},
+                {"schedule": Schedule.cosine()},
+                {"prediction": "v_prediction"},
+                {"clip": 0.5},
+                {"clip": 0.5, "rederive_eps": True},
+            ],
+            impl=impl,
+            **{"eta": 1.0},
+        )
+        assert len(captures) == 1
+
+    def test_without_noise(self, mode, impl, captures):
+        follows(mode, SmallNet(), [{}, {"spacing": "trailing"}, {"seed": 9}], impl=impl)
+        assert len(captures) == 1
+
+    def test_guidance(self, mode, impl, captures):
+        follows(
+            mode,
+            lambda x, t: (
+                elementwise_model(x, t) * torch.linspace(0, 1, 4).view(4, 1, 1, 1)
+                if False
+                else torch.cat(
+                    [elementwise_model(part, t[:2]) * k for k, part in enumerate(x.chunk(2), 1)]
+                )
+            ),
+            [{"guidance_scale": 2.0}, {"guidance_scale": 3.5}, {"guidance_scale": 2.0, "seed": 1}],
+            impl=impl,
+        )
+        assert len(captures) == 1
+
+    def test_rows(self, mode, impl, captures):
+        follows(
+            mode,
+            SmallNet(),
+            [{"eta": torch.tensor(eta)} for eta in ([0.0, 1.0], [1.0, 0.0], [0.5, 0.25])],
+            impl=impl,
+        )
+        assert len(captures) == 1
+
+    @pytest.mark.parametrize(
+        ("model_dtype", "dtype"),
+        [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+        ids=str,
+    )
+    @pytest.mark.parametrize("guidance_scale", [None, 2.0])
+    def test_dtypes(self, mode, impl, model_dtype, dtype, guidance_scale, captures):
+        net = SmallNet(3, outputs=6).to(model_dtype)
+        kind = {"dtype": dtype, "guidance_scale": guidance_scale, "eta": 1.0}
+        follows(mode, net, unlike(seed=4), impl=impl, **kind)
+        assert len(captures) == 1
+
+    @pytest.mark.parametrize("inside", [False, True], ids=["staged", "registered"])
+    def test_noise(self, mode, impl, inside, captures, monkeypatch):
+        monkeypatch.setattr(graph, "draws_inside", lambda generators, device: inside)
+        kind = {"eta": 1.0, "impl": impl, "x_T": latents()}
+        net = SmallNet()
+        follows(mode, net, [{"noise": latents((4, *SHAPE), seed=s)} for s in (1, 2)], **kind)
+        follows(mode, net, [{"noise": latents((4, *SHAPE), 3, torch.float16)}], **kind)
+        assert len(captures) == 2
+        streams = generator(1), generator(2)
+        for source in (streams[0], list(streams), streams[0]):
+            before = [g.get_state() for g in streams]
+            expected = sample(net, False, noise=source, **kind)
+            after = [g.get_state() for g in streams]
+            for g, state in zip(streams, before, strict=True):
+                g.set_state(state)
+            assert torch.equal(sample(net, mode, noise=source, **kind), expected)
+            assert all(torch.equal(g.get_state(), s) for g, s in zip(streams, after, strict=True))
+        assert len(captures) == 4
+
+    def test_generator_draws_x_T_first(self, mode, impl, captures):
+        kind = {"eta": 1.0, "impl": impl, "noise": lambda: generator(5)}
+        follows(mode, SmallNet(), [kind])
+
+    def test_tensors_among_the_arguments(self, mode, impl, captures):
+        model, scale = Scaled(), torch.full((2, 1, 1, 1), 0.5)
+        before = None
+        for change in (lambda: None, lambda: scale.mul_(1.5), lambda: None):
+            change()
+            # The caller's own tensor with new values; then another of the same shape.
+            for given in (scale, scale + 0.125):
+                kind = {"impl": impl, "model_kwargs": {"scale": given}}
+                own = sample(model, mode, **kind)
+                assert torch.equal(own, sample(model, False, **kind))
+                assert before is None or not torch.equal(own, before)
+                before = own
+        assert torch.equal(scale, torch.full((2, 1, 1, 1), 0.75))
+        assert len(captures) == 1
+
+    def test_watching(self, mode, impl, captures):
+        kind = {"impl": impl, "eta": 1.0, "return_trajectory": True}
+        net = SmallNet()
+        for seed in (1, 2):
+            calls = {False: [], mode: []}
+            for which, seen in calls.items():
+                watch = {} if mode == "loop" else {"callback": lambda *a, seen=seen: seen.append(a)}
+                calls[which] = [*sample(net, which, seed=seed, **kind, **watch), seen]
+            assert torch.equal(calls[mode][0], calls[False][0])
+            assert torch.equal(calls[mode][1], calls[False][1])
+            assert len(calls[mode][2]) == (0 if mode == "loop" else 4)
+            for own, expected in zip(calls[mode][2], calls[False][2], strict=True):
+                assert own[:2] == expected[:2]
+                assert torch.equal(own[2], expected[2])
+                assert torch.equal(own[3], expected[3])
+        assert len(captures) == 1
+
+    def test_progress(self, mode, impl, captures, capsys):
+        own = sample(elementwise_model, mode, impl=impl, progress=True)
+        assert "4/4" in capsys.readouterr().err
+        assert torch.equal(own, sample(elementwise_model, False, impl=impl))
+
+    def test_inversion(self, mode, impl, captures):
+        net = SmallNet()
+        for x in (latents(), latents(seed=1)):
+            own, expected = (fastddim.invert(net, x, 4, graph=g, impl=impl) for g in (mode, False))
+            assert torch.equal(own, expected)
+        assert len(captures) == 1
+
+    def test_a_random_model(self, mode, impl, captures):
+        """Dropout takes the numbers that it would take eagerly, and leaves as many."""
+        net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Unflatten(1, SHAPE[1:]))
+        results = []
+        for which in (False, mode, mode):
+            torch.manual_seed(3)
+            first = sample(lambda x, t: net(x), which, impl=impl)
+            results.append((first, sample(lambda x, t: net(x), which, impl=impl), torch.rand(1)))
+        assert not torch.equal(results[0][0], results[0][1])
+        for own in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(own, results[0], strict=True))
+
+    def test_autocast(self, mode, impl, captures):
+        """A cast of a weight is part of the graph, and not of what autocast cached before."""
+        net, seen = SmallNet(), []
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                net(latents(), torch.zeros(2))
+                seen.append(sample(net, mode, impl=impl))
+                assert torch.is_autocast_cache_enabled()
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(seen[-1], sample(net, False, impl=impl))
+            with torch.no_grad():
+                net.weight.mul_(0.5)
+        assert not torch.equal(*seen)
+        assert len(captures) == 1
+
+    def test_results_are_the_callers(self, mode, impl, captures):
+        net = SmallNet()
+        first, trajectory = sample(net, mode, impl=impl, return_trajectory=True)
+        then = first.clone(), trajectory.clone()
+        sample(net, mode, impl=impl, seed=1, return_trajectory=True)
+        assert torch.equal(first, then[0])
+        assert torch.equal(trajectory, then[1])
+        first.zero_()
+        trajectory.zero_()
+        assert torch.equal(sample(net, mode, impl=impl, return_trajectory=True)[0], then[0])
+        assert len(captures) == 1
+
+    @pytest.mark.parametrize("context", [torch.inference_mode, torch.enable_grad])
+    def test_grad_modes(self, mode, impl, context, captures):
+        net = SmallNet()
+        with context():
+            kept = sample(net, mode, impl=impl)
+        own = sample(net, mode, impl=impl, seed=1)
+        assert not kept.is_inference()
+        assert torch.equal(own, sample(net, False, impl=impl, seed=1))
+        assert len(captures) == 1
+
+    def test_capture_leaves_the_callers_things_alone(self, mode, impl, captures):
+        x_T, noise = latents(), latents((4, *SHAPE), seed=1)
+        scale, seeds = torch.ones(2, 1, 1, 1), torch.tensor([1, 2])
+        before = [v.clone() for v in (x_T, noise, scale, seeds)]
+        state = torch.get_rng_state()
+        kind = {"eta": 1.0, "impl": impl, "seed": seeds, "model_kwargs": {"scale": scale}}
+        sample(Scaled(), mode, x_T=x_T, noise=noise, **kind)
+        pairs = zip((x_T, noise, scale, seeds), before, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_one_step(self, mode, impl, captures):
+        follows(mode, SmallNet(), unlike(seed=2), steps=1, impl=impl, spacing="trailing", eta=1.0)
+
+
+@pytest.mark.parametrize("mode", CAPTURED)
+class TestRecorder:
+    """The stand-in is as blind as a graph: what it does not follow, a graph would not follow."""
+
+    def test_a_python_number_is_frozen(self, mode, captures):
+        def model(x, t):
+            return elementwise_model(x, t) * model.number
+
+        for model.number in (1.0, 0.5):
+            expected = sample(model, False)
+            own = sample(model, mode)
+            assert torch.equal(own, expected) == (model.number == 1.0)
+        assert len(captures) == 1
+
+    def test_a_rebound_tensor_is_not_followed(self, mode, captures):
+        def model(x, t):
+            return elementwise_model(x, t) * model.scale
+
+        model.scale = torch.ones(1)
+        sample(model, mode)
+        model.scale.fill_(0.5)
+        assert torch.equal(sample(model, mode), sample(model, False))
+        model.scale = torch.full((1,), 0.25)
+        assert not torch.equal(sample(model, mode), sample(model, False))
+
+    def test_a_loop_with_a_host_step_index_is_caught(self, mode, captures, monkeypatch):
+        """The defect that the counters in device memory are there against."""
+        from fastddim.sampler import Loop
+
+        taken = []
+
+        def advance(loop):
+            taken.append(None)
+            loop._counters.add_(1)
+            loop.t.fill_(loop._timestep_list[len(taken) % loop.plan.steps])
+
+        expected = sample(elementwise_model, False)
+        monkeypatch.setattr(Loop, "_advance", advance)
+        assert not torch.equal(sample(elementwise_model, mode), expected)
+
+    @pytest.mark.parametrize("value", ["item", "constant", "nonzero"])
+    def test_host_work_is_refused(self, mode, value, captures):
+        def model(x, t):
+            if value == "item":
+                x.sum().item()
+            if value == "nonzero":
+                x.nonzero()
+            return x * (torch.tensor(0.5) if value == "constant" else 0.5)
+
+        with pytest.raises(ValueError, match="capture fails"):
+            sample(model, mode)
+
+
+def same(x, t, **kwargs):
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"eta": 1.0},
+        {"eta": torch.tensor([0.0, 1.0]), "clip": 1.0},
+        {"guidance_scale": 2.0, "dtype": torch.bfloat16},
+        {"eta": 1.0, "guidance_scale": torch.tensor([1.0, 2.0])},
+    ],
+    ids=["ddim", "ddpm", "rows", "guided", "guided rows"],
+)
+def test_two_operators_a_step(kind, steps, captures):
+    """Beside the model: one update, which writes the next input as well, and one advance."""
+    step = ["fastddim::update_out", "fastddim::advance"]
+    sample(same, True, steps, callback=lambda *_: None, **kind)
+    sample(same, True, steps, **kind)
+    sample(same, "loop", steps, **kind)
+    assert [g.operators for g in captures] == [step, step, step * steps]
+
+
+def test_given_noise_adds_no_work_to_the_graph(captures):
+    sample(same, "loop", 2, eta=1.0, noise=latents((2, *SHAPE)))
+    assert captures[0].operators == [
+        name
+        for _ in range(2)
+        for name in ("aten::select", "fastddim::update_out", "fastddim::advance")
+    ]
+
+
+def test_a_trajectory_adds_a_copy_a_step(captures):
+    sample(same, "loop", 2, return_trajectory=True)
+    assert [name for name in captures[0].operators if name != "aten::select"] == [
+        name
+        for _ in range(2)
+        for name in ("fastddim::update_out", "fastddim::advance", "aten::copy_")
+    ]
+
+
+class TestKey:
+    """Which calls share a graph."""
+
+    def count(self, captures, calls, model=None):
+        """How many graphs were captured after each call, all of them correct."""
+        model = Scaled() if model is None else model
+        counts = []
+        for call in calls:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                own = sample(model, **{"mode": True, **call})
+            assert own is not None
+            counts.append(len(captures))
+        return counts
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"shape": (3, 3, 6, 6)},
+            {"dtype": torch.float64},
+            {"steps": 5},
+            {"mode": "loop"},
+            {"mode": "auto"},
+            {"impl": "reference"},
+            {"eta": 1.0},
+            {"eta": torch.tensor([0.0, 1.0])},
+            {"guidance_scale": 2.0},
+            {"guidance_scale": torch.tensor([1.0, 2.0])},
+            {"callback": lambda *_: None},
+            {"mode": "loop", "return_trajectory": True},
+            {"eta": 1.0, "noise": latents((4, *SHAPE))},
+            {"eta": 1.0, "noise": latents((4, *SHAPE), dtype=torch.float64)},
+            {"eta": 1.0, "noise": generator(1)},
+            {"model_kwargs": {"scale": 0.5}},
+            {"model_kwargs": {"scale": torch.ones(2, 1, 1, 1)}},
+            {"model_kwargs": {"scale": torch.ones(1)}},
+            {"model_kwargs": {"scale": torch.ones(1, dtype=torch.float64)}},
+            {"model_kwargs": {"label": "cat"}},
+            {"model_kwargs": {"label": ["cat"]}},
+            {"model_kwargs": {"label": -0.0}},
+            {"model_kwargs": {"label": 0.0}},
+        ],
+        ids=lambda change: ",".join(f"{k}={str(v)[:24]}" for k, v in change.items()),
+    )
+    def test_what_needs_another(self, change, captures):
+        # Twice: a graph of its own, then that graph again; and the first is still there.
+        assert self.count(captures, [{}, change, {}, change]) == [1, 2, 2, 2]
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            ({"label": 1}, {"label": 1.0}),
+            ({"label": 1}, {"label": True}),
+            ({"label": 0.0}, {"label": -0.0}),
+            ({"label": (1, 2)}, {"label": [1, 2]}),
+            ({"label": None}, {}),
+            ({"a": 1, "b": 2}, {"a": 2, "b": 1}),
+            ({"label": object()}, {"label": object()}),
+            ({"label": torch.float32}, {"label": torch.float64}),
+        ],
+        ids=str,
+    )
+    def test_arguments_that_are_alike(self, first, second, captures):
+        calls = [{"model_kwargs": kwargs} for kwargs in (first, second, first, second)]
+        assert self.count(captures, calls) == [1, 2, 2, 2]
+
+    def test_what_shares_one(self, captures):
+        calls = [
+            {"eta": 1.0},
+            {"eta": 0.5},
+            {"eta": 1.0, "seed": [5, 6]},
+            {"eta": 1.0, "x_T": latents()},
+            {"eta": 1.0, "progress": True},
+            {"eta": 1.0, "return_trajectory": True},
+            {"eta": 1.0, "schedule": Schedule.cosine(), "spacing": "leading", "clip": 1.0},
+            {"eta": 1.0, "model_kwargs": {}},
+        ]
+        assert self.count(captures, calls) == [1] * len(calls)
+
+    def test_registered_generators_by_identity(self, captures, monkeypatch):
+        monkeypatch.setattr(graph, "draws_inside", lambda generators, device: True)
+        one, other = generator(1), generator(1)
+        calls = [{"eta": 1.0, "noise": g} for g in (one, other, one, [one, other], [one, other])]
+        assert self.count(captures, calls) == [1, 2, 2, 3, 3]
+
+    @pytest.mark.parametrize(
+        ("enter", "leave"),
+        [
+            (lambda m: m.train(), lambda m: m.eval()),
+            (lambda m: m.net.train(), lambda m: m.net.eval()),
+            (
+                lambda m: torch.set_default_dtype(torch.float64),
+                lambda m: torch.set_default_dtype(torch.float32),
+            ),
+            (
+                lambda m: torch.use_deterministic_algorithms(False),
+                lambda m: torch.use_deterministic_algorithms(True, warn_only=True),
+            ),
+        ],
+        ids=["training", "inner training", "default dtype", "deterministic"],
+    )
+    def test_states(self, enter, leave, captures):
+        model = Scaled().eval()
+        counts = self.count(captures, [{}], model)
+        try:
+            enter(model)
+            counts += self.count(captures, [{}, {}], model)
+        finally:
+            leave(model)
+        counts += self.count(captures, [{}], model)
+        assert counts == [1, 2, 2, 2]
+
+    def test_autocast(self, captures):
+        model, counts = Scaled(), []
+        for dtype in (None, torch.bfloat16, torch.float16, torch.bfloat16, None):
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                counts += self.count(captures, [{}], model)
+        assert counts == [1, 2, 3, 3, 3]
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda net: net,
+            lambda net: net.forward,
+            functools.partial,
+            lambda net: functools.partial(Scaled.forward, net),
+            lambda net: lambda x, t: net(x, t) * 1,
+            lambda net: type("Wrapper", (), {"__call__": lambda s, x, t: s.inner(x, t)})(),
+        ],
+        ids=["module", "method", "partial", "partial of a function", "closure", "instance"],
+    )
+    def test_parameters_that_moved(self, wrap, captures):
+        net = Scaled()
+        model = wrap(net)
+        if type(model).__name__ == "Wrapper":
+            model.inner = net
+        assert self.count(captures, [{}, {}], model) == [1, 1]
+        with torch.no_grad():
+            net.net.weight.mul_(0.5)
+        assert torch.equal(sample(model, True), sample(model, False))
+        assert len(captures) == 1
+        net.net.weight = nn.Parameter(net.net.weight.detach() * 2)
+        assert torch.equal(sample(model, True), sample(model, False))
+        assert len(captures) == 2
+
+    def test_dtype_of_the_model(self, captures):
+        model = Scaled()
+        assert self.count(captures, [{}], model) == [1]
+        model.double()
+        assert torch.equal(sample(model, True), sample(model, False))
+        assert len(captures) == 2
+
+    def test_unused_values_do_not_count(self, captures):
+        """Noise that no step adds is not part of anything."""
+        calls = [{}, {"noise": latents((4, *SHAPE))}]
+        assert self.count(captures, calls) == [1, 1]
+
+
+class TestShelf:
+    """Loops that wait for the next call."""
+
+    def test_bound(self, captures):
+        models = [Scaled() for _ in range(graph.KEPT + 1)]
+        for model in models:
+            sample(model, True)
+        assert len(graph.SHELF) == graph.KEPT
+        for model in models[1:]:
+            sample(model, True)
+        assert len(captures) == len(models)
+        sample(models[0], True)
+        assert len(captures) == len(models) + 1
+        sample(models[1], True)
+        assert len(captures) == len(models) + 2
+
+    def test_graphs_of_a_loop_are_bounded(self, captures):
+        model = Scaled()
+        for label in range(graph.KEPT + 1):
+            sample(model, True, model_kwargs={"label": label})
+        alive = [weakref.ref(captured) for captured in captures]
+        captures.clear()
+        assert [ref() is not None for ref in alive] == [False] + [True] * graph.KEPT
+
+    def test_nothing_is_kept_without_graphs(self, captures):
+        sample(Scaled(), False)
+        sample(Scaled(), "auto", check_finite=True)
+        assert len(graph.SHELF) == 0
+        assert len(captures) == 0
+
+    @pytest.mark.parametrize("mode", CAPTURED)
+    def test_a_model_that_dies_takes_its_loop_along(self, mode, captures):
+        net = Scaled()
+        models = [Scaled(), lambda x, t: x * 0.5, functools.partial(same)]
+        for model in (*models, net.forward):
+            sample(model, mode)
+        assert len(graph.SHELF) == 4
+        refs = [weakref.ref(captured) for captured in captures]
+        captures.clear()
+        gc.collect()
+        gc.disable()
+        try:
+            del model
+            for left in (3, 2, 1):
+                models.pop(0)
+                assert len(graph.SHELF) == left
+            del net
+            assert len(graph.SHELF) == 0
+            assert [ref() for ref in refs] == [None] * 4
+        finally:
+            gc.enable()
+
+    def test_methods_of_one_object(self, captures):
+        class Two:
+            def first(self, x, t):
+                return x * 0.5
+
+            def second(self, x, t):
+                return x * 0.25
+
+        two, other = Two(), Two()
+        for method in (two.first, two.second, two.first, other.first, two.second):
+            assert torch.equal(sample(method, True), sample(method, False))
+        assert len(captures) == 3
+
+    def test_a_model_that_cannot_be_watched(self, captures):
+        class Slots:
+            __slots__ = ()
+
+            def __call__(self, x, t):
+                return x * 0.5
+
+        model = Slots()
+        for _ in range(2):
+            assert torch.equal(sample(model, True), sample(model, False))
+        assert len(captures) == 2
+        assert len(graph.SHELF) == 0
+
+    def test_calls_within_calls_have_loops_of_their_own(self, captures):
+        model, inner = Scaled(), []
+
+        def callback(s, t, x_t, x_0):
+            inner.append(sample(model, True, seed=s))
+
+        own = sample(model, True, seed=9, callback=callback)
+        assert torch.equal(own, sample(model, False, seed=9))
+        for s, drawn in enumerate(inner):
+            assert torch.equal(drawn, sample(model, False, seed=s))
+        # The outer call's; the inner calls' first, which the others found again.
+        assert len(captures) == 2
+
+    def test_threads_have_loops_of_their_own(self, captures):
+        model = Scaled()
+        expected = [sample(model, False, seed=seed) for seed in range(8)]
+        with ThreadPoolExecutor(4) as pool:
+            own = list(pool.map(lambda seed: sample(model, True, seed=seed), range(8)))
+        assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+
+    def test_an_error_discards_the_loop(self, captures):
+        model = Scaled()
+
+        def callback(s, t, x_t, x_0):
+            if s == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            sample(model, True, callback=callback)
+        assert len(graph.SHELF) == 0
+        assert torch.equal(sample(model, True), sample(model, False))
+        assert len(captures) == 2
+
+    def test_wrong_input_does_not_cost_a_graph(self, captures):
+        model = Scaled()
+        sample(model, True)
+        with pytest.raises(ValueError, match=r"^eta"):
+            sample(model, True, eta=-1.0)
+        with pytest.raises(ValueError, match=r"^alphas_cumprod"):
+            sample(model, True, schedule=Schedule.linear(20000), spacing="trailing")
+        sample(model, True)
+        assert len(captures) == 1
+
+    def test_clear(self, captures):
+        model = Scaled()
+        sample(model, True)
+        ref = weakref.ref(captures.pop())
+        graph.clear()
+        assert ref() is None
+        sample(model, True)
+        assert len(captures) == 1
+
+    def test_the_loop_holds_nothing_of_the_callers(self, captures):
+        scale, schedule = torch.ones(1), Schedule.cosine()
+        refs = [weakref.ref(v) for v in (scale, schedule)]
+        model = Scaled()
+        sample(model, True, model_kwargs={"scale": scale}, schedule=schedule)
+        del scale, schedule
+        assert [ref() for ref in refs] == [None, None]
+        assert len(graph.SHELF) == 1
+
+
+class TestSamplerObject:
+    @pytest.mark.parametrize("mode", CAPTURED)
+    def test_calls_share_a_graph(self, mode, captures):
+        model, scale = Scaled(), torch.ones(1)
+        kind = {"shape": SHAPE, "eta": 1.0, "model_kwargs": {"scale": scale}}
+        sampler = Sampler(model, 4, graph=mode, **kind)
+        eager = Sampler(model, 4, graph=False, **kind)
+        for call in ({"seed": 1}, {"x_T": latents()}, {"seed": [1, 2]}):
+            assert torch.equal(sampler(**call), eager(**call))
+            scale.mul_(0.75)
+        assert len(captures) == 1
+        assert len(graph.SHELF) == 0
+        model.net.weight = nn.Parameter(model.net.weight.detach() * 0.5)
+        assert torch.equal(sampler(), eager())
+        assert len(captures) == 2
+
+    def test_graphs_of_moved_parameters_go(self, captures):
+        model = Scaled()
+        sampler = Sampler(model, 4, shape=SHAPE, graph=True)
+        sampler()
+        ref = weakref.ref(captures.pop())
+        model.net.weight = nn.Parameter(model.net.weight.detach() * 0.5)
+        sampler()
+        assert ref() is None
+
+    @pytest.mark.parametrize("mode", CAPTURED)
+    def test_graph_and_buffers_go_with_the_sampler(self, mode, captures):
+        model = Scaled()
+        gc.collect()
+        gc.disable()
+        try:
+            sampler = Sampler(model, 4, shape=SHAPE, graph=mode, eta=1.0)
+            sampler(return_trajectory=True)
+            sampler(noise=latents((4, *SHAPE)))
+            things = [sampler, sampler._loop, sampler._loop.state, *captures]
+            refs = [weakref.ref(thing) for thing in things]
+            captures.clear()
+            del sampler, things
+            assert [ref() for ref in refs] == [None] * 5
+        finally:
+            gc.enable()
+
+    def test_a_failed_capture_leaves_no_cycle(self, captures):
+        def model(x, t):
+            return x * x.sum().item()
+
+        gc.collect()
+        gc.disable()
+        try:
+            sampler = Sampler(model, 4, shape=SHAPE)
+            with pytest.warns(UserWarning, match="without a CUDA graph"):
+                sampler()
+            ref = weakref.ref(sampler._loop)
+            del sampler
+            assert ref() is None
+        finally:
+            gc.enable()
+
+    def test_one_call_at_a_time(self, captures):
+        sampler = Sampler(Scaled(), 4, shape=SHAPE, graph=True)
+        expected = sampler(seed=1)
+        with pytest.raises(RuntimeError, match=r"^Sampler: expected one call at a time"):
+            sampler(callback=lambda *_: sampler())
+        assert torch.equal(sampler(seed=1), expected)
+
+
+def uncapturable(x, t, **kwargs):
+    return x * 0.5 + x.sum().item() * 0
+
+
+class TestFallback:
+    def test_one_warning_that_says_why(self, captures):
+        expected = sample(uncapturable, False)
+        with pytest.warns(UserWarning, match="fastddim") as caught:
+            assert torch.equal(sample(uncapturable, "auto"), expected)
+        assert [str(w.message) for w in caught] == [
+            "fastddim: graph='auto' runs without a CUDA graph: AssertionError: "
+            "host synchronisation in the loop: aten._local_scalar_dense.default"
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(sample(uncapturable, "auto"), expected)
+        sampler = Sampler(uncapturable, 4, shape=SHAPE)
+        with pytest.warns(UserWarning, match="without a CUDA graph"):
+            sampler()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(sampler(), expected)
+
+    @pytest.mark.parametrize("mode", CAPTURED)
+    def test_a_named_mode_raises(self, mode, captures):
+        for call in (
+            lambda: sample(uncapturable, mode),
+            Sampler(uncapturable, 4, shape=SHAPE, graph=mode),
+            lambda: fastddim.invert(uncapturable, latents(), 4, graph=mode),
+        ):
+            with pytest.raises(ValueError, match=r"^graph: ") as caught:
+                call()
+            assert str(caught.value) == (
+                "graph: expected 'auto' or False where capture fails (AssertionError: host "
+                f"synchronisation in the loop: aten._local_scalar_dense.default), got {mode!r}"
+            )
+            assert isinstance(caught.value.__cause__, CaptureError)
+
+    def test_generators_are_as_before(self, captures):
+        """x_T is drawn before the capture fails, the steps' noise after."""
+        own, expected = generator(3), generator(3)
+        with pytest.warns(UserWarning, match="without a CUDA graph"):
+            result = sample(uncapturable, "auto", eta=1.0, noise=own)
+        assert torch.equal(result, sample(uncapturable, False, eta=1.0, noise=expected))
+        assert torch.equal(own.get_state(), expected.get_state())
+
+    @pytest.mark.parametrize("mode", ["auto", *CAPTURED])
+    def test_a_model_that_raises_raises(self, mode, captures):
+        class OwnError(Exception):
+            pass
+
+        def model(x, t):
+            raise OwnError("in the model")
+
+        state = torch.get_rng_state()
+        with pytest.raises(OwnError, match=r"^in the model$"):
+            sample(model, mode)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.is_autocast_cache_enabled()
+        with pytest.raises(ValueError, match=r"^model output: expected shape"):
+            sample(lambda x, t: x[:1], mode)
+
+    @pytest.mark.parametrize(
+        ("value", "reason"),
+        [
+            (
+                torch.ones(2, 1, 1, 1, device="meta"),
+                "a tensor on meta, whose values a graph on cpu",
+            ),
+            (latents().numpy(), "a NumPy array, whose values a graph would not follow"),
+        ],
+        ids=["device", "array"],
+    )
+    def test_arguments_whose_values_would_be_frozen(self, value, reason, captures):
+        def model(x, t, extra):
+            return x * 0.5
+
+        kwargs = {"model_kwargs": {"extra": [value]}}
+        with pytest.raises(ValueError, match=rf"^graph: expected .*{re.escape(reason)}.* got True"):
+            sample(model, True, **kwargs)
+        with pytest.warns(UserWarning, match=re.escape(reason)):
+            own = sample(model, "auto", **kwargs)
+        assert torch.equal(own, sample(model, False, **kwargs))
+        assert len(captures) == 0
+        kwargs["model_kwargs"]["extra"] = torch.ones(1)
+        sample(model, "auto", **kwargs)
+        assert len(captures) == 1
+
+    def test_check_finite(self, captures):
+        def untouched(x, t):
+            raise AssertionError("called")
+
+        for call in (
+            lambda mode: sample(untouched, mode, check_finite=True),
+            lambda mode: Sampler(untouched, 4, shape=SHAPE, graph=mode, check_finite=True),
+            lambda mode: fastddim.invert(untouched, latents(), 4, graph=mode, check_finite=True),
+        ):
+            for mode in CAPTURED:
+                with pytest.raises(ValueError, match=r"^graph: ") as caught:
+                    call(mode)
+                assert str(caught.value) == (
+                    "graph: expected 'auto' or False with check_finite=True, which waits for the "
+                    f"device at every step, got {mode!r}"
+                )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            own = sample(elementwise_model, "auto", check_finite=True)
+        assert torch.equal(own, sample(elementwise_model, False))
+        assert len(captures) == 0
+
+    def test_callback_of_a_whole_loop(self, captures):
+        def untouched(x, t):
+            raise AssertionError("called")
+
+        for call in (
+            lambda **k: sample(untouched, "loop", **k),
+            Sampler(untouched, 4, shape=SHAPE, graph="loop"),
+            lambda **k: fastddim.invert(untouched, latents(), 4, graph="loop", **k),
+        ):
+            with pytest.raises(ValueError, match=r"^callback: ") as caught:
+                call(callback=print)
+            assert str(caught.value) == (
+                "callback: expected None with graph='loop', which runs all steps as one, "
+                f"got {print!r}"
+            )
+
+
+def test_compiled_models(captures):
+    torch._dynamo.reset()
+    model = Scaled()
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = sample(model, False)
+    for mode in CAPTURED:
+        torch.testing.assert_close(sample(compiled, mode), expected)
+        torch.testing.assert_close(sample(compiled, mode), expected)
+    assert len(captures) == 2
+
+
+class Driver:
+    """What `graph.record` and `graph.Turns` ask of torch.cuda, written down in order."""
+
+    def __init__(self, monkeypatch, end_fails=False):
+        self.log = log = []
+        self.streams = ["current"]
+        driver = self
+
+        class Stream:
+            def __init__(self, name="side"):
+                self.name = name
+
+            def __eq__(self, other):
+                return self.name == other.name
+
+            __hash__ = None
+
+            def wait_stream(self, other):
+                log.append(f"{self.name} waits for {other.name}")
+
+            def wait_event(self, event):
+                log.append(f"{self.name} waits for the event on {event.stream.name}")
+
+        class Event:
+            def record(self, stream):
+                self.stream = stream
+                log.append(f"event on {stream.name}")
+
+        class CUDAGraph:
+            def register_generator_state(self, generator):
+                log.append("register")
+
+            def capture_begin(self, pool, capture_error_mode):
+                log.append(f"begin on {driver.streams[-1]}, {capture_error_mode}, {pool}")
+
+            def capture_end(self):
+                nonlocal end_fails
+                failing, end_fails = end_fails, False
+                log.append("end fails" if failing else "end")
+                if failing:
+                    raise RuntimeError("invalidated")
+
+        @contextmanager
+        def stream(entered):
+            driver.streams.append(entered.name)
+            try:
+                yield
+            finally:
+                driver.streams.pop()
+
+        @contextmanager
+        def device(entered):
+            log.append(f"on {entered}")
+            yield
+            log.append("off")
+
+        pools = iter(("pool 1", "pool 2"))
+        for name, value in {
+            "Stream": Stream,
+            "Event": Event,
+            "CUDAGraph": CUDAGraph,
+            "stream": stream,
+            "device": device,
+            "current_stream": lambda *_: Stream(driver.streams[-1]),
+            "graph_pool_handle": lambda: next(pools),
+            "synchronize": lambda: log.append("synchronize"),
+            "empty_cache": lambda: log.append("empty"),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        for name in ("clearCublasWorkspaces", "endAllocateToPool", "releasePool"):
+            monkeypatch.setattr(
+                torch._C,
+                f"_cuda_{name}",
+                lambda *a, name=name: log.append(" ".join([name, *map(str, a)])),
+                raising=False,
+            )
+        monkeypatch.setattr(graph, "_side_streams", {})
+
+    def record(self, body=None, warm_up=None, generators=()):
+        log = self.log
+        return graph.record(
+            body or (lambda: log.append("body")),
+            warm_up or (lambda: log.append(f"warm up on {self.streams[-1]}")),
+            CPU,
+            generators,
+        )
+
+
+BEFORE = ["on cpu", "side waits for current", *["warm up on side"] * 2, "synchronize", "empty"]
+BEGIN = ["clearCublasWorkspaces", "begin on side, thread_local, pool 1"]
+AFTER = ["clearCublasWorkspaces", "current waits for side"]
+
+
+class TestDriver:
+    """The order of what capture asks of CUDA."""
+
+    def test_capture(self, monkeypatch):
+        driver = Driver(monkeypatch)
+        assert isinstance(driver.record(), torch.cuda.CUDAGraph)
+        assert driver.log == [*BEFORE, *BEGIN, "body", "end", *AFTER, "off"]
+
+    def test_generators_are_registered_before(self, monkeypatch):
+        driver = Driver(monkeypatch)
+        driver.record(generators=[generator(1), generator(2)])
+        begin = driver.log.index(BEGIN[1])
+        assert driver.log[begin - 2 : begin] == ["register", "register"]
+
+    @pytest.mark.parametrize("error", [OSError("from the body"), KeyboardInterrupt("stop")])
+    def test_a_body_that_fails(self, monkeypatch, error):
+        driver = Driver(monkeypatch)
+
+        def body():
+            raise error
+
+        expected = CaptureError if isinstance(error, Exception) else type(error)
+        with pytest.raises(expected) as caught:
+            driver.record(body)
+        if isinstance(error, Exception):
+            assert str(caught.value) == "OSError: from the body"
+            assert caught.value.__cause__ is error
+        assert driver.log == [*BEFORE, *BEGIN, "end", *AFTER]
+        assert driver.streams == ["current"]
+
+    @pytest.mark.parametrize("body_fails", [False, True])
+    def test_an_end_that_fails(self, monkeypatch, body_fails):
+        """The pool is given up, and a trivial capture ends well; the body's error is the reason."""
+        driver = Driver(monkeypatch, end_fails=True)
+
+        def body():
+            if body_fails:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        reason = "operation not permitted when stream is capturing" if body_fails else "invalidated"
+        with pytest.raises(CaptureError) as caught:
+            driver.record(body, generators=[generator(1)])
+        assert str(caught.value) == f"RuntimeError: {reason}"
+        assert driver.log == [
+            *BEFORE,
+            BEGIN[0],
+            "register",
+            BEGIN[1],
+            "end fails",
+            "endAllocateToPool None pool 1",
+            "releasePool None pool 1",
+            "register",
+            "begin on side, thread_local, pool 2",
+            "end",
+            *AFTER,
+        ]
+
+    def test_a_warm_up_that_fails(self, monkeypatch):
+        driver = Driver(monkeypatch)
+
+        def warm_up():
+            raise OSError("from the model")
+
+        with pytest.raises(OSError, match="from the model"):
+            driver.record(warm_up=warm_up)
+        assert driver.log == ["on cpu", "side waits for current", "current waits for side"]
+
+    def test_turns(self, monkeypatch):
+        driver = Driver(monkeypatch)
+        turns = graph.Turns(torch.device("cuda", 0))
+        held = []
+
+        class Buffer:
+            def record_stream(self, stream):
+                held.append(stream.name)
+
+        for name in ("current", "other", "other", "current"):
+            driver.streams = [name]
+            with turns.turn(lambda: [Buffer()]):
+                driver.log.append("work")
+        assert driver.log == [
+            *("event on current", "work", "event on current"),
+            *("other waits for the event on current", "work", "event on other"),
+            *("work", "event on other"),
+            *("current waits for the event on other", "work", "event on current"),
+        ]
+        assert held == ["other", "current"]
+        with pytest.raises(OSError), turns.turn(lambda: []):
+            raise OSError
+        assert driver.log[-1] == "event on current"
+
+
+def test_auto_is_eager_on_the_cpu():
+    graph.clear()
+    model = Scaled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(sample(model, "auto"), sample(model, False))
+    assert len(graph.SHELF) == 0
+
+
+class TestAdvance:
+    """The operator: counters up by one, then the timesteps they stand at."""
+
+    def arguments(self):
+        counters = torch.tensor([2, 0, 1, 7, 2**40])
+        timesteps = torch.tensor([900, 500, 300, 100, 2**33])
+        return counters, timesteps, torch.full((3,), -1)
+
+    @pytest.mark.parametrize("impl", [*CPU_IMPLS, "operator"])
+    def test_values(self, impl):
+        counters, timesteps, t = self.arguments()
+        before = timesteps.clone()
+        backend = ops if impl == "operator" else fastddim.backends.BACKENDS[impl]
+        backend.advance(counters, timesteps, t)
+        assert counters.tolist() == [3, 1, 2, 8, 2**40 + 1]
+        assert t.tolist() == [100, 500, 300]
+        assert torch.equal(timesteps, before)
+
+    @pytest.mark.parametrize("impl", CPU_IMPLS)
+    def test_one_and_none(self, impl):
+        backend = fastddim.backends.BACKENDS[impl]
+        for n in (0, 1):
+            counters = torch.full((n,), -1)
+            t = torch.full((n,), 5)
+            backend.advance(counters, torch.tensor([7]), t)
+            assert t.tolist() == [7] * n
+            assert counters.tolist() == [0] * n
+
+    def test_opcheck(self):
+        torch.library.opcheck(
+            torch.ops.fastddim.advance.default,
+            self.arguments(),
+            test_utils=(
+                "test_schema",
+                "test_autograd_registration",
+                "test_faketensor",
+                "test_aot_dispatch_dynamic",
+            ),
+        )
+
+
+@pytest.fixture(scope="session")
+def probed(run_python, tmp_path_factory):
+    """What the probe on fake CUDA tensors said of each case of tests/gpuless/capture.py."""
+    arguments = []
+    if torch.version.cuda is None and torch.version.hip is None:
+        compiler = shutil.which("g++")
+        if compiler is None:
+            pytest.skip("needs g++ for the device guard of fake CUDA tensors")
+        arguments = [build_guard(compiler, tmp_path_factory.mktemp("guard") / "guard.so")]
+    result = run_python(GPULESS / "capture.py", *arguments, cwd=GPULESS)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def build_guard(compiler, target):
+    import subprocess
+
+    root = Path(torch.__file__).parent
+    command = [compiler, "-std=c++20", "-fPIC", "-shared", GPULESS / "guard.cpp", "-o", target]
+    command += [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return target
+
+
+# What gives each seeded defect away.
+DEFECTS = {
+    "item": "_local_scalar_dense",
+    "int of t": "_local_scalar_dense",
+    "branch on a value": "_local_scalar_dense",
+    "index by a 0-dim tensor": "_local_scalar_dense",
+    "mask": "by a mask",
+    "nonzero": "aten.nonzero",
+    "constant from the host": "aten.lift_fresh",
+    "host to device": "result on the cpu",
+    "device to host": "_to_copy.default to cpu",
+    "0-dim host tensor": "copy between devices in the loop: aten.mul",
+    "tensor on the host": "result on the cpu",
+    "loop reads a counter": "_local_scalar_dense",
+    "loop uploads": "aten.lift_fresh",
+    "loop adds a host tensor": "copy between devices in the loop: aten.add_",
+}
+
+
+class TestFakeCuda:
+    """The loop on fake CUDA tensors: eager, and the captured body of both modes."""
+
+    @pytest.mark.parametrize("mode", [False, *CAPTURED])
+    def test_no_host_work(self, probed, mode):
+        said = {k: v for k, v in probed.items() if k.startswith("clean") and f"/{mode}/" in k}
+        assert len(said) == (13 if mode is False else 15)
+        assert not any(said.values()), said
+
+    @pytest.mark.parametrize("mode", [False, *CAPTURED])
+    def test_the_probe_catches(self, probed, mode):
+        said = {
+            k.rpartition("/")[2]: v for k, v in probed.items() if k.startswith(f"defect/{mode}/")
+        }
+        assert said.keys() == DEFECTS.keys()
+        for name, words in DEFECTS.items():
+            assert words in said[name], (name, said[name])
+
+    @pytest.mark.parametrize("mode", CAPTURED)
+    def test_frozen_arguments_are_refused(self, probed, mode):
+        assert (
+            "a tensor on cpu, whose values a graph on cuda:0 would not follow"
+            in (probed[f"refused/{mode}/kwargs on the host"])
+        )
+
+
+@pytest.fixture
+def emptied():
+    graph.clear()
+    yield
+    graph.clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("emptied")
+class TestOnCuda:
+    @pytest.fixture(params=["cuda:0", "cuda:1"])
+    def device(self, request):
+        if int(request.param[-1]) >= torch.cuda.device_count():
+            pytest.skip(f"needs {request.param}, there are {torch.cuda.device_count()} devices")
+        return torch.device(request.param)
+
+    def net(self, device):
+        # Elementwise: its bits depend on no library's choice of algorithm.
+        scale = torch.tensor(0.75, device=device)
+        return lambda x, t: elementwise_model(x, t) * scale
+
+    def kinds(self, device):
+        return [
+            {},
+            {"eta": 1.0},
+            {"eta": torch.tensor([0.0, 1.0], device=device), "clip": 1.0},
+            {"eta": 0.5, "guidance_scale": 2.0},
+            {"dtype": torch.bfloat16, "eta": 1.0},
+            {"dtype": torch.float64, "prediction": "v_prediction"},
+        ]
+
+    @pytest.mark.parametrize("mode", ["auto", *CAPTURED])
+    def test_equals_eager(self, device, mode):
+        model = self.net(device)
+        for kind in self.kinds(device):
+            results = []
+            for call in ({"seed": 1}, {"seed": 2}, {"seed": 1, "spacing": "trailing"}):
+                kwargs = {**kind, **call, "device": device}
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    own = sample(model, mode, 10, **kwargs)
+                assert torch.equal(own, sample(model, False, 10, **kwargs))
+                assert not any(torch.equal(own, before) for before in results)
+                results.append(own)
+
+    @pytest.mark.parametrize("mode", CAPTURED)
+    def test_equals_the_cpu(self, device, mode):
+        own = sample(elementwise_model, mode, 10, eta=1.0, seed=7, device=device)
+        assert torch.equal(own.cpu(), sample(elementwise_model, False, 10, eta=1.0, seed=7))
+
+    @pytest.mark.parametrize("mode", CAPTURED)
+    def test_inputs_change_between_replays(self, device, mode):
+        model, scale = Scaled().to(device), torch.ones(2, 1, 1, 1, device=device)
+        kind = {"shape": SHAPE, "eta": 1.0, "device": device, "model_kwargs": {"scale": scale}}
+        sampler = Sampler(model, 10, graph=mode, **kind)
+        eager = Sampler(model, 10, graph=False, **kind)
+        results = []
+        for seed in range(3):
+            noise = latents((10, *SHAPE), seed=seed, device=device)
+            call = {"x_T": latents(seed=9 + seed, device=device), "noise": noise}
+            own, trajectory = sampler(**call, return_trajectory=True)
+            expected, path = eager(**call, return_trajectory=True)
+            assert torch.equal(own, expected)
+            assert torch.equal(trajectory, path)
+            assert not any(torch.equal(own, before) for before in results)
+            results.append(own)
+            scale.mul_(0.75)
+        model.double().float()
+        assert torch.equal(sampler(**call), eager(**call))
+
+    @pytest.mark.parametrize("mode", CAPTURED)
+    @pytest.mark.parametrize("count", [1, 2])
+    @pytest.mark.parametrize("where", ["cpu", "cuda"])
+    def test_generators(self, device, mode, count, where):
+        model = self.net(device)
+        place = device if where == "cuda" else "cpu"
+        sources = [[generator(i, place) for i in range(count)] for _ in range(2)]
+        for _ in range(2):
+            own, expected = (
+                sample(model, m, 10, eta=1.0, device=device, noise=s[0] if count == 1 else s)
+                for m, s in zip((mode, False), sources, strict=True)
+            )
+            assert torch.equal(own, expected)
+        for own, expected in zip(*sources, strict=True):
+            assert torch.equal(own.get_state(), expected.get_state())
+
+    @pytest.mark.parametrize("mode", CAPTURED)
+    def test_a_random_model(self, device, mode):
+        def model(x, t):
+            return nn.functional.dropout(x, 0.5)
+
+        results = []
+        for which in (False, mode, mode):
+            torch.cuda.manual_seed_all(3)
+            drawn = [sample(model, which, 10, device=device) for _ in range(2)]
+            results.append([*drawn, torch.rand(4, device=device)])
+        for own in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(own, results[0], strict=True))
+
+    @pytest.mark.parametrize("mode", [False, *CAPTURED])
+    def test_no_synchronisation(self, device, mode):
+        sampler = Sampler(self.net(device), 10, shape=SHAPE, eta=1.0, device=device, graph=mode)
+        sampler()
+        keys = philox.make_keys(3, SHAPE[0], device=device)
+        x_T = latents(device=device)
+        noise = latents((10, *SHAPE), device=device)
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            own = sampler._loop.run(x_T, keys=keys)
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                own.sum().item()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        assert torch.equal(own, sampler(x_T=x_T, seed=3))
+        sampler(x_T=x_T, noise=noise)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            sampler._loop.run(x_T, noise=noise)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    @pytest.mark.parametrize("mode", [False, *CAPTURED])
+    def test_streams(self, device, mode):
+        sampler = Sampler(self.net(device), 50, shape=(8, 3, 64, 64), device=device, graph=mode)
+        expected = [sampler(seed=seed) for seed in range(4)]
+        streams = [torch.cuda.Stream(device) for _ in range(2)]
+        torch.cuda.synchronize(device)
+        own = []
+        for seed in range(4):
+            with torch.cuda.stream(streams[seed % 2]):
+                own.append(sampler(seed=seed))
+        torch.cuda.synchronize(device)
+        assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+
+    def test_the_current_stream_and_device_stay(self, device):
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.device(0), torch.cuda.stream(stream):
+            before = torch.cuda.current_device(), torch.cuda.current_stream(device)
+            sample(self.net(device), True, device=device)
+            with pytest.warns(UserWarning, match="without a CUDA graph"):
+                sample(uncapturable, "auto", device=device)
+            assert (torch.cuda.current_device(), torch.cuda.current_stream(device)) == before
+
+    def test_after_a_failed_capture(self, device):
+        """The device, its allocator and its generators work on, and the next capture succeeds."""
+        torch.cuda.manual_seed_all(5)
+        expected = torch.rand(4, device=device)
+        torch.cuda.manual_seed_all(5)
+        with pytest.warns(UserWarning, match="without a CUDA graph"):
+            own = sample(uncapturable, "auto", device=device)
+        assert torch.equal(own, sample(uncapturable, False, device=device))
+        assert torch.equal(torch.rand(4, device=device), expected)
+        with pytest.raises(ValueError, match="capture fails"):
+            sample(uncapturable, True, device=device)
+        model = self.net(device)
+        for mode in CAPTURED:
+            assert torch.equal(
+                sample(model, mode, device=device), sample(model, False, device=device)
+            )
+
+    @pytest.mark.parametrize("mode", CAPTURED)
+    def test_memory_goes_with_the_sampler(self, device, mode):
+        model = self.net(device)
+
+        def use():
+            sampler = Sampler(model, 10, shape=(8, 3, 256, 256), device=device, graph=mode)
+            sampler(return_trajectory=True)
+            return torch.cuda.memory_reserved(device)
+
+        use()
+        levels = []
+        for _ in range(3):
+            during = use()
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+            levels.append(torch.cuda.memory_reserved(device))
+            assert during > levels[-1]
+        assert levels[0] == levels[1] == levels[2]
+
+    @pytest.mark.parametrize("mode", CAPTURED)
+    def test_compiled_models(self, device, mode):
+        torch._dynamo.reset()
+        model = Scaled().to(device)
+        compiled = torch.compile(model)
+        expected = sample(model, False, device=device)
+        for _ in range(2):
+            own = sample(compiled, mode, device=device)
+            torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
