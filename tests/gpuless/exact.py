@@ -1,7 +1,7 @@
 """Correctly rounded arithmetic on NumPy scalars and arrays, as PTX specifies it.
 
-NumPy itself rounds +, −, ×, ÷ and √ correctly. What it lacks is here: fused multiply-add, flushing of
-subnormals, the minimum and maximum of IEEE 754-2019, and conversions that saturate or that yield
+NumPy itself rounds +, −, ×, ÷ and √ correctly. What it lacks is here: fused multiply-add, flushing
+of subnormals, the minimum and maximum of IEEE 754-2019, and conversions that saturate or that yield
 bfloat16. Payloads of NaN are not modelled.
 """
 
@@ -44,8 +44,8 @@ def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 def odd(value: np.ndarray, error: np.ndarray) -> np.ndarray:
     """Round-to-odd of value + error, where value is that sum rounded to nearest.
 
-    A second rounding of the result to a format two bits shorter, or more, is then correct (Boldo and
-    Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    A second rounding of the result to a format two bits shorter, or more, is then correct (Boldo
+    and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
     """
     word = value.view(np.int64)
     outward = (error > 0) == (value > 0)
@@ -59,8 +59,8 @@ def fma32(a: Array, b: Array, c: Array) -> Array:
     addend = c.astype(np.float64)
     wide = np.asarray(product + addend)
     result = wide.astype(np.float32)
-    # The product is exact in float64, so only the sum may have been rounded twice. That matters where
-    # it lies on a tie of float32, or where float32 is subnormal and ties lie elsewhere.
+    # The product is exact in float64, so only the sum may have been rounded twice. That matters
+    # where it lies on a tie of float32, or where float32 is subnormal and ties lie elsewhere.
     tie = (wide.view(np.uint64) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)
     suspect = tie | (np.abs(wide) < 2.0**-125)
     if not suspect.any():
@@ -192,7 +192,7 @@ def to_integer(x: Array, mode: str, dtype: np.dtype) -> Array:
     bits = 8 * dtype.itemsize
     integral = INTEGRAL[mode](x.astype(np.float64))
     limits = np.iinfo(dtype)
-    # 2**bits and 2**(bits − 1) are exact in float64 where the largest integer is not.
+    # The largest integers of 64 bits are not exact in float64, but the powers of two above are.
     above = integral >= float(limits.max) if bits < 64 else integral >= float(limits.max + 1)
     below = integral <= float(limits.min)
     inside = np.where(above | below | np.isnan(x), 0.0, integral)

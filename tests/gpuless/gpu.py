@@ -1,10 +1,11 @@
-"""A GPU that is none: the launchers that nvcc builds run on a stand-in for the CUDA runtime, and
-what they launch runs on the interpreter of PTX.
+"""A GPU that is none: launchers that nvcc built run on a stand-in for the CUDA runtime, and what
+they launch runs on the interpreter of PTX.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import subprocess
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple
 
 from . import ptx
 
-_SOURCE = Path(__file__).parent / "cudart.c"
-_NAME = "libcudart.so.13"
-_ILLEGAL_ADDRESS = 700
+_HERE = Path(__file__).parent
+_ILLEGAL_ADDRESS, _UNKNOWN = 700, 999  # cudaError_t
+_serial = itertools.count()
 
 
 class Launched(NamedTuple):
@@ -45,49 +46,75 @@ _Callback = ctypes.CFUNCTYPE(
 
 
 class FakeGpu:
-    """`memory` is what kernels may touch; `launches` and `error` tell what happened.
+    """Runs the kernels of one launcher library.
 
-    The stand-in is built into `folder`; a launcher linked against it (`link_flags`) finds it there.
-    A process has one runtime: the last FakeGpu made gets the launches.
+    Each has a runtime of its own, built into `folder`. Its name and its symbols' version are ours:
+    a launcher linked with `link_flags` finds this one, also in a process that holds the real one.
+
+    Attributes:
+        memory: what kernels may touch.
+        launches: those that ran to their end.
+        error: why the last launch that failed did (codes 700 and 999).
+        module: the kernels; another PTX of the same source may be put in its place.
     """
 
     def __init__(self, folder: Path) -> None:
-        library = folder / _NAME
-        compiler = os.environ.get("CC", "cc")
-        flags = ["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-        subprocess.run(
-            [compiler, *flags, f"-Wl,-soname,{_NAME}", str(_SOURCE), "-o", str(library)], check=True
-        )
-        self.link_flags = [f"-L{folder}", f"-l:{_NAME}", f"-Wl,-rpath,{folder}"]
+        name = f"libcudart_stand_in_{next(_serial)}.so"
+        self.library = folder / name
+        flags = ["-xc", "-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        link = [f"-Wl,-soname,{name}", f"-Wl,--version-script={_HERE / 'cudart.map'}"]
+        compiler = os.environ.get("CXX", "c++")
+        source = str(_HERE / "cudart.c")
+        subprocess.run([compiler, *flags, source, *link, "-o", str(self.library)], check=True)
+        self.link_flags = ["-Wl,--no-as-needed", str(self.library)]
+        self.module: ptx.Module | None = None
+        self.reset()
+        self._runtime = ctypes.CDLL(str(self.library))
+        self._callback = _Callback(self._launch)
+        self._runtime.stand_in_set_callback(self._callback)
+
+    def reset(self) -> None:
         self.memory = ptx.Memory()
         self.launches: list[Launched] = []
         self.error: ptx.PtxError | None = None
-        self.module: ptx.Module | None = None
-        self._runtime = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-        self._callback = _Callback(self._launch)
-        self._runtime.fake_set_callback(self._callback)
+
+    def disconnect(self) -> None:
+        """From here on every launch fails as it does without a driver."""
+        self._runtime.stand_in_set_callback(None)
 
     def load(self, launcher: Path, text: str) -> ctypes.CDLL:
         """Load a library of launchers, whose kernels are those of the PTX `text`."""
         self.module = ptx.parse(text)
         return ctypes.CDLL(str(launcher))
 
-    def reset(self) -> None:
-        self.memory, self.launches, self.error = ptx.Memory(), [], None
-
     def _launch(
         self, name: bytes, grid: Any, block: Any, arguments: Any, shared: int, stream: int | None
     ) -> int:
-        assert self.module is not None
-        kernel = self.module.kernels[name.decode()]
-        values = [
-            ctypes.string_at(arguments[i], size) for i, (_, size) in enumerate(kernel.parameters)
-        ]
-        shape = grid.sizes(), block.sizes()
+        # An exception cannot pass through C: it must become a code, whatever it is.
         try:
-            stats = ptx.run(self.module, kernel.name, *shape, values, self.memory, shared)
+            launched = self._run(name.decode(), grid.sizes(), block.sizes(), arguments, shared)
         except ptx.PtxError as error:
             self.error = error
             return _ILLEGAL_ADDRESS
-        self.launches.append(Launched(kernel.name, *shape, shared, stream, stats))
+        except Exception as error:
+            self.error = ptx.PtxError(f"the interpreter failed: {error!r}")
+            self.error.__cause__ = error
+            return _UNKNOWN
+        self.launches.append(launched._replace(stream=stream))
         return 0
+
+    def _run(
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Any,
+        shared: int,
+    ) -> Launched:
+        module = self.module
+        if module is None or name not in module.kernels:
+            raise ptx.PtxError(f"{name}: no such kernel in the PTX")
+        sizes = [size for _, size in module.kernels[name].parameters]
+        values = [ctypes.string_at(arguments[i], size) for i, size in enumerate(sizes)]
+        stats = ptx.run(module, name, grid, block, values, self.memory, shared)
+        return Launched(name, grid, block, shared, None, stats)

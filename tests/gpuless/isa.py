@@ -1,8 +1,8 @@
 """What each PTX opcode does, after NVIDIA's "PTX ISA" 9.0.
 
-`decode` turns one instruction into a function that executes it for some threads of a wave. Every part
-of the opcode has to be taken by the builder of its first part: what is left over is refused, so that no
-suffix is ever ignored.
+`decode` turns one instruction into a function that executes it for some threads of a wave. Every
+part of the opcode has to be taken by the builder of its first part: what is left over is refused,
+so that no suffix is ever ignored.
 
 Left out on purpose, and refused: the approximate operations (`.approx`, `.full`), whose results the
 ISA leaves to the hardware, and float additions and multiplications without `.rn`, which ptxas may
@@ -38,6 +38,10 @@ class Wave(Protocol):
     ) -> np.ndarray: ...
 
     def store(self, space: str, address: Array, words: np.ndarray, lanes: Lanes) -> None: ...
+
+    def warps(self, lanes: Lanes) -> np.ndarray:
+        """`[warps, 32]`, or an error where some threads of a warp are missing."""
+        ...
 
 
 Step = Callable[[Wave, Lanes], None]
@@ -188,7 +192,7 @@ def immediate(text: str, dtype: np.dtype) -> Array | None:
 
 
 def reader(scope: Scope, operand: str, dtype: np.dtype, wider: bool = False) -> Reader:
-    """A register or constant as values of `dtype`; a wider register is cut where that is allowed."""
+    """A register or constant as `dtype`; a wider register is cut where that is allowed."""
     match = _OFFSET.fullmatch(operand)
     found = scope.find(match[1]) if match else None
     if isinstance(found, Register) and match[2] is None:
@@ -800,27 +804,23 @@ def _is_float(type: str) -> bool:
 
 
 def _float_conversion(i: Instruction, result: str, source: str) -> Callable[[Array], Array]:
-    flags = {"flush": "f32" in (source, result) and i.flag("ftz"), "saturate": i.flag("sat")}
-    if flags["saturate"] and result not in ("f32", "f64"):
-        raise PtxError("unsupported suffix sat")
-    integral = i.one_of(*exact.INTEGRAL) if source == result else None
-    size = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
-    if integral is None and (
-        size[result] < size[source] or (source != result and size[source] == 2 == size[result])
-    ):
-        i.required("rn")
-    if source in _HALVES and (result in _HALVES or (result == "f64" and source == "bf16")):
+    if source in _HALVES and result in _HALVES:
         raise PtxError("unsupported type")
+    flush = "f32" in (source, result) and i.flag("ftz")
+    saturate = result in ("f32", "f64") and i.flag("sat")
+    integral = i.one_of(*exact.INTEGRAL) if source == result else None
+    if DTYPES[result].itemsize < DTYPES[source].itemsize:
+        i.required("rn")
 
     def compute(x: Array) -> Array:
         x = exact.widened(x, source) if source in _HALVES else x
-        x = exact.flushed(x) if flags["flush"] and source == "f32" else x
+        x = exact.flushed(x) if flush and source == "f32" else x
         x = exact.INTEGRAL[integral](x) if integral else x
         if result in _HALVES:
             return exact.narrowed(x, result)
         x = x.astype(DTYPES[result])
-        x = exact.flushed(x) if flags["flush"] and result == "f32" else x
-        return exact.saturated(x) if flags["saturate"] else x
+        x = exact.flushed(x) if flush and result == "f32" else x
+        return exact.saturated(x) if saturate else x
 
     return compute
 
@@ -879,6 +879,109 @@ def _create_policy(i: Instruction) -> Step:
     return lambda wave, lanes: write(wave, lanes, np.uint64(0))
 
 
+# Exchange within warps.
+
+WARP = 32
+
+
+@opcode("shfl")
+def _shuffle(i: Instruction) -> Step:
+    i.type("b32")
+    i.required("sync")
+    mode = i.required("idx", "bfly", "up", "down")
+    i.arity(5)
+    writes = [
+        i.writer(name.strip(), type)
+        for name, type in zip(i.operands[0].split("|"), ("b32", "pred"), strict=False)
+    ]
+    reads = [i.reader(o, "u32") for o in i.operands[1:4]]
+    read_mask = i.reader(i.operands[4], "u32")
+
+    def step(wave: Wave, lanes: Lanes) -> None:
+        if (read_mask(wave, lanes) != np.uint32(2**32 - 1)).any():
+            raise PtxError("expected a shuffle of all threads of the warp")
+        warps = wave.warps(lanes)
+        value, b, c = (
+            np.broadcast_to(read(wave, lanes), warps.size).reshape(warps.shape) for read in reads
+        )
+        source, inside = _shuffled(mode, b.astype(np.int64), c.astype(np.int64))
+        result = np.take_along_axis(value, source, axis=1)
+        for write, outcome in zip(writes, (result, inside), strict=False):
+            write(wave, lanes, outcome.reshape(-1))
+
+    return step
+
+
+def _shuffled(mode: str, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the lane each lane reads, whether that lies in its segment), as in the ISA's pseudocode."""
+    lane = np.broadcast_to(np.arange(WARP), b.shape)
+    b, clamp, segment = b & 31, c & 31, c >> 8 & 31
+    last = (lane & segment) | (clamp & ~segment)
+    source = {
+        "idx": (lane & segment) | (b & ~segment),
+        "bfly": lane ^ b,
+        "up": lane - b,
+        "down": lane + b,
+    }[mode]
+    inside = source >= last if mode == "up" else source <= last
+    return np.where(inside, source, lane), inside
+
+
+@opcode("ldmatrix", "stmatrix")
+def _matrices(i: Instruction) -> Step:
+    """8x8 matrices of 16 bits: a lane holds two elements of each, and the address of one row."""
+    i.type("b16")
+    for name in ("sync", "aligned", "m8n8"):
+        i.required(name)
+    count = int(i.required("x1", "x2", "x4")[1:])
+    transposed = i.flag("trans")
+    i.required("shared", "shared::cta")
+    i.arity(2)
+    place, value = i.operands if i.base == "stmatrix" else reversed(i.operands)
+    parts = _vector(value) or [value]
+    if len(parts) != count:
+        raise PtxError(f"expected {count} registers, got {len(parts)}")
+    _, address = _address(i, place, "shared", 16)
+    build = _store_matrices if i.base == "stmatrix" else _load_matrices
+    return build(i, address, parts, transposed)
+
+
+def _rows(wave: Wave, lanes: Lanes, address: Reader, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(lanes that name a row, addresses of these rows), row by row of matrix by matrix."""
+    warps = wave.warps(lanes)
+    addresses = np.broadcast_to(address(wave, lanes), warps.size).reshape(warps.shape)
+    return warps[:, : 8 * count].reshape(-1), addresses[:, : 8 * count].reshape(-1)
+
+
+def _load_matrices(i: Instruction, address: Reader, parts: list[str], transposed: bool) -> Step:
+    writes = [i.writer(p, "b32") for p in parts]
+
+    def step(wave: Wave, lanes: Lanes) -> None:
+        rows, addresses = _rows(wave, lanes, address, len(writes))
+        words = wave.load("shared", addresses, 2, 8, rows, True).reshape(-1, len(writes), 8, 8)
+        if transposed:
+            words = words.swapaxes(2, 3)
+        for place, write in enumerate(writes):
+            write(wave, lanes, np.ascontiguousarray(words[:, place]).view(np.uint32).reshape(-1))
+
+    return step
+
+
+def _store_matrices(i: Instruction, address: Reader, parts: list[str], transposed: bool) -> Step:
+    reads = [i.reader(p, "b32") for p in parts]
+
+    def step(wave: Wave, lanes: Lanes) -> None:
+        rows, addresses = _rows(wave, lanes, address, len(reads))
+        held = [np.broadcast_to(read(wave, lanes), wave.count(lanes)) for read in reads]
+        words = np.stack([v.reshape(-1, WARP) for v in held], axis=1).view(np.uint16)
+        words = words.reshape(-1, len(reads), 8, 8)
+        if transposed:
+            words = words.swapaxes(2, 3)
+        wave.store("shared", addresses, np.ascontiguousarray(words).reshape(-1, 8), rows)
+
+    return step
+
+
 # Memory.
 
 _SPACES = ("param", "global", "shared", "local", "const")
@@ -907,7 +1010,7 @@ def _access(i: Instruction) -> Step:
     parts = _vector(value) or [value]
     if len(parts) != count:
         raise PtxError(f"expected {count} registers, got {len(parts)}")
-    address = _address(i, place, space)
+    space, address = _address(i, place, space, count * DTYPES[type].itemsize)
     if i.base == "st":
         if space in ("param", "const"):
             raise PtxError(f"store into {space} memory")
@@ -925,18 +1028,23 @@ def _cache_hints(i: Instruction) -> bool:
     return i.flag("L2::cache_hint")
 
 
-def _address(i: Instruction, place: str, space: str) -> Reader:
+def _address(i: Instruction, place: str, space: str, size: int) -> tuple[str, Reader]:
+    """The space, which the name of a variable may tell, and the address in it."""
     match = _OFFSET.fullmatch(place[1:-1]) if place[:1] + place[-1:] == "[]" else None
     if match is None:
         raise PtxError(f"expected an address, got {place}")
     found = i.scope.find(match[1])
-    if isinstance(found, Variable) and space not in (found.space, "generic"):
-        raise PtxError(f"{found.name} is in {found.space} memory")
+    offset = _displacement(match)
     if isinstance(found, Register):
         base = _register_reader(found, DTYPES["u32" if found.width == 4 else "u64"], False)
-        offset = np.uint64(_displacement(match) % 2**64)
-        return lambda wave, lanes: base(wave, lanes).astype(np.uint64) + offset
-    return reader(i.scope, place[1:-1], DTYPES["u64"])
+        step = np.uint64(offset % 2**64)
+        return space, lambda wave, lanes: base(wave, lanes).astype(np.uint64) + step
+    if not isinstance(found, Variable) or space not in (found.space, "generic"):
+        raise PtxError(f"expected a variable in {space} memory, got {match[1]}")
+    # Dynamic shared memory has no size of its own.
+    if found.size and not 0 <= offset <= found.size - size:
+        raise PtxError(f"{size} bytes at {offset} out of bounds of {found.name}")
+    return found.space, reader(i.scope, place[1:-1], DTYPES["u64"])
 
 
 def _load(

@@ -1,7 +1,7 @@
 """The memory that interpreted threads see: what they may touch, and who touched it before.
 
-A region of host memory is registered with its exact bounds. Within one launch every access is checked
-against them, against its natural alignment, and against the accesses of all other threads.
+A region of host memory is registered with its exact bounds. Within one launch every access is
+checked against them, against its natural alignment, and against the accesses of all other threads.
 """
 
 from __future__ import annotations

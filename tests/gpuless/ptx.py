@@ -1,12 +1,12 @@
 """An interpreter of PTX on NumPy, for the code that nvcc and Triton compile, on host memory.
 
-All threads of a wave of blocks run in lockstep: each instruction is executed for every thread that has
-reached it, those with the lowest address in the program first. Results are those the ISA defines, to
-the bit. What hardware would let pass is an error: accesses out of bounds or misaligned, races between
-threads, stores into read-only memory, barriers that not all threads reach.
+All threads of a wave of blocks run in lockstep: each instruction is executed for every thread that
+has reached it, those with the lowest address in the program first. Results are those the ISA
+defines, to the bit. What hardware would let pass is an error: accesses out of bounds or misaligned,
+races between threads, stores into read-only memory, barriers that not all threads reach.
 
-Not modelled: time, the memory model beyond races, SASS, and the payload of a NaN. Refused: every opcode
-and suffix that `isa` does not list, among them atomics, calls and approximate operations.
+Not modelled: time, the memory model beyond races, SASS, and the payload of a NaN. Refused: every
+opcode and suffix that `isa` does not list, among them atomics, calls and approximate operations.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .memory import GlobalMemory, Memory, PtxError, Region, RowMemory
 __all__ = ["Kernel", "Launch", "Memory", "Module", "PtxError", "parse", "run"]
 
 _WAVE_THREADS = 16384
-"""Threads that run in lockstep: many enough to hide Python, few enough for their registers to stay in
-the cache."""
+"""Threads that run in lockstep: many enough to hide Python, few enough for their registers to stay
+in the cache."""
 
 _POISON = {0: np.True_, **{size: t(-1 % (1 << 8 * size)) for size, t in UNSIGNED.items()}}
 """What a register holds that nobody has written: NaN to every float type."""
 
-_THREADS_PER_BLOCK, _SHARED_BYTES, _WARP = 1024, 227 * 1024, 32
+_THREADS_PER_BLOCK, _SHARED_BYTES = 1024, 227 * 1024
 
 
 class Launch(NamedTuple):
@@ -509,7 +509,7 @@ class _Wave:
         )
         values |= {f"%ntid.{a}": n for a, n in zip("xyz", execution.block, strict=True)}
         values |= {f"%nctaid.{a}": n for a, n in zip("xyz", execution.grid, strict=True)}
-        values["%laneid"] = thread % _WARP
+        values["%laneid"] = thread % isa.WARP
         for name, index in self._program.specials.items():
             value = np.asarray(values[name]).astype(np.uint32)
             uniform = value.ndim == 0 or (value == value[0]).all()
@@ -544,6 +544,14 @@ class _Wave:
             memory.store(np.broadcast_to(address, row.shape), words, row, thread)
         else:
             raise PtxError(f"store into {space} memory")
+
+    def warps(self, lanes: Lanes) -> np.ndarray:
+        everyone = self._lane if lanes is None else lanes
+        whole = self._threads_per_block % isa.WARP == 0 and len(everyone) % isa.WARP == 0
+        warps = everyone.reshape(-1, isa.WARP) if whole else everyone[:0]
+        if not whole or (warps != warps[:, :1] // isa.WARP * isa.WARP + np.arange(isa.WARP)).any():
+            raise PtxError("divergent warp: some of its threads do not execute this")
+        return warps
 
     def _resolved(self, space: str, address: Array) -> tuple[str, Array]:
         """The space that a generic address lies in, and the address there."""

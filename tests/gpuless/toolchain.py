@@ -8,6 +8,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from .gpu import FakeGpu
+
 
 def nvcc() -> Path | None:
     return tool("nvcc")
@@ -34,3 +36,13 @@ def compile_ptx(source: Path, arch: str, *flags: str) -> str:
         output = Path(folder) / "kernel.ptx"
         subprocess.run([compiler, *options, source, "-o", output], check=True)
         return output.read_text()
+
+
+def compile_shared(source: Path, arch: str, output: Path, gpu: FakeGpu, *flags: str) -> Path:
+    """The launchers of a CUDA source as a library that runs on `gpu`."""
+    compiler = nvcc()
+    assert compiler is not None
+    options = ["-std=c++20", "-O3", f"-arch={arch}", "-shared", "-Xcompiler=-fPIC", *flags]
+    files = [str(source), str(gpu.library), "-o", str(output)]
+    subprocess.run([str(compiler), *options, "-cudart=none", *files], check=True)
+    return output

@@ -1,0 +1,155 @@
+"""Triton's just-in-time functions without a GPU: compiled for any target exactly as a launch would,
+and executed on CPU tensors by the interpreter of PTX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from fastddim.kernels import update
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from . import ptx
+
+KERNELS = ("update_kernel", "normal_kernel", "advance_kernel")
+OUTPUTS = ("out", "x_0", "model_input", "counters", "t")
+SM_90 = GPUTarget("cuda", 90, 32)
+CUDA_TARGETS = tuple(GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120))
+HIP_TARGETS = (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32))
+
+
+@dataclass
+class Binary:
+    kernel: Any
+    """triton.compiler.CompiledKernel"""
+    signature: dict[str, Any]
+    arguments: dict[str, Any]
+    grid: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.metadata.name)
+
+    @property
+    def threads(self) -> int:
+        return int(self.kernel.metadata.num_warps * self.kernel.metadata.target.warp_size)
+
+    def parameters(self) -> list[tuple[str, str, Any]]:
+        """(name, type, value) of what the launch passes on: tuples flattened, constants gone."""
+        return [
+            leaf
+            for name, kind in self.signature.items()
+            for leaf in _leaves(name, kind, self.arguments[name])
+        ]
+
+
+def _leaves(name: str, kind: Any, value: Any) -> Iterator[tuple[str, str, Any]]:
+    if isinstance(kind, tuple):
+        names = getattr(value, "_fields", [name] * len(kind))
+        for inner_name, inner_kind, inner in zip(names, kind, value, strict=True):
+            # A view's address bears the view's name.
+            yield from _leaves(name if inner_name == "data" else inner_name, inner_kind, inner)
+    elif kind != "constexpr":
+        yield name, kind, value
+
+
+@dataclass
+class Compiler:
+    """Stands where a JITFunction stood: `[grid](...)` compiles for `target`, and does `then`."""
+
+    function: JITFunction
+    target: GPUTarget
+    then: Callable[[Binary], None]
+
+    def __post_init__(self) -> None:
+        self._backend = make_backend(self.target)
+        self._bind = create_function_from_signature(
+            self.function.signature, self.function.params, self._backend
+        )
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            # JITFunction.run up to its launch, with the target given instead of asked for.
+            kwargs |= {"debug": False, "instrumentation_mode": ""}
+            bound, specialization, options = self._bind(*args, **kwargs)
+            options, signature, constants, attributes = self.function._pack_args(
+                self._backend, kwargs, bound, specialization, options
+            )
+            source = ASTSource(self.function, signature, constants, attributes)
+            kernel = triton.compile(source, target=self.target, options=options.__dict__)
+            self.then(Binary(kernel, signature, bound, grid))
+
+        return launch
+
+
+@contextmanager
+def compiled_for(target: GPUTarget, then: Callable[[Binary], None]) -> Iterator[None]:
+    """Launches from `fastddim.kernels.update` are compiled for `target` and handed to `then`."""
+    stand_ins = {name: Compiler(getattr(update, name), target, then) for name in KERNELS}
+    hip = "7.0" if target.backend == "hip" else None
+    properties = SimpleNamespace(warp_size=target.warp_size)
+    _forget_launches()
+    try:
+        with (
+            mock.patch.multiple(update, **stand_ins),
+            mock.patch.object(torch.version, "hip", hip),
+            mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+        ):
+            yield
+    finally:
+        _forget_launches()
+
+
+def _forget_launches() -> None:
+    update._prepare_update.cache_clear()
+    update._prepare_normal.cache_clear()
+
+
+@dataclass
+class Interpreter:
+    """Executes what is launched on CPU tensors; keeps the last launch and its counts."""
+
+    edit: Callable[[str], str] = lambda text: text
+    """Applied to the PTX of each kernel before it runs."""
+    launches: list[ptx.Launch] = field(default_factory=list)
+    _modules: dict[str, ptx.Module] = field(default_factory=dict)
+
+    def __call__(self, binary: Binary) -> None:
+        text = self.edit(binary.kernel.asm["ptx"])
+        if text not in self._modules:
+            self._modules[text] = ptx.parse(text)
+        arguments: list[int] = []
+        memory = ptx.Memory()
+        tensors: dict[int, tuple[torch.Tensor, list[str]]] = {}
+        for name, kind, value in binary.parameters():
+            if not kind.startswith("*"):
+                arguments.append(value)
+                continue
+            arguments.append(value.data_ptr())
+            tensors.setdefault(value.data_ptr(), (value, []))[1].append(name)
+        for tensor, names in tensors.values():
+            writable = any(name in OUTPUTS for name in names)
+            memory.add_tensor(tensor, "=".join(names), writable)
+        # Scratch memory, which these kernels do not use.
+        arguments += [0, 0]
+        grid = (*binary.grid, 1, 1)[:3]
+        self.launches.append(
+            ptx.run(
+                self._modules[text],
+                binary.name,
+                grid=grid,
+                block=(binary.threads, 1, 1),
+                arguments=arguments,
+                memory=memory,
+                shared_bytes=binary.kernel.metadata.shared,
+            )
+        )
