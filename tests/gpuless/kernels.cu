@@ -25,6 +25,19 @@ __global__ void a_byte_of_a_word(float* out) {
   else
     ((unsigned char*)out)[7] = 1;
 }
+__global__ void a_byte_of_what_was_read(float* out) {
+  if (threadIdx.x == 0) {
+    const float4 wide = *(const float4*)(out + 4);
+    out[0] = wide.x + wide.y + wide.z + wide.w;
+  }
+  asm volatile("" ::: "memory");
+  if (threadIdx.x == 1) ((unsigned char*)out)[21] = 1;
+}
+__global__ void written_by_the_last_reader(float* out) {
+  const float value = out[64];
+  if (threadIdx.x == 63) out[64] = value + 1;
+  out[threadIdx.x] = value;
+}
 __global__ void in_place(float* out) { out[threadIdx.x] = out[threadIdx.x] + 1; }
 __global__ void reads_back_through_nc(float* out) {
   out[threadIdx.x] = 3;

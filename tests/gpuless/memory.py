@@ -139,7 +139,7 @@ class Shadow:
             written = writer != _NOBODY
             if not coherent and written.any():
                 raise PtxError("race: a non-coherent load of bytes that this launch wrote")
-            _refuse(written & (writer != thread), thread, writer, "reads what thread {} wrote")
+            _refuse(written & (writer != thread), thread, writer, "reads", "wrote")
             before = self._reader[granule]
             self._reader[granule] = thread
             shared = (before != _NOBODY) & (before != thread)
@@ -151,12 +151,12 @@ class Shadow:
         for granule in self._granules(offset, size):
             reader, writer = self._reader[granule], self._writer[granule]
             read = (reader != _NOBODY) & (reader != thread)
-            _refuse(read, thread, reader, "overwrites what thread {} read")
+            _refuse(read, thread, reader, "overwrites", "read")
             written = (writer != _NOBODY) & (writer != thread)
-            _refuse(written, thread, writer, "overwrites what thread {} wrote")
+            _refuse(written, thread, writer, "overwrites", "wrote")
             self._writer[granule] = thread
             now = self._writer[granule]
-            _refuse(now != thread, thread, now, "overwrites what thread {} wrote")
+            _refuse(now != thread, thread, now, "overwrites", "wrote")
 
     def _granules(self, offset: np.ndarray, size: int) -> Iterator[np.ndarray]:
         if size < self._granule:
@@ -171,12 +171,14 @@ class Shadow:
         self._granule = size
 
 
-def _refuse(conflict: np.ndarray, thread: np.ndarray, other: np.ndarray, deed: str) -> None:
+def _refuse(
+    conflict: np.ndarray, thread: np.ndarray, other: np.ndarray, deed: str, done: str
+) -> None:
     if conflict.any():
         i = int(np.argmax(conflict))
         known = int(other[i])
-        name = "another" if known == _MANY else str(known)
-        raise PtxError(f"race: thread {int(thread[i])} " + deed.format(name))
+        name = "others" if known == _MANY else f"thread {known}"
+        raise PtxError(f"race: thread {int(thread[i])} {deed} what {name} {done}")
 
 
 def require_aligned(address: Array, size: int) -> None:

@@ -1,0 +1,143 @@
+"""Normals inside a kernel: csrc/formula.h in Triton, bit for bit, as philox.py specifies them.
+
+Only correctly rounded operations: Triton's own `log`, `sin`, `cos` and `sqrt` are approximate on
+GPUs, and its `randn` needs local memory for them.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Highest power first, as Horner's scheme takes them.
+_LN = tl.constexpr(
+    tuple(
+        map(
+            float.fromhex,
+            (
+                "0x1.6607fep-4",
+                "-0x1.25183ap-3",
+                "0x1.3174c8p-3",
+                "-0x1.53522ap-3",
+                "0x1.98d22cp-3",
+                "-0x1.0004cap-2",
+                "0x1.5556f6p-2",
+                "-0x1.fffffap-2",
+            ),
+        )
+    )
+)
+_LN_2 = tl.constexpr(float.fromhex("0x1.62e430p-1"))
+_SIN = tl.constexpr(
+    tuple(
+        map(
+            float.fromhex,
+            ("-0x1.2da156p+6", "0x1.465eeap+6", "-0x1.4abbbap+5", "-0x1.a32bd0p-23"),
+        )
+    )
+)
+_TWO_PI = tl.constexpr(float.fromhex("0x1.921fb6p+2"))
+_COS = tl.constexpr(
+    tuple(
+        map(
+            float.fromhex,
+            ("0x1.d47d48p+5", "-0x1.55b146p+6", "0x1.03c1aep+6", "-0x1.3bd3ccp+4", "0x1.0p+0"),
+        )
+    )
+)
+
+
+@triton.jit
+def polynomial(coefficients: tl.constexpr, x):
+    value = tl.full(x.shape, coefficients[0], tl.float32)
+    for i in tl.static_range(1, len(coefficients)):
+        value = tl.fma(value, x, coefficients[i])
+    return value
+
+
+@triton.jit
+def ln(u):
+    word = u.to(tl.int32, bitcast=True)
+    exponent = (word - 0x3F3504F3) >> 23
+    f = (word - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    mantissa = tl.fma(f * f, polynomial(_LN, f), f)
+    return tl.fma(exponent.to(tl.float32), _LN_2, mantissa)
+
+
+@triton.jit
+def sincos_2pi(u):
+    quarter = tl.fma(u, 4.0, 0.5).to(tl.int32)
+    r = tl.fma(quarter.to(tl.float32), -0.25, u)
+    square = r * r
+    s = tl.fma(r, _TWO_PI, r * polynomial(_SIN, square))
+    c = polynomial(_COS, square)
+    swapped = (quarter & 1) != 0
+    first = tl.where(swapped, c, s).to(tl.int32, bitcast=True)
+    second = tl.where(swapped, s, c).to(tl.int32, bitcast=True)
+    # Bit 1 of the quarter is the sign.
+    sine = (first ^ ((quarter >> 1) << 31)).to(tl.float32, bitcast=True)
+    cosine = (second ^ (((quarter + 1) >> 1) << 31)).to(tl.float32, bitcast=True)
+    return sine, cosine
+
+
+@triton.jit
+def uniform(word):
+    # From uint32 the conversion rounds once.
+    return tl.fma(word.to(tl.float32), 2.0**-32, 2.0**-33)
+
+
+@triton.jit
+def box_muller(word_0, word_1):
+    radius = tl.sqrt_rn(ln(uniform(word_0)) * -2.0)
+    sine, cosine = sincos_2pi(uniform(word_1))
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def words(keys, position, quad, stream: tl.constexpr):
+    """Four random words for each quad of elements of the sample that `position` keys."""
+    seed = tl.load(keys.seed + position)
+    step = tl.load(keys.step + position).to(tl.uint32)
+    sample = tl.load(keys.sample + position).to(tl.uint32)
+    return tl.philox(seed, quad, step, sample, stream)
+
+
+@triton.jit
+def normals_of_quads(keys, position, quad, stream: tl.constexpr):
+    r_0, r_1, r_2, r_3 = words(keys, position, quad, stream)
+    z_0, z_1 = box_muller(r_0, r_1)
+    z_2, z_3 = box_muller(r_2, r_3)
+    return z_0, z_1, z_2, z_3
+
+
+@triton.jit
+def quads(first, TILE: tl.constexpr):
+    """The quads of a tile, one a thread."""
+    return (first // 4).to(tl.uint32) + tl.arange(0, TILE // 4).to(tl.uint32)
+
+
+@triton.jit
+def normals(keys, position, first, stream: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    """float32 `[TILE]`: normals first … first + TILE − 1, each drawn by the thread that stores it.
+
+    A thread stores VECTOR neighbours: half a quad, a quad, or two.
+    """
+    vector = (first // VECTOR).to(tl.uint32) + tl.arange(0, TILE // VECTOR).to(tl.uint32)
+    if VECTOR == 2:
+        r_0, r_1, r_2, r_3 = words(keys, position, vector >> 1, stream)
+        second = (vector & 1) != 0
+        z = tl.join(*box_muller(tl.where(second, r_2, r_0), tl.where(second, r_3, r_1)))
+    elif VECTOR == 4:
+        z_0, z_1, z_2, z_3 = normals_of_quads(keys, position, vector, stream)
+        z = tl.join(tl.join(z_0, z_2), tl.join(z_1, z_3))
+    else:
+        tl.static_assert(VECTOR == 8)
+        y_0, y_1, y_2, y_3 = normals_of_quads(keys, position, 2 * vector, stream)
+        z_0, z_1, z_2, z_3 = normals_of_quads(keys, position, 2 * vector + 1, stream)
+        z = tl.join(
+            tl.join(tl.join(y_0, z_0), tl.join(y_2, z_2)),
+            tl.join(tl.join(y_1, z_1), tl.join(y_3, z_3)),
+        )
+    return z.reshape(TILE)
