@@ -50,9 +50,9 @@ _COS = tl.constexpr(
 
 
 @triton.jit
-def polynomial(coefficients: tl.constexpr, x):
+def polynomial(coefficients: tl.constexpr, degree: tl.constexpr, x):
     value = tl.full(x.shape, coefficients[0], tl.float32)
-    for i in tl.static_range(1, len(coefficients)):
+    for i in tl.static_range(1, degree + 1):
         value = tl.fma(value, x, coefficients[i])
     return value
 
@@ -62,7 +62,7 @@ def ln(u):
     word = u.to(tl.int32, bitcast=True)
     exponent = (word - 0x3F3504F3) >> 23
     f = (word - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
-    mantissa = tl.fma(f * f, polynomial(_LN, f), f)
+    mantissa = tl.fma(f * f, polynomial(_LN, 7, f), f)
     return tl.fma(exponent.to(tl.float32), _LN_2, mantissa)
 
 
@@ -71,8 +71,8 @@ def sincos_2pi(u):
     quarter = tl.fma(u, 4.0, 0.5).to(tl.int32)
     r = tl.fma(quarter.to(tl.float32), -0.25, u)
     square = r * r
-    s = tl.fma(r, _TWO_PI, r * polynomial(_SIN, square))
-    c = polynomial(_COS, square)
+    s = tl.fma(r, _TWO_PI, r * polynomial(_SIN, 3, square))
+    c = polynomial(_COS, 4, square)
     swapped = (quarter & 1) != 0
     first = tl.where(swapped, c, s).to(tl.int32, bitcast=True)
     second = tl.where(swapped, s, c).to(tl.int32, bitcast=True)

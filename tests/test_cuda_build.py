@@ -218,7 +218,7 @@ def test_ptxas_contracts_nothing(
 
 def packed(body: str, opcode: str) -> int:
     """Operations on pairs count twice."""
-    name = {"FFMA": "fma", "FMUL": "mul", "FADD": "add"}[opcode]
+    name = {"FFMA": "fma", "FMUL": "mul", "FADD": "(?:add|sub)"}[opcode]
     return 2 * len(re.findall(rf"\b{name}\.rn\.f32x2", body))
 
 

@@ -41,10 +41,14 @@ HEADER = ".version 8.7\n.target sm_90\n.address_size 64\n"
 def evaluate(
     body: str, sources: dict[str, np.ndarray], result: str, declarations: str = ""
 ) -> np.ndarray:
-    """What `body` leaves in register d, of PTX type `result`, for each element of its sources.
+    """What `body` leaves in register d, of PTX type `result`, for each element of its sources."""
+    return run_statements(body, sources, result, declarations)[0]
 
-    Sources are registers named by their keys, each in a thread of its own.
-    """
+
+def run_statements(
+    body: str, sources: dict[str, np.ndarray], result: str, declarations: str = ""
+) -> tuple[np.ndarray, ptx.Launch]:
+    """`body` in one thread for each element of its sources, registers named by their keys."""
     count = len(next(iter(sources.values())))
     bits = {name: values.view(f"u{values.itemsize}") for name, values in sources.items()}
     size = int(result.lstrip("bfus")) // 8
@@ -58,6 +62,7 @@ def evaluate(
     )
     text = f"""{HEADER}
     .visible .entry f(.param .u64 p_out{"".join(f", .param .u64 p_{name}" for name in bits)}) {{
+        .reg .pred beyond;
         .reg .b64 address;
         .reg .b32 i, block, tid;
         .reg .b{8 * size} d;
@@ -74,15 +79,15 @@ def evaluate(
         mad.wide.u32 address, i, {size}, address;
         st.global.b{8 * size} [address], d;
         ret;
-    }}""".replace(".reg .b64 address;", ".reg .b64 address; .reg .pred beyond;")
+    }}"""
     memory = ptx.Memory()
     memory.add(out.ctypes.data, out.nbytes, "out")
     for name, values in bits.items():
         memory.add(values.ctypes.data, values.nbytes, name, writable=False)
     arguments = [out.ctypes.data, *(v.ctypes.data for v in bits.values())]
     grid = (-(-count // 256), 1, 1)
-    ptx.run(ptx.parse(text), "f", grid, (256, 1, 1), arguments, memory)
-    return out
+    launch = ptx.run(ptx.parse(text), "f", grid, (256, 1, 1), arguments, memory)
+    return out, launch
 
 
 def combinations(*columns: Iterable[int | float], dtypes: Sequence[str]) -> dict[str, np.ndarray]:
@@ -198,6 +203,17 @@ def test_carry_chains() -> None:
         declarations,
     )
     assert difference.tolist() == [(int(x) - int(y)) % 2**64 for x, y in zip(a, b, strict=True)]
+    # What leaves the second word, into a third.
+    out = evaluate(
+        halves
+        + "add.cc.u32 r0, a0, b0; addc.cc.u32 r1, a1, b1; addc.u32 r2, 0, 0;"
+        + "sub.cc.u32 r0, a0, b0; subc.cc.u32 r1, a1, b1; subc.u32 r3, 0, 0; mov.b64 d, {r2, r3};",
+        {"a": a, "b": b},
+        "u64",
+        declarations,
+    )
+    for word, x, y in zip(out.tolist(), a.tolist(), b.tolist(), strict=True):
+        assert word == (x + y >> 64) + (2**64 - 2**32 if x < y else 0)
     product = """
         mul.lo.u32 r0, a0, b0;
         mul.hi.u32 r1, a0, b0;
@@ -418,6 +434,20 @@ def hard_triples(of: Format) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     steps = np.arange(1, 200).astype(of.dtype)
     triples.append((1 + steps * unit, 1 - steps * unit, np.full_like(steps, 2.0**of.precision + 2)))
     triples.append((1 + steps * unit, 1 + steps * unit, np.full_like(steps, -1)))
+    # The same below the smallest normal number, where ties lie elsewhere.
+    low = -((1 - of.lowest) // 2)
+    factors = (1 + steps * unit, 1 - steps * unit)
+    scaled = [
+        np.ldexp(f, e).astype(of.dtype)
+        for f, e in zip(factors, (low, of.lowest - 1 - low), strict=True)
+    ]
+    odd_subnormal = np.array(2.0 ** (of.lowest + of.precision - 2) + 2.0**of.lowest, of.dtype)
+    triples.append((*scaled, np.full_like(steps, odd_subnormal)))
+    triples.append((*scaled, np.zeros_like(steps)))
+    # Factors at opposite ends of the range.
+    end = of.highest - 26
+    far = [np.ldexp(f, e).astype(of.dtype) for f, e in zip(factors, (end, -end // 3), strict=True)]
+    triples.append((*far, steps))
     # Products below the subnormals.
     root = np.array(2.0 ** (of.lowest // 2), of.dtype)
     triples.append((steps * root, (1 + steps * unit) * root / 2, smallest[:199]))
@@ -797,6 +827,13 @@ def test_integer_widths() -> None:
     octets = values.astype("u1").view("i1").astype("i4").view("u4")
     assert (evaluate("cvt.s32.s8 d, a;", sources, "s32") == octets).all()
     assert (evaluate("cvt.u16.u32 d, a;", sources, "u16") == values.astype("u2")).all()
+    # A register wider than the type is filled, by the sign where there is one.
+    assert (evaluate("cvt.s8.s32 d, a;", sources, "s32") == octets).all()
+    assert (evaluate("cvt.u8.u32 d, a;", sources, "s32") == values.astype("u1")).all()
+    place = "ld.param.u64 address, [p_a]; mad.wide.u32 address, i, 4, address;"
+    assert (evaluate(place + "ld.global.s8 d, [address];", sources, "s32") == octets).all()
+    narrow = values.astype("u1")
+    assert (evaluate(place + "ld.global.u8 d, [address];", sources, "s32") == narrow).all()
 
 
 def test_vectors_of_parts() -> None:
@@ -928,6 +965,10 @@ def test_scopes() -> None:
             bra over;
             mov.u32 t, 20;
             over:
+            {
+                .reg .b32 t;
+                mov.u32 t, 100;
+            }
             mov.u32 d, t;
         }
         {
@@ -948,18 +989,22 @@ def test_registers_start_poisoned() -> None:
     assert np.isnan(out.view("f4")).all()
 
 
-def test_predicated_lanes_keep_their_value() -> None:
-    a = np.arange(600, dtype="u4")
+@pytest.mark.parametrize("count", [512, 600])
+def test_predicated_lanes_keep_their_value(count: int) -> None:
+    """And what turned them off does not count as executed."""
+    a = np.arange(count, dtype="u4")
     body = """
         mov.u32 d, a;
         mov.u32 copy, d;
         and.b32 t, a, 3;
         setp.eq.u32 p, t, 2;
-        @p mov.u32 d, 7;
+        @p mov.b32 d, 7;
         @!p add.u32 copy, copy, 1;
         add.u32 d, d, copy;"""
-    out = evaluate(body, {"a": a}, "b32", ".reg .b32 t, copy; .reg .pred p;")
-    assert out.tolist() == [7 + i if i % 4 == 2 else i + i + 1 for i in range(600)]
+    out, launch = run_statements(body, {"a": a}, "b32", ".reg .b32 t, copy; .reg .pred p;")
+    assert out.tolist() == [7 + i if i % 4 == 2 else i + i + 1 for i in range(count)]
+    assert launch.executed["mov.b32"] == count // 4
+    assert launch.executed["st.global.b32"] == count
 
 
 # Whole kernels, compiled by nvcc.
@@ -1007,6 +1052,8 @@ def start(
         ("read_after_write", "reads what thread"),
         ("write_after_read", "overwrites what"),
         ("a_byte_of_a_word", "overwrites what thread"),
+        ("a_byte_of_what_was_read", "overwrites what thread 0 read"),
+        ("written_by_the_last_reader", "overwrites what others read"),
         ("reads_back_through_nc", "non-coherent"),
         ("divergent_barrier", "divergent barrier"),
         ("barrier_after_exit", "divergent barrier"),
