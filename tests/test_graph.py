@@ -454,6 +454,18 @@ class TestKey:
     @pytest.mark.parametrize(
         ("first", "second"),
         [
+            ({"eta": 1.0}, {"eta": torch.tensor([0.0, 1.0])}),
+            ({"mode": "loop"}, {"mode": "loop", "return_trajectory": True}),
+            ({"eta": 1.0}, {"eta": 1.0, "noise": latents((4, *SHAPE))}),
+        ],
+        ids=["rows", "trajectory of a loop", "noise"],
+    )
+    def test_what_differs_in_one_thing(self, first, second, captures):
+        assert self.count(captures, [first, second, first, second]) == [1, 2, 2, 2]
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
             ({"label": 1}, {"label": 1.0}),
             ({"label": 1}, {"label": True}),
             ({"label": 0.0}, {"label": -0.0}),

@@ -1,7 +1,7 @@
 """The Triton kernels under Triton's own interpreter, in a process of their own.
 
-TRITON_INTERPRET is read where a kernel is defined and holds for the whole process, so the cases are in
-tests/interpreter/parity.py, which only this test runs.
+TRITON_INTERPRET is read where a kernel is defined and holds for the whole process, so the cases are
+in tests/interpreter/parity.py, which only this test runs.
 """
 
 from __future__ import annotations

@@ -146,9 +146,7 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
     case = make_case(generator, (2, 2, 80), dtype=torch.float16, noise="keyed")
     expected = torch.empty_like(case.x)
     arguments = {"noise": None, "keys": case.keys, "x_0": None, "model_input": None}
-    update.update_out(
-        case.x, case.model_output, case.table, case.row, **arguments, out=expected
-    )
+    update.update_out(case.x, case.model_output, case.table, case.row, **arguments, out=expected)
     x, m, out = (
         memory[start:].as_strided(case.x.shape, (200, distance, 1)) for start in (0, 400, 800)
     )
