@@ -907,6 +907,7 @@ REFUSED = [
     "add.u32 d, a;",
     "add.u32 d, a, b, a;",
     "add.u64 x, x, a;",
+    "ld.global.f32 x, [x];",
     "add.u32 d, a, nowhere;",
     "add.u32 d, a, 0x100000000;",
     "mov.f32 d, 0d3FF0000000000000;",

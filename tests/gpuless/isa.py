@@ -251,14 +251,15 @@ def writer(scope: Scope, operand: str, dtype: np.dtype, wider: bool = False) -> 
     if size != dtype.itemsize and not (wider and size > dtype.itemsize):
         raise PtxError(f"a register of {size} bytes for {dtype.itemsize}")
     storage = UNSIGNED[size] if register.width else np.bool_
-    extended = (SIGNED if dtype.kind == "i" else UNSIGNED)[size]
     index, narrow = register.index, size != dtype.itemsize
+    if narrow and dtype.kind == "f":
+        raise PtxError(f"a register of {size} bytes for a float of {dtype.itemsize}")
 
     def write(wave: Wave, lanes: Lanes, value: Array) -> None:
         if value.dtype.itemsize != dtype.itemsize:
             raise AssertionError(f"{value.dtype} computed where {dtype} is written")
         value = value.view(dtype)
-        put(wave, index, lanes, (value.astype(extended) if narrow else value).view(storage))
+        put(wave, index, lanes, value.astype(storage) if narrow else value.view(storage))
 
     return write
 

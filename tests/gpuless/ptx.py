@@ -617,6 +617,8 @@ class _Wave:
         chosen = ~chosen if negated else chosen
         if chosen.all():
             return lanes, nobody
+        if not chosen.any():
+            return nobody, lanes
         everyone = self._lane if lanes is None else lanes
         return everyone[chosen], everyone[~chosen] if complement else nobody
 
