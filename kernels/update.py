@@ -335,10 +335,10 @@ def _warp_size(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).warp_size)
 
 
-def _options() -> dict[str, Any]:
+def _options(*, capped: bool) -> dict[str, Any]:
     """Options of the compiler."""
     options: dict[str, Any] = {"enable_fp_fusion": False}
-    if torch.version.hip is None:
+    if capped and torch.version.hip is None:
         # Three quarters of the threads that a multiprocessor with 64 K registers holds.
         options["maxnreg"] = 40
     return options
@@ -384,6 +384,8 @@ def _prepare_update(
     return _launch(
         layout,
         [tensor for tensor in tensors if tensor is not None],
+        # Without noise there is no need, and a history, a mask or float64 would not fit.
+        capped=keys is not None and tensors.history is None and tensors.mask is None,
         aligned=aligned,
         conditional=batch * model_output.strides[0] if guided else None,
         second_input=batch * model_input.strides[0] if twice else None,
@@ -398,14 +400,17 @@ def _prepare_normal(keys: Keys, out: _Meta, aligned: bool) -> _Launch | None:
     if 0 in out.shape:
         return None
     layout = lay_out(out.shape, [out.strides], ordered_by=None, one_row=False)
-    return _launch(layout, [out], aligned=aligned)
+    return _launch(layout, [out], capped=True, aligned=aligned)
 
 
-def _launch(layout: Layout, tensors: list[_Meta], *, aligned: bool, **constants: Any) -> _Launch:
+def _launch(
+    layout: Layout, tensors: list[_Meta], *, capped: bool, aligned: bool, **constants: Any
+) -> _Launch:
     distances = [v for v in (constants.get("conditional"), constants.get("second_input")) if v]
+    itemsize = max(tensor.dtype.itemsize for tensor in tensors)
     tiles = cut(
         layout,
-        max(tensor.dtype.itemsize for tensor in tensors),
+        itemsize,
         _warp_size(tensors[0].device),
         aligned=aligned and not any(distance % 16 for distance in distances),
     )
@@ -420,7 +425,7 @@ def _launch(layout: Layout, tensors: list[_Meta], *, aligned: bool, **constants:
         "VECTOR": tiles.vector,
         "WIDE": layout.wide,
         "num_warps": tiles.num_warps,
-        **_options(),
+        **_options(capped=capped and itemsize < 8),
     }
     return _Launch((programs,), layout.strides, constants)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 
 from .gpuless.cases import run_bare
 from .gpuless.toolchain import tool
-from .test_cuda_build import count, output_of, packed, sass_of
-from .test_update import make_case
+from .test_cuda_build import count, output_of, sass_of
+from .test_update import make_case, run
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+import triton.language as tl
 
 from .gpuless import triton_jit
 
@@ -22,28 +26,93 @@ BF16 = torch.bfloat16
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "float32, noise": {"noise": "keyed"},
+    "float32, noise given": {"noise": "given"},
     "bfloat16": {"dtype": BF16},
     "bfloat16, noise": {"dtype": BF16, "noise": "keyed"},
     "float16": {"dtype": torch.float16},
     "guided": {"guided": True, "model_input": torch.float32},
+    "guided, bfloat16, noise": {"dtype": BF16, "guided": True, "model_input": BF16}
+    | {"noise": "keyed"},
     "float32, bfloat16": {"model_dtype": BF16, "model_input": BF16},
     "strided, noise": {"noise": "keyed", "layout": "sliced"},
-    "float64": {"dtype": torch.float64},
+    "float64, noise": {"dtype": torch.float64, "noise": "keyed"},
+    "everything": {"noise": "keyed", "guided": True, "model_input": BF16, "per_sample": True}
+    | {"history": True, "mask": True, "learned_variance": True},
 }
-PLAIN = ("float32", "float32, noise", "bfloat16", "bfloat16, noise", "float16")
-
-# Registers a thread. Full occupancy needs 32 on sm_80, 90 and 100, three quarters of it 40.
-REGISTERS = {"float32": 32, "float32, noise": 48, "bfloat16": 40, "bfloat16, noise": 64}
+# Loads and stores of 16 bytes by a thread: one for each tensor.
+WIDE = {
+    "float32": (2, 1),
+    "float32, noise": (2, 1),
+    "float32, noise given": (3, 1),
+    "bfloat16": (2, 1),
+    "bfloat16, noise": (2, 1),
+    "float16": (2, 1),
+    "guided": (3, 3),
+    "guided, bfloat16, noise": (3, 3),
+    # Those of the state; the others move 8 bytes.
+    "float32, bfloat16": (1, 1),
+    "float64, noise": (2, 1),
+    "everything": (6, 1),
+}
+# Registers a thread for full occupancy on sm_80, 90 and 100, and for three quarters of it, which on
+# sm_120 is full.
+FULL, THREE_QUARTERS = 32, 40
+UNBOUNDED = ("everything", "float64, noise")
+FULLY_OCCUPIED = ("float32", "guided", "float32, bfloat16")
+HALF_PRECISION = ("bfloat16", "float16")
 
 
 def built(target: Any, variant: str) -> triton_jit.Binary:
     """The kernel that a large update of this kind launches."""
     binaries: list[triton_jit.Binary] = []
-    case = make_case(torch.Generator().manual_seed(1), (2, 4, 512, 512), **VARIANTS[variant])
+    case = make_case(torch.Generator().manual_seed(1), (2, 4, 384, 384), **VARIANTS[variant])
     with triton_jit.compiled_for(target, binaries.append):
-        run_bare(triton_jit.update.update_out, case)
+        # With x_0, into memory that is not aligned, or without it where it is.
+        (run if variant == "strided, noise" else run_bare)(triton_jit.update.update_out, case)
     (binary,) = binaries
     return binary
+
+
+def machine_code(binary: triton_jit.Binary, folder: Path) -> Counter[str]:
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(binary.kernel.asm["cubin"])
+    (sass,) = sass_of(output_of([tool("nvdisasm"), "-c", str(cubin)], folder)).values()
+    return sass
+
+
+@triton.jit
+def roots(x, COUNT: tl.constexpr):
+    for i in tl.static_range(COUNT):
+        tl.store(x + i, tl.sqrt_rn(tl.load(x + i)))
+
+
+OPCODES = ("FFMA", "FMUL", "FADD", "DFMA", "DMUL", "DADD")
+
+
+def operations(sass: Counter[str]) -> dict[str, int]:
+    """Floating-point operations in machine code; those on pairs count twice."""
+    return {opcode: count(sass, opcode) + 2 * count(sass, opcode + "2") for opcode in OPCODES}
+
+
+def operations_of_roots(n: int, target: Any, folder: Path) -> dict[str, int]:
+    """What ptxas makes of `n` square roots: a sequence for each, and one subroutine for all."""
+    if n == 0:
+        return dict.fromkeys(OPCODES, 0)
+    binaries: list[triton_jit.Binary] = []
+    triton_jit.Compiler(roots, target, binaries.append)[(1,)](torch.ones(n), COUNT=n, num_warps=1)
+    return operations(machine_code(binaries[0], folder))
+
+
+def operations_in_ptx(ptx: str) -> dict[str, int]:
+    found = {}
+    for opcode in OPCODES:
+        name = {"FMA": "fma", "MUL": "mul", "ADD": "(?:add|sub)"}[opcode[1:]]
+        width = {"F": 32, "D": 64}[opcode[0]]
+        found[opcode] = len(re.findall(rf"\b{name}\.rn\.f{width}\b", ptx))
+        found[opcode] += 2 * len(re.findall(rf"\b{name}\.rn\.f{width}x2\b", ptx))
+    # There is no other instruction for it.
+    found["DADD"] += len(re.findall(r"\bneg\.f64\b", ptx))
+    return found
 
 
 @pytest.mark.skipif(
@@ -55,29 +124,28 @@ def test_nvidia(target: Any, variant: str, tmp_path: Path) -> None:
     """No stack, no spills, wide accesses, and ptxas contracts nothing."""
     binary = built(target, variant)
     ptx = binary.kernel.asm["ptx"]
-    assert not re.search(r"\b(?:fma|mul|add|sub)\.f32\b", ptx), "an operation may be contracted"
+    assert not re.search(r"\b(?:fma|mul|add|sub)\.f(?:32|64)\b", ptx), "may be contracted"
     assert "approx" not in ptx
     assert ".ftz" not in ptx
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(binary.kernel.asm["cubin"])
-    usage = output_of([tool("cuobjdump"), "-res-usage", str(cubin)], tmp_path)
+    sass = machine_code(binary, tmp_path)
+    usage = output_of([tool("cuobjdump"), "-res-usage", "kernel.cubin"], tmp_path)
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert resources is not None
-    registers, stack, shared, local = map(int, resources.groups())
+    registers, stack, _, local = map(int, resources.groups())
     assert (stack, local) == (0, 0)
-    assert shared == 0, "values change threads"
-    assert registers <= REGISTERS.get(variant, 128)
-    (sass,) = sass_of(output_of([tool("nvdisasm"), "-c", str(cubin)], tmp_path)).values()
     assert count(sass, "LDL") == count(sass, "STL") == 0
-    if variant in PLAIN:
-        wide = [name for name in sass.elements() if ".128" in name]
-        assert sum(name.startswith("LDG") for name in wide) == 2
-        assert sum(name.startswith("STG") for name in wide) == 1
-    if "noise" not in variant and variant != "float64":
-        for opcode, operation in (("FFMA", "fma"), ("FMUL", "mul"), ("FADD", "(?:add|sub)")):
-            expected = len(re.findall(rf"\b{operation}\.rn\.f32\b(?!x2)", ptx))
-            found = count(sass, opcode) + 2 * count(sass, opcode + "2")
-            assert found == expected + packed(ptx, opcode), opcode
+    # Values stay in the thread that read them.
+    assert binary.kernel.metadata.shared == 0
+    assert count(sass, "BAR") == count(sass, "SHFL") == count(sass, "STS") == 0
+    full = variant in FULLY_OCCUPIED or (variant in HALF_PRECISION and target.arch in (80, 90))
+    if variant not in UNBOUNDED:
+        assert registers <= (FULL if full else THREE_QUARTERS)
+    wide = [name for name in sass.elements() if ".128" in name]
+    loads, stores = (sum(name.startswith(kind) for name in wide) for kind in ("LDG", "STG"))
+    assert (loads, stores) == WIDE.get(variant, (0, 0))
+    expected = Counter(operations_in_ptx(ptx))
+    expected += Counter(operations_of_roots(len(re.findall("sqrt.rn", ptx)), target, tmp_path))
+    assert operations(sass) == {opcode: expected[opcode] for opcode in OPCODES}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -89,7 +157,20 @@ def test_amd(target: Any, variant: str) -> None:
         values = re.findall(rf"\.{name}:\s+(\d+)", assembly)
         assert values
         assert set(values) == {"0"}, name
-    if variant in PLAIN:
-        assert len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", assembly)) >= 2
-        assert re.search(r"(?:global|buffer)_store_(?:dwordx4|b128)", assembly)
-    assert not re.search(r"v_(?:log|sin|cos|rsq)_f32", assembly), "approximate"
+    loads, stores = WIDE.get(variant, (0, 0))
+    assert len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", assembly)) == loads
+    assert len(re.findall(r"(?:global|buffer)_store_(?:dwordx4|b128)", assembly)) == stores
+    assert not re.search(r"v_(?:log|sin|cos)_f32", assembly), "approximate"
+
+
+def test_other_sizes_need_no_other_kernel() -> None:
+    """Batch, resolution and strides are arguments: one binary serves them."""
+    for layout, noise in (("contiguous", "keyed"), ("contiguous", "none"), ("sliced", "keyed")):
+        hashes = set()
+        for shape in ((2, 4, 64, 64), (5, 4, 96, 160), (3, 3, 128, 32)):
+            case = make_case(torch.Generator().manual_seed(1), shape, layout=layout, noise=noise)
+            binaries: list[triton_jit.Binary] = []
+            with triton_jit.compiled_for(triton_jit.SM_90, binaries.append):
+                run_bare(triton_jit.update.update_out, case)
+            hashes |= {binary.kernel.hash for binary in binaries}
+        assert len(hashes) == 1
