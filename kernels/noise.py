@@ -124,18 +124,20 @@ def normals(keys, position, first, stream: tl.constexpr, TILE: tl.constexpr, VEC
 
     A thread stores VECTOR neighbours: half a quad, a quad, or two.
     """
-    vector = (first // VECTOR).to(tl.uint32) + tl.arange(0, TILE // VECTOR).to(tl.uint32)
+    first_quad = (first // 4).to(tl.uint32)
+    lane = tl.arange(0, TILE // VECTOR).to(tl.uint32)
     if VECTOR == 2:
-        r_0, r_1, r_2, r_3 = words(keys, position, vector >> 1, stream)
-        second = (vector & 1) != 0
+        r_0, r_1, r_2, r_3 = words(keys, position, first_quad + (lane >> 1), stream)
+        second = (lane & 1) != 0
         z = tl.join(*box_muller(tl.where(second, r_2, r_0), tl.where(second, r_3, r_1)))
     elif VECTOR == 4:
-        z_0, z_1, z_2, z_3 = normals_of_quads(keys, position, vector, stream)
+        z_0, z_1, z_2, z_3 = normals_of_quads(keys, position, first_quad + lane, stream)
         z = tl.join(tl.join(z_0, z_2), tl.join(z_1, z_3))
     else:
         tl.static_assert(VECTOR == 8)
-        y_0, y_1, y_2, y_3 = normals_of_quads(keys, position, 2 * vector, stream)
-        z_0, z_1, z_2, z_3 = normals_of_quads(keys, position, 2 * vector + 1, stream)
+        quad = first_quad + 2 * lane
+        y_0, y_1, y_2, y_3 = normals_of_quads(keys, position, quad, stream)
+        z_0, z_1, z_2, z_3 = normals_of_quads(keys, position, quad + 1, stream)
         z = tl.join(
             tl.join(tl.join(y_0, z_0), tl.join(y_2, z_2)),
             tl.join(tl.join(y_1, z_1), tl.join(y_3, z_3)),

@@ -36,5 +36,5 @@ def test_the_cases_of_the_interpreter_pass(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None
-    assert int(passed[1]) > 150
+    assert int(passed[1]) > 100
     assert "skipped" not in result.stdout

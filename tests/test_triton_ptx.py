@@ -4,9 +4,16 @@ the interpreter of PTX, bit for bit against the C++ kernel on the CPU.
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,17 +21,24 @@ from torch import Tensor
 
 import fastddim
 from fastddim import backends, philox
+from fastddim.plan import Row
 
-from .test_native import needs_extension
-from .test_update import DTYPES, LAYOUTS, make_case, poisoned_like, run, written_only_inside
+from . import test_update
+from .test_native import ROOT, needs_extension
+from .test_update import DTYPES, LAYOUTS, Case, make_case, poisoned_like, run, written_only_inside
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+import triton.language as tl
+from fastddim.kernels import noise
 
 from .gpuless import ptx, triton_jit
 from .gpuless.cases import UPDATES, assert_bits_of_cpu, run_bare, same_bits, update_case
 from .test_cuda_ptx import DIGITS, recorded_digits
 
 pytestmark = needs_extension
+OTHER_TARGETS = [target for target in triton_jit.CUDA_TARGETS if target != triton_jit.SM_90]
 
 
 @pytest.fixture
@@ -36,16 +50,117 @@ def interpreter() -> Iterator[triton_jit.Interpreter]:
 
 @pytest.mark.parametrize("name", UPDATES)
 def test_updates(interpreter: triton_jit.Interpreter, name: str) -> None:
-    case = update_case(name)
-    assert_bits_of_cpu(triton_jit.update.update_out, case)
-    assert_bits_of_cpu(triton_jit.update.update_out, case, in_place=True)
+    in_place = list(UPDATES).index(name) % 2 == 1
+    assert_bits_of_cpu(triton_jit.update.update_out, update_case(name), in_place=in_place)
+    assert all(launch.bytes_written for launch in interpreter.launches)
 
 
-@pytest.mark.parametrize("target", triton_jit.CUDA_TARGETS, ids=lambda target: f"sm_{target.arch}")
+@pytest.mark.parametrize("target", OTHER_TARGETS, ids=lambda target: f"sm_{target.arch}")
 def test_other_targets(target: Any) -> None:
-    with triton_jit.compiled_for(target, triton_jit.Interpreter()):
+    """What ptxas gets for other GPUs, with operations on pairs from sm_100 on."""
+    interpreter = triton_jit.Interpreter()
+    with triton_jit.compiled_for(target, interpreter):
         for name in list(UPDATES)[::23]:
             assert_bits_of_cpu(triton_jit.update.update_out, update_case(name))
+        for dtype in DTYPES:
+            assert_bits_of_cpu(triton_jit.update.update_out, aligned_case(dtype))
+    pairs = sum(n for launch in interpreter.launches for n in paired(launch.executed))
+    assert (pairs > 0) == (target.arch >= 100)
+
+
+def paired(executed: Counter[str]) -> list[int]:
+    return [n for opcode, n in executed.items() if opcode.endswith("f32x2")]
+
+
+def aligned_case(dtype: torch.dtype, **arguments: Any) -> Case:
+    """Several tiles a sample, the last of them not full, and a multiple of 16 bytes everywhere."""
+    kind = {"noise": "keyed", "guided": True, "model_input": dtype, **arguments}
+    return make_case(torch.Generator().manual_seed(7), (2, 3, 720), dtype=dtype, **kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("noise", ["none", "given", "keyed"])
+def test_vectors(interpreter: triton_jit.Interpreter, dtype: torch.dtype, noise: str) -> None:
+    """Where everything is aligned, every tensor is moved 16 bytes at a time."""
+    case = aligned_case(dtype, noise=noise, clip=0.5, per_sample=True)
+    for got, expected in zip(
+        run_bare(triton_jit.update.update_out, case),
+        run_bare(backends.BACKENDS["cpu"].update_out, case),
+        strict=True,
+    ):
+        assert same_bits(got, expected)
+    (launch,) = interpreter.launches
+    accesses = {"ld": 3 + (noise == "given"), "st": 3}
+    for kind, tensors in accesses.items():
+        wide = sum(
+            n
+            for opcode, n in launch.executed.items()
+            if opcode.startswith(f"{kind}.global") and (".v4.b32" in opcode or ".v2.b64" in opcode)
+        )
+        assert wide == tensors * case.x.nbytes // 16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_alignments(interpreter: triton_jit.Interpreter, dtype: torch.dtype) -> None:
+    """Views that begin at any element; nothing outside of them is touched."""
+    case = aligned_case(dtype, model_input=None)
+    expected = run(backends.BACKENDS["cpu"].update_out, case).out
+    for offset in range(16 // dtype.itemsize + 1):
+        buffer = torch.full((case.x.numel() + 32,), 12345.0).to(dtype)
+        view = buffer[offset : offset + case.x.numel()].view(case.x.shape)
+        view.copy_(case.x)
+        triton_jit.update.update_out(
+            *(view, case.model_output, case.table, case.row),
+            **{"noise": None, "keys": case.keys, "out": view, "x_0": None, "model_input": None},
+        )
+        assert same_bits(view, expected)
+        assert written_only_inside(view, buffer)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_update.test_no_noise_is_read_where_its_coefficient_is_zero,
+        test_update.test_nan_passes_through_the_clip,
+        test_update.test_clip_holds_infinity,
+        test_update.test_noise_has_the_specified_bits,
+    ],
+)
+def test_special_values(interpreter: triton_jit.Interpreter, check: Callable[..., None]) -> None:
+    check(triton_jit.update, torch.Generator().manual_seed(20))
+
+
+def test_no_noise_is_read_in_vain(interpreter: triton_jit.Interpreter) -> None:
+    case = aligned_case(torch.float32, noise="given")
+    case.rows[:, Row._fields.index("pn")] = 0
+    run_bare(triton_jit.update.update_out, case)
+    (launch,) = interpreter.launches
+    assert "noise" not in launch.bytes_read
+
+
+@triton.jit
+def some_normals(out, keys, first, TILE: tl.constexpr, VECTOR: tl.constexpr):
+    z = noise.normals(keys, 1, tl.cast(first, tl.int64), 1, TILE, VECTOR)
+    tl.store(out + tl.arange(0, TILE), z)
+
+
+@pytest.mark.parametrize("vector", [2, 4, 8])
+@pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**63, 2**64 - 1])
+def test_the_last_quads(vector: int, seed: int) -> None:
+    """Every bit of the key and of the counter counts: seeds from 2⁶³ on, the last quad 2³² − 1."""
+    largest = 2**32 - 1
+    keys = philox.make_keys([0, seed], 2)._replace(
+        step=torch.tensor([0, largest]), sample=torch.tensor([0, largest - 1])
+    )
+    first, out = 2**34 - 1024, torch.empty(1024)
+    compiler = triton_jit.Compiler(some_normals, triton_jit.SM_90, triton_jit.Interpreter())
+    compiler[(1,)](out, keys, first, TILE=1024, VECTOR=vector, num_warps=4, enable_fp_fusion=False)
+    quads = torch.arange(first // 4, 2**32)
+    counter = [quads, *(torch.full_like(quads, n) for n in (largest, largest - 1, 1))]
+    key = [torch.full_like(quads, word) for word in (seed & largest, seed >> 32)]
+    u = [philox.uniform(word) for word in philox.philox4x32(counter, key)]
+    expected = torch.stack([*philox.box_muller(*u[:2]), *philox.box_muller(*u[2:])], dim=1)
+    assert torch.equal(out, expected.flatten())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,17 +186,19 @@ def test_advance(interpreter: triton_jit.Interpreter, count: int) -> None:
     assert len(interpreter.launches) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("noise", ["none", "keyed"])
 def test_bytes_moved_are_the_floor(
     interpreter: triton_jit.Interpreter, dtype: torch.dtype, noise: str
 ) -> None:
-    generator = torch.Generator().manual_seed(4)
-    case = make_case(generator, (2, 4, 1024), dtype=dtype, noise=noise)
-    run_bare(triton_jit.update.update_out, case)
+    """Each input is read once, each output written once; coefficients are not part of it."""
+    case = aligned_case(dtype, noise=noise)
+    _, model_input = run_bare(triton_jit.update.update_out, case)
     (launch,) = interpreter.launches
-    assert launch.bytes_read["x"] == launch.bytes_read["model_output"] == case.x.nbytes
-    assert dict(launch.bytes_written) == {"out": case.x.nbytes}
+    assert launch.bytes_read["x"] == case.x.nbytes
+    assert launch.bytes_read["model_output"] == case.model_output.nbytes
+    written = {"out": case.x.nbytes, "model_input": model_input.nbytes}
+    assert dict(launch.bytes_written) == written
 
 
 def test_the_same_digits(
@@ -98,30 +215,143 @@ def test_the_same_digits(
     assert same_bits(again, images)
 
 
-def replaced(right: str, wrong: str) -> Callable[[str], str]:
-    def edit(text: str) -> str:
-        assert right in text
-        return text.replace(right, wrong, 1)
-
-    return edit
-
-
 BROKEN = {
-    "an index off by one": replaced("add.s64", "sub.s64"),
-    "no mask for the tail": lambda text: text.replace("setp.lt.s64", "setp.ne.s64"),
-    "a comparison turned": replaced("setp.lt.f32", "setp.gt.f32"),
+    "an index off by one": ("views", "element = first + lane", "element = first + lane + 1"),
+    "no mask for the tail": ("views", "element < count)", "element >= 0)"),
+    "coefficients swapped": ("update", "tl.load(fields + 3),", "tl.load(fields + 4),"),
+    "the row of the first sample": ("update", "        row += sample\n", "        row += 0\n"),
+    "the noise of the next quad": (
+        "noise",
+        "r_2, r_3 = words(keys, position, quad",
+        "r_2, r_3 = words(keys, position, quad + 1",
+    ),
+    "the noise of the next vector": ("noise", "first_quad + lane", "first_quad + lane + 1"),
+    "strides of the wrong dimension": ("views", "rest * view.strides[0]", "rest * view.strides[1]"),
+    "a product rounded": ("update", "tl.fma(row.cx, x, row.cm * m)", "row.cx * x + row.cm * m"),
+    "noise where there is none": (
+        "update",
+        "tl.where(row.pn != 0, tl.fma(row.pn, z.to(compute), x_prev), x_prev)",
+        "tl.fma(row.pn, z.to(compute), x_prev)",
+    ),
+    "an outer sign of zero lost": ("update", "floor = row.r * -1.0", "floor = -row.r"),
+    "one half of the model input": (
+        "update",
+        "write(further(tensors.model_input, second_input), state, span, WIDE)",
+        "write(tensors.model_input, state, span, WIDE)",
+    ),
 }
 
 
-@pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_kernel_is_caught(fault: str) -> None:
-    broken = triton_jit.Interpreter(edit=BROKEN[fault])
+def changed_kernels(folder: Path, module: str, right: str, wrong: str) -> Any:
+    """A copy of the kernels, as a package of its own, with another text."""
+    package = folder / f"kernels_{abs(hash((module, right)))}"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for source in (ROOT / "kernels").glob("[a-z]*.py"):
+        text = source.read_text()
+        if source.stem == module:
+            assert right in text
+            text = text.replace(right, wrong)
+        (package / source.name).write_text(text)
+    with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+        return importlib.import_module(f"{package.name}.update")
+
+
+def revealing_cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(5)
-    case = make_case(generator, (3, 1021), noise="keyed", clip=0.5, per_sample=True)
-    expected = run(backends.BACKENDS["cpu"].update_out, case)
-    with triton_jit.compiled_for(triton_jit.SM_90, broken):
-        try:
-            got = run(triton_jit.update.update_out, case)
-        except (ptx.PtxError, AssertionError):
-            return
-    assert not all(map(same_bits, got.tensors(), expected.tensors()))
+    yield aligned_case(torch.float32, per_sample=True)
+    yield make_case(generator, (3, 1021), noise="keyed", per_sample=True)
+    yield make_case(generator, (2, 3, 4, 6), layout="sliced")
+    silent = make_case(generator, (2, 50), noise="given")
+    silent.rows[:, Row._fields.index("pn")] = 0
+    yield replace(silent, noise=torch.full_like(silent.x, float("nan")))
+    ones = torch.ones_like(silent.rows)
+    ones[:, Row._fields.index("pn")] = 0
+    zeros = torch.full_like(silent.x, -0.0)
+    yield replace(silent, x=zeros, model_output=zeros, rows=ones)
+    clipped = make_case(generator, (2, 50))
+    clipped.rows[:, Row._fields.index("r")] = 0
+    yield clipped
+
+
+def is_right(update_out: Callable[..., None], case: Case) -> bool:
+    try:
+        assert_bits_of_cpu(update_out, case)
+    except (AssertionError, ptx.PtxError):
+        return False
+    return True
+
+
+def test_the_kernels_are_right_where_faults_show(interpreter: triton_jit.Interpreter) -> None:
+    assert all(is_right(triton_jit.update.update_out, case) for case in revealing_cases())
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_kernel_is_caught(fault: str, tmp_path: Path) -> None:
+    """Each fault in the source is seen by the comparison of bits or by the checks of memory."""
+    broken = changed_kernels(tmp_path, *BROKEN[fault])
+    with triton_jit.compiled_for(triton_jit.SM_90, triton_jit.Interpreter(), broken):
+        assert not all(is_right(broken.update_out, case) for case in revealing_cases())
+
+
+CHECKS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "dtype": ({"x": torch.zeros(2, 4, dtype=torch.int32)}, TypeError, "x: expected a dtype of"),
+    "dimension": ({"x": torch.zeros(())}, ValueError, "x: expected at least one dimension"),
+    "shape": ({"noise": torch.zeros(2, 5)}, ValueError, "noise: expected shape (2, 4), got (2, 5)"),
+    "model": (
+        {"model_output": torch.zeros(3, 4)},
+        ValueError,
+        "model_output: expected shape (2, 4) or (4, 4) or (2, 8) or (4, 8), got (3, 4)",
+    ),
+    "input": (
+        {"model_input": torch.zeros(2, 8)},
+        ValueError,
+        "model_input: expected shape (2, 4) or (4, 4), got (2, 8)",
+    ),
+    "device": (
+        {"out": torch.zeros(2, 4, device="meta")},
+        ValueError,
+        "out: expected device cpu, got meta",
+    ),
+    "out": ({"out": torch.zeros(2, 4).half()}, TypeError, "out: expected the dtype of x"),
+    "mask": ({"mask": torch.zeros(2, 4)}, ValueError, "mask, known: expected both or neither"),
+    "table": (
+        {"table": torch.zeros(3, 9).double()},
+        TypeError,
+        "table: expected dtype",
+    ),
+    "columns": (
+        {"table": torch.zeros(3, 8)},
+        ValueError,
+        "table: expected a contiguous tensor [R, 9], got shape (3, 8) with strides (8, 1)",
+    ),
+    "row": (
+        {"row": torch.zeros(3, dtype=torch.int64)},
+        ValueError,
+        "row: expected [1] or [B] = [2], got [3]",
+    ),
+    "row's dtype": (
+        {"row": torch.zeros(1, dtype=torch.int32)},
+        TypeError,
+        "row: expected dtype torch.int64, got torch.int32",
+    ),
+    "keys": ({"keys": philox.make_keys(1, 3)}, ValueError, "seed: expected [B] = [2], got [3]"),
+    "two noises": (
+        {"keys": philox.make_keys(1, 2), "noise": torch.zeros(2, 4)},
+        ValueError,
+        "noise, keys: expected at most one of them",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_tensor_that_does_not_fit(name: str, interpreter: triton_jit.Interpreter) -> None:
+    changed, error, message = CHECKS[name]
+    arguments = {
+        **{name: torch.zeros(2, 4) for name in ("x", "model_output", "out")},
+        **{"table": torch.zeros(3, 9), "row": torch.zeros(1, dtype=torch.int64)},
+        **dict.fromkeys(("noise", "keys", "x_0", "model_input")),
+    }
+    with pytest.raises(error, match=re.escape(message)):
+        triton_jit.update.update_out(**{**arguments, **changed})
+    assert not interpreter.launches

@@ -92,31 +92,35 @@ class Compiler:
 
 
 @contextmanager
-def compiled_for(target: GPUTarget, then: Callable[[Binary], None]) -> Iterator[None]:
-    """Launches from `fastddim.kernels.update` are compiled for `target` and handed to `then`."""
-    stand_ins = {name: Compiler(getattr(update, name), target, then) for name in KERNELS}
+def compiled_for(
+    target: GPUTarget, then: Callable[[Binary], None], module: Any = update
+) -> Iterator[None]:
+    """Launches from `fastddim.kernels.update`, or a copy of it, are compiled for `target`, then
+    handed to `then`.
+    """
+    stand_ins = {name: Compiler(getattr(module, name), target, then) for name in KERNELS}
     hip = "7.0" if target.backend == "hip" else None
     properties = SimpleNamespace(warp_size=target.warp_size)
-    _forget_launches()
+    _forget_launches(module)
     try:
         with (
-            mock.patch.multiple(update, **stand_ins),
+            mock.patch.multiple(module, **stand_ins),
             mock.patch.object(torch.version, "hip", hip),
             mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
         ):
             yield
     finally:
-        _forget_launches()
+        _forget_launches(module)
 
 
-def _forget_launches() -> None:
-    update._prepare_update.cache_clear()
-    update._prepare_normal.cache_clear()
+def _forget_launches(module: Any) -> None:
+    module._prepare_update.cache_clear()
+    module._prepare_normal.cache_clear()
 
 
 @dataclass
 class Interpreter:
-    """Executes what is launched on CPU tensors; keeps the last launch and its counts."""
+    """Executes what is launched on CPU tensors, and keeps the counts of each launch."""
 
     edit: Callable[[str], str] = lambda text: text
     """Applied to the PTX of each kernel before it runs."""
@@ -135,7 +139,10 @@ class Interpreter:
                 arguments.append(value)
                 continue
             arguments.append(value.data_ptr())
-            tensors.setdefault(value.data_ptr(), (value, []))[1].append(name)
+            # The row and the steps of a loop may begin at one address: the longer counts.
+            known, names = tensors.get(value.data_ptr(), (value, []))
+            longer = max(known, value, key=lambda tensor: tensor.numel())
+            tensors[value.data_ptr()] = (longer, [*names, name])
         for tensor, names in tensors.values():
             writable = any(name in OUTPUTS for name in names)
             memory.add_tensor(tensor, "=".join(names), writable)

@@ -25,8 +25,9 @@ from fastddim.plan import PREDICTIONS
 from ..gpuless.cases import UPDATES, assert_bits_of_cpu, update_case
 from ..test_update import DTYPES, LAYOUTS, make_case, poisoned_like, written_only_inside
 
-# The interpreter takes milliseconds a program, however small.
-CASES = [name for name in UPDATES if not name.startswith("(300, 8)")]
+# The interpreter takes milliseconds a program, however small; as PTX all of them run
+# (tests/test_triton_ptx.py).
+CASES = [name for name in UPDATES if not name.startswith("(300, 8)")][::2]
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def test_large_samples(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert_bits_of_cpu(update.update_out, case)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_random_cases(data: st.DataObject) -> None:
     """Any combination of features."""

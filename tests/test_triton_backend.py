@@ -1,0 +1,163 @@
+"""The Triton backend as PyTorch sees it: who may use it, operators, gradients, `torch.compile`.
+
+The kernels run on CPU tensors, as in tests/test_triton_ptx.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastddim import backends, ops, philox
+
+from .gpuless.cases import assert_bits_of_cpu, same_bits
+from .test_native import needs_extension
+from .test_update import Case, make_case
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from .gpuless import triton_jit
+
+TRITON = backends.BACKENDS["triton"]
+
+
+@pytest.fixture
+def _on_ptx() -> Iterator[None]:
+    with triton_jit.compiled_for(triton_jit.SM_90, triton_jit.Interpreter()):
+        yield
+
+
+def a_case(**arguments: Any) -> Case:
+    kind = {"noise": "given", "history": True, "mask": True, "guided": True, **arguments}
+    return make_case(torch.Generator().manual_seed(3), (2, 3, 16), **kind)
+
+
+def test_only_gpus() -> None:
+    assert TRITON.unavailable(torch.device("cpu")) == "it runs on GPUs only"
+    assert TRITON.unavailable(torch.device("cuda")) is None
+    with pytest.raises(ValueError, match="impl: 'triton' cannot be used on cpu: it runs on GPUs"):
+        backends.choose("triton", torch.device("cpu"))
+
+
+WITHOUT_TRITON = """
+import sys
+
+sys.modules["triton"] = None
+import torch
+from fastddim import backends
+
+print(backends.BACKENDS["triton"].unavailable(torch.device("cuda")))
+"""
+
+
+def test_without_triton(run_python: Any, tmp_path: Path) -> None:
+    result = run_python("-c", WITHOUT_TRITON, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Triton cannot be imported (")
+
+
+def test_it_comes_before_the_cpu_kernel_and_after_the_cuda_kernel() -> None:
+    assert list(backends.BACKENDS) == ["cuda", "triton", "cpu", "reference"]
+
+
+@needs_extension
+@pytest.mark.usefixtures("_on_ptx")
+def test_the_operators_launch_the_kernels() -> None:
+    case = a_case(noise="keyed", model_input=torch.bfloat16)
+    assert_bits_of_cpu(TRITON.update_out, case)
+    assert case.keys is not None
+    drawn = torch.empty_like(case.x)
+    TRITON.normal_out(case.keys, philox.LATENTS, drawn)
+    assert torch.equal(drawn, philox.normal(case.keys, case.x.shape[1:], philox.LATENTS))
+    counters, t = torch.tensor([1, 2, 7]), torch.zeros(2, dtype=torch.int64)
+    TRITON.advance(counters, torch.tensor([9, 5, 3, 1]), t)
+    assert (counters.tolist(), t.tolist()) == ([2, 3, 8], [3, 1])
+
+
+@pytest.mark.usefixtures("_on_ptx")
+def test_keys_come_together() -> None:
+    case = a_case(noise="keyed")
+    assert case.keys is not None
+    inputs = (case.x, case.model_output, case.table, case.row, None, case.keys.seed)
+    with pytest.raises(ValueError, match="step, sample: expected both beside seed"):
+        torch.ops.fastddim.triton_update(*inputs, *(None,) * 5)
+
+
+@pytest.mark.usefixtures("_on_ptx")
+def test_writing_into_a_tensor_has_no_gradient() -> None:
+    case = a_case()
+    x = case.x.requires_grad_()
+    with pytest.raises(RuntimeError, match="out: writing into a given tensor is not differentia"):
+        TRITON.update_out(
+            *(x, case.model_output, case.table, case.row),
+            **{"noise": None, "keys": None, "out": case.x, "x_0": None, "model_input": None},
+        )
+
+
+@needs_extension
+@pytest.mark.usefixtures("_on_ptx")
+def test_values_and_gradients() -> None:
+    """Those of the operator that the C++ kernel implements."""
+    case = a_case()
+    names = ("x", "model_output", "noise", "history", "known")
+    results = []
+    for update in (TRITON.update, ops.update):
+        leaves = {name: getattr(case, name).clone().requires_grad_() for name in names}
+        given = {name: leaves[name] for name in ("noise", "history", "known")}
+        outputs = update(
+            *(leaves["x"], leaves["model_output"], case.table, case.row),
+            **{"keys": None, "mask": case.mask, **given},
+        )
+        (outputs[0].square().sum() + outputs[1].sum()).backward()
+        results.append((outputs, [leaf.grad for leaf in leaves.values()]))
+    (got, got_grads), (expected, expected_grads) = results
+    assert all(map(same_bits, got, expected))
+    for a, b in zip(got_grads, expected_grads, strict=True):
+        assert isinstance(a, Tensor)
+        assert isinstance(b, Tensor)
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("_on_ptx")
+def test_the_operators_are_registered_as_they_should_be() -> None:
+    case = a_case()
+    inputs = (case.x.requires_grad_(), case.model_output, case.table, case.row, case.noise)
+    rest = (None, None, None, case.history, case.mask, case.known)
+    torch.library.opcheck(torch.ops.fastddim.triton_update.default, (*inputs, *rest))
+    out = torch.empty_like(case.x)
+    plain = (case.x.detach(), *inputs[1:], *rest, out, None, None)
+    torch.library.opcheck(torch.ops.fastddim.triton_update_out.default, plain)
+    counters = torch.tensor([1, 2, 7])
+    advanced = (counters, torch.tensor([9, 5, 3, 1]), torch.zeros(2, dtype=torch.int64))
+    torch.library.opcheck(torch.ops.fastddim.triton_advance.default, advanced)
+
+
+@needs_extension
+@pytest.mark.usefixtures("_on_ptx")
+def test_torch_compile_without_a_graph_break() -> None:
+    case = a_case()
+
+    def step(x: Tensor, m: Tensor) -> Tensor:
+        return 2 * TRITON.update(x, m, case.table, case.row, noise=case.noise, keys=None)[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(case.x, case.model_output), step(case.x, case.model_output))
+
+
+def test_another_device_becomes_current_for_the_launch() -> None:
+    """Triton launches on the current device; where that is the tensors' own nothing is changed."""
+    tensor = mock.Mock(device=torch.device("cuda", 1))
+    with (
+        mock.patch.object(torch.cuda, "current_device", return_value=0),
+        mock.patch.object(torch.cuda, "device") as guard,
+    ):
+        assert triton_jit.update._device_of(tensor) is guard.return_value
+        guard.assert_called_once_with(torch.device("cuda", 1))
+        tensor.device = torch.device("cuda", 0)
+        assert triton_jit.update._device_of(tensor) is not guard.return_value
