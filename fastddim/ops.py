@@ -9,6 +9,7 @@ they run the reference.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +43,6 @@ _library.define(
 _library.define("advance(Tensor(a!) counters, Tensor timesteps, Tensor(b!) t) -> ()")
 
 # Resolved once: looking an overload up costs a tenth of a small update.
-_update_out_op = torch.ops.fastddim.update_out.default
 _advance_op = torch.ops.fastddim.advance.default
 
 EXTENSION_ERROR: str | None = None
@@ -55,68 +55,76 @@ except ImportError as error:
     EXTENSION_ERROR = f"the compiled extension is missing ({error})"
 
 
-def update_out(
-    x: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    row: Tensor,
-    *,
-    noise: Tensor | None,
-    keys: Keys | None,
-    history: Tensor | None = None,
-    mask: Tensor | None = None,
-    known: Tensor | None = None,
-    out: Tensor,
-    x_0: Tensor | None,
-    model_input: Tensor | None,
-) -> None:
-    """One update into `out`, by the implementation compiled for the device.
+def update_out_through(operator: Callable[..., None]) -> Callable[..., None]:
+    """`update_out` of a backend whose operator has the schema of `fastddim::update_out`."""
 
-    Args:
-        x: state `[B, …]`.
-        model_output: `[B or 2B, C or 2C, …]`: 2B samples are guided, of 2C channels the first half
-            is read.
-        table: coefficient rows `[R, K]` in the order of `plan.Row`; float32, or float64 for a
-            float64 state.
-        row: int64 `[1]` or `[B]`, the row of each sample.
-        noise: z like `x`; or
-        keys: what keys the noise drawn inside.
-        history: an earlier model output like `x`, added with the row's coefficient `ph`.
-        mask: weight like `x` of `known` in the result.
-        known: values like `x`.
-        out: x_prev like `x`; may be `x`.
-        x_0: predicted x_0, shaped like `x`.
-        model_input: `[B or 2B, …]`: the new state in the model's dtype, twice under guidance.
+    def update_out(
+        x: Tensor,
+        model_output: Tensor,
+        table: Tensor,
+        row: Tensor,
+        *,
+        noise: Tensor | None,
+        keys: Keys | None,
+        history: Tensor | None = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        out: Tensor,
+        x_0: Tensor | None,
+        model_input: Tensor | None,
+    ) -> None:
+        """One update into `out`, by the implementation compiled for the device.
 
-    Raises:
-        RuntimeError: grad mode is on and an input requires grad (`torch.ops.fastddim.update` is
-            differentiable), or a tensor does not fit.
-    """
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad
-        for tensor in (x, model_output, noise, history, mask, known, out)
-    ):
-        raise RuntimeError(
-            "out: writing into a given tensor is not differentiable; "
-            "call without out=, or under torch.no_grad()"
+        Args:
+            x: state `[B, …]`.
+            model_output: `[B or 2B, C or 2C, …]`: 2B samples are guided, of 2C channels the first
+                half is read.
+            table: coefficient rows `[R, K]` in the order of `plan.Row`; float32, or float64 for a
+                float64 state.
+            row: int64 `[1]` or `[B]`, the row of each sample.
+            noise: z like `x`; or
+            keys: what keys the noise drawn inside.
+            history: an earlier model output like `x`, added with the row's coefficient `ph`.
+            mask: weight like `x` of `known` in the result.
+            known: values like `x`.
+            out: x_prev like `x`; may be `x`.
+            x_0: predicted x_0, shaped like `x`.
+            model_input: `[B or 2B, …]`: the new state in the model's dtype, twice under guidance.
+
+        Raises:
+            RuntimeError: grad mode is on and an input requires grad (`torch.ops.fastddim.update` is
+                differentiable), or a tensor does not fit.
+        """
+        if torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad
+            for tensor in (x, model_output, noise, history, mask, known, out)
+        ):
+            raise RuntimeError(
+                "out: writing into a given tensor is not differentiable; "
+                "call without out=, or under torch.no_grad()"
+            )
+        seed, step, sample = keys if keys is not None else (None, None, None)
+        operator(
+            x,
+            model_output,
+            table,
+            row,
+            noise,
+            seed,
+            step,
+            sample,
+            history,
+            mask,
+            known,
+            out,
+            x_0,
+            model_input,
         )
-    seed, step, sample = keys if keys is not None else (None, None, None)
-    _update_out_op(
-        x,
-        model_output,
-        table,
-        row,
-        noise,
-        seed,
-        step,
-        sample,
-        history,
-        mask,
-        known,
-        out,
-        x_0,
-        model_input,
-    )
+
+    return update_out
+
+
+update_out = update_out_through(torch.ops.fastddim.update_out.default)
 
 
 def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
@@ -298,23 +306,32 @@ torch.library.register_autograd(
 )
 
 
-def update(
-    x: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    row: Tensor,
-    *,
-    noise: Tensor | None,
-    keys: Keys | None,
-    history: Tensor | None = None,
-    mask: Tensor | None = None,
-    known: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(x_prev, x_0), differentiable in every floating-point input but `table` and `mask`.
+def update_through(
+    operator: Callable[..., tuple[Tensor, Tensor]],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`update` of a backend whose operator has the schema of `fastddim::update`."""
 
-    The arguments are those of `update_out`.
-    """
-    seed, step, sample = keys if keys is not None else (None, None, None)
-    inputs = (x, model_output, table, row, noise, seed, step, sample, history, mask, known)
-    result: tuple[Tensor, Tensor] = torch.ops.fastddim.update(*inputs)
-    return result
+    def update(
+        x: Tensor,
+        model_output: Tensor,
+        table: Tensor,
+        row: Tensor,
+        *,
+        noise: Tensor | None,
+        keys: Keys | None,
+        history: Tensor | None = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(x_prev, x_0), differentiable in every floating-point input but `table` and `mask`.
+
+        The arguments are those of `update_out`.
+        """
+        seed, step, sample = keys if keys is not None else (None, None, None)
+        inputs = (x, model_output, table, row, noise, seed, step, sample, history, mask, known)
+        return operator(*inputs)
+
+    return update
+
+
+update = update_through(torch.ops.fastddim.update.default)

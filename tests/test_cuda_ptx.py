@@ -4,7 +4,6 @@ on an interpreter, bit for bit against the C++ kernel on the CPU.
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +17,19 @@ import fastddim
 from fastddim import backends, philox
 
 from .gpuless import launcher, ptx
-from .gpuless.cases import UPDATES, assert_bits_of_cpu, run_bare, same_bits, update_case
+from .gpuless.cases import (
+    UPDATES,
+    assert_advance,
+    assert_bits_of_cpu,
+    assert_normals,
+    run_bare,
+    same_bits,
+    update_case,
+)
 from .gpuless.gpu import FakeGpu
 from .gpuless.toolchain import compile_ptx, nvcc
 from .test_native import ROOT, needs_compiler, needs_extension
-from .test_update import DTYPES, LAYOUTS, Case, make_case, poisoned_like, run, written_only_inside
+from .test_update import DTYPES, Case, make_case, run, written_only_inside
 
 pytestmark = [
     needs_compiler,
@@ -161,32 +168,15 @@ def poisoned_at(like: Tensor, offset: int) -> tuple[Tensor, Tensor]:
     return buffer[offset : offset + like.numel()].view(like.shape), buffer
 
 
-def test_normals(device: Device) -> None:
-    for dtype, layout in itertools.product(DTYPES, LAYOUTS[:-1]):
-        case = make_case(
-            torch.Generator().manual_seed(1),
-            (3, 5, 7, 3),
-            dtype=dtype,
-            layout=layout,
-            noise="keyed",
-        )
-        assert case.keys is not None
-        out, buffer = poisoned_like(case.x)
-        device.normal_out(case.keys, philox.LATENTS, out)
-        expected = philox.normal(case.keys, case.x.shape[1:], philox.LATENTS).to(dtype)
-        assert torch.equal(out, expected)
-        assert written_only_inside(out, buffer)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_normals(device: Device, dtype: torch.dtype) -> None:
+    assert_normals(device.normal_out, dtype)
 
 
 @pytest.mark.parametrize("count", [1, 31, 256, 700])
 def test_advance(device: Device, count: int) -> None:
-    """Counters up by one, and the timesteps they then point to, in one block."""
-    timesteps = torch.randint(0, 1000, (9,))
-    counters = torch.randint(0, 8, (count + 3,))
-    before, t = counters.clone(), torch.zeros(count, dtype=torch.int64)
-    device.advance(counters, timesteps, t)
-    assert torch.equal(counters, before + 1)
-    assert torch.equal(t, timesteps[counters[:count]])
+    """In one block."""
+    assert_advance(device.advance, count)
     (launch,) = device.gpu.launches
     assert launch.grid == (1, 1, 1)
 

@@ -19,10 +19,10 @@ from torch import Tensor
 import fastddim
 from fastddim import backends, philox
 
-from .gpuless.cases import UPDATES, assert_bits_of_cpu, update_case
+from .gpuless.cases import UPDATES, assert_advance, assert_bits_of_cpu, assert_normals, update_case
 from .helpers import elementwise_model
 from .test_native import ROOT
-from .test_update import DTYPES, LAYOUTS, make_case
+from .test_update import DTYPES, make_case
 
 pytestmark = pytest.mark.gpu
 
@@ -74,24 +74,12 @@ def test_updates(impl: str, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_normals(impl: str, dtype: torch.dtype) -> None:
-    for layout, shape in ((layout, (3, 5, 7, 3)) for layout in LAYOUTS[:-1]):
-        case = make_case(
-            torch.Generator().manual_seed(1), shape, dtype=dtype, layout=layout, noise="keyed"
-        )
-        assert case.keys is not None
-        out = torch.full_like(case.x, float("nan"))
-        on_gpu(backends.BACKENDS[impl].normal_out)(case.keys, philox.LATENTS, out)
-        assert torch.equal(out, philox.normal(case.keys, shape[1:], philox.LATENTS).to(dtype))
+    assert_normals(on_gpu(backends.BACKENDS[impl].normal_out), dtype)
 
 
 @pytest.mark.parametrize("count", [1, 31, 256, 3000])
 def test_advance(impl: str, count: int) -> None:
-    timesteps = torch.randint(0, 1000, (9,))
-    counters = torch.randint(0, 8, (count + 3,))
-    before, t = counters.clone(), torch.zeros(count, dtype=torch.int64)
-    on_gpu(backends.BACKENDS[impl].advance)(counters, timesteps, t)
-    assert torch.equal(counters, before + 1)
-    assert torch.equal(t, timesteps[counters[:count]])
+    assert_advance(on_gpu(backends.BACKENDS[impl].advance), count)
 
 
 def test_a_large_update(impl: str) -> None:

@@ -1,11 +1,8 @@
-// The operators on CUDA devices: the current stream of the tensors' device, one launch each.
+// The operators on CUDA devices, on the current stream of the tensors' device.
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 
-#include "../call.h"
-#include "../layout.h"
-#include "launch.h"
+#include "operators.h"
 
 // Only CUDA builds of torch have these, and which of them depends on the release.
 extern "C" {
@@ -33,42 +30,12 @@ void* current_stream(int32_t index) {
   return stream;
 }
 
-void check_launch(int code) {
-  STD_TORCH_CHECK(code == 0, "fastddim: CUDA error ", code, ": ", fastddim_cuda_error(code));
-}
-
-void update_out(Tensor x, Tensor model_output, Tensor table, Tensor row, Optional noise,
-                Optional seed, Optional step, Optional sample, Optional history, Optional mask,
-                Optional known, Tensor out, Optional x_0, Optional model_input) {
-  const Shape shape(x, "x");
-  Job job = update_job(shape, x, model_output, table, row, noise, seed, step, sample, history, mask,
-                       known, out, x_0, model_input);
-  const Layout layout(job, shape.sizes, (int)shape.dims, job.seed != nullptr, job.row_stride == 0,
-                      Interleaved::as_any);
-  const DeviceGuard guard(shape.place.index);
-  check_launch(fastddim_cuda_update(&job, current_stream(shape.place.index)));
-}
-
-void normal_out(Tensor seed, Tensor step, Tensor sample, int64_t stream, Tensor out) {
-  const Shape shape(out, "out");
-  Job job = normal_job(shape, seed, step, sample, stream, out);
-  const Layout layout(job, shape.sizes, (int)shape.dims, true, false, Interleaved::as_any);
-  const DeviceGuard guard(shape.place.index);
-  check_launch(fastddim_cuda_normal(&job, current_stream(shape.place.index)));
-}
-
-void advance(Tensor counters, Tensor timesteps, Tensor t) {
-  const Advance call(counters, timesteps, t);
-  const int32_t index = counters.get_device_index();
-  const DeviceGuard guard(index);
-  check_launch(fastddim_cuda_advance(call.counters, call.count, call.timesteps, call.t,
-                                     call.t_count, current_stream(index)));
-}
+struct Stream {
+  explicit Stream(const Place& place) : guard(place.index), handle(current_stream(place.index)) {}
+  const DeviceGuard guard;
+  void* const handle;
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastddim, CUDA, m) {
-  m.impl("update_out", TORCH_BOX(&update_out));
-  m.impl("normal_out", TORCH_BOX(&normal_out));
-  m.impl("advance", TORCH_BOX(&advance));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastddim, CUDA, m) { CudaOperators<Stream>::implement(m); }

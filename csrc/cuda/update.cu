@@ -475,8 +475,6 @@ __global__ void __launch_bounds__(BLOCK)
   }
 }
 
-// The host's side.
-
 // Whether the grid has a launchable number of blocks.
 inline bool make_grid(Grid& grid, int64_t batch, int64_t count, int64_t chunk) {
   grid.batch = batch;

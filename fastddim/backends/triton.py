@@ -28,7 +28,6 @@ def _define(name: str) -> None:
 for _name in ("update_out", "update", "normal_out", "advance"):
     _define(_name)
 
-_update_out_op = torch.ops.fastddim.triton_update_out.default
 _advance_op = torch.ops.fastddim.triton_advance.default
 
 
@@ -42,52 +41,9 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def update_out(
-    x: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    row: Tensor,
-    *,
-    noise: Tensor | None,
-    keys: Keys | None,
-    history: Tensor | None = None,
-    mask: Tensor | None = None,
-    known: Tensor | None = None,
-    out: Tensor,
-    x_0: Tensor | None,
-    model_input: Tensor | None,
-) -> None:
-    """See `fastddim.ops.update_out`; the values of `row` are not checked."""
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad
-        for tensor in (x, model_output, noise, history, mask, known, out)
-    ):
-        raise RuntimeError(
-            "out: writing into a given tensor is not differentiable; "
-            "call without out=, or under torch.no_grad()"
-        )
-    seed, step, sample = keys if keys is not None else (None, None, None)
-    inputs = (x, model_output, table, row, noise, seed, step, sample, history, mask, known)
-    _update_out_op(*inputs, out, x_0, model_input)
-
-
-def update(
-    x: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    row: Tensor,
-    *,
-    noise: Tensor | None,
-    keys: Keys | None,
-    history: Tensor | None = None,
-    mask: Tensor | None = None,
-    known: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """See `fastddim.ops.update`; the backward pass is that of `fastddim::update`."""
-    seed, step, sample = keys if keys is not None else (None, None, None)
-    inputs = (x, model_output, table, row, noise, seed, step, sample, history, mask, known)
-    result: tuple[Tensor, Tensor] = torch.ops.fastddim.triton_update(*inputs)
-    return result
+# The values of `row` are not checked. The backward pass is that of `fastddim::update`.
+update_out = ops.update_out_through(torch.ops.fastddim.triton_update_out.default)
+update = ops.update_through(torch.ops.fastddim.triton_update.default)
 
 
 def normal_out(keys: Keys, stream: int, out: Tensor) -> None:

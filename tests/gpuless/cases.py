@@ -9,9 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim import backends
+from fastddim import backends, philox
 
-from ..test_update import DTYPES, Case, Result, make_case, run
+from ..test_update import (
+    DTYPES,
+    LAYOUTS,
+    Case,
+    Result,
+    make_case,
+    poisoned_like,
+    run,
+    written_only_inside,
+)
 
 Arguments = tuple[tuple[int, ...], dict[str, Any]]
 
@@ -120,3 +129,26 @@ def assert_bits_of_cpu(update_out: Any, case: Case, *, in_place: bool = False) -
     for i, (a, b) in enumerate(pairs):
         assert same_bits(a, b), f"output {i} differs in {int((a != b).sum())} of {a.numel()}"
     return got
+
+
+def assert_normals(normal_out: Any, dtype: torch.dtype) -> None:
+    """The specified normals in every layout, and nothing outside of the view."""
+    for layout in LAYOUTS[:-1]:
+        generator = torch.Generator().manual_seed(1)
+        case = make_case(generator, (3, 5, 7, 3), dtype=dtype, layout=layout, noise="keyed")
+        assert case.keys is not None
+        out, buffer = poisoned_like(case.x)
+        normal_out(case.keys, philox.LATENTS, out)
+        expected = philox.normal(case.keys, case.x.shape[1:], philox.LATENTS).to(dtype)
+        assert torch.equal(out, expected)
+        assert written_only_inside(out, buffer)
+
+
+def assert_advance(advance: Any, count: int) -> None:
+    """Counters up by one, and the timesteps that the first `count` of them then point to."""
+    timesteps = torch.randint(0, 1000, (9,))
+    counters = torch.randint(0, 8, (count + 3,))
+    before, t = counters.clone(), torch.zeros(count, dtype=torch.int64)
+    advance(counters, timesteps, t)
+    assert torch.equal(counters, before + 1)
+    assert torch.equal(t, timesteps[counters[:count]])

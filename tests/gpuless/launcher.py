@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from fastddim import ops
 from fastddim.philox import Keys
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -51,26 +52,11 @@ def backend(namespace: str) -> Any:
     """`update_out`, `normal_out` and `advance` as a backend has them."""
     operators = getattr(torch.ops, namespace)
 
-    def update_out(
-        x: Tensor,
-        model_output: Tensor,
-        table: Tensor,
-        row: Tensor,
-        *,
-        noise: Tensor | None,
-        keys: Keys | None,
-        history: Tensor | None = None,
-        mask: Tensor | None = None,
-        known: Tensor | None = None,
-        out: Tensor,
-        x_0: Tensor | None,
-        model_input: Tensor | None,
-    ) -> None:
-        seed, step, sample = keys if keys is not None else (None, None, None)
-        inputs = (x, model_output, table, row, noise, seed, step, sample, history, mask, known)
-        operators.update_out(*inputs, out, x_0, model_input)
-
     def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
         operators.normal_out(*keys, stream, out)
 
-    return SimpleNamespace(update_out=update_out, normal_out=normal_out, advance=operators.advance)
+    return SimpleNamespace(
+        update_out=ops.update_out_through(operators.update_out.default),
+        normal_out=normal_out,
+        advance=operators.advance,
+    )

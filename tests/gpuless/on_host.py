@@ -5,7 +5,6 @@ sanitizers.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,11 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastddim import philox
-
-from ..test_update import DTYPES, LAYOUTS, make_case, poisoned_like, written_only_inside
+from ..test_update import DTYPES, make_case
 from . import launcher
-from .cases import UPDATES, assert_bits_of_cpu, update_case
+from .cases import UPDATES, assert_advance, assert_bits_of_cpu, assert_normals, update_case
 
 
 @pytest.fixture(scope="module")
@@ -57,28 +54,11 @@ def written_only_inside_view(buffer: torch.Tensor, offset: int, count: int) -> b
     return bool((outside == 7.0).all())
 
 
-def test_normals(host: Any) -> None:
-    for dtype, layout in itertools.product(DTYPES, LAYOUTS[:-1]):
-        case = make_case(
-            torch.Generator().manual_seed(1),
-            (3, 5, 7, 3),
-            dtype=dtype,
-            layout=layout,
-            noise="keyed",
-        )
-        assert case.keys is not None
-        out, buffer = poisoned_like(case.x)
-        host.normal_out(case.keys, philox.LATENTS, out)
-        expected = philox.normal(case.keys, case.x.shape[1:], philox.LATENTS).to(dtype)
-        assert torch.equal(out, expected)
-        assert written_only_inside(out, buffer)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_normals(host: Any, dtype: torch.dtype) -> None:
+    assert_normals(host.normal_out, dtype)
 
 
 @pytest.mark.parametrize("count", [1, 31, 256, 700])
 def test_advance(host: Any, count: int) -> None:
-    timesteps = torch.randint(0, 1000, (9,))
-    counters = torch.randint(0, 8, (count + 3,))
-    before, t = counters.clone(), torch.zeros(count, dtype=torch.int64)
-    host.advance(counters, timesteps, t)
-    assert torch.equal(counters, before + 1)
-    assert torch.equal(t, timesteps[counters[:count]])
+    assert_advance(host.advance, count)

@@ -1,0 +1,58 @@
+// The operators by way of the CUDA launchers: one launch each.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include "../call.h"
+#include "../layout.h"
+#include "launch.h"
+
+namespace fastddim {
+
+inline void check_launch(int code) {
+  STD_TORCH_CHECK(code == 0, "fastddim: CUDA error ", code, ": ", fastddim_cuda_error(code));
+}
+
+// `Stream(place)` makes the device of `place` the current one while it lives; its `handle` is what
+// the launchers take.
+template <class Stream>
+struct CudaOperators {
+  static void update_out(Tensor x, Tensor model_output, Tensor table, Tensor row, Optional noise,
+                         Optional seed, Optional step, Optional sample, Optional history,
+                         Optional mask, Optional known, Tensor out, Optional x_0,
+                         Optional model_input) {
+    const Shape shape(x, "x");
+    Job job = update_job(shape, x, model_output, table, row, noise, seed, step, sample, history,
+                         mask, known, out, x_0, model_input);
+    const Layout layout(job, shape.sizes, (int)shape.dims, job.seed != nullptr, job.row_stride == 0,
+                        Interleaved::as_any);
+    const Stream stream(shape.place);
+    check_launch(fastddim_cuda_update(&job, stream.handle));
+  }
+
+  static void normal_out(Tensor seed, Tensor step, Tensor sample, int64_t stream_of_noise,
+                         Tensor out) {
+    const Shape shape(out, "out");
+    Job job = normal_job(shape, seed, step, sample, stream_of_noise, out);
+    const Layout layout(job, shape.sizes, (int)shape.dims, true, false, Interleaved::as_any);
+    const Stream stream(shape.place);
+    check_launch(fastddim_cuda_normal(&job, stream.handle));
+  }
+
+  static void advance(Tensor counters, Tensor timesteps, Tensor t) {
+    const Advance call(counters, timesteps, t);
+    const Stream stream{Place(counters)};
+    check_launch(fastddim_cuda_advance(call.counters, call.count, call.timesteps, call.t,
+                                       call.t_count, stream.handle));
+  }
+
+  template <class Library>
+  static void implement(Library& m) {
+    m.impl("update_out", TORCH_BOX(&update_out));
+    m.impl("normal_out", TORCH_BOX(&normal_out));
+    m.impl("advance", TORCH_BOX(&advance));
+  }
+};
+
+}  // namespace fastddim
