@@ -45,16 +45,26 @@ void run(const Job& job, Kernel kernel, bool noisy) {
 
 void update_out(Tensor x, Tensor model_output, Tensor table, Tensor row, Optional noise,
                 Optional seed, Optional step, Optional sample, Optional history, Optional mask,
-                Optional known, Tensor out, Optional x_0, Optional model_input) {
+                Optional known, Tensor out, Optional x_0, Optional model_input, Optional epsilon) {
   const Shape shape(x, "x");
   Job job = update_job(shape, x, model_output, table, row, noise, seed, step, sample, history, mask,
-                       known, out, x_0, model_input);
+                       known, out, x_0, model_input, epsilon);
   const Layout layout(job, shape.sizes, (int)shape.dims, job.seed != nullptr, job.row_stride == 0);
   const Dtype computed = job.float64 ? Dtype::float64 : Dtype::float32;
   if (!job.seed && layout.direct(computed)) job.tile = DIRECT_TILE;
   job.streaming = job.out.data != job.x.data && !model_input &&
                   job.batch * job.count * size_of(job.out.dtype) >= STREAMING_BYTES;
   run(job, current_kernels().update, job.seed != nullptr);
+}
+
+void fit_rows(Tensor x, Tensor model_output, Tensor table, Tensor row, double rescale, double ratio,
+              double limit, Tensor out) {
+  const Shape shape(x, "x");
+  Job job = fit_job(shape, x, model_output, table, row, rescale, ratio, limit, out);
+  const Layout layout(job, shape.sizes, (int)shape.dims, true, false, Interleaved::as_any);
+  const Kernel kernel = current_kernels().fit;
+  torch::stable::parallel_for(0, job.batch, 1,
+                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 }
 
 void backward_out(Optional grad_out, Optional grad_x_0, Tensor x, Tensor model_output, Tensor table,
@@ -104,6 +114,7 @@ PyModuleDef module = {
 STABLE_TORCH_LIBRARY_IMPL(fastddim, CPU, m) {
   m.impl("update_out", TORCH_BOX(&update_out));
   m.impl("backward_out", TORCH_BOX(&backward_out));
+  m.impl("fit_rows", TORCH_BOX(&fit_rows));
   m.impl("normal_out", TORCH_BOX(&normal_out));
   m.impl("advance", TORCH_BOX(&advance));
 }

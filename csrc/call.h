@@ -179,7 +179,8 @@ inline Job update_job(const Shape& shape, const Tensor& x, const Tensor& model_o
                       const Tensor& table, const Tensor& row, const Optional& noise,
                       const Optional& seed, const Optional& step, const Optional& sample,
                       const Optional& history, const Optional& mask, const Optional& known,
-                      const Tensor& out, const Optional& x_0, const Optional& model_input) {
+                      const Tensor& out, const Optional& x_0, const Optional& model_input,
+                      const Optional& epsilon) {
   Job job = job_of(x, shape);
   set_halves(job.unconditional, job.conditional, model_output, "model_output", shape);
   job.noise = view_of(noise, "noise", shape);
@@ -190,6 +191,7 @@ inline Job update_job(const Shape& shape, const Tensor& x, const Tensor& model_o
   job.out = view_of(out, "out", shape);
   STD_TORCH_CHECK(job.out.dtype == job.x.dtype, "fastddim: out: expected the dtype of x");
   job.x_0 = view_of(x_0, "x_0", shape);
+  job.epsilon = view_of(epsilon, "epsilon", shape);
   if (model_input) {
     const int64_t parts = model_input->size(0) == shape.sizes[0] ? 1 : 2;
     for (int64_t part = 0; part < parts; ++part) {
@@ -198,6 +200,27 @@ inline Job update_job(const Shape& shape, const Tensor& x, const Tensor& model_o
   }
   set_rows(job, table, row, shape.place);
   set_keys(job, seed, step, sample, STEP_NOISE, shape);
+  return job;
+}
+
+// Rows go into `out` as the update will read them.
+inline Job fit_job(const Shape& shape, const Tensor& x, const Tensor& model_output,
+                   const Tensor& table, const Tensor& row, double rescale, double ratio,
+                   double limit, const Tensor& out) {
+  Job job = job_of(x, shape);
+  set_halves(job.unconditional, job.conditional, model_output, "model_output", shape);
+  set_rows(job, table, row, shape.place);
+  check_place(out, "out", shape.place);
+  STD_TORCH_CHECK(out.scalar_type() == table.scalar_type() && out.is_contiguous() &&
+                      out.dim() == 2 && out.size(0) == job.batch && out.size(1) == ROW_FIELDS,
+                  "fastddim: out: expected a contiguous tensor [B, ", ROW_FIELDS,
+                  "] in the dtype of table");
+  STD_TORCH_CHECK(!(rescale > 0) || job.conditional.data || job.batch == 0,
+                  "fastddim: rescale: expected 0 where the model output is not guided");
+  job.rescale = rescale;
+  job.ratio = ratio;
+  job.limit = limit;
+  job.fitted = out.data_ptr();
   return job;
 }
 

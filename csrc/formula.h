@@ -17,9 +17,9 @@ namespace FASTDDIM_NAMESPACE {
 
 template <class V>
 struct Row {
-  V cx, cm, r, k0, kx, km, pn, g, ph;
+  V cx, cm, r, k0, kx, km, pn, g, ph, e0, ex, em;
 };
-constexpr int ROW_FIELDS = 9;
+constexpr int ROW_FIELDS = 12;
 
 template <class V>
 FASTDDIM_FN V guided(const Row<V>& row, V unconditional, V conditional) {
@@ -41,6 +41,11 @@ FASTDDIM_FN V clipped(const Row<V>& row, V x_0) {
 template <class V>
 FASTDDIM_FN V noiseless(const Row<V>& row, V x, V m, V x_0) {
   return fma(row.k0, x_0, fma(row.kx, x, row.km * m));
+}
+
+template <class V>
+FASTDDIM_FN V epsilon(const Row<V>& row, V x, V m, V x_0) {
+  return fma(row.e0, x_0, fma(row.ex, x, row.em * m));
 }
 
 template <class V>

@@ -32,7 +32,7 @@ struct Job {
   bool streaming;        // the output is too large to stay in a cache
 
   View x, unconditional, conditional, noise, history, mask, known;
-  View out, x_0, model_input[2];
+  View out, x_0, epsilon, model_input[2];
 
   // Where elements are counted pixel by pixel, each with this many channels (channels_last), while
   // noise is keyed channel by channel; 0 where they are counted as noise is keyed.
@@ -43,6 +43,10 @@ struct Job {
   int64_t row_stride;  // 0 where all samples share one row
   const int64_t *seed, *step, *sample;
   uint32_t stream;
+
+  // What fitted rows take from the data, and where they go: see Fit in fastddim/plan.py.
+  double rescale, ratio, limit;
+  void* fitted;
 
   // The backward pass reads these and writes grad_x, grad_unconditional, grad_conditional.
   View grad_out, grad_x_0;
@@ -60,6 +64,7 @@ using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
 struct Kernels {
   const char* name;
   Kernel update, backward, normal;
+  Kernel fit;  // runs whole samples
 };
 
 extern const Kernels PLAIN;

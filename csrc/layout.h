@@ -49,7 +49,7 @@ class Layout {
   Layout& operator=(const Layout&) = delete;
 
  private:
-  static constexpr int VIEWS = 16;
+  static constexpr int VIEWS = 17;
 
   // With more channels than these the runs of noise in a tile are too short to be worth it.
   static constexpr int64_t MAX_CHANNELS = 8;
@@ -64,6 +64,7 @@ class Layout {
                         &job_.known,
                         &job_.out,
                         &job_.x_0,
+                        &job_.epsilon,
                         &job_.model_input[0],
                         &job_.model_input[1],
                         &job_.grad_out,

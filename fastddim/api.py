@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim import backends, philox
+from fastddim import backends, philox, reference
 from fastddim.adapter import Model
 from fastddim.graph import check_graph
 from fastddim.plan import (
     Coefficient,
+    Fit,
+    PerStep,
     Update,
     coefficient_row,
     make_inversion_plan,
@@ -25,6 +27,7 @@ from fastddim.plan import (
 from fastddim.reference import compute_dtype
 from fastddim.sampler import (
     Callback,
+    DenoisedFn,
     NoiseSource,
     borrowed_loop,
     check_generators,
@@ -58,16 +61,24 @@ def sample(
     schedule: Schedule | None = None,
     spacing: str = "uniform",
     steps_offset: int = 0,
-    eta: Coefficient = 0.0,
+    eta: PerStep = 0.0,
     variance: str = "small",
     prediction: str = "epsilon",
     clip: float | None = None,
     rederive_eps: bool = False,
-    guidance_scale: Coefficient | None = None,
+    guidance_scale: PerStep | None = None,
+    temperature: PerStep = 1.0,
+    guidance_rescale: float = 0.0,
+    dynamic_thresholding_ratio: float | None = None,
+    sample_max_value: float | None = None,
+    denoised_fn: DenoisedFn | None = None,
+    order: int = 1,
     seed: int | Sequence[int] | Tensor = 0,
     sample_offset: int = 0,
     noise: NoiseSource = None,
     x_T: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
     shape: Sequence[int] | None = None,
     batch_size: int = 1,
     device: torch.device | str | None = None,
@@ -98,15 +109,29 @@ def sample(
         spacing: how S timesteps are chosen out of T: uniform, quadratic, leading, trailing or
             linspace (see `fastddim.select_timesteps`). At S = 1 only trailing starts at T − 1.
         steps_offset: added to every timestep of `leading`.
-        eta: η ≥ 0 of eq. 16, a number or a tensor `[B]`; 0 is DDIM, 1 is DDPM's ancestral sampling.
+        eta: η ≥ 0 of eq. 16, a number or a tensor `[B]`, or a sequence of S of them, one a step; 0
+            is DDIM, 1 is DDPM's ancestral sampling.
         variance: "small", or "large" for noise of DDPM's larger variance; `eta=1, variance="large"`
             is the paper's σ-hat. The direction term keeps the small one (appendix D.3).
         prediction: what the model predicts: "epsilon", "sample" (x_0) or "v_prediction".
         clip: r > 0 clamps the predicted x_0 to [−r, r].
         rederive_eps: recompute epsilon from the clipped x_0.
-        guidance_scale: g of classifier-free guidance, a number or a tensor `[B]`: the model is
-            evaluated on 2B samples and its output is read as unconditional, then conditional half;
-            `model_kwargs` hold 2B rows.
+        guidance_scale: g of classifier-free guidance, a number or a tensor `[B]`, or a sequence of
+            S of them: the model is evaluated on 2B samples and its output is read as unconditional,
+            then conditional half; `model_kwargs` hold 2B rows.
+        temperature: factor of the noise, a number or a tensor `[B]`, or a sequence of S of them;
+            x_T has none.
+        guidance_rescale: φ in [0, 1] that takes the guided output of each sample towards the
+            standard deviation of its conditional one (arXiv 2305.08891, section 3.4).
+        dynamic_thresholding_ratio: in (0, 1]: with s this quantile of a sample's |x_0|, but at
+            least 1, x_0 is clamped to [−s, s] and divided by s (arXiv 2205.11487, section 2.3).
+            Instead of `clip`, for samples of any size.
+        sample_max_value: the most that s can be, at least 1; None is no limit.
+        denoised_fn: `denoised_fn(x_0, t)` replaces the predicted x_0 `[B, …]` before it is clipped
+            or thresholded, with t the int64 timesteps `[B]`; it may change x_0 in place and must
+            return it. Epsilon is the model's, unless `rederive_eps`.
+        order: 2 solves the paper's ODE (eq. 14) by the two-step Adams–Bashforth method at the same
+            number of model evaluations: the error falls as S⁻² instead of S⁻¹. Only for eta = 0.
         seed: int in [0, 2⁶⁴), or one per sample (a sequence, or an int64 tensor read as unsigned
             bits): then sample i is the one drawn alone with that seed.
         sample_offset: global index of the first sample: samples 64…127 of a seed are
@@ -116,6 +141,11 @@ def sample(
         x_T: starting state `[B, …]`; by default drawn from `seed` or `noise`. Not modified.
         shape: (B, …) of the state; by default that of `x_T`, else `batch_size` samples of the shape
             that the model tells (`.sample_shape`, or a diffusers `.config`).
+        mask: weight of `known` in the result, 1 where it is kept and 0 where the model paints (as
+            in latent-diffusion; the `mask_image` of diffusers is the opposite). Of any shape that
+            broadcasts to the state's.
+        known: data `[B, …]` for `mask`. After each step the state is blended with it as it is at
+            that noise level: mixed with the noise in x_T, and itself at the end.
         batch_size: B where `shape` is not given.
         device: of the state; by default that of `x_T`, else the model's.
         dtype: of the state; by default that of `x_T`, else float32.
@@ -153,7 +183,18 @@ def sample(
     setup = sampling_setup(
         model,
         steps,
-        Update(eta, variance, prediction, clip, rederive_eps, guidance_scale),
+        Update(
+            eta,
+            variance,
+            prediction,
+            clip,
+            rederive_eps,
+            guidance_scale,
+            temperature,
+            guidance_rescale,
+            dynamic_thresholding_ratio,
+            sample_max_value,
+        ),
         shape=shape,
         batch_size=batch_size,
         schedule=schedule,
@@ -165,6 +206,8 @@ def sample(
         graph=graph,
         check_finite=check_finite,
         model_kwargs=model_kwargs,
+        order=order,
+        denoised_fn=denoised_fn,
     )
     with borrowed_loop(setup) as loop:
         return loop.sample(
@@ -172,6 +215,8 @@ def sample(
             sample_offset=sample_offset,
             x_T=x_T,
             noise=noise,
+            mask=mask,
+            known=known,
             progress=progress,
             callback=callback,
             return_trajectory=return_trajectory,
@@ -190,7 +235,10 @@ def invert(
     prediction: str = "epsilon",
     clip: float | None = None,
     rederive_eps: bool = False,
-    guidance_scale: Coefficient | None = None,
+    guidance_scale: PerStep | None = None,
+    guidance_rescale: float = 0.0,
+    order: int = 1,
+    refine: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     impl: str = "auto",
@@ -206,12 +254,18 @@ def invert(
 
     `sample(model, steps, x_T=invert(model, x_0, steps))` gives back `x_0` up to an error that falls
     with the number of steps. Each step to timestep t evaluates the model at (current state, t), the
-    explicit guess for the equation that `sample` solves exactly in the other direction.
+    explicit guess for the equation that `sample` solves exactly in the other direction; `refine`
+    iterates towards its solution.
 
     Args:
         x_0: data `[B, …]`. Not modified.
         eta, clip, rederive_eps: only their defaults; anything else cannot be inverted and is
             refused.
+        order: 2 inverts `sample(order=2)` up to an error that falls as S⁻²; only its first step is
+            the explicit guess, the others evaluate the model where they start.
+        refine: how many times each step is taken again with the model evaluated at its result: a
+            fixed-point iteration on the equation that `sample` solves, each at the price of one
+            more evaluation. In [0, 100], and 0 at order 2.
 
         The other arguments are those of `sample`.
 
@@ -239,13 +293,17 @@ def invert(
     state_dtype = x_0.dtype if dtype is None else check_dtype("dtype", dtype)
     check_initial("x_0", x_0, tuple(x_0.shape), state_dtype, target)
     check_graph(graph, target, check_finite)
-    update = Update(prediction=prediction, guidance_scale=guidance_scale).checked(x_0.shape[0])
+    update = Update(
+        prediction=prediction, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale
+    ).checked(x_0.shape[0], per_step=True)
     plan = make_inversion_plan(
         resolve_schedule(model, schedule),
         steps,
         update,
         spacing=spacing,
         steps_offset=steps_offset,
+        order=order,
+        refine=refine,
     )
     setup = make_setup(
         model,
@@ -276,6 +334,10 @@ def step(
     clip: float | None = None,
     rederive_eps: bool = False,
     guidance_scale: Coefficient | None = None,
+    temperature: Coefficient = 1.0,
+    guidance_rescale: float = 0.0,
+    dynamic_thresholding_ratio: float | None = None,
+    sample_max_value: float | None = None,
     seed: int | Sequence[int] | Tensor = 0,
     sample_offset: int = 0,
     step_index: int | Tensor = 0,
@@ -316,8 +378,19 @@ def step(
     check_state("x_t", x_t)
     check_bool("return_x0", return_x0)
     batch = x_t.shape[0]
-    kind = (eta, variance, prediction, clip, rederive_eps, guidance_scale)
-    backend, table, row, noisy, guided = _prepared_step(x_t, alpha_t, alpha_prev, kind, impl)
+    kind = (
+        eta,
+        variance,
+        prediction,
+        clip,
+        rederive_eps,
+        guidance_scale,
+        temperature,
+        guidance_rescale,
+        dynamic_thresholding_ratio,
+        sample_max_value,
+    )
+    backend, table, row, fit, noisy, guided = _prepared_step(x_t, alpha_t, alpha_prev, kind, impl)
     check_model_output("model_output", model_output, x_t, guided=guided)
     keys = None
     if noise is not None:
@@ -331,7 +404,19 @@ def step(
         check_same_dtype("out", out, x_t.dtype)
         check_overlap("out", out, "x_t", x_t)
         check_overlap("out", out, "model_output", model_output)
-    if out is None and _needs_grad(x_t, model_output, noise):
+    differentiable = out is None and _needs_grad(x_t, model_output, noise)
+    if fit is not None:
+        if differentiable:
+            # The factors taken from the data have gradients too, which only the reference follows.
+            backend = backends.BACKENDS["reference"]
+            rows = table.index_select(0, row)
+            table = reference.fitted_rows(x_t, model_output, rows, fit)
+        else:
+            fitted = table.new_empty((batch, table.shape[1]))
+            backend.fit_rows(x_t, model_output, table, row, fit, fitted)
+            table = fitted
+        row = torch.arange(batch, device=x_t.device)
+    if differentiable:
         x_prev, x_0 = backend.update(x_t, model_output, table, row, noise=noise, keys=keys)
         return (x_prev, x_0) if return_x0 else x_prev
     x_prev = torch.empty_like(x_t) if out is None else out
@@ -421,6 +506,7 @@ class _Step(NamedTuple):
     backend: backends.Backend
     table: Tensor  # [1 or B, K]
     row: Tensor  # [1 or B]
+    fit: Fit | None
     noisy: bool
     guided: bool
 
@@ -457,11 +543,12 @@ def _prepare_step(
         update,
         eta=_on(device, update.eta),
         guidance_scale=None if guidance is None else _on(device, guidance),
+        temperature=_on(device, update.temperature),
     )
     rows = stack_row(coefficient_row(_on(device, a), _on(device, p), update))
     table = to_table(rows, compute_dtype(dtype), device)
     row = torch.arange(table.shape[0], device=device)
-    return _Step(backend, table, row, update.noisy, guidance is not None)
+    return _Step(backend, table, row, update.fit, update.noisy, guidance is not None)
 
 
 _remembered_step = lru_cache(maxsize=4096, typed=True)(_prepare_step)

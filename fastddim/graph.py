@@ -262,11 +262,11 @@ def _leaf_signature(leaf: Any) -> Hashable:
     return (type(leaf), repr(leaf)) if isinstance(leaf, _PLAIN) else id(leaf)
 
 
-def model_state(model: Model) -> tuple[Hashable, Hashable]:
-    """(where the parameters and buffers are, which modules train), of the modules that a model
-    shows: itself, what its method is bound to, what a partial, a closure or an instance holds.
+def model_state(*models: Any) -> tuple[Hashable, Hashable]:
+    """(where the parameters and buffers are, which modules train), of the modules that models
+    show: themselves, what a method is bound to, what a partial, a closure or an instance holds.
     """
-    modules = list(_modules(model))
+    modules = [module for model in models for module in _modules(model)]
     tensors = chain.from_iterable(chain(m.parameters(), m.buffers()) for m in modules)
     return (
         tuple((_address(tensor), tensor.dtype) for tensor in tensors),

@@ -1,9 +1,10 @@
 """The update as PyTorch operators: schemas, fakes and gradients, each in one place.
 
 `fastddim::update_out` writes into tensors it is given; `fastddim::update` returns new ones and is
-differentiable; `fastddim::normal_out` draws; `fastddim::advance` moves a loop to its next step.
-Compiled backends implement `update_out`, `backward_out`, `normal_out` and `advance`; without one,
-they run the reference.
+differentiable; `fastddim::fit_rows` takes factors of coefficients from the data;
+`fastddim::normal_out` draws; `fastddim::advance` moves a loop to its next step. Compiled backends
+implement `update_out`, `backward_out`, `fit_rows`, `normal_out` and `advance`, or some of them;
+the others run the reference.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastddim.backends import reference
 from fastddim.philox import Keys
-from fastddim.plan import Row
+from fastddim.plan import Fit, Row
 
 _INPUTS = (
     "Tensor x, Tensor model_output, Tensor table, Tensor row, Tensor? noise, "
@@ -26,7 +27,8 @@ _INPUTS = (
 
 _library = torch.library.Library("fastddim", "DEF")
 _library.define(
-    f"update_out({_INPUTS}, Tensor(a!) out, Tensor(b!)? x_0, Tensor(c!)? model_input) -> ()"
+    f"update_out({_INPUTS}, Tensor(a!) out, Tensor(b!)? x_0, Tensor(c!)? model_input, "
+    "Tensor(d!)? epsilon) -> ()"
 )
 _library.define(f"update({_INPUTS}) -> (Tensor x_prev, Tensor x_0)")
 _library.define(
@@ -39,6 +41,10 @@ _library.define(
 )
 _library.define(
     "normal_out(Tensor seed, Tensor step, Tensor sample, int stream, Tensor(a!) out) -> ()"
+)
+_library.define(
+    "fit_rows(Tensor x, Tensor model_output, Tensor table, Tensor row, float rescale, float ratio, "
+    "float limit, Tensor(a!) out) -> ()"
 )
 _library.define("advance(Tensor(a!) counters, Tensor timesteps, Tensor(b!) t) -> ()")
 
@@ -72,6 +78,7 @@ def update_out_through(operator: Callable[..., None]) -> Callable[..., None]:
         out: Tensor,
         x_0: Tensor | None,
         model_input: Tensor | None,
+        epsilon: Tensor | None = None,
     ) -> None:
         """One update into `out`, by the implementation compiled for the device.
 
@@ -84,12 +91,13 @@ def update_out_through(operator: Callable[..., None]) -> Callable[..., None]:
             row: int64 `[1]` or `[B]`, the row of each sample.
             noise: z like `x`; or
             keys: what keys the noise drawn inside.
-            history: an earlier model output like `x`, added with the row's coefficient `ph`.
+            history: epsilon of the step before, like `x`, added with the row's coefficient `ph`.
             mask: weight like `x` of `known` in the result.
             known: values like `x`.
             out: x_prev like `x`; may be `x`.
             x_0: predicted x_0, shaped like `x`.
             model_input: `[B or 2B, …]`: the new state in the model's dtype, twice under guidance.
+            epsilon: that of this step, shaped like `x`; may be `history`.
 
         Raises:
             RuntimeError: grad mode is on and an input requires grad (`torch.ops.fastddim.update` is
@@ -119,6 +127,7 @@ def update_out_through(operator: Callable[..., None]) -> Callable[..., None]:
             out,
             x_0,
             model_input,
+            epsilon,
         )
 
     return update_out
@@ -130,6 +139,18 @@ update_out = update_out_through(torch.ops.fastddim.update_out.default)
 def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
     """Standard normals of one stream into `out` `[B, …]`; the bits are those of `philox.normal`."""
     torch.ops.fastddim.normal_out(*keys, stream, out)
+
+
+def fit_rows(
+    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, fit: Fit, out: Tensor
+) -> None:
+    """The rows of `table` that `row` names, with what `reference.fitted_rows` takes from the data.
+
+    Args:
+        x, model_output, table, row: as in `update_out`.
+        out: rows `[B, K]` in the dtype of `table`, written.
+    """
+    torch.ops.fastddim.fit_rows(x, model_output, table, row, *fit, out)
 
 
 def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
@@ -147,6 +168,20 @@ def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
 @torch.library.impl(_library, "advance", "CompositeExplicitAutograd")
 def _advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
     reference.advance(counters, timesteps, t)
+
+
+@torch.library.impl(_library, "fit_rows", "CompositeExplicitAutograd")
+def _fit_rows(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    rescale: float,
+    ratio: float,
+    limit: float,
+    out: Tensor,
+) -> None:
+    reference.fit_rows(x, model_output, table, row, Fit(rescale, ratio, limit), out)
 
 
 @torch.library.impl(_library, "normal_out", "CompositeExplicitAutograd")
@@ -170,6 +205,7 @@ def _update_out(
     out: Tensor,
     x_0: Tensor | None,
     model_input: Tensor | None,
+    epsilon: Tensor | None,
 ) -> None:
     reference.update_out(
         x,
@@ -184,6 +220,7 @@ def _update_out(
         out=out,
         x_0=x_0,
         model_input=model_input,
+        epsilon=epsilon,
     )
 
 
@@ -196,7 +233,7 @@ def _keys(seed: Tensor | None, step: Tensor | None, sample: Tensor | None) -> Ke
 @torch.library.impl(_library, "update", "CompositeExplicitAutograd")
 def _update(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     x_prev, x_0 = torch.empty_like(x), torch.empty_like(x)
-    torch.ops.fastddim.update_out(x, *inputs, x_prev, x_0, None)
+    torch.ops.fastddim.update_out(x, *inputs, x_prev, x_0, None, None)
     return x_prev, x_0
 
 
@@ -257,6 +294,7 @@ for _name, _fake in (
     ("backward_out", _fake_out),
     ("normal_out", _fake_out),
     ("advance", _fake_out),
+    ("fit_rows", _fake_out),
     ("update", _fake_update),
     ("backward", _fake_backward),
 ):

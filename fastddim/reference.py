@@ -1,4 +1,4 @@
-"""The specification: one DDIM update in eager PyTorch.
+"""The specification: one DDIM update in eager PyTorch, and what it may take from the data first.
 
 name here   paper (arXiv 2010.02502)                        where
 x           x_{τ_i}                                         eq. 12
@@ -8,51 +8,139 @@ k0, kx, km  √ᾱ_prev on x0, √(1 − ᾱ_prev − σ²) on ε_θ, both  eq. 
             written as coefficients of x0, x and m
 pn, noise   σ, z                                            eq. 12, 16
 g           classifier-free guidance scale                  arXiv 2207.12598
+e0, ex, em  ε_θ, or eps re-derived, as coefficients of      eq. 9
+            x0, x and m
+ph          extrapolation from the eps of the step before   eq. 14, by two-step Adams–Bashforth
 
 `plan.coefficient_row` derives the coefficients.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
+from fastddim.plan import Fit, Row
+
+
+class Updated(NamedTuple):
+    """What one update can give, each shaped like the state."""
+
+    x_prev: Tensor
+    x_0: Tensor
+    epsilon: Tensor  # in the dtype that is computed in; the others in the state's
+
 
 def update(
+    x: Tensor,
+    model_output: Tensor,
+    rows: Tensor,
+    noise: Tensor | None,
+    history: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(x_prev, x_0) of `updated`."""
+    return updated(x, model_output, rows, noise, history, mask, known)[:2]
+
+
+def updated(
     x: Tensor,  # [B, …]
     model_output: Tensor,  # [B or 2B, C or 2C, …]
     rows: Tensor,  # [1 or B, K], float64 or float32
     noise: Tensor | None,  # [B, …]
-    history: Tensor | None = None,  # [B, …], an earlier model output
+    history: Tensor | None = None,  # [B, …], epsilon of the step before
     mask: Tensor | None = None,  # [B, …], weight of `known` in the result
     known: Tensor | None = None,  # [B, …]
-) -> tuple[Tensor, Tensor]:
-    """(x_prev, x_0), each with the shape and dtype of `x`.
+) -> Updated:
+    """One update.
 
     2B model outputs are guided: unconditional first, conditional second. Of 2C channels (learned
     variance) the first half is used. The arithmetic is float32 (float64 for a float64 state),
     rounded once at the end. A noise coefficient of 0 leaves the noise unread.
     """
-    dtype = compute_dtype(x.dtype)
-    # The order is that of `plan.Row`.
-    columns = rows.to(dtype).reshape(rows.shape + (1,) * (x.ndim - 1)).unbind(1)
-    cx, cm, r, k0, kx, km, pn, g, ph = columns
-    m = model_output.to(dtype)
-    if x.ndim > 1 and m.shape[1] != x.shape[1]:
-        m = m[:, : x.shape[1]]
-    if m.shape[0] != x.shape[0]:
-        unconditional, conditional = m.chunk(2)
-        m = unconditional + g * (conditional - unconditional)
-    state = x.to(dtype)
-    x0 = (cx * state + cm * m).clamp(-r, r)
-    x_prev = k0 * x0 + kx * state + km * m
+    row = _columns(rows, x)
+    state, m = x.to(row.cx.dtype), _model_output(x, model_output, row)
+    x0 = (row.cx * state + row.cm * m).clamp(-row.r, row.r)
+    x_prev = row.k0 * x0 + row.kx * state + row.km * m
     if history is not None:
-        x_prev = x_prev + ph * history.to(dtype)
+        x_prev = x_prev + row.ph * history.to(m.dtype)
     if noise is not None:
-        x_prev = torch.where(pn != 0, x_prev + pn * noise.to(dtype), x_prev)
+        x_prev = torch.where(row.pn != 0, x_prev + row.pn * noise.to(m.dtype), x_prev)
     if mask is not None and known is not None:
-        x_prev = x_prev + mask.to(dtype) * (known.to(dtype) - x_prev)
-    return x_prev.to(x.dtype), x0.to(x.dtype)
+        x_prev = x_prev + mask.to(m.dtype) * (known.to(m.dtype) - x_prev)
+    epsilon = row.e0 * x0 + (row.ex * state + row.em * m)
+    return Updated(x_prev.to(x.dtype), x0.to(x.dtype), epsilon)
+
+
+def fitted_rows(x: Tensor, model_output: Tensor, rows: Tensor, fit: Fit) -> Tensor:
+    """Rows `[B, K]` for these data, in the dtype that the update computes in.
+
+    `rescale` φ multiplies the guided model output by φ·σ_c/σ + 1 − φ, where σ_c and σ are the
+    standard deviations of the conditional and of the guided output of a sample (arXiv 2305.08891,
+    section 3.4). `ratio` and `limit` are dynamic thresholding (arXiv 2205.11487, section 2.3): with
+    s that quantile of |x_0| of a sample, but at least 1 and at most `limit`, x_0 is clamped to
+    [−s, s] and divided by s. Both are factors of coefficients, so that the update takes one pass.
+    """
+    row = _columns(rows, x)
+    state, m = x.to(row.cx.dtype), _model_output(x, model_output, row)
+    if fit.rescale > 0:
+        conditional = _read_channels(x, model_output)[x.shape[0] :].to(m.dtype)
+        ratio = _deviation(conditional) / _deviation(m)
+        factor = fit.rescale * torch.where(ratio.isfinite(), ratio, 1.0) + (1 - fit.rescale)
+        row = row._replace(cm=row.cm * factor, km=row.km * factor, em=row.em * factor)
+    if fit.ratio > 0:
+        s = _threshold(row.cx * state + row.cm * m, fit).reshape(-1, *[1] * (x.ndim - 1))
+        row = row._replace(cx=row.cx / s, cm=row.cm / s, r=torch.ones_like(s))
+    batch = x.shape[0]
+    return torch.stack([column.reshape(-1).expand(batch) for column in row], dim=1)
+
+
+def _columns(rows: Tensor, x: Tensor) -> Any:
+    """A `Row` of tensors in the dtype that is computed in, each ready to be multiplied with x."""
+    columns = rows.to(compute_dtype(x.dtype)).reshape(rows.shape + (1,) * (x.ndim - 1))
+    return Row(*columns.unbind(1))
+
+
+def _read_channels(x: Tensor, model_output: Tensor) -> Tensor:
+    if x.ndim > 1 and model_output.shape[1] != x.shape[1]:
+        return model_output[:, : x.shape[1]]
+    return model_output
+
+
+def _model_output(x: Tensor, model_output: Tensor, row: Any) -> Tensor:
+    m = _read_channels(x, model_output).to(compute_dtype(x.dtype))
+    if m.shape[0] == x.shape[0]:
+        return m
+    unconditional, conditional = m.chunk(2)
+    guided: Tensor = unconditional + row.g * (conditional - unconditional)
+    return guided
+
+
+def _deviation(m: Tensor) -> Tensor:
+    """Standard deviation of each sample, without bias."""
+    samples = m.flatten(1)
+    several = samples.shape[0] > 0 and samples.shape[1] > 1
+    deviation = samples.std(dim=1) if several else m.new_ones(m.shape[0])
+    return deviation.reshape(-1, *[1] * (m.ndim - 1))
+
+
+def _threshold(x_0: Tensor, fit: Fit) -> Tensor:
+    """s of each sample, NaN where any element is."""
+    magnitudes = x_0.abs().flatten(1)
+    count = magnitudes.shape[1]
+    if magnitudes.numel() == 0:
+        return magnitudes.new_ones(magnitudes.shape[0])
+    position = fit.ratio * (count - 1)
+    k = math.floor(position)
+    low = magnitudes.kthvalue(k + 1, dim=1).values
+    high = magnitudes.kthvalue(min(k + 2, count), dim=1).values
+    quantile = low + (high - low) * (position - k)
+    s = quantile.clamp(1.0, fit.limit)
+    return torch.where(magnitudes.isnan().any(dim=1), math.nan, s)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

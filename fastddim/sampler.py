@@ -23,7 +23,7 @@ from fastddim import adapter, backends, graph, philox
 from fastddim.adapter import Model
 from fastddim.graph import check_graph
 from fastddim.philox import Keys
-from fastddim.plan import Coefficient, Plan, Update, make_plan, to_table
+from fastddim.plan import Fit, PerStep, Plan, Update, known_rows, make_plan, to_table
 from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
 from fastddim.validation import (
@@ -31,6 +31,8 @@ from fastddim.validation import (
     check_device,
     check_dtype,
     check_int,
+    check_like,
+    check_mask,
     check_model_output,
     check_same_dtype,
     check_state,
@@ -38,6 +40,7 @@ from fastddim.validation import (
 
 Callback: TypeAlias = Callable[[int, int, Tensor, Tensor], None]
 NoiseSource: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator] | None
+DenoisedFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +50,8 @@ class Setup:
     model: Model
     plan: Plan
     table: Tensor  # [R, K]
+    predicting: Tensor | None  # [R, K]
+    denoised_fn: DenoisedFn | None
     shape: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
@@ -73,6 +78,11 @@ class Setup:
             self.plan.noisy,
             self.plan.guided,
             self.plan.table.ndim,
+            self.plan.fit,
+            self.plan.order,
+            self.plan.refine,
+            self.plan.rederived,
+            self.denoised_fn is None,
             self.shape,
             self.device,
             self.dtype,
@@ -93,10 +103,16 @@ def make_setup(
     graph: bool | str,
     check_finite: bool,
     model_kwargs: Mapping[str, Any] | None,
+    denoised_fn: DenoisedFn | None = None,
 ) -> Setup:
+    predicting = plan.predicting
+    if predicting is not None:
+        predicting = to_table(predicting, compute_dtype(dtype), predicting.device)
     return Setup(
         model=model,
         plan=plan,
+        predicting=predicting,
+        denoised_fn=denoised_fn,
         model_kwargs=check_model_kwargs(model_kwargs),
         backend=backends.choose(impl, device),
         table=to_table(plan.table, compute_dtype(dtype), plan.table.device),
@@ -123,6 +139,16 @@ class Program(NamedTuple):
         return [*self.inputs.tensors, *own]
 
 
+class Inpainting(NamedTuple):
+    """Known data, and what mixes it for each step; like the state but for the table."""
+
+    mask: Tensor
+    data: Tensor
+    x_T: Tensor
+    known: Tensor
+    table: Tensor  # [S, K]
+
+
 class Loop:
     """Runs plans of one kind for one model and shape; prepared once, run many times."""
 
@@ -146,6 +172,7 @@ class Loop:
             else None
         )
         self.table = torch.zeros_like(setup.table, device=device)
+        self._allocate_extras(setup)
         # The counters run one past the last step, where the repeated timestep keeps the read in
         # bounds.
         self._timesteps = torch.zeros(plan.steps + 1, dtype=torch.int64, device=device)
@@ -171,22 +198,37 @@ class Loop:
         self._turns = graph.Turns(device)
         self.load(setup)
 
+    def _allocate_extras(self, setup: Setup) -> None:
+        """What only some kinds of steps have."""
+        plan, like, batch = setup.plan, self.state, setup.shape[0]
+        self._history = torch.zeros_like(like, dtype=setup.model_dtype) if plan.order > 1 else None
+        self._base = torch.zeros_like(like) if plan.refine else None
+        hooked = setup.predicting is not None
+        self._predicting = torch.zeros_like(self.table) if hooked else None
+        self._epsilon = torch.zeros_like(like) if hooked and not plan.rederived else None
+        self._rows = self.table.new_zeros((batch, self.table.shape[1])) if plan.fit else None
+        self._each = torch.arange(batch, device=like.device)
+        self._inpainting: Inpainting | None = None
+
     @torch.inference_mode(False)
     def load(self, setup: Setup) -> None:
         """Take over everything in `setup` that is not in its key."""
         self.model = setup.model
         self.plan = setup.plan
         self.model_kwargs = setup.model_kwargs
+        self.denoised_fn = setup.denoised_fn
         self.check_finite = setup.check_finite
         timesteps = setup.plan.timesteps
         self._timestep_list = timesteps.tolist()
         with self._turns.turn(self._tensors):
             self.table.copy_(setup.table)
+            if self._predicting is not None and setup.predicting is not None:
+                self._predicting.copy_(setup.predicting)
             self._timesteps.copy_(torch.cat([timesteps, timesteps[-1:]]))
 
     def unload(self) -> None:
         """Let go of what is the caller's; `load` comes before the next run."""
-        del self.model, self.plan, self.model_kwargs
+        del self.model, self.plan, self.model_kwargs, self.denoised_fn
 
     def sample(
         self,
@@ -195,6 +237,8 @@ class Loop:
         sample_offset: int,
         x_T: Tensor | None,
         noise: NoiseSource,
+        mask: Tensor | None,
+        known: Tensor | None,
         progress: bool,
         callback: Callback | None,
         return_trajectory: bool,
@@ -204,6 +248,8 @@ class Loop:
         shape, device = tuple(self.state.shape), self.state.device
         keys = philox.make_keys(seed, shape[0], sample_offset=sample_offset, device=device)
         self._check_noise(noise)
+        if mask is not None or known is not None:
+            self._check_known(mask, known)
         if x_T is not None:
             check_initial("x_T", x_T, shape, self.state.dtype, device)
         elif noise is None or isinstance(noise, Tensor):
@@ -214,6 +260,8 @@ class Loop:
             x_T,
             keys=keys,
             noise=noise,
+            mask=mask,
+            known=known,
             progress=progress,
             callback=callback,
             return_trajectory=return_trajectory,
@@ -225,6 +273,8 @@ class Loop:
         *,
         keys: Keys | None = None,
         noise: NoiseSource = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
         progress: bool = False,
         callback: Callback | None = None,
         return_trajectory: bool = False,
@@ -237,8 +287,13 @@ class Loop:
             torch.inference_mode(False),
             torch.no_grad(),
         ):
-            program = self._program(noise, callback is not None, return_trajectory)
+            masked = mask is not None
+            if masked and self._inpainting is None:
+                self._inpainting = self._new_inpainting()
+            program = self._program(noise, callback is not None, return_trajectory, masked)
             self._reset(x, keys)
+            if mask is not None and known is not None:
+                self._load_known(mask, known, x)
             trajectory = self._new_trajectory() if return_trajectory else None
             if program is not None and self._graph == "loop":
                 self._replay(program, noise, 0)
@@ -251,7 +306,8 @@ class Loop:
                     if program is not None:
                         self._replay(program, noise, s)
                     else:
-                        self.step(self._noise_of(noise, s), with_x_0=callback is not None)
+                        z = self._noise_of(noise, s)
+                        self.step(z, with_x_0=callback is not None, masked=masked)
                     if trajectory is not None:
                         trajectory[s + 1].copy_(self.state)
                     if callback is not None:
@@ -281,28 +337,111 @@ class Loop:
         noise: Tensor | None,
         *,
         with_x_0: bool,
+        masked: bool,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """The step program: all that runs, or is captured, between two steps."""
         kwargs = self.model_kwargs if model_kwargs is None else model_kwargs
-        result = self.model(self._model_input, self.t, **kwargs)
+        start = self.state
+        if self._base is not None:
+            start = self._base.copy_(self.state)
+            for _ in range(self.plan.refine):
+                self._update(start, self._evaluate(kwargs), None)
+        output = self._evaluate(kwargs)
+        self._update(start, output, noise, with_x_0=with_x_0, masked=masked)
+        self._advance()
+
+    def _evaluate(self, model_kwargs: Mapping[str, Any]) -> Tensor:
+        result = self.model(self._model_input, self.t, **model_kwargs)
         output = check_model_output(
             "model output", adapter.output_tensor(result), self.state, guided=self.plan.guided
         )
         if self.check_finite:
             self._refuse_nonfinite(output)
+        return output
+
+    def _update(
+        self,
+        x: Tensor,
+        output: Tensor,
+        noise: Tensor | None,
+        *,
+        with_x_0: bool = False,
+        masked: bool = False,
+    ) -> None:
+        """The fused update of `x` into the state, and what some kinds of steps do before it."""
+        fit, table = self.plan.fit, self.table
+        if self._predicting is not None:
+            x, output = self._predict(x, output, self._predicting)
+            fit = None if fit is None else fit._replace(rescale=0.0)
+        table, row = self._fitted(x, output, table, fit)
+        known = self._mix_known() if masked else None
         self._backend.update_out(
-            self.state,
+            x,
             output,
-            self.table,
-            self._row,
+            table,
+            row,
             noise=noise,
             keys=self._keys if self.plan.noisy and noise is None else None,
+            history=self._history,
+            mask=None if known is None else known.mask,
+            known=None if known is None else known.known,
             out=self.state,
             x_0=self.x_0 if with_x_0 else None,
             model_input=self._next_input,
+            epsilon=self._history,
         )
-        self._advance()
+
+    def _predict(self, x: Tensor, output: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """What the second half of a step reads as state and model output, with the user's function
+        between the halves.
+        """
+        assert self.denoised_fn is not None
+        fit = self.plan.fit
+        table, row = self._fitted(x, output, table, fit and fit._replace(ratio=0.0))
+        self._write(x, output, table, row, self.x_0, epsilon=self._epsilon)
+        x_0 = self.denoised_fn(self.x_0, self.t[: len(self.x_0)])
+        check_like("denoised_fn's result", x_0, "the state", self.state)
+        return (x if self._epsilon is None else self._epsilon), x_0
+
+    def _fitted(
+        self, x: Tensor, output: Tensor, table: Tensor, fit: Fit | None
+    ) -> tuple[Tensor, Tensor]:
+        """The table and the rows in it of this step."""
+        if self._rows is None or fit is None or (fit.rescale == 0 and fit.ratio == 0):
+            return table, self._row
+        self._backend.fit_rows(x, output, table, self._row, fit, self._rows)
+        return self._rows, self._each
+
+    def _mix_known(self) -> Inpainting:
+        """Known data as they are after this step."""
+        own = self._inpainting
+        assert own is not None
+        self._write(own.data, own.x_T, own.table, self._step[:1], own.known)
+        return own
+
+    def _write(
+        self,
+        x: Tensor,
+        output: Tensor,
+        table: Tensor,
+        row: Tensor,
+        out: Tensor,
+        epsilon: Tensor | None = None,
+    ) -> None:
+        """An update without noise and all else that only the step itself has."""
+        self._backend.update_out(
+            x,
+            output,
+            table,
+            row,
+            noise=None,
+            keys=None,
+            out=out,
+            x_0=None,
+            model_input=None,
+            epsilon=epsilon,
+        )
 
     @property
     def _model_input(self) -> Tensor:
@@ -318,12 +457,27 @@ class Loop:
     def _reset(self, x: Tensor, keys: Keys | None) -> None:
         self._rewind()
         self.state.copy_(x)
+        if self._history is not None:
+            self._history.zero_()
         if self._next_input is not None:
             for part in self._next_input.chunk(2 if self.plan.guided else 1):
                 part.copy_(x)
         if keys is not None:
             self._keys.seed.copy_(keys.seed)
             self._keys.sample.copy_(keys.sample)
+
+    def _new_inpainting(self) -> Inpainting:
+        mask, data, x_T, known = (torch.zeros_like(self.state) for _ in range(4))
+        table = self.table.new_zeros((self.plan.steps, self.table.shape[1]))
+        return Inpainting(mask, data, x_T, known, table)
+
+    def _load_known(self, mask: Tensor, known: Tensor, x_T: Tensor) -> None:
+        own = self._inpainting
+        assert own is not None
+        own.mask.copy_(mask)
+        own.data.copy_(known)
+        own.x_T.copy_(x_T)
+        own.table.copy_(known_rows(self.plan.alphas_cumprod))
 
     def _new_trajectory(self) -> Tensor:
         trajectory = self.state.new_empty((self.plan.steps + 1, *self.state.shape))
@@ -351,12 +505,12 @@ class Loop:
             )
 
     def _program(
-        self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool
+        self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool, masked: bool
     ) -> Program | None:
         """The graph for this run, loaded with the caller's values; None where the run is eager."""
         if not self._captures:
             return None
-        parameters, training = graph.model_state(self.model)
+        parameters, training = graph.model_state(self.model, self.denoised_fn)
         if parameters != self._parameters:
             # Their graphs read memory that is no longer the model's.
             self._programs.clear()
@@ -368,20 +522,21 @@ class Loop:
             noise.dtype if isinstance(noise, Tensor) else _listed(noise),
             with_x_0,
             return_trajectory and self._graph == "loop",
+            masked,
         )
         program = self._programs.get(kind)
         if kind not in self._programs:
-            program = self._try_capture(noise, with_x_0, return_trajectory)
+            program = self._try_capture(noise, with_x_0, return_trajectory, masked)
         self._programs.put(kind, program)
         if program is not None:
             program.inputs.load(self.model_kwargs)
         return program
 
     def _try_capture(
-        self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool
+        self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool, masked: bool
     ) -> Program | None:
         try:
-            return self._capture(noise, with_x_0, return_trajectory)
+            return self._capture(noise, with_x_0, return_trajectory, masked)
         except graph.CaptureError as error:
             if self._graph != "auto":
                 raise ValueError(
@@ -393,7 +548,9 @@ class Loop:
             )
             return None
 
-    def _capture(self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool) -> Program:
+    def _capture(
+        self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool, masked: bool
+    ) -> Program:
         device, shape = self.state.device, tuple(self.state.shape)
         steps = self.plan.steps if self._graph == "loop" else 1
         inputs = graph.Inputs(self.model_kwargs, device)
@@ -409,7 +566,7 @@ class Loop:
 
         def take_step(s: int) -> None:
             z = self._noise_of(noise, s)
-            self.step(z, with_x_0=with_x_0, model_kwargs=inputs.model_kwargs)
+            self.step(z, with_x_0=with_x_0, masked=masked, model_kwargs=inputs.model_kwargs)
 
         def warm_up() -> None:
             take_step(0)
@@ -436,11 +593,22 @@ class Loop:
     def _tensors(self) -> Iterator[Tensor]:
         yield from (self.state, self.x_0, self.table, self._timesteps, self.t)
         yield from (self._counters, self._before_first, self._keys.seed, self._keys.sample)
-        if self._next_input is not None:
-            yield self._next_input
+        extras = (self._next_input, self._history, self._base, self._predicting, self._epsilon)
+        yield from (t for t in (*extras, self._rows) if t is not None)
+        yield from self._inpainting or ()
         for program in self._programs.values():
             if program is not None:
                 yield from program.tensors()
+
+    def _check_known(self, mask: Tensor | None, known: Tensor | None) -> None:
+        if known is None:
+            raise ValueError("known: expected data beside mask, got None")
+        if mask is None:
+            raise ValueError("mask: expected a weight of known, got None")
+        check_like("known", known, "the state", self.state)
+        check_mask("mask", mask, self.state)
+        if self.plan.alphas_cumprod[0] == 1:
+            raise ValueError("mask: expected None where the first alpha_cumprod is 1, got a tensor")
 
     def _check_noise(self, noise: NoiseSource) -> None:
         if noise is None or isinstance(noise, torch.Generator):
@@ -461,9 +629,9 @@ class Loop:
 def borrowed_loop(setup: Setup) -> Iterator[Loop]:
     """A loop for one call: one that an earlier call left with its graphs, or a new one.
 
-    After an error it is not kept.
+    After an error it is not kept, nor where it holds a function of the caller's beside the model.
     """
-    if not setup.captures:
+    if not setup.captures or setup.denoised_fn is not None:
         yield Loop(setup)
         return
     loop: Loop | None = graph.SHELF.take(setup.model, setup.key)
@@ -492,9 +660,13 @@ def sampling_setup(
     graph: str | bool,
     check_finite: bool,
     model_kwargs: Mapping[str, Any] | None,
+    order: int,
+    denoised_fn: DenoisedFn | None,
 ) -> Setup:
     """The checked arguments of `sample` that do not change from call to call of a `Sampler`."""
     check_model(model)
+    if denoised_fn is not None and not callable(denoised_fn):
+        raise TypeError(f"denoised_fn: expected a callable, got {type(denoised_fn).__name__}")
     resolved = resolve_shape(model, shape, batch_size)
     state_dtype = check_dtype("dtype", dtype) if dtype is not None else torch.float32
     target = resolve_device(model, device)
@@ -503,9 +675,11 @@ def sampling_setup(
     plan = make_plan(
         resolve_schedule(model, schedule),
         steps,
-        update.checked(resolved[0]),
+        update.checked(resolved[0], per_step=True),
         spacing=spacing,
         steps_offset=steps_offset,
+        order=order,
+        hooked=denoised_fn is not None,
     )
     return make_setup(
         model,
@@ -517,6 +691,7 @@ def sampling_setup(
         graph=graph,
         check_finite=check_finite,
         model_kwargs=model_kwargs,
+        denoised_fn=denoised_fn,
     )
 
 
@@ -537,12 +712,18 @@ class Sampler:
         schedule: Schedule | None = None,
         spacing: str = "uniform",
         steps_offset: int = 0,
-        eta: Coefficient = 0.0,
+        eta: PerStep = 0.0,
         variance: str = "small",
         prediction: str = "epsilon",
         clip: float | None = None,
         rederive_eps: bool = False,
-        guidance_scale: Coefficient | None = None,
+        guidance_scale: PerStep | None = None,
+        temperature: PerStep = 1.0,
+        guidance_rescale: float = 0.0,
+        dynamic_thresholding_ratio: float | None = None,
+        sample_max_value: float | None = None,
+        denoised_fn: DenoisedFn | None = None,
+        order: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         impl: str = "auto",
@@ -553,7 +734,18 @@ class Sampler:
         setup = sampling_setup(
             model,
             steps,
-            Update(eta, variance, prediction, clip, rederive_eps, guidance_scale),
+            Update(
+                eta,
+                variance,
+                prediction,
+                clip,
+                rederive_eps,
+                guidance_scale,
+                temperature,
+                guidance_rescale,
+                dynamic_thresholding_ratio,
+                sample_max_value,
+            ),
             shape=shape,
             batch_size=batch_size,
             schedule=schedule,
@@ -565,6 +757,8 @@ class Sampler:
             graph=graph,
             check_finite=check_finite,
             model_kwargs=model_kwargs,
+            order=order,
+            denoised_fn=denoised_fn,
         )
         self.plan = setup.plan
         self.shape = setup.shape
@@ -579,6 +773,8 @@ class Sampler:
         sample_offset: int = 0,
         x_T: Tensor | None = None,
         noise: NoiseSource = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
         progress: bool = False,
         callback: Callback | None = None,
         return_trajectory: bool = False,
@@ -589,6 +785,8 @@ class Sampler:
             sample_offset=sample_offset,
             x_T=x_T,
             noise=noise,
+            mask=mask,
+            known=known,
             progress=progress,
             callback=callback,
             return_trajectory=return_trajectory,

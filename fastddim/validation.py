@@ -109,6 +109,24 @@ def check_like(name: str, value: Any, like_name: str, like: Tensor) -> Tensor:
     return check_device(name, value, like_name, like.device)
 
 
+def check_mask(name: str, value: Any, state: Tensor) -> Tensor:
+    """A floating-point or boolean tensor on the state's device that broadcasts to its shape."""
+    if not isinstance(value, Tensor) or not (
+        value.is_floating_point() or value.dtype == torch.bool
+    ):
+        raise TypeError(
+            f"{name}: expected a floating-point or bool tensor, got {_described(value)}"
+        )
+    try:
+        value.expand(state.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {tuple(state.shape)}, "
+            f"got {tuple(value.shape)}"
+        ) from error
+    return check_device(name, value, "the state", state.device)
+
+
 def check_device(name: str, value: Tensor, like_name: str, device: torch.device) -> Tensor:
     if value.device != device:
         raise ValueError(

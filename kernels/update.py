@@ -57,6 +57,7 @@ class Tensors(NamedTuple):
     out: Any
     x_0: Any
     model_input: Any
+    epsilon: Any
 
 
 @triton.jit
@@ -78,6 +79,9 @@ def coefficients_at(fields):
         tl.load(fields + 6),
         tl.load(fields + 7),
         tl.load(fields + 8),
+        tl.load(fields + 9),
+        tl.load(fields + 10),
+        tl.load(fields + 11),
     )
 
 
@@ -109,6 +113,9 @@ def write_step(inputs, z, tensors, second_input, row, span, WIDE: tl.constexpr):
     x_prev = tl.fma(row.k0, x_0, tl.fma(row.kx, x, row.km * m))
     if tensors.history is not None:
         x_prev = tl.fma(row.ph, read(tensors.history, span, WIDE).to(compute), x_prev)
+    if tensors.epsilon is not None:
+        epsilon = tl.fma(row.e0, x_0, tl.fma(row.ex, x, row.em * m))
+        write(tensors.epsilon, epsilon, span, WIDE)
     if tensors.noise is not None:
         # Where its coefficient is 0 the noise is not read: it may be NaN.
         noisy = span.inside & (row.pn != 0)
@@ -255,13 +262,14 @@ def update_out(
     out: Tensor,
     x_0: Tensor | None,
     model_input: Tensor | None,
+    epsilon: Tensor | None = None,
 ) -> None:
     """See `fastddim.ops.update_out`; the values of `row` are not checked.
 
     Raises:
         TypeError, ValueError: a tensor does not fit; the message names it.
     """
-    tensors = (x, model_output, noise, history, mask, known, out, x_0, model_input)
+    tensors = (x, model_output, noise, history, mask, known, out, x_0, model_input, epsilon)
     launch = _prepare_update(
         Tensors(*map(_meta, tensors)),
         _meta(table),
@@ -359,7 +367,7 @@ def _prepare_update(
     x, model_output, model_input = tensors.x, tensors.model_output, tensors.model_input
     _check_state("x", x)
     guided = _check_stacked("model_output", model_output, x, learned_variance=True)
-    for name in ("noise", "history", "mask", "known", "out", "x_0"):
+    for name in ("noise", "history", "mask", "known", "out", "x_0", "epsilon"):
         _check_like(name, getattr(tensors, name), x)
     if (tensors.mask is None) != (tensors.known is None):
         raise ValueError("mask, known: expected both or neither")
@@ -384,8 +392,11 @@ def _prepare_update(
     return _launch(
         layout,
         [tensor for tensor in tensors if tensor is not None],
-        # Without noise there is no need, and a history, a mask or float64 would not fit.
-        capped=keys is not None and tensors.history is None and tensors.mask is None,
+        # Without noise there is no need; a history, epsilon, a mask or float64 would not fit.
+        capped=keys is not None
+        and tensors.history is None
+        and tensors.mask is None
+        and tensors.epsilon is None,
         aligned=aligned,
         conditional=batch * model_output.strides[0] if guided else None,
         second_input=batch * model_input.strides[0] if twice else None,

@@ -55,7 +55,7 @@ class Device:
         tensors |= {} if keys is None else keys._asdict()
         self._call(
             tensors,
-            {"out", "x_0", "model_input"},
+            {"out", "x_0", "model_input", "epsilon"},
             lambda: self._backend.update_out(x, model_output, table, row, **rest),
         )
 

@@ -66,7 +66,7 @@ def test_opcheck(dtype: torch.dtype, channels_last: bool) -> None:
     for noise in ("given", "keyed"):
         arguments = inputs(dtype, guided=True, channels_last=channels_last, noise=noise)
         x = arguments["x"]
-        outputs = torch.zeros_like(x), torch.zeros_like(x), torch.zeros(4, 3, 4, 5)
+        outputs = (*(torch.zeros_like(x) for _ in range(2)), torch.zeros(4, 3, 4, 5), x * 0)
         torch.library.opcheck(
             torch.ops.fastddim.update_out.default,
             (*positional(arguments), *outputs),
@@ -81,6 +81,16 @@ def test_opcheck(dtype: torch.dtype, channels_last: bool) -> None:
         torch.library.opcheck(
             torch.ops.fastddim.update.default, positional(with_grad), test_utils=OPCHECK
         )
+
+
+def test_opcheck_of_fitted_rows() -> None:
+    arguments = inputs(torch.float32, guided=True)
+    before = [arguments[name] for name in ("x", "model_output", "table", "row")]
+    torch.library.opcheck(
+        torch.ops.fastddim.fit_rows.default,
+        (*before, 0.5, 0.9, 3.0, torch.zeros(2, len(Row._fields))),
+        test_utils=OPCHECK,
+    )
 
 
 def test_opcheck_of_normals() -> None:

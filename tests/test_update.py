@@ -43,6 +43,7 @@ class Case:
     history: Tensor | None = None
     mask: Tensor | None = None
     known: Tensor | None = None
+    epsilon: torch.dtype | None = None
     model_input: torch.dtype | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
 
@@ -88,6 +89,7 @@ def make_case(
     per_sample: bool = False,
     history: bool = False,
     mask: bool = False,
+    epsilon: bool = False,
     model_input: torch.dtype | None = None,
 ) -> Case:
     batch = shape[0]
@@ -134,6 +136,7 @@ def make_case(
         history=draw(shape, model_dtype or dtype) if history else None,
         mask=laid_out(weights, layout) if mask else None,
         known=draw(shape) if mask else None,
+        epsilon=(model_dtype or dtype) if history or epsilon else None,
         model_input=model_input,
     )
 
@@ -142,10 +145,12 @@ def make_case(
 class Result:
     out: Tensor
     x_0: Tensor
+    epsilon: Tensor | None
     model_input: Tensor | None
 
     def tensors(self) -> list[Tensor]:
-        return [t for t in (self.out, self.x_0, self.model_input) if t is not None]
+        all_of_them = (self.out, self.x_0, self.epsilon, self.model_input)
+        return [t for t in all_of_them if t is not None]
 
 
 def poisoned_like(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,14 +172,22 @@ def written_only_inside(view: Tensor, buffer: Tensor) -> bool:
 
 
 def run(update_out: Callable[..., None], case: Case, *, in_place: bool = False) -> Result:
+    """One call into poisoned outputs. In place, x_prev goes over x and epsilon over the history."""
     x = torch.empty_strided(case.x.shape, case.x.stride(), dtype=case.x.dtype)
     x.copy_(case.x)
-    framed = [poisoned_like(case.x), poisoned_like(case.x)]
+    framed = {"out": poisoned_like(case.x), "x_0": poisoned_like(case.x)}
+    if case.epsilon is not None:
+        framed["epsilon"] = poisoned_like(torch.empty_like(case.x, dtype=case.epsilon))
     if case.model_input is not None:
         copies = 2 if case.model_output.shape[0] != x.shape[0] else 1
         target = torch.zeros((copies * x.shape[0], *x.shape[1:]), dtype=case.model_input)
-        framed.append(poisoned_like(target))
-    views = [view for view, _ in framed]
+        framed["model_input"] = poisoned_like(target)
+    views = {name: view for name, (view, _) in framed.items()}
+    history = case.history
+    if in_place:
+        views["out"] = x
+        if history is not None:
+            history = views["epsilon"].copy_(history)
     update_out(
         x,
         case.model_output,
@@ -182,18 +195,19 @@ def run(update_out: Callable[..., None], case: Case, *, in_place: bool = False) 
         case.row,
         noise=case.noise,
         keys=case.keys,
-        history=case.history,
+        history=history,
         mask=case.mask,
         known=case.known,
-        out=x if in_place else views[0],
-        x_0=views[1],
-        model_input=views[2] if len(views) > 2 else None,
+        out=views["out"],
+        x_0=views["x_0"],
+        model_input=views.get("model_input"),
+        epsilon=views.get("epsilon"),
     )
-    for view, buffer in framed[1 if in_place else 0 :]:
+    for view, buffer in framed.values():
         assert written_only_inside(view, buffer), "written outside of the output"
     if not in_place:
         assert torch.equal(x, case.x), "the input was changed"
-    return Result(x if in_place else views[0], views[1], views[2] if len(views) > 2 else None)
+    return Result(views["out"], views["x_0"], views.get("epsilon"), views.get("model_input"))
 
 
 def spacing(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -218,13 +232,15 @@ def assert_accurate(case: Case, got: Result) -> None:
     eager = run(backends.BACKENDS["reference"].update_out, case)
     unit = torch.finfo(reference.compute_dtype(case.x.dtype)).eps / 2
     for name, mine, theirs, truth, terms in zip(
-        ("x_prev", "x_0"),
-        (got.out, got.x_0),
-        (eager.out, eager.x_0),
+        ("x_prev", "x_0", "epsilon"),
+        (got.out, got.x_0, got.epsilon),
+        (eager.out, eager.x_0, eager.epsilon),
         exact(case),
         exact(case, absolute=True),
         strict=True,
     ):
+        if mine is None or theirs is None:
+            continue
         error, eager_error = (abs(extended(t) - truth) for t in (mine, theirs))
         expected = max(eager_error.max(), unit * terms.max())
         budget = 2 * expected + spacing(truth, mine.dtype)
@@ -244,8 +260,8 @@ def check(backend: backends.Backend, case: Case) -> None:
         assert torch.equal(got.model_input, expected), "model_input is not the new state"
 
 
-def exact(case: Case, *, absolute: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """(x_prev, x_0) in extended precision, on the coefficients that the kernel reads.
+def exact(case: Case, *, absolute: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(x_prev, x_0, epsilon) in extended precision, on the coefficients that the kernel reads.
 
     `absolute`: the same sums over the absolute values of their terms.
     """
@@ -277,7 +293,7 @@ def exact(case: Case, *, absolute: bool = False) -> tuple[np.ndarray, np.ndarray
     if case.mask is not None and case.known is not None:
         weight = wide(case.mask)
         x_prev = weight * wide(case.known) + (1 - weight) * x_prev
-    return x_prev, x_0
+    return x_prev, x_0, row.e0 * x_0 + row.ex * x + row.em * m
 
 
 def use_instruction_set(name: str) -> None:
@@ -469,6 +485,7 @@ def test_random_cases(data: st.DataObject) -> None:
         per_sample=data.draw(st.booleans()),
         history=data.draw(st.booleans()),
         mask=data.draw(st.booleans()),
+        epsilon=data.draw(st.booleans()),
         model_input=data.draw(st.sampled_from([None, *DTYPES])),
     )
     check(backends.BACKENDS["cpu"], case)

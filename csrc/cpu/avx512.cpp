@@ -71,7 +71,7 @@ FASTDDIM_FN void order_quads(Floats z_0, Floats z_1, Floats z_2, Floats z_3, Flo
 
 namespace fastddim {
 const Kernels AVX512 = {"avx512", &FASTDDIM_NAMESPACE::update, &FASTDDIM_NAMESPACE::backward,
-                        &FASTDDIM_NAMESPACE::normal};
+                        &FASTDDIM_NAMESPACE::normal, &FASTDDIM_NAMESPACE::fit};
 }
 
 FASTDDIM_TARGET_END

@@ -38,22 +38,22 @@ FASTDDIM_FN void store(T* to, V value) {
 template <class V, class T>
 FASTDDIM_FN Row<V> broadcast(const Row<T>& row) {
   V like{};
-  return {splat(like, row.cx), splat(like, row.cm), splat(like, row.r),
-          splat(like, row.k0), splat(like, row.kx), splat(like, row.km),
-          splat(like, row.pn), splat(like, row.g),  splat(like, row.ph)};
+  return {splat(like, row.cx), splat(like, row.cm), splat(like, row.r),  splat(like, row.k0),
+          splat(like, row.kx), splat(like, row.km), splat(like, row.pn), splat(like, row.g),
+          splat(like, row.ph), splat(like, row.e0), splat(like, row.ex), splat(like, row.em)};
 }
 
 template <class T>
 FASTDDIM_FN Row<T> row_of(const Job& job, int64_t sample) {
   const T* at = (const T*)job.table + job.row[sample * job.row_stride] * ROW_FIELDS;
-  return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8]};
+  return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10], at[11]};
 }
 
 // Pointers to the elements of one tile in compute precision; null where absent.
 template <class T>
 struct Tile {
   const T *x, *unconditional, *conditional, *noise, *history, *mask, *known;
-  T *out, *x_0;
+  T *out, *x_0, *epsilon;
   bool stream;
 };
 
@@ -66,14 +66,18 @@ FASTDDIM_FN void update_at(const Row<V>& row, const Tile<T>& tile, int64_t i) {
   if constexpr (CLIP) x_0 = clipped(row, x_0);
   V x_prev = noiseless(row, x, m, x_0);
   if (tile.history) x_prev = fma(row.ph, load<V>(tile.history + i), x_prev);
+  if (tile.epsilon) store(tile.epsilon + i, epsilon(row, x, m, x_0));
   if (tile.noise) x_prev = fma(row.pn, load<V>(tile.noise + i), x_prev);
   if (tile.mask) x_prev = blended(x_prev, load<V>(tile.mask + i), load<V>(tile.known + i));
-  if (tile.x_0) store(tile.x_0 + i, x_0);
 #if FASTDDIM_LANES > 1
   if constexpr (sizeof(V) > sizeof(T)) {
-    if (tile.stream) return stream(tile.out + i, x_prev);
+    if (tile.stream) {
+      if (tile.x_0) stream(tile.x_0 + i, x_0);
+      return stream(tile.out + i, x_prev);
+    }
   }
 #endif
+  if (tile.x_0) store(tile.x_0 + i, x_0);
   store(tile.out + i, x_prev);
 }
 
@@ -93,14 +97,14 @@ FASTDDIM_FN void update_run(const Row<T>& row, const Tile<T>& tile, int64_t coun
 // Nothing but what every step has. The questions that update_at asks are answered at compile time.
 template <bool STREAM, class T>
 FASTDDIM_FN void bare_run(const Row<T>& row, const Tile<T>& tile, int64_t count) {
-  const Tile<T> bare{tile.x, tile.unconditional, {}, {}, {}, {}, {}, tile.out, {}, STREAM};
+  const Tile<T> bare{tile.x, tile.unconditional, {}, {}, {}, {}, {}, tile.out, {}, {}, STREAM};
   update_run<false>(row, bare, count);
 }
 
 template <class T>
 FASTDDIM_FN bool is_bare(const Row<T>& row, const Tile<T>& tile) {
   const bool clip = row.r < __builtin_inff();
-  return !clip && !tile.conditional && !tile.history && !tile.mask && !tile.x_0;
+  return !clip && !tile.conditional && !tile.history && !tile.mask && !tile.x_0 && !tile.epsilon;
 }
 
 template <class T>
@@ -148,7 +152,7 @@ FASTDDIM_FN bool update_drawing(const Job&, const Span&, const Row<T>&, const Ti
 
 template <class T>
 void update_tiles(const Job& job, int64_t begin, int64_t end) {
-  alignas(64) T buffers[9][TILE];
+  alignas(64) T buffers[10][TILE];
   const int64_t per_sample = job.tiles_per_sample();
   for (int64_t index = begin; index < end; ++index) {
     const int64_t sample = index / per_sample;
@@ -163,7 +167,9 @@ void update_tiles(const Job& job, int64_t begin, int64_t end) {
     tile.known = read(job.known, span, buffers[5]);
     tile.out = place(job.out, span, buffers[7]);
     tile.x_0 = place(job.x_0, span, buffers[8]);
-    tile.stream = job.streaming && tile.out != buffers[7] && (uintptr_t)tile.out % 64 == 0;
+    tile.epsilon = place(job.epsilon, span, buffers[9]);
+    tile.stream = job.streaming && tile.out != buffers[7] && (uintptr_t)tile.out % 64 == 0 &&
+                  tile.x_0 != buffers[8] && (uintptr_t)tile.x_0 % 64 == 0;
     tile.noise = nullptr;
     if (row.pn == 0 || !update_drawing(job, span, row, tile, buffers[6])) {
       if (row.pn != 0) {
@@ -173,6 +179,7 @@ void update_tiles(const Job& job, int64_t begin, int64_t end) {
     }
     write(job.out, span, tile.out);
     write(job.x_0, span, tile.x_0);
+    write(job.epsilon, span, tile.epsilon);
     for (const View& input : job.model_input) {
       if (input.data) write(input, span, rounded(job.out.dtype, span.count, tile.out));
     }
@@ -225,11 +232,17 @@ void normal(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
+#include "fit.h"
+
 void update(const Job& job, int64_t begin, int64_t end) {
   job.float64 ? update_tiles<double>(job, begin, end) : update_tiles<float>(job, begin, end);
 #if FASTDDIM_LANES > 1
   if (job.streaming) finish_streams();
 #endif
+}
+
+void fit(const Job& job, int64_t begin, int64_t end) {
+  job.float64 ? fit_samples<double>(job, begin, end) : fit_samples<float>(job, begin, end);
 }
 
 void backward(const Job& job, int64_t begin, int64_t end) {

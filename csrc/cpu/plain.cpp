@@ -8,5 +8,5 @@
 
 namespace fastddim {
 const Kernels PLAIN = {"plain", &FASTDDIM_NAMESPACE::update, &FASTDDIM_NAMESPACE::backward,
-                       &FASTDDIM_NAMESPACE::normal};
+                       &FASTDDIM_NAMESPACE::normal, &FASTDDIM_NAMESPACE::fit};
 }

@@ -21,10 +21,10 @@ struct CudaOperators {
   static void update_out(Tensor x, Tensor model_output, Tensor table, Tensor row, Optional noise,
                          Optional seed, Optional step, Optional sample, Optional history,
                          Optional mask, Optional known, Tensor out, Optional x_0,
-                         Optional model_input) {
+                         Optional model_input, Optional epsilon) {
     const Shape shape(x, "x");
     Job job = update_job(shape, x, model_output, table, row, noise, seed, step, sample, history,
-                         mask, known, out, x_0, model_input);
+                         mask, known, out, x_0, model_input, epsilon);
     const Layout layout(job, shape.sizes, (int)shape.dims, job.seed != nullptr, job.row_stride == 0,
                         Interleaved::as_any);
     const Stream stream(shape.place);

@@ -83,7 +83,7 @@ struct Rows {
 template <class C>
 FASTDDIM_FN Row<C> row_of(const Rows& rows, int64_t sample) {
   const C* at = (const C*)rows.table + rows.row[sample * rows.row_stride] * ROW_FIELDS;
-  return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8]};
+  return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10], at[11]};
 }
 
 FASTDDIM_FN Key key_of(const Rows& rows, int64_t sample) {
@@ -191,7 +191,7 @@ struct Call {
   Rows rows;
   bool words;  // every tensor is aligned to its words, in every sample
   Operand x, unconditional, conditional, noise, history, mask, known;
-  Operand out, x_0, model_input[2];
+  Operand out, x_0, epsilon, model_input[2];
 };
 
 // `plain` has what every step has, and the next model input; `guided` reads two model outputs and
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(BLOCK, (RESIDENT<T, KIND, KEYED>)) update(cons
   if (guided_here) c = load<M, SIZE>(call.conditional, chunk, call.words);
   const Row<C> row = row_of<C>(call.rows, chunk.sample);
 
-  C x_prev[SIZE], x_0[SIZE];
+  C x_prev[SIZE], x_0[SIZE], eps[SIZE];
   FASTDDIM_UNROLL
   for (int i = 0; i < SIZE; ++i) {
     const C state = widened(x.at[i]);
@@ -286,7 +286,10 @@ __global__ void __launch_bounds__(BLOCK, (RESIDENT<T, KIND, KEYED>)) update(cons
     if (guided_here) m = guided<C>(row, m, widened(c.at[i]));
     const C predicted = clipped(row, unclipped_x_0<C>(row, state, m));
     x_prev[i] = noiseless<C>(row, state, m, predicted);
-    if constexpr (ANY) x_0[i] = predicted;
+    if constexpr (ANY) {
+      x_0[i] = predicted;
+      eps[i] = epsilon<C>(row, state, m, predicted);
+    }
   }
   if constexpr (ANY) {
     if (call.x_0.data) store(call.x_0, chunk, call.words, narrowed<T>(x_0));
@@ -294,6 +297,7 @@ __global__ void __launch_bounds__(BLOCK, (RESIDENT<T, KIND, KEYED>)) update(cons
       const auto history = load<M, SIZE>(call.history, chunk, call.words);
       add_scaled(row.ph, history, x_prev);
     }
+    if (call.epsilon.data) store(call.epsilon, chunk, call.words, narrowed<M>(eps));
     if (call.noise.data && row.pn != 0) {
       const auto noise = load<T, SIZE>(call.noise, chunk, call.words);
       add_scaled(row.pn, noise, x_prev);
@@ -380,7 +384,7 @@ struct StridedCall {
   Rows rows;
   Shape shape;
   StridedOperand x, unconditional, conditional, noise, history, mask, known;
-  StridedOperand out, x_0, model_input[2];
+  StridedOperand out, x_0, epsilon, model_input[2];
 };
 
 // Where an element lies in each tensor: its coordinates are worked out once.
@@ -411,13 +415,13 @@ __global__ void __launch_bounds__(BLOCK, 2)
     }
   }
   const StridedOperand* const tensors[] = {
-      &call.x,       &call.unconditional,  &call.conditional,   &call.noise,
-      &call.history, &call.mask,           &call.known,         &call.out,
-      &call.x_0,     &call.model_input[0], &call.model_input[1]};
+      &call.x,       &call.unconditional,  &call.conditional,    &call.noise,
+      &call.history, &call.mask,           &call.known,          &call.out,
+      &call.x_0,     &call.model_input[0], &call.model_input[1], &call.epsilon};
   FASTDDIM_UNROLL
   for (int i = 0; i < 4; ++i) {
     if (i >= chunk.count) break;
-    int64_t at[11];
+    int64_t at[12];
     offsets_of(call.shape, tensors, chunk.sample, chunk.element + i, at);
     const C x = read<C>(call.x, at[0]);
     C m = read<C>(call.unconditional, at[1]);
@@ -425,6 +429,7 @@ __global__ void __launch_bounds__(BLOCK, 2)
     const C x_0 = clipped(row, unclipped_x_0(row, x, m));
     C x_prev = noiseless(row, x, m, x_0);
     if (call.history.data) x_prev = fma(row.ph, read<C>(call.history, at[4]), x_prev);
+    if (call.epsilon.data) write(call.epsilon, at[11], epsilon(row, x, m, x_0));
     if (row.pn != 0) {
       if (KEYED) {
         x_prev = fma(row.pn, (C)z[i], x_prev);
@@ -553,6 +558,7 @@ int update_contiguous(const Job& job, void* stream) {
   call.known = operands.of<T>(job.known);
   call.out = operands.of<T>(job.out);
   call.x_0 = operands.of<T>(job.x_0);
+  call.epsilon = operands.of<M>(job.epsilon);
   for (int i = 0; i < 2; ++i) call.model_input[i] = operands.of<M>(job.model_input[i]);
   if (!operands.contiguous) return NOT_CONTIGUOUS;
   call.rows = rows_of(job);
@@ -560,7 +566,8 @@ int update_contiguous(const Job& job, void* stream) {
   if (!make_grid(call.grid, job.batch, job.count, SIZE_OF_CHUNK<T>)) {
     return cudaErrorInvalidConfiguration;
   }
-  const bool any = job.noise.data || job.history.data || job.mask.data || job.x_0.data;
+  const bool any =
+      job.noise.data || job.history.data || job.mask.data || job.x_0.data || job.epsilon.data;
   const bool two = job.conditional.data || job.model_input[1].data;
   const Kind kind = any ? Kind::any : two ? Kind::guided : Kind::plain;
   return job.seed ? launch_update<T, M, true>(call, kind, stream)
@@ -619,6 +626,7 @@ int update_strided(const Job& job, void* stream) {
   call.known = strided(job, job.known);
   call.out = strided(job, job.out);
   call.x_0 = strided(job, job.x_0);
+  call.epsilon = strided(job, job.epsilon);
   for (int i = 0; i < 2; ++i) call.model_input[i] = strided(job, job.model_input[i]);
   if (job.seed) {
     FASTDDIM_LAUNCH((update_strided<C, true>), call.grid.blocks, call.grid.threads, stream, call);

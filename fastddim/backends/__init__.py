@@ -6,6 +6,7 @@ A module here is a backend. It defines
 - `unavailable(device) -> str | None`: why it cannot serve tensors on `device`, or None where it
   can;
 - `advance`: the move to a loop's next step, as in `fastddim.ops.advance`;
+- `fit_rows`: what coefficients take from the data, as in `fastddim.ops.fit_rows`;
 - `normal_out`: standard normals, as in `fastddim.ops.normal_out`;
 - `update`: the update, differentiable, as in `fastddim.ops.update`;
 - `update_out`: the same into given tensors, as in `fastddim.ops.update_out`.
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastddim.philox import Keys
+from fastddim.plan import Fit
 
 
 class Backend(Protocol):
@@ -31,6 +33,10 @@ class Backend(Protocol):
     def unavailable(self, device: torch.device) -> str | None: ...
 
     def advance(self, counters: Tensor, timesteps: Tensor, t: Tensor) -> None: ...
+
+    def fit_rows(
+        self, x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, fit: Fit, out: Tensor
+    ) -> None: ...
 
     def normal_out(self, keys: Keys, stream: int, out: Tensor) -> None: ...
 
@@ -63,6 +69,7 @@ class Backend(Protocol):
         out: Tensor,
         x_0: Tensor | None,
         model_input: Tensor | None,
+        epsilon: Tensor | None = None,
     ) -> None: ...
 
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 
 from fastddim import ops
-from fastddim.ops import advance, normal_out, update, update_out
+from fastddim.ops import advance, fit_rows, normal_out, update, update_out
 
-__all__ = ["PRIORITY", "advance", "normal_out", "unavailable", "update", "update_out"]
+__all__ = [
+    "PRIORITY",
+    "advance",
+    "fit_rows",
+    "normal_out",
+    "unavailable",
+    "update",
+    "update_out",
+]
 
 PRIORITY = 20
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastddim import philox, reference
 from fastddim.philox import Keys
+from fastddim.plan import Fit
 
 PRIORITY = 0
 
@@ -39,10 +40,8 @@ def update(
     known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `fastddim.ops.update`."""
-    if keys is not None:
-        noise = philox.normal(keys, x.shape[1:], philox.STEP_NOISE)
-    rows = table.index_select(0, row)
-    return reference.update(x, model_output, rows, noise, history, mask, known)
+    inputs = (x, model_output, table, row, noise, keys, history, mask, known)
+    return _updated(*inputs)[:2]
 
 
 def update_out(
@@ -59,23 +58,40 @@ def update_out(
     out: Tensor,
     x_0: Tensor | None,
     model_input: Tensor | None,
+    epsilon: Tensor | None = None,
 ) -> None:
     """See `fastddim.ops.update_out`."""
-    x_prev, predicted = update(
-        x,
-        model_output,
-        table,
-        row,
-        noise=noise,
-        keys=keys,
-        history=history,
-        mask=mask,
-        known=known,
-    )
-    out.copy_(x_prev)
+    new = _updated(x, model_output, table, row, noise, keys, history, mask, known)
+    out.copy_(new.x_prev)
     if x_0 is not None:
-        x_0.copy_(predicted)
+        x_0.copy_(new.x_0)
+    if epsilon is not None:
+        epsilon.copy_(new.epsilon)
     if model_input is not None:
         batch = x.shape[0]
         for first in range(0, model_input.shape[0], max(batch, 1)):
-            model_input[first : first + batch].copy_(x_prev)
+            model_input[first : first + batch].copy_(new.x_prev)
+
+
+def fit_rows(
+    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, fit: Fit, out: Tensor
+) -> None:
+    """See `fastddim.ops.fit_rows`."""
+    out.copy_(reference.fitted_rows(x, model_output, table.index_select(0, row), fit))
+
+
+def _updated(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    noise: Tensor | None,
+    keys: Keys | None,
+    history: Tensor | None,
+    mask: Tensor | None,
+    known: Tensor | None,
+) -> reference.Updated:
+    if keys is not None:
+        noise = philox.normal(keys, x.shape[1:], philox.STEP_NOISE)
+    rows = table.index_select(0, row)
+    return reference.updated(x, model_output, rows, noise, history, mask, known)

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from fastddim import ops
+from fastddim.ops import fit_rows
 from fastddim.philox import Keys
+
+__all__ = [
+    "PRIORITY",
+    "advance",
+    "fit_rows",
+    "normal_out",
+    "unavailable",
+    "update",
+    "update_out",
+]
 
 PRIORITY = 15
 
@@ -79,6 +90,7 @@ def _update_out(
     out: Tensor,
     x_0: Tensor | None,
     model_input: Tensor | None,
+    epsilon: Tensor | None,
 ) -> None:
     keys = None
     if seed is not None:
@@ -98,13 +110,14 @@ def _update_out(
         out=out,
         x_0=x_0,
         model_input=model_input,
+        epsilon=epsilon,
     )
 
 
 @torch.library.impl(_library, "triton_update", "CompositeExplicitAutograd")
 def _update(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     x_prev, x_0 = torch.empty_like(x), torch.empty_like(x)
-    torch.ops.fastddim.triton_update_out(x, *inputs, x_prev, x_0, None)
+    torch.ops.fastddim.triton_update_out(x, *inputs, x_prev, x_0, None, None)
     return x_prev, x_0
 
 

@@ -71,6 +71,8 @@ def update_arguments() -> Iterator[tuple[str, Arguments]]:
         for noise in ("given", "keyed"):
             kind = {"dtype": dtype, "noise": noise, "model_input": dtype, "clip": 1.0, **extras}
             yield f"everything-{dtype}-{noise}", ((3, 2, 24), {**kind, "per_sample": True})
+        kind = {"dtype": dtype, "epsilon": True, "rederive_eps": True, "clip": 0.5}
+        yield f"epsilon-{dtype}", ((2, 3, 8), {**kind, "prediction": "v_prediction"})
     yield "no-samples", ((0, 3, 4), {"noise": "keyed"})
     yield "no-elements", ((2, 0, 4), {"noise": "none"})
     yield "six-dimensions", ((2, 3, 1, 4, 3, 2), {"layout": "sliced", "noise": "keyed"})

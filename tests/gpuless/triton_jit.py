@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from . import ptx
 
 KERNELS = ("update_kernel", "normal_kernel", "advance_kernel")
-OUTPUTS = ("out", "x_0", "model_input", "counters", "t")
+OUTPUTS = ("out", "x_0", "model_input", "epsilon", "counters", "t")
 SM_90 = GPUTarget("cuda", 90, 32)
 CUDA_TARGETS = tuple(GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120))
 HIP_TARGETS = (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32))

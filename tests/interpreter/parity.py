@@ -102,6 +102,7 @@ def test_random_cases(data: st.DataObject) -> None:
         per_sample=data.draw(st.booleans()),
         history=data.draw(st.booleans()),
         mask=data.draw(st.booleans()),
+        epsilon=data.draw(st.booleans()),
         model_input=data.draw(st.sampled_from([None, *DTYPES])),
     )
     assert_bits_of_cpu(update.update_out, case, in_place=data.draw(st.booleans()))

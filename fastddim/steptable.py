@@ -1,0 +1,134 @@
+"""Steps by row: the coefficients of many steps worked out once, so that a step only says which.
+
+This is what code with a loop of its own needs (`fastddim.integrations`): `step` works its
+coefficients out from ᾱ at each call, a `Sampler` owns the loop.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastddim import backends, reference
+from fastddim.philox import Keys
+from fastddim.plan import Fit, Update, stack_row, to_table, unchecked_row
+from fastddim.reference import compute_dtype
+
+
+class _Prepared(NamedTuple):
+    """A table on one device and for one compute dtype."""
+
+    backend: backends.Backend
+    table: Tensor  # [R, K]
+    single: dict[int, Tensor]  # row indices [1]
+
+
+class StepTable:
+    """Coefficient rows `[R, K]` of any R steps.
+
+    Values are not checked: what `fastddim.step` refuses gives infinity or NaN here, and only in the
+    steps that ask for it.
+    """
+
+    def __init__(self, rows: Tensor, *, fit: Fit | None = None, impl: str = "auto") -> None:
+        """
+        Args:
+            rows: float64 `[R, K]`, from `plan.stack_row`.
+            fit: what a step takes from its data, if anything.
+            impl: the backend, as in `fastddim.sample`.
+        """
+        self.rows = rows
+        self._fit = fit
+        self._impl = impl
+        self._prepared: dict[tuple[torch.device, torch.dtype], _Prepared] = {}
+
+    @classmethod
+    def of(cls, alphas_t: Tensor, alphas_prev: Tensor, update: Update) -> StepTable:
+        """Row i steps from ᾱ = `alphas_t[i]` to `alphas_prev[i]` (float64 `[R]`)."""
+        row = unchecked_row(alphas_t, alphas_prev, update)
+        # A row of numbers alone, as of sample prediction without noise, is still one a step.
+        row = row._replace(k0=torch.as_tensor(row.k0).expand_as(alphas_t))
+        return cls(stack_row(row), fit=update.fit)
+
+    def __call__(
+        self,
+        x: Tensor,
+        model_output: Tensor,
+        row: int | Tensor,
+        *,
+        noise: Tensor | None = None,
+        keys: Keys | None = None,
+        return_x0: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(x_prev, x_0), in new tensors like `x`; x_0 is None unless `return_x0`.
+
+        Args:
+            x, model_output, noise, keys: as in `fastddim.ops.update_out`.
+            row: of all samples, or an int64 tensor `[1]` or `[B]` on the device of `x`, which is
+                read there.
+
+        Differentiable in `x`, `model_output` and `noise` where grad mode is on.
+
+        Raises:
+            RuntimeError: a tensor does not fit; the message names it.
+        """
+        prepared = self._prepared.get((x.device, x.dtype)) or self._prepare(x)
+        backend, table, single = prepared
+        if not isinstance(row, Tensor):
+            index = single.get(row)
+            row = self._index(single, row, x.device) if index is None else index
+        if torch.is_grad_enabled() and _any_requires_grad(x, model_output, noise):
+            return self._differentiable(prepared, x, model_output, row, noise, keys)
+        if self._fit is not None:
+            fitted = table.new_empty((x.shape[0], table.shape[1]))
+            backend.fit_rows(x, model_output, table, row, self._fit, fitted)
+            table, row = fitted, torch.arange(x.shape[0], device=x.device)
+        x_prev = torch.empty_like(x)
+        x_0 = torch.empty_like(x) if return_x0 else None
+        backend.update_out(
+            x,
+            model_output,
+            table,
+            row,
+            noise=noise,
+            keys=keys,
+            out=x_prev,
+            x_0=x_0,
+            model_input=None,
+        )
+        return x_prev, x_0
+
+    def _prepare(self, x: Tensor) -> _Prepared:
+        table = to_table(self.rows, compute_dtype(x.dtype), x.device, checked=False)
+        prepared = _Prepared(backends.choose(self._impl, x.device), table, {})
+        self._prepared[x.device, x.dtype] = prepared
+        return prepared
+
+    def _index(self, single: dict[int, Tensor], row: int, device: torch.device) -> Tensor:
+        index = torch.tensor([range(self.rows.shape[0])[row]], device=device)
+        single[row] = index
+        return index
+
+    def _differentiable(
+        self,
+        prepared: _Prepared,
+        x: Tensor,
+        model_output: Tensor,
+        row: Tensor,
+        noise: Tensor | None,
+        keys: Keys | None,
+    ) -> tuple[Tensor, Tensor]:
+        backend, table, _ = prepared
+        if self._fit is not None:
+            # The fitted factors have gradients too, which only the reference follows.
+            rows = table.index_select(0, row)
+            table = reference.fitted_rows(x, model_output, rows, self._fit)
+            row = torch.arange(x.shape[0], device=x.device)
+            backend = backends.BACKENDS["reference"]
+        return backend.update(x, model_output, table, row, noise=noise, keys=keys)
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
