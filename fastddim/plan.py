@@ -607,7 +607,8 @@ def _refuse_epsilon_at_zero(a: Coefficient, prediction: str, where: str) -> None
 
 def _table(rows: Sequence[Row]) -> Tensor:
     stacked = [stack_row(row) for row in rows]
-    return torch.stack(stacked, dim=-2)
+    shape = torch.broadcast_shapes(*(row.shape for row in stacked))
+    return torch.stack([row.expand(shape) for row in stacked], dim=-2)
 
 
 def _any(condition: Any) -> bool:
