@@ -265,7 +265,7 @@ def make_plan(
         torch.tensor(alphas, dtype=torch.float64, device="cpu"),
         _table(rows),
         _table(predicting) if hooked else None,
-        update.rederive_eps,
+        hooked and update.rederive_eps,
         update.fit,
         update.noisy,
         update.guidance_scale is not None,

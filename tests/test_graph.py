@@ -241,6 +241,64 @@ class TestReplay:
             assert torch.equal(own, expected)
         assert len(captures) == 1
 
+    def test_order_2(self, mode, impl, captures):
+        calls = [{}, {"seed": 1}, {"spacing": "trailing"}, {"clip": 0.5}]
+        follows(mode, SmallNet(), calls, impl=impl, order=2)
+        assert len(captures) == 1
+
+    def test_refined_inversion(self, mode, impl, captures):
+        net = SmallNet()
+        for seed in (1, 2):
+            own, expected = (
+                fastddim.invert(net, latents(seed=seed), 4, refine=2, impl=impl, graph=graph)
+                for graph in (mode, False)
+            )
+            assert torch.equal(own, expected)
+        assert len(captures) == 1
+
+    def test_values_that_change_from_step_to_step(self, mode, impl, captures):
+        calls = [{"eta": [1.0, 0.5, 0.0, 0.0]}, {"eta": 1.0}, {"temperature": [0.0, 1.0, 2.0, 1.0]}]
+        follows(mode, SmallNet(), calls, impl=impl, eta=0.5)
+        assert len(captures) == 1
+
+    def test_fitted_rows(self, mode, impl, captures):
+        fit = {"dynamic_thresholding_ratio": 0.8, "guidance_rescale": 0.5}
+        strengths = torch.tensor([1.0, 1.0, 0.5, 0.25]).view(4, 1, 1, 1)
+        calls = [{"seed": 1}, {"seed": 2}, {"guidance_scale": 4.0}]
+        model = lambda x, t: elementwise_model(x, t) * strengths  # noqa: E731
+        follows(mode, model, calls, impl=impl, guidance_scale=2.0, eta=1.0, **fit)
+        assert len(captures) == 1
+
+    def test_masks(self, mode, impl, captures):
+        """What is known is data; whether anything is makes another graph."""
+        known = [{"known": latents(seed=s), "mask": torch.rand(6)} for s in (1, 2)]
+        follows(mode, SmallNet(), [*known, {}, {**known[0], "seed": 3}], impl=impl, eta=1.0)
+        assert len(captures) == 2
+
+    def test_a_function_of_x_0(self, mode, impl, captures):
+        """It may hold parameters, which a replay follows; its graph is not kept between calls."""
+        shift = nn.Parameter(torch.zeros(3, 1, 1))
+
+        class Shift(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.shift = shift
+
+            def forward(self, x_0, t):
+                return x_0 + self.shift * t[:, None, None, None]
+
+        kind = {"denoised_fn": Shift(), "impl": impl, "shape": SHAPE}
+        sampler, results = Sampler(SmallNet(), 4, graph=mode, **kind), []
+        for value in (0.0, 0.01):
+            with torch.no_grad():
+                shift.fill_(value)
+            results.append(sampler())
+            assert torch.equal(results[-1], sample(SmallNet(), False, **kind))
+        assert not torch.equal(*results)
+        assert len(captures) == 1
+        sample(SmallNet(), mode, **kind)
+        assert len(graph.SHELF) == 0
+
     def test_a_random_model(self, mode, impl, captures):
         """Dropout takes the numbers that it would take eagerly, and leaves as many."""
         net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Unflatten(1, SHAPE[1:]))
@@ -1208,7 +1266,7 @@ class TestFakeCuda:
     @pytest.mark.parametrize("mode", [False, *CAPTURED])
     def test_no_host_work(self, probed, mode):
         said = {k: v for k, v in probed.items() if k.startswith("clean") and f"/{mode}/" in k}
-        assert len(said) == (13 if mode is False else 15)
+        assert len(said) == (20 if mode is False else 24)
         assert not any(said.values()), said
 
     @pytest.mark.parametrize("mode", [False, *CAPTURED])

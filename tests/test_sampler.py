@@ -261,7 +261,11 @@ UPDATE = {
     "clip": None,
     "rederive_eps": False,
     "guidance_scale": None,
+    "guidance_rescale": 0.0,
 }
+FIT = {"temperature": 1.0, "dynamic_thresholding_ratio": None, "sample_max_value": None}
+LOOP = {"order": 1, "denoised_fn": None}
+MASK = {"mask": None, "known": None}
 NOISE = {"seed": 0, "sample_offset": 0, "noise": None}
 PLAN = {"schedule": None, "spacing": "uniform", "steps_offset": 0}
 RUN = {
@@ -289,20 +293,33 @@ class TestSignatures:
                 | PLAN
                 | RUN
                 | WATCH
+                | FIT
+                | LOOP
+                | MASK
                 | {"variance": "small", "x_T": None, "shape": None, "batch_size": 1},
             ),
             (
                 Sampler,
                 ["model", "steps"],
-                UPDATE | PLAN | RUN | {"variance": "small", "shape": None, "batch_size": 1},
+                UPDATE
+                | PLAN
+                | RUN
+                | FIT
+                | LOOP
+                | {"variance": "small", "shape": None, "batch_size": 1},
             ),
-            (Sampler.__call__, ["self"], NOISE | WATCH | {"x_T": None}),
-            (fastddim.invert, ["model", "x_0", "steps"], UPDATE | PLAN | RUN | WATCH),
+            (Sampler.__call__, ["self"], NOISE | WATCH | MASK | {"x_T": None}),
+            (
+                fastddim.invert,
+                ["model", "x_0", "steps"],
+                UPDATE | PLAN | RUN | WATCH | {"order": 1, "refine": 0},
+            ),
             (
                 fastddim.step,
                 ["x_t", "model_output", "alpha_t", "alpha_prev"],
                 UPDATE
                 | NOISE
+                | FIT
                 | {
                     "variance": "small",
                     "step_index": 0,

@@ -316,14 +316,14 @@ CHECKS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "out": ({"out": torch.zeros(2, 4).half()}, TypeError, "out: expected the dtype of x"),
     "mask": ({"mask": torch.zeros(2, 4)}, ValueError, "mask, known: expected both or neither"),
     "table": (
-        {"table": torch.zeros(3, 9).double()},
+        {"table": torch.zeros(3, 12).double()},
         TypeError,
         "table: expected dtype",
     ),
     "columns": (
         {"table": torch.zeros(3, 8)},
         ValueError,
-        "table: expected a contiguous tensor [R, 9], got shape (3, 8) with strides (8, 1)",
+        "table: expected a contiguous tensor [R, 12], got shape (3, 8) with strides (8, 1)",
     ),
     "row": (
         {"row": torch.zeros(3, dtype=torch.int64)},
@@ -349,7 +349,7 @@ def test_a_tensor_that_does_not_fit(name: str, interpreter: triton_jit.Interpret
     changed, error, message = CHECKS[name]
     arguments = {
         **{name: torch.zeros(2, 4) for name in ("x", "model_output", "out")},
-        **{"table": torch.zeros(3, 9), "row": torch.zeros(1, dtype=torch.int64)},
+        **{"table": torch.zeros(3, 12), "row": torch.zeros(1, dtype=torch.int64)},
         **dict.fromkeys(("noise", "keys", "x_0", "model_input")),
     }
     with pytest.raises(error, match=re.escape(message)):

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
 from fastddim import Schedule, backends, graph, philox
-from fastddim.plan import Update, make_plan
+from fastddim.plan import Update, make_inversion_plan, make_plan
 from fastddim.sampler import Loop, Setup, make_setup
 
 _spec = importlib.util.spec_from_file_location("helpers", Path(__file__).parents[1] / "helpers.py")
@@ -78,10 +78,17 @@ def capture(body, *, warm_up, device, generators=()):
 
 def setup(model: Any, mode: bool | str, model_kwargs: Any = None, **update: Any) -> Setup:
     dtype = update.pop("dtype", torch.float32)
-    update = Update(**update).checked(SHAPE[0])
+    order, refine = update.pop("order", 1), update.pop("refine", 0)
+    denoised_fn = update.pop("denoised_fn", None)
+    update = Update(**update).checked(SHAPE[0], per_step=True)
+    if refine:
+        plan = make_inversion_plan(Schedule.linear(), STEPS, update, refine=refine)
+    else:
+        hooked = denoised_fn is not None
+        plan = make_plan(Schedule.linear(), STEPS, update, order=order, hooked=hooked)
     return make_setup(
         model,
-        make_plan(Schedule.linear(), STEPS, update),
+        plan,
         SHAPE,
         device=CUDA,
         dtype=dtype,
@@ -89,6 +96,7 @@ def setup(model: Any, mode: bool | str, model_kwargs: Any = None, **update: Any)
         graph=mode,
         check_finite=False,
         model_kwargs=model_kwargs,
+        denoised_fn=denoised_fn,
     )
 
 
@@ -100,7 +108,7 @@ def run(
     make_kwargs: Callable[[], Any] = lambda: None,
     loop_type: type[Loop] = Loop,
     watch: bool = True,
-    probe: Any = None,
+    masked: bool = False,
     **update: Any,
 ) -> str:
     """What the probe says: of the captured body, or of the whole loop where `mode` is False."""
@@ -119,6 +127,8 @@ def run(
                     x,
                     keys=keys,
                     noise=noise,
+                    mask=torch.ones(1, 1, 8, 8, device=CUDA) if masked else None,
+                    known=torch.ones(SHAPE, device=CUDA) if masked else None,
                     callback=None if mode == "loop" or not watch else lambda *a: seen.append(a),
                     return_trajectory=watch,
                 )
@@ -147,11 +157,26 @@ CLEAN: dict[str, dict[str, Any]] = {
     "half state": {"dtype": torch.bfloat16, "guidance_scale": 2.0},
     "float64": {"dtype": torch.float64, "eta": 1.0},
     "noise": {"eta": 1.0, "make_noise": lambda: torch.zeros((STEPS, *SHAPE), device=CUDA)},
+    "order 2": {"order": 2, "clip": 1.0},
+    "order 2, half model": {"order": 2, "make_model": lambda: Net(torch.float16)},
+    "refined": {"refine": 2, "guidance_scale": 2.0},
+    "thresholding": {"dynamic_thresholding_ratio": 0.9, "eta": 1.0},
+    "rescaled": {"guidance_scale": [1.0, 2.0, 3.0, 2.0], "guidance_rescale": 0.7},
+    "x_0 hook": {"denoised_fn": lambda x_0, t: x_0 * 0.9, "eta": 1.0},
+    "x_0 hook, all": {
+        "denoised_fn": lambda x_0, t: x_0 * (t[:, None, None, None] > 3),
+        "rederive_eps": True,
+        "guidance_scale": 2.0,
+        "guidance_rescale": 0.5,
+        "dynamic_thresholding_ratio": 0.8,
+    },
     "kwargs": {"make_kwargs": lambda: {"scale": torch.ones(2, 1, 1, 1, device=CUDA)}},
 }
 
-# Drawn on the host, so the eager loop copies it; the captured body must not.
+# Drawn or worked out on the host, so the eager run copies it; the captured body must not.
 HOST_NOISE: dict[str, dict[str, Any]] = {
+    "mask": {"masked": True, "order": 2},
+    "mask, guided": {"masked": True, "guidance_scale": 2.0, "eta": 1.0},
     "host generator": {"eta": 1.0, "make_noise": torch.Generator},
     "host generators": {"eta": 1.0, "make_noise": lambda: [torch.Generator(), torch.Generator()]},
 }
