@@ -607,7 +607,7 @@ def _refuse_epsilon_at_zero(a: Coefficient, prediction: str, where: str) -> None
 
 def _table(rows: Sequence[Row]) -> Tensor:
     stacked = [stack_row(row) for row in rows]
-    shape = torch.broadcast_shapes(*(row.shape for row in stacked))
+    shape = max((row.shape for row in stacked), key=len)
     return torch.stack([row.expand(shape) for row in stacked], dim=-2)
 
 

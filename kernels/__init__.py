@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-# From the repository root `import kernels` finds this folder: a second copy of its modules, in the
-# place of PyPI's `kernels`, which diffusers and transformers import where it is installed.
+# From the repository root `import kernels` finds this folder, in the place of PyPI's `kernels`,
+# which diffusers and transformers look for. There it is empty, and says why when used: a second
+# copy of the modules would be worse, and an error would break those who only look.
 if __name__ != "fastddim.kernels":
-    raise ImportError(
-        f"this folder is the package 'fastddim.kernels' but was imported as {__name__!r}: "
-        "use `import fastddim.kernels`, or leave the repository root to import another 'kernels'"
-    )
+    __path__.clear()
+
+    def __getattr__(name: str) -> None:
+        raise AttributeError(
+            f"{name!r}: this folder is the package 'fastddim.kernels' but was imported as "
+            f"{__name__!r}: use `import fastddim.kernels`, or leave the repository root to import "
+            "another 'kernels'"
+        )

@@ -158,7 +158,9 @@ def test_accesses_are_sixteen_bytes_wide(
     """One load of each input and one store of each output move a whole chunk."""
     for state in ("float", "Half", "Brain"):
         for noise in ("false", "true"):
-            for kind, loads, stores in (("plain", 2, 2), ("guided", 3, 3), ("any", 7, 5)):
+            # Noise that is drawn is not read.
+            of_any = 6 if noise == "true" else 7
+            for kind, loads, stores in (("plain", 2, 2), ("guided", 3, 3), ("any", of_any, 5)):
                 sass = functions[arch][f"update<{state}, {state}, {kind}, {noise}>"].sass
                 wide = [name for name in sass.elements() if ".128" in name]
                 assert sum(name.startswith("LDG") for name in wide) == loads

@@ -232,7 +232,8 @@ def targets() -> list[Target]:
         case_check(special(make_case(generator(), (2, 40), clip=1.0, **kind)), True),
     ]
     # A tail of every length.
-    float_any += [update_check((3, n), False, noise="keyed") for n in (5, 6, 7)]
+    inputs = {"model_input": torch.float32, **everything}
+    float_any += [update_check((3, n), False, **inputs) for n in (5, 6, 7)]
     float_plain += [update_check((3, n), True, noise="keyed") for n in (5, 6, 7)]
     brain_guided += [update_check((3, n), True, **kind) for n in range(9, 16)]
     mixed = {"model_dtype": torch.float64, "model_input": torch.float16}

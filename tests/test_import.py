@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 LEAN_IMPORT = """
@@ -54,14 +56,23 @@ def test_samples_without_the_optional_packages(run_python, tmp_path):
     assert result.stdout + result.stderr == ""
 
 
-def test_kernels_is_refused_as_a_top_level_package(run_python):
-    result = run_python("-c", "import kernels", cwd=ROOT)
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        ("kernels.get_kernel", "this folder is the package 'fastddim.kernels'"),
+        ("from kernels import update", "cannot import name 'update' from 'kernels'"),
+        ("import kernels.update", "No module named 'kernels.update'"),
+    ],
+)
+def test_kernels_is_empty_as_a_top_level_package(run_python, use, message):
+    result = run_python("-c", f"import kernels; {use}", cwd=ROOT)
     assert result.returncode == 1
-    assert "ImportError: this folder is the package 'fastddim.kernels'" in result.stderr
+    assert message in result.stderr
 
 
 def test_diffusers_imports_from_the_repository_root(run_python):
-    # diffusers looks for a package named `kernels`, and from here it finds this repository's.
+    # diffusers, and transformers where it is there, look for a package named `kernels`, and from
+    # here they find this repository's.
     code = "from diffusers import DDIMScheduler, UNet2DModel; print(UNet2DModel.__name__)"
     result = run_python("-c", code, cwd=ROOT)
     assert result.returncode == 0, result.stderr

@@ -131,7 +131,7 @@ def test_the_operators_are_registered_as_they_should_be() -> None:
     rest = (None, None, None, case.history, case.mask, case.known)
     torch.library.opcheck(torch.ops.fastddim.triton_update.default, (*inputs, *rest))
     out = torch.empty_like(case.x)
-    plain = (case.x.detach(), *inputs[1:], *rest, out, None, None)
+    plain = (case.x.detach(), *inputs[1:], *rest, out, None, None, torch.empty_like(out))
     torch.library.opcheck(torch.ops.fastddim.triton_update_out.default, plain)
     counters = torch.tensor([1, 2, 7])
     advanced = (counters, torch.tensor([9, 5, 3, 1]), torch.zeros(2, dtype=torch.int64))

@@ -110,14 +110,15 @@ def make_case(
         rederive_eps=rederive_eps,
         guidance_scale=torch.rand(count, generator=generator).double() * 8 if guided else None,
     )
-    rows = stack_row(coefficient_row(low, high, update)._replace(ph=0.3 * low)).reshape(
-        -1, len(Row._fields)
-    )
+    row = coefficient_row(low, high, update)
+    # No coefficient of epsilon and history that matters only in some kinds of step is left at 0.
+    row = row._replace(ph=0.3 * low, e0=row.e0 + 0.25 * low, ex=row.ex + 0.5 * low)
+    rows = stack_row(row).reshape(-1, len(Row._fields))
     # The rows in use are neither the first nor in order, so that an ignored index shows.
     spare = torch.full((2, len(Row._fields)), SENTINEL, dtype=torch.float64)
     order = torch.randperm(len(rows), generator=generator)
     table = torch.cat([spare, rows[order]])
-    row = 2 + torch.argsort(order)
+    index = 2 + torch.argsort(order)
     model_shape = list(shape)
     model_shape[0] *= 2 if guided else 1
     if learned_variance:
@@ -130,7 +131,7 @@ def make_case(
         x=draw(shape, lay="contiguous" if layout == "expanded" else layout),
         model_output=draw(tuple(model_shape), model_dtype or dtype, model_layout or layout),
         rows=table,
-        row=row,
+        row=index,
         noise=draw(shape) if noise == "given" else None,
         keys=philox.Keys(seeds, steps, samples) if noise == "keyed" else None,
         history=draw(shape, model_dtype or dtype) if history else None,

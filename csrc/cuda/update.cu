@@ -298,13 +298,14 @@ __global__ void __launch_bounds__(BLOCK, (RESIDENT<T, KIND, KEYED>)) update(cons
       add_scaled(row.ph, history, x_prev);
     }
     if (call.epsilon.data) store(call.epsilon, chunk, call.words, narrowed<M>(eps));
+  }
+  if constexpr (KEYED) {
+    if (row.pn != 0) add_normals(row.pn, key_of(call.rows, chunk.sample), chunk, x_prev);
+  } else if constexpr (ANY) {
     if (call.noise.data && row.pn != 0) {
       const auto noise = load<T, SIZE>(call.noise, chunk, call.words);
       add_scaled(row.pn, noise, x_prev);
     }
-  }
-  if constexpr (KEYED) {
-    if (row.pn != 0) add_normals(row.pn, key_of(call.rows, chunk.sample), chunk, x_prev);
   }
   if constexpr (ANY) {
     if (call.mask.data) {
