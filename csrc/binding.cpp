@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <tuple>
 
 #include "call.h"
 #include "cpu/select.h"
@@ -55,6 +56,27 @@ void update_out(Tensor x, Tensor model_output, Tensor table, Tensor row, Optiona
   job.streaming = job.out.data != job.x.data && !model_input &&
                   job.batch * job.count * size_of(job.out.dtype) >= STREAMING_BYTES;
   run(job, current_kernels().update, job.seed != nullptr);
+}
+
+// Uninitialised, laid out as torch.empty_like has it.
+Tensor new_like(const Tensor& tensor) {
+  if (!tensor.is_contiguous()) return torch::stable::empty_like(tensor);
+  AtenTensorHandle made;
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(tensor.dim(), tensor.sizes().data(),
+                                                  tensor.strides().data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// What a step from outside a loop needs: two tensors fewer to make and ten arguments fewer to pass
+// in Python take half of the time of a small one.
+std::tuple<Tensor, Tensor> step(Tensor x, Tensor model_output, Tensor table, Tensor row,
+                                Optional noise) {
+  Tensor x_prev = new_like(x), x_0 = new_like(x);
+  update_out(x, model_output, table, row, noise, {}, {}, {}, {}, {}, {}, x_prev, x_0, {}, {});
+  return {x_prev, x_0};
 }
 
 void fit_rows(Tensor x, Tensor model_output, Tensor table, Tensor row, double rescale, double ratio,
@@ -114,6 +136,7 @@ PyModuleDef module = {
 STABLE_TORCH_LIBRARY_IMPL(fastddim, CPU, m) {
   m.impl("update_out", TORCH_BOX(&update_out));
   m.impl("backward_out", TORCH_BOX(&backward_out));
+  m.impl("step", TORCH_BOX(&step));
   m.impl("fit_rows", TORCH_BOX(&fit_rows));
   m.impl("normal_out", TORCH_BOX(&normal_out));
   m.impl("advance", TORCH_BOX(&advance));

@@ -32,6 +32,10 @@ _library.define(
 )
 _library.define(f"update({_INPUTS}) -> (Tensor x_prev, Tensor x_0)")
 _library.define(
+    "step(Tensor x, Tensor model_output, Tensor table, Tensor row, Tensor? noise) "
+    "-> (Tensor x_prev, Tensor x_0)"
+)
+_library.define(
     "backward_out(Tensor? grad_x_prev, Tensor? grad_x_0, Tensor x, Tensor model_output, "
     "Tensor table, Tensor row, Tensor? mask, Tensor(a!) grad_x, Tensor(b!) grad_model_output) -> ()"
 )
@@ -50,6 +54,7 @@ _library.define("advance(Tensor(a!) counters, Tensor timesteps, Tensor(b!) t) ->
 
 # Resolved once: looking an overload up costs a tenth of a small update.
 _advance_op = torch.ops.fastddim.advance.default
+_step_op = torch.ops.fastddim.step.default
 
 EXTENSION_ERROR: str | None = None
 """Why the compiled extension cannot be used, or None where it can."""
@@ -134,6 +139,14 @@ def update_out_through(operator: Callable[..., None]) -> Callable[..., None]:
 
 
 update_out = update_out_through(torch.ops.fastddim.update_out.default)
+
+
+def step(
+    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(x_prev, x_0) in new tensors, the arguments as in `update_out`; without gradients."""
+    results: tuple[Tensor, Tensor] = _step_op(x, model_output, table, row, noise)
+    return results
 
 
 def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
@@ -237,6 +250,16 @@ def _update(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     return x_prev, x_0
 
 
+@torch.library.impl(_library, "step", "CompositeExplicitAutograd")
+def _step(
+    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    inputs = (x, model_output, table, row, noise, *(None,) * 6)
+    x_prev, x_0 = torch.empty_like(x), torch.empty_like(x)
+    torch.ops.fastddim.update_out(*inputs, x_prev, x_0, None, None)
+    return x_prev, x_0
+
+
 @torch.library.impl(_library, "backward_out", "CompositeExplicitAutograd")
 def _backward_out(
     grad_x_prev: Tensor | None,
@@ -296,6 +319,7 @@ for _name, _fake in (
     ("advance", _fake_out),
     ("fit_rows", _fake_out),
     ("update", _fake_update),
+    ("step", _fake_update),
     ("backward", _fake_backward),
 ):
     torch.library.register_fake(f"fastddim::{_name}", _fake, lib=_library)

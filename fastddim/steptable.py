@@ -6,23 +6,32 @@ coefficients out from ᾱ at each call, a `Sampler` owns the loop.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastddim import backends, reference
+from fastddim import backends, ops, reference
+from fastddim.backends import cpu
 from fastddim.philox import Keys
 from fastddim.plan import Fit, Update, stack_row, to_table, unchecked_row
 from fastddim.reference import compute_dtype
 
 
 class _Prepared(NamedTuple):
-    """A table on one device and for one compute dtype."""
+    """A table for states of one dtype on one device."""
 
+    dtype: torch.dtype | None
+    device: torch.device | None
     backend: backends.Backend
     table: Tensor  # [R, K]
     single: dict[int, Tensor]  # row indices [1]
+    fast: bool  # whether `ops.step` does it
+
+
+_NONE = _Prepared(
+    None, None, backends.BACKENDS["reference"], torch.empty(0, device="cpu"), {}, False
+)
 
 
 class StepTable:
@@ -43,6 +52,7 @@ class StepTable:
         self._fit = fit
         self._impl = impl
         self._prepared: dict[tuple[torch.device, torch.dtype], _Prepared] = {}
+        self._last = _NONE
 
     @classmethod
     def of(cls, alphas_t: Tensor, alphas_prev: Tensor, update: Update) -> StepTable:
@@ -61,7 +71,7 @@ class StepTable:
         noise: Tensor | None = None,
         keys: Keys | None = None,
         return_x0: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Any]:
         """(x_prev, x_0), in new tensors like `x`; x_0 is None unless `return_x0`.
 
         Args:
@@ -74,13 +84,19 @@ class StepTable:
         Raises:
             RuntimeError: a tensor does not fit; the message names it.
         """
-        prepared = self._prepared.get((x.device, x.dtype)) or self._prepare(x)
-        backend, table, single = prepared
+        if x.dtype is not self._last.dtype or x.device != self._last.device:
+            self._last = self._prepare(x)
+        _, _, backend, table, single, fast = self._last
         if not isinstance(row, Tensor):
-            index = single.get(row)
-            row = self._index(single, row, x.device) if index is None else index
-        if torch.is_grad_enabled() and _any_requires_grad(x, model_output, noise):
-            return self._differentiable(prepared, x, model_output, row, noise, keys)
+            row = single[row] if row in single else self._index(single, row, x.device)
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or model_output.requires_grad
+            or (noise is not None and noise.requires_grad)
+        ):
+            return self._differentiable(x, model_output, row, noise, keys)
+        if fast and keys is None and return_x0:
+            return ops.step(x, model_output, table, row, noise)
         if self._fit is not None:
             fitted = table.new_empty((x.shape[0], table.shape[1]))
             backend.fit_rows(x, model_output, table, row, self._fit, fitted)
@@ -101,10 +117,13 @@ class StepTable:
         return x_prev, x_0
 
     def _prepare(self, x: Tensor) -> _Prepared:
-        table = to_table(self.rows, compute_dtype(x.dtype), x.device, checked=False)
-        prepared = _Prepared(backends.choose(self._impl, x.device), table, {})
-        self._prepared[x.device, x.dtype] = prepared
-        return prepared
+        key = (x.device, x.dtype)
+        if key not in self._prepared:
+            backend = backends.choose(self._impl, x.device)
+            fast = self._fit is None and backend.__name__ == cpu.__name__
+            table = to_table(self.rows, compute_dtype(x.dtype), x.device, checked=False)
+            self._prepared[key] = _Prepared(x.dtype, x.device, backend, table, {}, fast)
+        return self._prepared[key]
 
     def _index(self, single: dict[int, Tensor], row: int, device: torch.device) -> Tensor:
         index = torch.tensor([range(self.rows.shape[0])[row]], device=device)
@@ -113,14 +132,13 @@ class StepTable:
 
     def _differentiable(
         self,
-        prepared: _Prepared,
         x: Tensor,
         model_output: Tensor,
         row: Tensor,
         noise: Tensor | None,
         keys: Keys | None,
     ) -> tuple[Tensor, Tensor]:
-        backend, table, _ = prepared
+        backend, table = self._last.backend, self._last.table
         if self._fit is not None:
             # The fitted factors have gradients too, which only the reference follows.
             rows = table.index_select(0, row)
@@ -128,7 +146,3 @@ class StepTable:
             row = torch.arange(x.shape[0], device=x.device)
             backend = backends.BACKENDS["reference"]
         return backend.update(x, model_output, table, row, noise=noise, keys=keys)
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

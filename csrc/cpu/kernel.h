@@ -57,31 +57,45 @@ struct Tile {
   bool stream;
 };
 
-template <bool CLIP, class V, class T>
+// What a tile has beside a state, a model output and a result. Each question that is answered here
+// is not asked for every element.
+enum Features { CLIP = 1, GUIDED = 2, NOISE = 4, X_0 = 8, REST = 16, ALL = 31 };
+
+template <int FEATURES, class V, class T>
 FASTDDIM_FN void update_at(const Row<V>& row, const Tile<T>& tile, int64_t i) {
   V x = load<V>(tile.x + i);
   V m = load<V>(tile.unconditional + i);
-  if (tile.conditional) m = guided(row, m, load<V>(tile.conditional + i));
+  constexpr bool rest = FEATURES & REST;
+  if constexpr (FEATURES & GUIDED) {
+    if (!rest || tile.conditional) m = guided(row, m, load<V>(tile.conditional + i));
+  }
   V x_0 = unclipped_x_0(row, x, m);
-  if constexpr (CLIP) x_0 = clipped(row, x_0);
+  if constexpr (FEATURES & CLIP) x_0 = clipped(row, x_0);
   V x_prev = noiseless(row, x, m, x_0);
-  if (tile.history) x_prev = fma(row.ph, load<V>(tile.history + i), x_prev);
-  if (tile.epsilon) store(tile.epsilon + i, epsilon(row, x, m, x_0));
-  if (tile.noise) x_prev = fma(row.pn, load<V>(tile.noise + i), x_prev);
-  if (tile.mask) x_prev = blended(x_prev, load<V>(tile.mask + i), load<V>(tile.known + i));
+  if constexpr (rest) {
+    if (tile.history) x_prev = fma(row.ph, load<V>(tile.history + i), x_prev);
+    if (tile.epsilon) store(tile.epsilon + i, epsilon(row, x, m, x_0));
+  }
+  if constexpr (FEATURES & NOISE) {
+    if (!rest || tile.noise) x_prev = fma(row.pn, load<V>(tile.noise + i), x_prev);
+  }
+  if constexpr (rest) {
+    if (tile.mask) x_prev = blended(x_prev, load<V>(tile.mask + i), load<V>(tile.known + i));
+  }
+  constexpr bool with_x_0 = FEATURES & X_0;
 #if FASTDDIM_LANES > 1
   if constexpr (sizeof(V) > sizeof(T)) {
     if (tile.stream) {
-      if (tile.x_0) stream(tile.x_0 + i, x_0);
+      if (with_x_0 && (!rest || tile.x_0)) stream(tile.x_0 + i, x_0);
       return stream(tile.out + i, x_prev);
     }
   }
 #endif
-  if (tile.x_0) store(tile.x_0 + i, x_0);
+  if (with_x_0 && (!rest || tile.x_0)) store(tile.x_0 + i, x_0);
   store(tile.out + i, x_prev);
 }
 
-template <bool CLIP, class T>
+template <int FEATURES, class T>
 FASTDDIM_FN void update_run(const Row<T>& row, const Tile<T>& tile, int64_t count) {
   int64_t i = 0;
 #if FASTDDIM_LANES > 1
@@ -89,16 +103,16 @@ FASTDDIM_FN void update_run(const Row<T>& row, const Tile<T>& tile, int64_t coun
   constexpr int64_t width = sizeof(V) / sizeof(T);
   const Row<V> rows = broadcast<V>(row);
 #pragma GCC unroll 4
-  for (; i + width <= count; i += width) update_at<CLIP>(rows, tile, i);
+  for (; i + width <= count; i += width) update_at<FEATURES>(rows, tile, i);
 #endif
-  for (; i < count; ++i) update_at<CLIP>(row, tile, i);
+  for (; i < count; ++i) update_at<FEATURES>(row, tile, i);
 }
 
 // Nothing but what every step has. The questions that update_at asks are answered at compile time.
 template <bool STREAM, class T>
 FASTDDIM_FN void bare_run(const Row<T>& row, const Tile<T>& tile, int64_t count) {
   const Tile<T> bare{tile.x, tile.unconditional, {}, {}, {}, {}, {}, tile.out, {}, {}, STREAM};
-  update_run<false>(row, bare, count);
+  update_run<0>(row, bare, count);
 }
 
 template <class T>
@@ -109,10 +123,25 @@ FASTDDIM_FN bool is_bare(const Row<T>& row, const Tile<T>& tile) {
 
 template <class T>
 FASTDDIM_FN void update_tile(const Row<T>& row, const Tile<T>& tile, int64_t count) {
-  if (!is_bare(row, tile) || tile.noise) {
-    update_run<true>(row, tile, count);
-  } else {
-    tile.stream ? bare_run<true>(row, tile, count) : bare_run<false>(row, tile, count);
+  const int features = (tile.conditional ? GUIDED : 0) | (tile.noise ? NOISE : 0) |
+                       (tile.x_0 ? X_0 : 0) |
+                       (tile.history || tile.epsilon || tile.mask ? REST : 0);
+  switch (features) {
+    case 0:
+      if (row.r < __builtin_inff()) return update_run<CLIP>(row, tile, count);
+      return tile.stream ? bare_run<true>(row, tile, count) : bare_run<false>(row, tile, count);
+    case GUIDED:
+      return update_run<CLIP | GUIDED>(row, tile, count);
+    case NOISE:
+      return update_run<CLIP | NOISE>(row, tile, count);
+    case X_0:
+      return update_run<CLIP | X_0>(row, tile, count);
+    case X_0 | NOISE:
+      return update_run<CLIP | X_0 | NOISE>(row, tile, count);
+    case X_0 | GUIDED:
+      return update_run<CLIP | X_0 | GUIDED>(row, tile, count);
+    default:
+      return update_run<ALL>(row, tile, count);
   }
 }
 
@@ -132,7 +161,7 @@ FASTDDIM_FN void drawing_run(const Job& job, const Span& span, const Row<float>&
   for_normals(key_of(job, span.sample), (uint32_t)(span.first / 4), span.count, take);
   Tile<float> rest = tile;
   rest.noise = buffer;
-  for (int64_t i = span.count / LANES * LANES; i < span.count; ++i) update_at<false>(row, rest, i);
+  for (int64_t i = span.count / LANES * LANES; i < span.count; ++i) update_at<NOISE>(row, rest, i);
 }
 
 FASTDDIM_FN bool update_drawing(const Job& job, const Span& span, const Row<float>& row,

@@ -1,0 +1,96 @@
+"""Drop-ins for `functions/denoising.py` of ermongroup/ddim, the code of the paper.
+
+```python
+import torch, fastddim.integrations.ermongroup as denoising
+betas = torch.linspace(1e-4, 0.02, 1000)
+model = torch.nn.Identity().__call__ if False else lambda x, t: 0.1 * x  # or any of yours
+x, seq = torch.randn(2, 3, 32, 32), range(0, 1000, 100)
+xs, x0_preds = denoising.generalized_steps(x, seq, model, betas, eta=0.5)
+```
+
+In its repository, `functions.denoising.generalized_steps = denoising.generalized_steps` is the whole
+change. Samples are those of the original to rounding: noise is drawn with `torch.randn_like` at
+every step, also where it is multiplied by 0.
+
+What it does against the paper is done here too: `ddpm_steps` clips x_0 and takes the larger
+variance β, and adds no noise at t = 0 rather than at the last step; a `seq` that repeats a timestep
+visits it twice. The state is in the dtype to which x and `b` promote. Unlike the original, the
+loops run on x's device, which need not be called "cuda", and take any number of dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddim.plan import Row, Update, stack_row
+from fastddim.steptable import StepTable
+
+Model = Callable[[Tensor, Tensor], Tensor]
+Steps = tuple[list[Tensor], list[Tensor]]
+
+
+def generalized_steps(x: Tensor, seq: Iterable[int], model: Model, b: Tensor, **kwargs: Any) -> Steps:
+    """DDIM down the timesteps `seq` (arXiv 2010.02502, eq. 12 and 16).
+
+    Args:
+        x: x_T `[B, …]`, of a floating dtype.
+        seq: timesteps, increasing.
+        model: `model(x, t)` predicts epsilon; t is float32 `[B]`.
+        b: β of every timestep, `[T]`.
+        **kwargs: `eta`, 0 by default; others are ignored, as in the original.
+
+    Returns:
+        (xs, x0_preds): the states, of which the first is x itself, and the predicted x_0 of every
+        step, on the CPU. An η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
+    """
+    timesteps, a, p = _visited(seq, b)
+    table = StepTable.of(a, p, Update(eta=kwargs.get("eta", 0)))
+    return _run(table, timesteps, x, model, b.dtype)
+
+
+def ddpm_steps(x: Tensor, seq: Iterable[int], model: Model, b: Tensor, **kwargs: Any) -> Steps:
+    """DDPM's ancestral sampling down the timesteps `seq`, with variance 1 − ᾱ_t/ᾱ_prev (σ-hat of
+    arXiv 2010.02502, appendix D.3) and x_0 clipped to [−1, 1].
+
+    Takes and returns what `generalized_steps` does, but that `kwargs` are all ignored.
+    """
+    timesteps, a, p = _visited(seq, b)
+    beta = 1 - a / p
+    row = Row(
+        cx=a**-0.5,
+        cm=-((1 / a - 1) ** 0.5),
+        r=1.0,
+        k0=p**0.5 * beta / (1 - a),
+        kx=(1 - beta) ** 0.5 * (1 - p) / (1 - a),
+        km=0.0,
+        pn=beta**0.5 * (torch.tensor(timesteps) != 0),
+        g=1.0,
+    )
+    return _run(StepTable(stack_row(row)), timesteps, x, model, b.dtype)
+
+
+def _visited(seq: Iterable[int], b: Tensor) -> tuple[list[int], Tensor, Tensor]:
+    """The timesteps in the order visited, ᾱ of each, and ᾱ after each."""
+    timesteps = [int(t) for t in seq][::-1]
+    alphas = (1 - b.detach().cpu().double()).cumprod(0)[timesteps]
+    return timesteps, alphas, torch.cat([alphas[1:], alphas.new_ones(1)])
+
+
+@torch.no_grad()
+def _run(
+    table: StepTable, timesteps: list[int], x: Tensor, model: Model, dtype: torch.dtype
+) -> Steps:
+    xs, x0_preds = [x], []
+    for i, timestep in enumerate(timesteps):
+        t = torch.full((x.shape[0],), float(timestep), device=x.device)
+        epsilon = model(x, t)
+        state = x.to(torch.promote_types(x.dtype, dtype))
+        x, x_0 = table(state, epsilon, i, noise=torch.randn_like(x))
+        x0_preds.append(x_0.cpu())
+        xs.append(x.cpu())
+    return xs, x0_preds

@@ -1,0 +1,72 @@
+"""A drop-in for the DDIM sampler of AUTOMATIC1111's stable-diffusion-webui.
+
+```python
+import torch, fastddim.integrations.webui as webui
+timesteps = torch.arange(1, 1000, 50)  # increasing
+x = torch.randn(2, 4, 64, 64)
+image = webui.ddim(model, x, timesteps, extra_args={}, disable=True, eta=0.5)
+```
+
+There, assign it over `ddim` in `modules.sd_samplers_timesteps_impl` before
+`modules.sd_samplers_timesteps` is imported, which copies it into its list of samplers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import tqdm
+from torch import Tensor
+
+from fastddim.plan import Update
+from fastddim.steptable import StepTable
+
+
+@torch.no_grad()
+def ddim(
+    model: Callable[..., Tensor],
+    x: Tensor,
+    timesteps: Tensor,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], Any] | None = None,
+    disable: bool | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """DDIM down the timesteps, from the last to the second (arXiv 2010.02502, eq. 12 and 16).
+
+    What the original does is done here too: the last step ends at ᾱ of `timesteps[0]`, not at 1,
+    and noise is drawn at every step, also at eta=0, from where the webui has put its own generators
+    (`k_diffusion.sampling.torch`, if that is imported).
+
+    Args:
+        model: `model(x, t, **extra_args)` predicts epsilon; t is `[B]` in the dtype of x. ᾱ is its
+            `inner_model.inner_model.alphas_cumprod`.
+        x: latents `[B, …]`, of a floating dtype.
+        timesteps: int64 `[S + 1]`, increasing.
+        callback: called after each step with a dict of `x`, `i`, `denoised` (the predicted x_0) and
+            `sigma` and `sigma_hat`, both 0.
+        disable: no progress bar.
+
+    Returns:
+        The state at `timesteps[0]`, like x. An η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
+    """
+    alphas = model.inner_model.inner_model.alphas_cumprod[timesteps].cpu().double()  # type: ignore[attr-defined]
+    visited = timesteps.tolist()[:0:-1]
+    table = StepTable.of(alphas[1:].flip(0), alphas[:-1].flip(0), Update(eta=eta))
+    extra_args = {} if extra_args is None else extra_args
+    for i, timestep in enumerate(tqdm.tqdm(visited, disable=disable)):
+        epsilon = model(x, x.new_full((x.shape[0],), timestep), **extra_args)
+        state = x.to(torch.promote_types(x.dtype, epsilon.dtype))
+        x, x_0 = table(state, epsilon, i, noise=_randn_like(x))
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": 0, "sigma_hat": 0, "denoised": x_0})
+    return x
+
+
+def _randn_like(x: Tensor) -> Tensor:
+    source = getattr(sys.modules.get("k_diffusion.sampling"), "torch", torch)
+    noise: Tensor = source.randn_like(x)
+    return noise
