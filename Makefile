@@ -74,6 +74,8 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)
 	$(PIP) install --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)
+# The peers come without what they require: it is for training, and would bring another torch along.
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py tests/integrations/peers.txt $(CXX_FILES)
 	$(PIP) install --no-build-isolation -e ".[test,lint]"
+	$(PIP) install --no-deps -r tests/integrations/peers.txt
 	touch $(VENV)/.installed $@

@@ -21,6 +21,9 @@ using namespace fastddim;
 // A second thread costs about as much as this many elements.
 constexpr int64_t GRAIN = 32768, NOISY_GRAIN = 16384;
 
+// How often a sample is read to fit its row.
+constexpr int64_t FIT_PASSES = 4;
+
 // Above this many bytes the output would only push the inputs out of the caches.
 constexpr int64_t STREAMING_BYTES = 16 << 20;
 
@@ -85,7 +88,9 @@ void fit_rows(Tensor x, Tensor model_output, Tensor table, Tensor row, double re
   Job job = fit_job(shape, x, model_output, table, row, rescale, ratio, limit, out);
   const Layout layout(job, shape.sizes, (int)shape.dims, true, false, Interleaved::as_any);
   const Kernel kernel = current_kernels().fit;
-  torch::stable::parallel_for(0, job.batch, 1,
+  const int64_t grain = GRAIN / (FIT_PASSES * std::max<int64_t>(job.count, 1)) + 1;
+  if (job.batch <= grain) return kernel(job, 0, job.batch);
+  torch::stable::parallel_for(0, job.batch, grain,
                               [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 }
 

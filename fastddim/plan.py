@@ -623,13 +623,13 @@ def _floored(value: Any) -> Any:
 
 
 def _root(value: Any) -> Any:
-    """√ of a value that only rounding has taken below 0; of any other below 0, NaN."""
-    return (
-        _floored(
-            torch.where(value < -_ROUNDING, math.nan, value) if isinstance(value, Tensor) else value
-        )
-        ** 0.5
-    )
+    """√ of a difference of numbers below 1. Below 0 it is 0 where only rounding has taken it there,
+    and else NaN.
+    """
+    if not isinstance(value, Tensor):
+        return max(value, 0.0) ** 0.5
+    rounding = 64 * torch.finfo(value.dtype).eps
+    return torch.where(value < -rounding, math.nan, value.clamp_min(0.0)) ** 0.5
 
 
 def _nonzero(value: Any) -> Any:

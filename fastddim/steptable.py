@@ -25,13 +25,13 @@ class _Prepared(NamedTuple):
     device: torch.device | None
     backend: backends.Backend
     table: Tensor  # [R, K]
-    single: dict[int, Tensor]  # row indices [1]
+    indices: Tensor  # [R]
+    single: dict[int, Tensor]  # those of one row, [1]
     fast: bool  # whether `ops.step` does it
 
 
-_NONE = _Prepared(
-    None, None, backends.BACKENDS["reference"], torch.empty(0, device="cpu"), {}, False
-)
+_NOTHING = torch.empty(0, device="cpu")
+_NONE = _Prepared(None, None, backends.BACKENDS["reference"], _NOTHING, _NOTHING, {}, False)
 
 
 class StepTable:
@@ -86,9 +86,9 @@ class StepTable:
         """
         if x.dtype is not self._last.dtype or x.device != self._last.device:
             self._last = self._prepare(x)
-        _, _, backend, table, single, fast = self._last
+        _, _, backend, table, _, single, fast = self._last
         if not isinstance(row, Tensor):
-            row = single[row] if row in single else self._index(single, row, x.device)
+            row = single[row] if row in single else self._index(single, row)
         if torch.is_grad_enabled() and (
             x.requires_grad
             or model_output.requires_grad
@@ -122,12 +122,13 @@ class StepTable:
             backend = backends.choose(self._impl, x.device)
             fast = self._fit is None and backend.__name__ == cpu.__name__
             table = to_table(self.rows, compute_dtype(x.dtype), x.device, checked=False)
-            self._prepared[key] = _Prepared(x.dtype, x.device, backend, table, {}, fast)
+            indices = torch.arange(len(table), device=x.device)
+            self._prepared[key] = _Prepared(*key[::-1], backend, table, indices, {}, fast)
         return self._prepared[key]
 
-    def _index(self, single: dict[int, Tensor], row: int, device: torch.device) -> Tensor:
-        index = torch.tensor([range(self.rows.shape[0])[row]], device=device)
-        single[row] = index
+    def _index(self, single: dict[int, Tensor], row: int) -> Tensor:
+        position = range(self.rows.shape[0])[row]
+        index = single[row] = self._last.indices[position : position + 1]
         return index
 
     def _differentiable(

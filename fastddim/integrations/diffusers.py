@@ -19,6 +19,9 @@ here too:
 - epsilon is divided by √ᾱ = 0 at zero terminal SNR, which only clipping hides;
 - an η for which 1 − ᾱ_prev − σ² < 0 gives NaN, and so does `fixed_large_log`.
 
+Where only rounding takes 1 − ᾱ_prev − σ² below 0, as η = 1 does at zero terminal SNR, diffusers
+gives NaN and this gives the limit.
+
 `fastddim.sample` does none of this. A half-precision state is computed in float32 and rounded once,
 where diffusers rounds every operation. What the kernel has no case for (tensors that broadcast, an
 η that is not a number ≥ 0, integer samples) goes to diffusers' own code.
@@ -299,13 +302,13 @@ def _doubled(at_t: Tensor, before: Tensor, past_the_end: Tensor) -> tuple[Tensor
 class _BothSigns(StepTable):
     """Rows made from `_doubled`, which are those of t in [−T, T)."""
 
-    def _index(self, single: dict[int, Tensor], row: int, device: torch.device) -> Tensor:
+    def _index(self, single: dict[int, Tensor], row: int) -> Tensor:
         count = self.rows.shape[0] // 2
         if not -count <= row < count:
             raise IndexError(
                 f"timestep: expected an index of alphas_cumprod, in [{-count}, {count}), got {row}"
             )
-        return super()._index(single, row, device)
+        return super()._index(single, row)
 
 
 def _finite(row: Row) -> Row:
