@@ -15,6 +15,7 @@ from fastddim import backends, ops, reference
 from fastddim.backends import cpu
 from fastddim.philox import Keys
 from fastddim.plan import Fit, Update, stack_row, to_table, unchecked_row
+from fastddim.recycling import LARGE, Recycler
 from fastddim.reference import compute_dtype
 
 
@@ -53,6 +54,7 @@ class StepTable:
         self._impl = impl
         self._prepared: dict[tuple[torch.device, torch.dtype], _Prepared] = {}
         self._last = _NONE
+        self._recycler = Recycler()
 
     @classmethod
     def of(cls, alphas_t: Tensor, alphas_prev: Tensor, update: Update) -> StepTable:
@@ -95,14 +97,16 @@ class StepTable:
             or (noise is not None and noise.requires_grad)
         ):
             return self._differentiable(x, model_output, row, noise, keys)
-        if fast and keys is None and return_x0:
+        large = fast and x.nbytes >= LARGE
+        if fast and not large and keys is None and return_x0:
             return ops.step(x, model_output, table, row, noise)
         if self._fit is not None:
             fitted = table.new_empty((x.shape[0], table.shape[1]))
             backend.fit_rows(x, model_output, table, row, self._fit, fitted)
             table, row = fitted, torch.arange(x.shape[0], device=x.device)
-        x_prev = torch.empty_like(x)
-        x_0 = torch.empty_like(x) if return_x0 else None
+        empty_like = self._recycler.empty_like if large else torch.empty_like
+        x_prev = empty_like(x)
+        x_0 = empty_like(x) if return_x0 else None
         backend.update_out(
             x,
             model_output,
