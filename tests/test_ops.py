@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -91,6 +92,42 @@ def test_opcheck_of_fitted_rows() -> None:
         (*before, 0.5, 0.9, 3.0, torch.zeros(2, len(Row._fields))),
         test_utils=OPCHECK,
     )
+
+
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded", "none"])
+def test_step_makes_what_update_out_writes(noise: bool, layout: str) -> None:
+    change: dict[str, Callable[[Tensor], Tensor]] = {
+        "contiguous": lambda v: v,
+        "channels_last": lambda v: v.contiguous(memory_format=torch.channels_last),
+        "sliced": lambda v: v[..., 1::2],
+        "expanded": lambda v: v[:, :1].expand(v.shape),
+        "none": lambda v: v[:, :0],
+    }
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        arguments = inputs(dtype)
+        x, m, z = (change[layout](arguments[name]) for name in ("x", "model_output", "noise"))
+        given = (x, m, arguments["table"], arguments["row"])
+        got = ops.step(*given, z if noise else None)
+        expected = [torch.empty_like(x) for _ in range(2)]
+        ops.update_out(
+            *given,
+            noise=z if noise else None,
+            keys=None,
+            out=expected[0],
+            x_0=expected[1],
+            model_input=None,
+        )
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+            assert a.stride() == b.stride()
+            assert a.dtype == dtype
+
+
+def test_opcheck_of_step() -> None:
+    arguments = inputs(torch.float32)
+    given = tuple(arguments[name] for name in ("x", "model_output", "table", "row", "noise"))
+    torch.library.opcheck(torch.ops.fastddim.step.default, given, test_utils=OPCHECK)
 
 
 def test_opcheck_of_normals() -> None:
