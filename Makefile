@@ -54,7 +54,7 @@ ifneq ($(CXX_FILES),)
 endif
 
 bench: $(VENV)/.installed-dev ## Run the benchmarks
-	$(BIN)/pytest benchmarks/bench_step.py -s
+	$(BIN)/pytest benchmarks/bench_step.py benchmarks/bench_dropins.py -s
 
 bench-gpu: $(VENV)/.installed-dev ## Measure bandwidth and loops on a GPU
 	$(BIN)/pytest benchmarks/bench_gpu.py -s

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastddim import ops, philox
 from fastddim.plan import Update, coefficient_row, stack_row
 
+RESULTS = "step-cpu"
 T, T_PREV, STEPS = 500, 480, 50
 
 

@@ -10,32 +10,31 @@ from typing import Any
 import pytest
 import torch
 from harness import machine
-from tables import as_markdown
-
-RESULTS = Path(__file__).parent / "results"
+from tables import RESULTS, TABLES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--results",
         type=Path,
-        default=RESULTS / "step-cpu.json",
-        help="where the rows of the step benchmark are written",
+        default=RESULTS,
+        help="the folder that result files are written into",
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
-    """Rows to add to; written when all benchmarks have passed."""
+    """Rows to add to; written to the module's file when all benchmarks have passed."""
     collected: list[dict[str, Any]] = []
     yield collected
     if request.session.testsfailed or not collected:
         return
     result = {"machine": machine(), "rows": collected}
-    path: Path = request.config.getoption("--results")
+    name: str = request.module.RESULTS
+    path: Path = request.config.getoption("--results") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n\n{as_markdown(result)}\n\nwritten to {path}")
+    print(f"\n\n{TABLES[name](result)}\n\nwritten to {path}")
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,9 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,19 +22,27 @@ def load_tables() -> ModuleType:
     return module
 
 
-def test_readme_shows_the_committed_results() -> None:
-    tables = load_tables()
-    result = json.loads(tables.RESULTS.read_text())
+TABLES = load_tables()
+
+
+def result_of(name: str) -> Any:
+    return json.loads((TABLES.RESULTS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", TABLES.TABLES)
+def test_readme_shows_the_committed_results(name: str) -> None:
     readme = (ROOT / "README.md").read_text()
-    assert tables.update_readme(readme, tables.as_markdown(result)) == readme
+    assert TABLES.update_readme(readme, name, TABLES.TABLES[name](result_of(name))) == readme
 
 
-def test_results_say_where_they_come_from() -> None:
-    result = json.loads(load_tables().RESULTS.read_text())
+@pytest.mark.parametrize("name", TABLES.TABLES)
+def test_results_say_where_they_come_from(name: str) -> None:
+    result = result_of(name)
     machine = result["machine"]
     assert all(machine[key] for key in ("cpu", "instruction_set", "threads", "torch", "commit"))
     assert machine["modified"] is False, "measured on uncommitted code"
-    assert len(result["rows"]) == len({row["case"] for row in result["rows"]}) >= 10
+    cases = [(row["case"], row.get("eta"), str(row.get("shape"))) for row in result["rows"]]
+    assert len(set(cases)) == len(cases) >= 10
     for row in result["rows"]:
         for timing in row["timings"].values():
             assert 0 < timing["ratio_low"] <= timing["ratio"] <= timing["ratio_high"]
