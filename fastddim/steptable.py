@@ -98,8 +98,9 @@ class StepTable:
         ):
             return self._differentiable(x, model_output, row, noise, keys)
         large = fast and x.nbytes >= LARGE
-        if fast and not large and keys is None and return_x0:
-            return ops.step(x, model_output, table, row, noise)
+        if fast and not large and keys is None:
+            results = ops.step(x, model_output, table, row, noise)
+            return results if return_x0 else (results[0], None)
         if self._fit is not None:
             fitted = table.new_empty((x.shape[0], table.shape[1]))
             backend.fit_rows(x, model_output, table, row, self._fit, fitted)

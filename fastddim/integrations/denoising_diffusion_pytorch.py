@@ -47,7 +47,7 @@ def ddim_sample(self: Any, shape: Sequence[int], return_all_timesteps: bool = Fa
         Unnormalized samples like `shape`, or states `[B, S + 1, C, H, W]`.
     """
     steps = _Steps.of(self)
-    table = StepTable(stack_row(_ending(_row(self, steps, 1.0, rederive=True))))
+    table = StepTable(stack_row(_row(self, steps, 1.0, rederive=True)))
     img = torch.randn(shape, device=self.device)
     imgs, x_start = [img], None
     for i, t in _progress(steps, img):
@@ -94,7 +94,7 @@ def classifier_free_ddim_sample(
         # Two steps: what comes from epsilon, which the other then adds to what comes from x_0.
         direction = StepTable(stack_row(row._replace(k0=row.k0 - steps.signal)))
         row = row._replace(k0=steps.signal, kx=0.0, km=0.0, pn=1.0)
-    table = StepTable(stack_row(_ending(row)))
+    table = StepTable(stack_row(row))
     img = torch.randn(shape, device=self.device)
     for i, t in _progress(steps, img):
         model_output, unconditional = self.model.forward_with_cond_scale(
@@ -103,9 +103,7 @@ def classifier_free_ddim_sample(
         noise = torch.randn_like(img) if i < steps.last else None
         img = img.to(steps.state_dtype(img))
         if self.use_cfg_plus_plus and noise is not None:
-            noise, _ = direction(
-                img, unconditional.expand_as(img), i, noise=noise, return_x0=False
-            )
+            noise, _ = direction(img, unconditional.expand_as(img), i, noise=noise, return_x0=False)
         img, _ = table(img, model_output.expand_as(img), i, noise=noise, return_x0=False)
     return (img + 1) * 0.5
 
@@ -123,11 +121,12 @@ class _Steps(NamedTuple):
     def of(cls, diffusion: Any) -> _Steps:
         ends = torch.linspace(-1, diffusion.num_timesteps - 1, diffusion.sampling_timesteps + 1)
         *timesteps, _ = ends.int().tolist()[::-1]
-        alphas = diffusion.alphas_cumprod
-        a = alphas.cpu().double()[timesteps]
+        # What cancels is rounded to the dtype of the buffers, as in the original.
+        a = diffusion.alphas_cumprod.cpu()[timesteps]
         p = torch.cat([a[1:], a.new_ones(1)])
         sigma = diffusion.ddim_sampling_eta * ((1 - a / p) * (1 - p) / (1 - a)) ** 0.5
-        return cls(timesteps, alphas.dtype, p**0.5, (1 - p - sigma**2) ** 0.5, sigma)
+        signal, direction = p**0.5, (1 - p - sigma**2) ** 0.5
+        return cls(timesteps, a.dtype, signal.double(), direction.double(), sigma.double())
 
     @property
     def last(self) -> int:
@@ -138,7 +137,10 @@ class _Steps(NamedTuple):
 
 
 def _row(diffusion: Any, steps: _Steps, clip: float, *, rederive: bool) -> Row:
-    """The steps, with epsilon re-derived from x_0, or else that of the model."""
+    """The steps, with epsilon re-derived from x_0, or else that of the model.
+
+    After the last ᾱ is 1, so that it returns x_0.
+    """
 
     def buffer(name: str) -> Tensor:
         values: Tensor = getattr(diffusion, name).cpu().double()
@@ -161,11 +163,6 @@ def _row(diffusion: Any, steps: _Steps, clip: float, *, rederive: bool) -> Row:
         pn=steps.sigma,
         g=1.0,
     )
-
-
-def _ending(row: Row) -> Row:
-    """The same steps, but that the last one returns x_0."""
-    ...
 
 
 def _progress(steps: _Steps, img: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -16,7 +16,8 @@ here too:
 - the timestep before is `t - T // N`, whatever timesteps are visited next;
 - `set_alpha_to_one=False` adds noise in the last step where that does not end at t = 0;
 - `timestep_spacing="trailing"` visits t = -1, which reads the last ᾱ, for 62 values of N;
-- epsilon is divided by √ᾱ = 0 at zero terminal SNR, which only clipping hides;
+- epsilon is divided by √ᾱ = 0 at zero terminal SNR, which only clipping hides: infinite without
+  it in diffusers, of the order of 1e30 here;
 - an η for which 1 − ᾱ_prev − σ² < 0 gives NaN, and so does `fixed_large_log`.
 
 Where only rounding takes 1 − ᾱ_prev − σ² below 0, as η = 1 does at zero terminal SNR, diffusers
@@ -37,6 +38,7 @@ config, and a saved pipeline does not have it.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -91,6 +93,7 @@ class _Known(NamedTuple):
         if (
             element.untyped_storage()._cdata != own.untyped_storage()._cdata
             or own._version != self.version
+            or element.dtype is not own.dtype
             or element.numel() != 1
         ):
             return None
@@ -119,9 +122,11 @@ class _Work:
         self.keys: dict[Any, Keys] = {}
 
     def __deepcopy__(self, memo: Any) -> _Work:
-        copy = _Work()
-        copy.known, copy.seed, copy.sample_offset = self.known, self.seed, self.sample_offset
-        return copy
+        work, known = _restored(self.seed, self.sample_offset), self.known
+        if known is not None and known.version == known.tensor._version:
+            # The scheduler's copy has the same copy of its timesteps.
+            work.known = _Known.of(copy.deepcopy(known.tensor, memo), known.values)
+        return work
 
     def __reduce__(self) -> Any:
         return _restored, (self.seed, self.sample_offset)
@@ -204,12 +209,32 @@ class _Fused:
             cached = self._work.cached[kind] = _Cached(objects, numbers, {})
         return cached.tables
 
+    def _state(self, sample: Tensor, model_output: Tensor) -> Tensor | None:
+        """The state in the dtype of the result; None where the kernel does not take these two."""
+        shape, dtype = sample.shape, sample.dtype
+        if len(shape) == 0 or shape != model_output.shape or dtype not in STATE_DTYPES:
+            return None
+        if dtype is model_output.dtype:
+            return sample
+        # x_0 has the dtype of the model output where it is the model output.
+        if model_output.dtype not in STATE_DTYPES or self.config["prediction_type"] == "sample":
+            return None
+        return sample.to(torch.promote_types(dtype, model_output.dtype))
+
     def _keep_host_copy(self, device: Any) -> None:
         """Move the timesteps, which are on the host, to the device."""
         values = self.timesteps.tolist()
         self.timesteps = self.timesteps.to(device)
         self._work.known = _Known.of(self.timesteps, values)
         self._work.keys.clear()
+
+    def _on_host(self) -> _Known:
+        """The timesteps; fetched, once, where `set_timesteps` is not what has put them there."""
+        work, timesteps = self._work, self.timesteps
+        known = work.known
+        if known is None or known.tensor is not timesteps or known.version != timesteps._version:
+            known = work.known = _Known.of(timesteps, timesteps.tolist())
+        return known
 
     def _host_value(self, timestep: Any) -> int | None:
         """The value of a timestep; None where it lies on a device and would have to be fetched."""
@@ -218,15 +243,13 @@ class _Fused:
         known = self._work.known
         return None if known is None else known.value_of(timestep)
 
-    def _row(self, timestep: Any) -> int | Tensor:
-        """Its row in a table of both signs."""
+    def _row(self, timestep: Any, device: torch.device) -> int | Tensor:
+        """Its row in a table of both signs, for a state on the device."""
         if type(timestep) is int:
             return timestep
-        if isinstance(timestep, Tensor) and timestep.is_cpu:
-            return int(timestep)
         t = self._host_value(timestep)
         if t is None:
-            row: Tensor = timestep.reshape(1).to(torch.int64)
+            row: Tensor = timestep.reshape(1).to(device, torch.int64)
             return row.remainder(2 * self.alphas_cumprod.shape[0])
         return t
 
@@ -234,9 +257,7 @@ class _Fused:
         work = self._work
         t = self._host_value(timestep)
         t = int(timestep) if t is None else t
-        if work.known is None or work.known.tensor is not self.timesteps:
-            work.known = _Known.of(self.timesteps, self.timesteps.tolist())
-        step = work.known.step_of.get(t)
+        step = self._on_host().step_of.get(t)
         if step is None:
             raise ValueError(
                 f"timestep: expected one of the scheduler's timesteps with noise='philox', got {t}"
@@ -251,6 +272,10 @@ class _Fused:
                 device=sample.device,
             )
         return work.keys[key]
+
+
+class _Noising(_Fused):
+    """`add_noise` and `get_velocity` of the schedulers that have them."""
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """√ᾱ_t·original_samples + √(1 − ᾱ_t)·noise, as in diffusers."""
@@ -268,28 +293,28 @@ class _Fused:
 
     def _mixed(self, kind: str, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor | None:
         """None where it is a case for diffusers."""
-        if not (_alike(x, noise) and timesteps.numel() in (1, x.shape[0])):
+        state = self._state(x, noise)
+        if state is None or timesteps.numel() not in (1, x.shape[0]):
             return None
-        row = timesteps.reshape(-1).to(x.device, torch.int64)
-        if row.device.type == "cpu" and bool(((row < 0) | (row >= len(self.alphas_cumprod))).any()):
-            return None
+        if timesteps.is_cpu:
+            values = timesteps.reshape(-1).tolist()
+            if not values or min(values) < 0 or max(values) >= len(self.alphas_cumprod):
+                return None
         tables = self._tables("mix")
         table: StepTable | None = tables.get(kind)
         if table is None:
-            alphas = self.alphas_cumprod
+            alphas = self.alphas_cumprod.to("cpu")
             signal, sigma = alphas**0.5, (1 - alphas) ** 0.5
             of_x, of_noise = (signal, sigma) if kind == "add_noise" else (-sigma, signal)
             table = tables[kind] = StepTable(stack_row(mixing_row(of_x, of_noise)).double())
-        return table(x, noise, row, return_x0=False)[0]
+        row = timesteps.reshape(-1).to(x.device, torch.int64)
+        return table(state, noise, row, return_x0=False)[0]
 
 
-def _alike(x: Any, m: Any) -> bool:
-    """Whether the kernel takes these two: the dtype of x is that of the result."""
-    dtype = x.dtype
-    if dtype is not m.dtype and torch.promote_types(dtype, m.dtype) != dtype:
-        return False
-    shape = x.shape
-    return len(shape) > 0 and shape == m.shape and dtype in STATE_DTYPES
+def _strided(alphas: Tensor, stride: int, past_the_end: Tensor) -> Tensor:
+    """ᾱ of the timestep a stride before each."""
+    before = torch.arange(len(alphas), device="cpu") - stride
+    return torch.where(before >= 0, alphas[before.clamp(min=0)], past_the_end)
 
 
 def _doubled(at_t: Tensor, before: Tensor, past_the_end: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,6 +348,12 @@ def _finite(row: Row) -> Row:
     )
 
 
+def _valid(config: Any) -> bool:
+    """Whether there are rows for it; else diffusers says what is wrong."""
+    thresholded = not config.get("thresholding") or 0 < config["dynamic_thresholding_ratio"] <= 1
+    return thresholded and config["prediction_type"] in PREDICTIONS
+
+
 def _limits(config: Any) -> tuple[float | None, Fit | None]:
     """(clip, fit) of a config."""
     if config.get("thresholding"):
@@ -341,7 +372,7 @@ def _output(cls: Any, prev_sample: Tensor, pred_original_sample: Tensor) -> Any:
     return output
 
 
-class _Ddim(_Fused):
+class _Ddim(_Noising):
     """`step` of the two DDIM schedulers."""
 
     final_alpha_cumprod: Tensor
@@ -374,17 +405,16 @@ class _Ddim(_Fused):
             return_dict: return diffusers' output object instead of a tuple.
 
         Returns:
-            prev_sample and pred_original_sample, each like `sample`.
+            prev_sample and pred_original_sample, each shaped like `sample`.
 
         Raises:
             ValueError: both kinds of noise are given, `set_timesteps` was not called, or the
                 config's prediction type is unknown.
             IndexError: the timestep is no index of `alphas_cumprod`.
         """
-        table = None
-        if _alike(sample, model_output):
-            table = self._table(eta, use_clipped_model_output)
-        if table is None:
+        state = self._state(sample, model_output)
+        table = None if state is None else self._table(eta, use_clipped_model_output)
+        if state is None or table is None:
             return super().step(  # type: ignore[misc]
                 model_output,
                 timestep,
@@ -406,7 +436,7 @@ class _Ddim(_Fused):
                 if variance_noise.shape != sample.shape:
                     variance_noise = variance_noise.expand(sample.shape)
             elif generator is None and self._work.seed is not None:
-                keys = self._philox_keys(timestep, sample)
+                keys = self._philox_keys(timestep, state)
             else:
                 variance_noise = randn_tensor(
                     model_output.shape,
@@ -416,8 +446,8 @@ class _Ddim(_Fused):
                 )
         else:
             variance_noise = None
-        row = self._row(timestep)
-        results = table(sample, model_output, row, noise=variance_noise, keys=keys)
+        row = self._row(timestep, state.device)
+        results = table(state, model_output, row, noise=variance_noise, keys=keys)
         return _output(self._output_class, *results) if return_dict else results
 
     def _table(self, eta: Any, rederive_eps: bool, final: Tensor | None = None) -> StepTable | None:
@@ -442,7 +472,7 @@ class _Ddim(_Fused):
         table: StepTable | None = tables.get(key) if eta.__class__ in (float, int) else None
         if table is None:
             config = self.config
-            if steps is None or config["prediction_type"] not in PREDICTIONS:
+            if steps is None or not _valid(config):
                 return None
             if not isinstance(eta, float | int) or eta < 0:
                 return None
@@ -453,12 +483,9 @@ class _Ddim(_Fused):
     def _make_table(
         self, config: Any, steps: int, eta: float, rederive_eps: bool, final: Tensor | None
     ) -> StepTable:
-        alphas = self.alphas_cumprod
+        alphas = self.alphas_cumprod.to("cpu")
         last = (self.final_alpha_cumprod if final is None else final).to(alphas)
-        before = torch.arange(len(alphas), device=alphas.device) - (
-            config["num_train_timesteps"] // steps
-        )
-        previous = torch.where(before >= 0, alphas[before.clamp(min=0)], last)
+        previous = _strided(alphas, config["num_train_timesteps"] // steps, last)
         clip, fit = _limits(config)
         update = Update(
             eta=float(eta),
@@ -517,21 +544,23 @@ class DDIMParallelScheduler(_Ddim, _ddim_parallel.DDIMParallelScheduler):  # typ
             eta: 0.
 
         Returns:
-            The samples at the timesteps before, like `sample`.
+            The samples at the timesteps before, in float32 at least.
         """
-        table = None
-        if eta == 0 and _alike(sample, model_output) and timesteps.numel() in (1, len(sample)):
+        state, table = self._state(sample, model_output), None
+        if state is not None and eta == 0 and timesteps.numel() in (1, len(sample)):
             table = self._table(0.0, use_clipped_model_output, _ONE)
-        if table is None:
+        if state is None or table is None:
             return super().batch_step_no_noise(
                 model_output, timesteps, sample, eta, use_clipped_model_output
             )
-        row = timesteps.reshape(-1).to(sample.device, torch.int64)
+        # ᾱ of many timesteps has a part in the dtype of the result, unlike ᾱ of one.
+        state = state.to(torch.promote_types(state.dtype, self.alphas_cumprod.dtype))
+        row = timesteps.reshape(-1).to(state.device, torch.int64)
         row = row.remainder(2 * len(self.alphas_cumprod))
-        return table(sample, model_output, row, return_x0=False)[0]
+        return table(state, model_output, row, return_x0=False)[0]
 
 
-_ONE = torch.tensor(1.0)
+_ONE = torch.tensor(1.0, device="cpu")
 
 
 class DDIMInverseScheduler(_Fused, _ddim_inverse.DDIMInverseScheduler):  # type: ignore[misc]
@@ -565,15 +594,16 @@ class DDIMInverseScheduler(_Fused, _ddim_inverse.DDIMInverseScheduler):  # type:
             return_dict: return diffusers' output object instead of a tuple.
 
         Returns:
-            prev_sample and pred_original_sample, each like `sample`.
+            prev_sample and pred_original_sample, each shaped like `sample`.
 
         Raises:
             IndexError: the timestep is no index of `alphas_cumprod`.
         """
-        table = self._table() if _alike(sample, model_output) else None
-        if table is None:
+        state = self._state(sample, model_output)
+        table = None if state is None else self._table()
+        if state is None or table is None:
             return super().step(model_output, timestep, sample, return_dict)
-        results = table(sample, model_output, self._row(timestep))
+        results = table(state, model_output, self._row(timestep, state.device))
         return _output(_ddim_inverse.DDIMSchedulerOutput, *results) if return_dict else results
 
     def _table(self) -> StepTable | None:
@@ -581,14 +611,11 @@ class DDIMInverseScheduler(_Fused, _ddim_inverse.DDIMInverseScheduler):  # type:
         initial = self.initial_alpha_cumprod
         tables = self._tables("step", (initial,), (initial._version, steps))
         if "step" not in tables:
-            if steps is None or config["prediction_type"] not in PREDICTIONS:
+            if steps is None or not _valid(config):
                 return None
-            alphas = self.alphas_cumprod
+            alphas = self.alphas_cumprod.to("cpu")
             initial = initial.to(alphas)
-            start = torch.arange(len(alphas), device=alphas.device) - (
-                config["num_train_timesteps"] // steps
-            )
-            at_start = torch.where(start >= 0, alphas[start.clamp(min=0)], initial)
+            at_start = _strided(alphas, config["num_train_timesteps"] // steps, initial)
             clip = config["clip_sample_range"] if config["clip_sample"] else None
             update = Update(prediction=config["prediction_type"], clip=clip)
             ends, starts = _doubled(alphas, at_start, initial)
@@ -598,7 +625,7 @@ class DDIMInverseScheduler(_Fused, _ddim_inverse.DDIMInverseScheduler):  # type:
         return table
 
 
-class DDPMScheduler(_Fused, _ddpm.DDPMScheduler):  # type: ignore[misc]
+class DDPMScheduler(_Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
     """diffusers' `DDPMScheduler` with fused steps; see the module for what is the same.
 
     ```python
@@ -638,7 +665,7 @@ class DDPMScheduler(_Fused, _ddpm.DDPMScheduler):  # type: ignore[misc]
             return_dict: return diffusers' output object instead of a tuple.
 
         Returns:
-            prev_sample and pred_original_sample, each like `sample`.
+            prev_sample and pred_original_sample, each shaped like `sample`.
 
         Raises:
             IndexError: the timestep is not among `timesteps`.
@@ -649,22 +676,24 @@ class DDPMScheduler(_Fused, _ddpm.DDPMScheduler):  # type: ignore[misc]
         mean = model_output
         if learned and model_output.shape[1] == 2 * sample.shape[1]:
             mean, predicted = model_output.split(sample.shape[1], dim=1)
-        table = self._table() if _alike(sample, mean) else None
+        state = self._state(sample, mean)
+        table = None if state is None else self._table()
         t = self._host_value(timestep)
         t = int(timestep) if t is None else t
-        if table is None or t not in table.visited or (learned and predicted is None):
+        missing = learned and predicted is None
+        if state is None or table is None or t not in table.visited or missing:
             return super().step(model_output, timestep, sample, generator, return_dict)
         noise, keys = None, None
         if t > 0:
             if predicted is None and generator is None and self._work.seed is not None:
-                keys = self._philox_keys(t, sample)
+                keys = self._philox_keys(t, state)
             else:
                 noise = randn_tensor(
                     mean.shape, generator=generator, device=mean.device, dtype=mean.dtype
                 )
         if noise is not None and predicted is not None:
             noise = self._deviation(table, t, predicted) * noise
-        results = table(sample, mean, t, noise=noise, keys=keys)
+        results = table(state, mean, t, noise=noise, keys=keys)
         return _output(_ddpm.DDPMSchedulerOutput, *results) if return_dict else results
 
     def _deviation(self, table: _Ancestral, t: int, predicted: Tensor) -> Tensor:
@@ -682,9 +711,7 @@ class DDPMScheduler(_Fused, _ddpm.DDPMScheduler):  # type: ignore[misc]
         tables = self._tables("step", (timesteps,), numbers)
         table: _Ancestral | None = tables.get("step")
         if table is None:
-            if config["prediction_type"] not in PREDICTIONS:
-                return None
-            if self.variance_type != config["variance_type"]:
+            if self.variance_type != config["variance_type"] or not _valid(config):
                 return None
             table = tables["step"] = self._make_table(config)
         return table
@@ -693,7 +720,7 @@ class DDPMScheduler(_Fused, _ddpm.DDPMScheduler):  # type: ignore[misc]
         alphas = self.alphas_cumprod.to("cpu")
         count = len(alphas)
         if self.custom_timesteps or self.num_inference_steps:
-            visited = self._visited()
+            visited = self._on_host().values
             # Where a timestep is there twice, diffusers finds the first.
             pairs = list(zip(visited, [*visited[1:], -1], strict=True))[::-1]
             previous = dict(pairs)
@@ -707,8 +734,6 @@ class DDPMScheduler(_Fused, _ddpm.DDPMScheduler):  # type: ignore[misc]
         k0, kx, variance, large = _posterior(a, p)
         predicted = unchecked_row(a, p, Update(prediction=config["prediction_type"]))
         clip, fit = _limits(config)
-        noisy = torch.arange(2 * count) < count
-        noisy[0] = False
         row = Row(
             cx=predicted.cx,
             cm=predicted.cm,
@@ -716,20 +741,13 @@ class DDPMScheduler(_Fused, _ddpm.DDPMScheduler):  # type: ignore[misc]
             k0=k0,
             kx=kx,
             km=0.0,
-            pn=_fixed_deviation(config["variance_type"], variance, large) * noisy,
+            pn=_fixed_deviation(config["variance_type"], variance, large),
             g=1.0,
         )
         table = _Ancestral(stack_row(_finite(row)).double(), fit=fit)
         table.visited = frozenset(previous)
         table.log_variances = torch.stack([variance.log(), large.log()], dim=1).tolist()
         return table
-
-    def _visited(self) -> list[int]:
-        known = self._work.known
-        if known is not None and known.tensor is self.timesteps:
-            return known.values
-        values: list[int] = self.timesteps.tolist()
-        return values
 
 
 class _Ancestral(_BothSigns):

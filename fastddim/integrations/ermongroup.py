@@ -3,14 +3,14 @@
 ```python
 import torch, fastddim.integrations.ermongroup as denoising
 betas = torch.linspace(1e-4, 0.02, 1000)
-model = torch.nn.Identity().__call__ if False else lambda x, t: 0.1 * x  # or any of yours
+model = lambda x, t: 0.1 * x  # or any of yours
 x, seq = torch.randn(2, 3, 32, 32), range(0, 1000, 100)
 xs, x0_preds = denoising.generalized_steps(x, seq, model, betas, eta=0.5)
 ```
 
-In its repository, `functions.denoising.generalized_steps = denoising.generalized_steps` is the whole
-change. Samples are those of the original to rounding: noise is drawn with `torch.randn_like` at
-every step, also where it is multiplied by 0.
+In its repository, `functions.denoising.generalized_steps = denoising.generalized_steps` is the
+whole change. Samples are those of the original to rounding: noise is drawn with `torch.randn_like`
+at every step, also where it is multiplied by 0.
 
 What it does against the paper is done here too: `ddpm_steps` clips x_0 and takes the larger
 variance β, and adds no noise at t = 0 rather than at the last step; a `seq` that repeats a timestep
@@ -27,14 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim.plan import Row, Update, stack_row
+from fastddim.plan import Row, stack_row
 from fastddim.steptable import StepTable
 
 Model = Callable[[Tensor, Tensor], Tensor]
 Steps = tuple[list[Tensor], list[Tensor]]
 
 
-def generalized_steps(x: Tensor, seq: Iterable[int], model: Model, b: Tensor, **kwargs: Any) -> Steps:
+def generalized_steps(
+    x: Tensor, seq: Iterable[int], model: Model, b: Tensor, **kwargs: Any
+) -> Steps:
     """DDIM down the timesteps `seq` (arXiv 2010.02502, eq. 12 and 16).
 
     Args:
@@ -49,8 +51,12 @@ def generalized_steps(x: Tensor, seq: Iterable[int], model: Model, b: Tensor, **
         step, on the CPU. An η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
     """
     timesteps, a, p = _visited(seq, b)
-    table = StepTable.of(a, p, Update(eta=kwargs.get("eta", 0)))
-    return _run(table, timesteps, x, model, b.dtype)
+    sigma = kwargs.get("eta", 0) * ((1 - a / p) * (1 - p) / (1 - a)) ** 0.5
+    direction = (1 - p - sigma**2) ** 0.5
+    signal, deviation = _wide(a**0.5, (1 - a) ** 0.5)
+    k0, km, pn = _wide(p**0.5, direction, sigma)
+    row = Row(cx=1 / signal, cm=-deviation / signal, r=math.inf, k0=k0, kx=0.0, km=km, pn=pn, g=1.0)
+    return _run(row, timesteps, x, model, b.dtype, lambda _: torch.randn_like(x))
 
 
 def ddpm_steps(x: Tensor, seq: Iterable[int], model: Model, b: Tensor, **kwargs: Any) -> Steps:
@@ -61,36 +67,43 @@ def ddpm_steps(x: Tensor, seq: Iterable[int], model: Model, b: Tensor, **kwargs:
     """
     timesteps, a, p = _visited(seq, b)
     beta = 1 - a / p
-    row = Row(
-        cx=a**-0.5,
-        cm=-((1 / a - 1) ** 0.5),
-        r=1.0,
-        k0=p**0.5 * beta / (1 - a),
-        kx=(1 - beta) ** 0.5 * (1 - p) / (1 - a),
-        km=0.0,
-        pn=beta**0.5 * (torch.tensor(timesteps) != 0),
-        g=1.0,
-    )
-    return _run(StepTable(stack_row(row)), timesteps, x, model, b.dtype)
+    cx, cm = _wide((1 / a) ** 0.5, -((1 / a - 1) ** 0.5))
+    k0, kx = _wide(p**0.5 * beta / (1 - a), (1 - beta) ** 0.5 * (1 - p) / (1 - a))
+    (pn,) = _wide(beta**0.5 * (torch.tensor(timesteps) != 0))
+    row = Row(cx=cx, cm=cm, r=1.0, k0=k0, kx=kx, km=0.0, pn=pn, g=1.0)
+    return _run(row, timesteps, x, model, b.dtype, torch.randn_like)
 
 
 def _visited(seq: Iterable[int], b: Tensor) -> tuple[list[int], Tensor, Tensor]:
-    """The timesteps in the order visited, ᾱ of each, and ᾱ after each."""
+    """The timesteps in the order visited, ᾱ of each, and ᾱ after each.
+
+    They, and coefficients that cancel, are rounded as the original rounds them: to the dtype of b.
+    """
     timesteps = [int(t) for t in seq][::-1]
-    alphas = (1 - b.detach().cpu().double()).cumprod(0)[timesteps]
-    return timesteps, alphas, torch.cat([alphas[1:], alphas.new_ones(1)])
+    alphas = (1 - b.detach().cpu()).cumprod(0)[timesteps]
+    return timesteps, alphas, torch.cat([alphas, alphas.new_ones(1)])[1:]
+
+
+def _wide(*coefficients: Tensor) -> tuple[Tensor, ...]:
+    return tuple(c.double() for c in coefficients)
 
 
 @torch.no_grad()
 def _run(
-    table: StepTable, timesteps: list[int], x: Tensor, model: Model, dtype: torch.dtype
+    row: Row,
+    timesteps: list[int],
+    x: Tensor,
+    model: Model,
+    dtype: torch.dtype,
+    draw: Callable[[Tensor], Tensor],
 ) -> Steps:
+    table = StepTable(stack_row(row))
     xs, x0_preds = [x], []
     for i, timestep in enumerate(timesteps):
         t = torch.full((x.shape[0],), float(timestep), device=x.device)
         epsilon = model(x, t)
         state = x.to(torch.promote_types(x.dtype, dtype))
-        x, x_0 = table(state, epsilon, i, noise=torch.randn_like(x))
+        x, x_0 = table(state, epsilon, i, noise=draw(x))
         x0_preds.append(x_0.cpu())
         xs.append(x.cpu())
     return xs, x0_preds

@@ -43,8 +43,8 @@ def sample_ddim(
     """DDIM down the noise levels `sigmas`.
 
     Args:
-        model: `model(x, sigma, **extra_args)` with sigma `[B]` in the dtype of x returns x_0.
-        x: state `[B, …]` at the first level, signal plus `sigmas[0]` times noise.
+        model: `model(x, sigma, **extra_args)` returns x_0; sigma is `[B]` in the dtype of x_T.
+        x: x_T `[B, …]` at the first level, signal plus `sigmas[0]` times noise.
         sigmas: `[S + 1]`, decreasing, the last usually 0.
         callback: called after each evaluation with a dict of `x` (before the step), `i`, `sigma`,
             `sigma_hat` (the same) and `denoised` (what the model returned).
@@ -62,16 +62,16 @@ def sample_ddim(
     table = _table(sigmas, eta, s_noise)
     dtype = torch.promote_types(x.dtype, sigmas.dtype)
     extra_args = {} if extra_args is None else extra_args
-    like = x
+    first = x
     for i in tqdm(range(len(levels) - 1), disable=disable):
-        denoised = model(x, x.new_full((x.shape[0],), levels[i]), **extra_args)
+        denoised = model(x, first.new_full((x.shape[0],), levels[i]), **extra_args)
         if callback is not None:
             sigma = sigmas[i]
             callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
         noise = None
         if levels[i + 1] > 0:
             noise = (
-                torch.randn_like(like)
+                torch.randn_like(first)
                 if noise_sampler is None
                 else noise_sampler(sigmas[i], sigmas[i + 1])
             )
@@ -80,26 +80,24 @@ def sample_ddim(
 
 
 def _table(sigmas: Tensor, eta: float, s_noise: float) -> StepTable:
-    levels = sigmas.detach().cpu().double()
+    """One row a step; what cancels is rounded to the dtype of the levels, as in k-diffusion."""
+    levels = sigmas.detach().cpu()
     sigma, after = levels[:-1], levels[1:]
     down, up = after, torch.zeros_like(after)
     if eta:
-        up = eta * after * (1 - (after / sigma) ** 2) ** 0.5
-        # Where η asks for more noise than there is; also on the way up, where it has no meaning.
+        up = eta * (after**2 * (sigma**2 - after**2) / sigma**2) ** 0.5
+        # Where η asks for more noise than there is, or for any on the way up.
         up = torch.where(up < after, up, after)
         down = (after**2 - up**2) ** 0.5
-    kept = down / sigma
-    return StepTable(
-        stack_row(
-            Row(
-                cx=0.0,
-                cm=1.0,
-                r=math.inf,
-                k0=1 - kept,
-                kx=kept,
-                km=0.0,
-                pn=up * s_noise,
-                g=1.0,
-            )
-        )
+    moved = (down - sigma).double() / sigma.double()
+    row = Row(
+        cx=0.0,
+        cm=1.0,
+        r=math.inf,
+        k0=-moved,
+        kx=1 + moved,
+        km=0.0,
+        pn=up.double() * s_noise,
+        g=1.0,
     )
+    return StepTable(stack_row(row))

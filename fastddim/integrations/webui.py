@@ -27,7 +27,7 @@ from fastddim.steptable import StepTable
 
 @torch.no_grad()
 def ddim(
-    model: Callable[..., Tensor],
+    model: Any,
     x: Tensor,
     timesteps: Tensor,
     extra_args: Mapping[str, Any] | None = None,
@@ -42,23 +42,25 @@ def ddim(
     (`k_diffusion.sampling.torch`, if that is imported).
 
     Args:
-        model: `model(x, t, **extra_args)` predicts epsilon; t is `[B]` in the dtype of x. ᾱ is its
-            `inner_model.inner_model.alphas_cumprod`.
-        x: latents `[B, …]`, of a floating dtype.
+        model: `model(x, t, **extra_args)` predicts epsilon; t is `[B]` in the dtype of x_T. It has
+            ᾱ in `inner_model.inner_model.alphas_cumprod`.
+        x: x_T `[B, …]`, of a floating dtype.
         timesteps: int64 `[S + 1]`, increasing.
         callback: called after each step with a dict of `x`, `i`, `denoised` (the predicted x_0) and
             `sigma` and `sigma_hat`, both 0.
         disable: no progress bar.
 
     Returns:
-        The state at `timesteps[0]`, like x. An η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
+        The state at `timesteps[0]`, in the dtype to which x and epsilon promote. An η for which
+        1 − ᾱ_prev − σ² < 0 gives NaN.
     """
-    alphas = model.inner_model.inner_model.alphas_cumprod[timesteps].cpu().double()  # type: ignore[attr-defined]
+    alphas = model.inner_model.inner_model.alphas_cumprod[timesteps].cpu().double()
     visited = timesteps.tolist()[:0:-1]
     table = StepTable.of(alphas[1:].flip(0), alphas[:-1].flip(0), Update(eta=eta))
     extra_args = {} if extra_args is None else extra_args
+    s_in = x.new_ones(x.shape[0])
     for i, timestep in enumerate(tqdm.tqdm(visited, disable=disable)):
-        epsilon = model(x, x.new_full((x.shape[0],), timestep), **extra_args)
+        epsilon = model(x, timestep * s_in, **extra_args)
         state = x.to(torch.promote_types(x.dtype, epsilon.dtype))
         x, x_0 = table(state, epsilon, i, noise=_randn_like(x))
         if callback is not None:

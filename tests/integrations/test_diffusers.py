@@ -6,6 +6,8 @@ import copy
 import inspect
 import itertools
 import pickle
+import random
+from collections.abc import Iterable
 from typing import Any
 
 import diffusers
@@ -19,7 +21,7 @@ import fastddim
 import fastddim.integrations.diffusers as ours
 
 from ..helpers import NoSync
-from .examples import run_example
+from .peers import run_example
 
 SHAPE = (2, 3, 4, 5)
 CLASSES = ("DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler", "DDPMScheduler")
@@ -55,6 +57,13 @@ def in_float64(*schedulers: Any) -> None:
                 setattr(scheduler, name, getattr(scheduler, name).double())
 
 
+def some(count: int, cases: Iterable[Any], *others: Any) -> list[Any]:
+    """Some of many cases: each test its own, by its other parameters, so that together they take
+    them all.
+    """
+    return random.Random(str(others)).sample(list(cases), count)
+
+
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
@@ -81,9 +90,10 @@ def test_ddim_steps(name: str, prediction: str, limit: str, rederive: bool) -> N
     """In float64, over spacings, ends of the schedule, offsets and numbers of steps; 61 and 103 are
     among those that end at t = −1.
     """
-    for spacing, one, offset, steps in itertools.product(
+    every = itertools.product(
         ("leading", "trailing", "linspace"), (True, False), (0, 1), (1, 7, 50, 61, 103)
-    ):
+    )
+    for spacing, one, offset, steps in some(10, every, name, prediction, limit, rederive):
         theirs, own = pair(
             name,
             steps,
@@ -120,9 +130,10 @@ def test_ddim_steps(name: str, prediction: str, limit: str, rederive: bool) -> N
 )
 def test_ddpm_steps(prediction: str, limit: str, variance: str) -> None:
     learned = variance.startswith("learned")
-    for spacing, offset, steps in itertools.product(
+    every = itertools.product(
         ("leading", "trailing", "linspace"), (0, 1), (1, 50, 61, None, [999, 500, 499, 3])
-    ):
+    )
+    for spacing, offset, steps in some(8, every, prediction, limit, variance):
         theirs, own = pair(
             "DDPMScheduler",
             None,
@@ -148,6 +159,32 @@ def test_ddpm_steps(prediction: str, limit: str, variance: str) -> None:
                 for s in (theirs, own)
             )
             assert_alike(expected, got)
+
+
+def test_ddpm_of_other_timesteps_and_variance() -> None:
+    """Where they are set on the scheduler itself; of a timestep that is there twice the first."""
+    theirs, own = pair("DDPMScheduler", 10)
+    x, m = draw(*SHAPE), draw(2, 6, 4, 5)
+
+    def compare(t: int, m: Tensor) -> None:
+        results = []
+        for scheduler in (theirs, own):
+            torch.manual_seed(t)
+            results.append(scheduler.step(m, t, x))
+        assert_alike(*results, 1e-5)
+
+    compare(900, m[:, :3])
+    for scheduler in (theirs, own):
+        scheduler.timesteps = torch.tensor([901, 500, 500, 100])
+    for t in (901, 500, 100):
+        compare(t, m[:, :3])
+    for scheduler in (theirs, own):
+        scheduler.timesteps[3] = 300
+    for t in (500, 300):
+        compare(t, m[:, :3])
+    for scheduler in (theirs, own):
+        scheduler.variance_type = "learned_range"
+    compare(901, m)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -180,15 +217,25 @@ def test_steps_of_a_batch_of_timesteps(prediction: str, one: bool) -> None:
         "DDIMParallelScheduler", 50, prediction_type=prediction, set_alpha_to_one=one
     )
     in_float64(theirs, own)
-    timesteps = torch.tensor([980, 500, 20, 0, 13])
+    timesteps = torch.tensor([980, 500, 20, 0, -1])
     x, m = draw(5, 3, 4), draw(5, 3, 4)
     for rederive in (False, True):
+        # It ends at another ᾱ than a step does, in the same table if they were mixed up.
+        assert_alike(*(s.step(m, 0, x, 0.0, rederive) for s in (theirs, own)))
         expected, got = (
             s.batch_step_no_noise(m, timesteps, x, 0.0, rederive) for s in (theirs, own)
         )
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     with pytest.raises(AssertionError):
         own.batch_step_no_noise(m, timesteps, x, 0.5)
+    theirs, own = pair(
+        "DDIMParallelScheduler", 50, prediction_type=prediction, set_alpha_to_one=one
+    )
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        expected, got = (
+            s.batch_step_no_noise(m.to(dtype), timesteps, x.to(dtype)) for s in (theirs, own)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def unit_model(x: Tensor, t: Any) -> Tensor:
@@ -298,7 +345,7 @@ def test_kinds_of_timestep(name: str, kind: Any) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_timesteps_out_of_range(name: str) -> None:
     theirs, own = pair(name, 10)
-    for t in (1000, 5000):
+    for t in (1000, 5000, 501, -1) if name == "DDPMScheduler" else (1000, 5000, -1001):
         for scheduler in (theirs, own):
             with pytest.raises(IndexError):
                 scheduler.step(draw(*SHAPE), t, draw(*SHAPE))
@@ -343,6 +390,9 @@ def test_config_is_read_when_used(name: str) -> None:
         seen.append(compare())
     for scheduler in (theirs, own):
         scheduler.alphas_cumprod[100:700] *= 0.9
+    seen.append(compare())
+    for scheduler in (theirs, own):
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod * 0.95
     seen.append(compare())
     for scheduler in (theirs, own):
         scheduler.alphas_cumprod = scheduler.alphas_cumprod * 0.95
@@ -410,24 +460,67 @@ def test_errors_are_those_of_diffusers() -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_what_the_kernel_does_not_take(name: str) -> None:
-    """Tensors that broadcast, and mixes of dtypes in which the state is not the wider one."""
+    """Tensors that broadcast, and integers."""
     theirs, own = pair(name)
     cases = [
         (draw(1, 3, 4, 5), draw(*SHAPE)),
-        (draw(*SHAPE), draw(*SHAPE).float()),
-        (draw(*SHAPE).float(), draw(*SHAPE)),
-        (draw(*SHAPE).half(), draw(*SHAPE).float()),
+        (draw(*SHAPE), draw(1, 3, 4, 5)),
+        (draw(*SHAPE), torch.randint(-3, 3, SHAPE)),
     ]
     for m, x in cases:
         results = []
         for scheduler in (theirs, own):
             torch.manual_seed(0)
             results.append(scheduler.step(m, 500, x))
-        a, b = (r.prev_sample for r in results)
-        torch.testing.assert_close(b, a, rtol=1e-2, atol=1e-2)
+        assert_alike(*results, 1e-5)
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "sliced", "permuted", "empty"])
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_mixed_dtypes(name: str, prediction: str) -> None:
+    """The results have the dtypes that diffusers' have, and are no further from exact ones."""
+    theirs, own = pair(name, prediction_type=prediction)
+    for of_m, of_x in itertools.permutations(
+        (torch.float64, torch.float32, torch.float16, torch.bfloat16), 2
+    ):
+        m, x = draw(4, 3, 16, 16, dtype=of_m), draw(4, 3, 16, 16, dtype=of_x)
+        kwargs = {} if name not in DDIM else {"eta": 0.5, "variance_noise": m}
+        results = []
+        for scheduler in (theirs, own):
+            torch.manual_seed(0)
+            results.append(scheduler.step(m, 500, x, **kwargs))
+        expected, got = results
+        assert (
+            got.prev_sample.dtype == expected.prev_sample.dtype == torch.promote_types(of_m, of_x)
+        )
+        assert got.pred_original_sample.dtype == expected.pred_original_sample.dtype
+        tolerance = 1e-5 if {of_m, of_x} <= {torch.float64, torch.float32} else 3e-2
+        for field in ("prev_sample", "pred_original_sample"):
+            torch.testing.assert_close(
+                got[field].double(), expected[field].double(), rtol=tolerance, atol=tolerance
+            )
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e-3, 1.0, 1.5])
+def test_ends_of_thresholding(ratio: float) -> None:
+    """A ratio that is no quantile is refused as in diffusers."""
+    for limit in (0.5, 1.0, 30.0):
+        theirs, own = pair(
+            "DDIMScheduler",
+            thresholding=True,
+            dynamic_thresholding_ratio=ratio,
+            sample_max_value=limit,
+        )
+        x, m = draw(*SHAPE), draw(*SHAPE)
+        if ratio > 1:
+            for scheduler in (theirs, own):
+                with pytest.raises(RuntimeError, match="quantile"):
+                    scheduler.step(m, 700, x)
+        else:
+            assert_alike(theirs.step(m, 700, x), own.step(m, 700, x), 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "permuted", "expanded", "empty"])
 def test_layouts(layout: str) -> None:
     theirs, own = pair("DDIMScheduler")
     x, m, z = (draw(2, 4, 6, 8) for _ in range(3))
@@ -435,6 +528,7 @@ def test_layouts(layout: str) -> None:
         "channels_last": lambda v: v.contiguous(memory_format=torch.channels_last),
         "sliced": lambda v: v[..., ::2],
         "permuted": lambda v: v.permute(0, 3, 1, 2),
+        "expanded": lambda v: v[:, :1].expand(2, 4, 6, 8),
         "empty": lambda v: v[:0],
     }[layout]
     x, m, z = change(x), change(m), change(z)
@@ -483,14 +577,47 @@ def test_gradients(limit: str, eta: float) -> None:
         torch.testing.assert_close(b.double(), a.double(), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_gradients_of_ddpm(variance: str) -> None:
+    theirs, own = pair("DDPMScheduler", variance_type=variance)
+    in_float64(theirs, own)
+    channels = 6 if variance == "learned_range" else 3
+    values, weights = (draw(*SHAPE), draw(2, channels, 4, 5)), [draw(*SHAPE) for _ in range(2)]
+    grads = []
+    for scheduler in (theirs, own):
+        x, m = (v.clone().requires_grad_() for v in values)
+        generator = torch.Generator().manual_seed(0)
+        out = scheduler.step(m, 500, x, generator=generator, return_dict=False)
+        sum((w * o).sum() for w, o in zip(weights, out, strict=True)).backward()
+        grads.append((x.grad, m.grad))
+    for a, b in zip(*grads, strict=True):
+        assert a.abs().max() > 1e-3
+        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
+def test_gradients_of_mixing(method: str) -> None:
+    theirs, own = pair("DDIMScheduler", None)
+    in_float64(theirs, own)
+    values, weight, timesteps = (draw(3, 5), draw(3, 5)), draw(3, 5), torch.tensor([0, 400, 999])
+    grads = []
+    for scheduler in (theirs, own):
+        x, noise = (v.clone().requires_grad_() for v in values)
+        (weight * getattr(scheduler, method)(x, noise, timesteps)).sum().backward()
+        grads.append((x.grad, noise.grad))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_signatures_are_those_of_diffusers(name: str) -> None:
     """Pipelines look at them to see what a scheduler takes."""
     for method in ("step", "set_timesteps", "add_noise", "get_velocity", "batch_step_no_noise"):
         theirs = getattr(getattr(diffusers, name), method, None)
+        own = getattr(getattr(ours, name), method, None)
         if theirs is None:
+            assert own is None
             continue
-        own = getattr(getattr(ours, name), method)
         expected, got = (inspect.signature(f).parameters for f in (theirs, own))
         assert list(got) == list(expected)
         assert [p.default for p in got.values()] == [p.default for p in expected.values()]
@@ -523,6 +650,10 @@ def test_copies(name: str, copied: Any) -> None:
     expected = own.step(m, 500, x)
     torch.manual_seed(0)
     assert_alike(expected, copied(own).step(m, 500, x))
+    if name != "DDIMInverseScheduler":
+        own.set_noise("philox", seed=5, sample_offset=2)
+        eta = {"eta": 1.0} if name in DDIM else {}
+        assert_alike(own.step(m, 500, x, **eta), copied(own).step(m, 500, x, **eta))
 
 
 def test_the_output_object_is_a_whole_one() -> None:
@@ -568,9 +699,39 @@ class TestOnADevice:
         _, own = pair("DDIMScheduler", None)
         own.set_timesteps(10, device="meta")
         x = torch.zeros(SHAPE, device="meta")
-        for t in (torch.zeros((), dtype=torch.int32, device="meta"), own.timesteps.clone()[2]):
+        for t in (
+            torch.zeros((), dtype=torch.int32, device="meta"),
+            own.timesteps.clone()[2],
+            own.timesteps.view(torch.int32)[2],
+        ):
             assert own._host_value(t) is None
             assert own.step(x, t, x).prev_sample.shape == SHAPE
+
+    @pytest.mark.parametrize("name", CLASSES[:3])
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32], ids=str)
+    def test_rows_read_where_they_lie(
+        self, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        _, own = pair(name)
+        x, m = draw(*SHAPE), draw(*SHAPE)
+        for t in (999, 500, 1, 0, -1, -1000):
+            expected = own.step(m, t, x)
+            with monkeypatch.context() as patched:
+                patched.setattr(own, "_host_value", lambda t: None)
+                got = own.step(m, torch.tensor(t, dtype=dtype), x)
+            assert_alike(expected, got, 0.0)
+
+    @pytest.mark.parametrize("name", CLASSES)
+    def test_copies_know_theirs(self, name: str) -> None:
+        _, own = pair(name, None)
+        own.set_timesteps(10, device="meta")
+        other = copy.deepcopy(own)
+        assert other.timesteps is not own.timesteps
+        values = [own._host_value(t) for t in own.timesteps]
+        assert [other._host_value(t) for t in other.timesteps] == values
+        own.timesteps.add_(1)
+        other = copy.deepcopy(own)
+        assert other._host_value(other.timesteps[0]) is None
 
     def test_changed_in_place_they_are_no_longer_known(self) -> None:
         _, own = pair("DDIMScheduler", None)
@@ -644,6 +805,26 @@ class TestPhilox:
         own.set_noise("torch")
         assert torch.equal(step(), drawn)
 
+    def test_steps_are_counted_in_the_timesteps_of_now(self) -> None:
+        """However they have changed: the first one takes the noise of step 0."""
+        _, own = pair("DDIMScheduler")
+        own.set_noise("philox", seed=1)
+        x = draw(*SHAPE)
+
+        def noise(t: int) -> Tensor:
+            drawn = (
+                own.step(x, t, x, 1.0).prev_sample
+                - own.step(x, t, x, 1.0, variance_noise=torch.zeros_like(x)).prev_sample
+            )
+            return drawn / drawn.std()
+
+        first, second = noise(980), noise(960)
+        own.timesteps = torch.tensor([500, 960])
+        torch.testing.assert_close(noise(500), first)
+        torch.testing.assert_close(noise(960), second)
+        own.timesteps[0] = 700
+        torch.testing.assert_close(noise(700), first)
+
     def test_errors(self) -> None:
         _, own = pair("DDIMScheduler")
         with pytest.raises(ValueError, match="noise: expected one of 'torch', 'philox', got 'cpu'"):
@@ -657,6 +838,12 @@ class TestPhilox:
         own.save_pretrained(tmp_path)
         assert "philox" not in (tmp_path / "scheduler_config.json").read_text()
         diffusers.DDIMScheduler.from_pretrained(tmp_path)
+        assert ours.DDIMScheduler.from_pretrained(tmp_path)._work.seed is None
+        again = ours.DDIMScheduler.from_pretrained(tmp_path, noise="philox", seed=3)
+        x, m = draw(*SHAPE), draw(*SHAPE)
+        for scheduler in (own, again):
+            scheduler.set_timesteps(10)
+        assert_alike(own.step(m, 500, x, 1.0), again.step(m, 500, x, 1.0), 0.0)
 
 
 def test_schedulers_that_are_left_take_their_tables_along() -> None:

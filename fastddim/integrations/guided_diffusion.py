@@ -1,0 +1,350 @@
+"""Drop-ins for the DDIM methods of openai/guided-diffusion and openai/improved-diffusion.
+
+```python
+import fastddim.integrations.guided_diffusion as fast
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+fast.install(GaussianDiffusion)  # SpacedDiffusion is a subclass of it
+x = diffusion.ddim_sample_loop(model, (2, 3, 16, 16), eta=0.5)
+y = diffusion.ddim_sample_loop(model, (2, 3, 16, 16), clip_denoised=False)
+```
+
+Or assign one by one: `GaussianDiffusion.ddim_sample = fast.ddim_sample`. Samples are those of the
+original to rounding: noise is drawn with `torch.randn_like` at every step, also at eta=0. What it
+does against the paper is done here too:
+
+- epsilon is always re-derived from x_0 after the clip;
+- `cond_fn` (arXiv 2105.05233, algorithm 2) changes x_0 after the clip, and it is not clipped again;
+- the last index of `ddim_reverse_sample` goes to ᾱ = 0;
+- an η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
+
+The methods evaluate the model themselves and, but for what a user's function comes between, take a
+step in one pass: a `p_mean_variance` or `condition_score` that a subclass overrides is not called,
+and `conditioning_free` of the port in Tortoise is refused. `ddim_sample` copies nothing to the
+device: coefficients and the timesteps of SpacedDiffusion are there already from the first call,
+which worked them out from `alphas_cumprod`.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fastddim.plan import Row, stack_row
+from fastddim.steptable import StepTable
+
+Output = dict[str, Tensor]
+
+_TABLES_KEPT = 16
+
+
+class _Cached(NamedTuple):
+    """What is on the devices, and the ᾱ that it was worked out from."""
+
+    alphas_cumprod: Any
+    tables: dict[Any, StepTable]
+    timestep_maps: dict[torch.device, Tensor]
+
+
+# Not kept in the objects themselves, which users copy and pickle.
+_cached: WeakKeyDictionary[Any, _Cached] = WeakKeyDictionary()
+
+
+def install(diffusion: Any) -> None:
+    """Give a class, or one object, the four methods of this module."""
+    for method in (
+        ddim_sample,
+        ddim_reverse_sample,
+        ddim_sample_loop,
+        ddim_sample_loop_progressive,
+    ):
+        own = method if isinstance(diffusion, type) else types.MethodType(method, diffusion)
+        setattr(diffusion, method.__name__, own)
+
+
+def ddim_sample(
+    self: Any,
+    model: Callable[..., Tensor],
+    x: Tensor,
+    t: Tensor,
+    clip_denoised: bool = True,
+    denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    cond_fn: Callable[..., Tensor] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    eta: float = 0.0,
+) -> Output:
+    """One step down with DDIM (arXiv 2010.02502, eq. 12 and 16), differentiable.
+
+    Args:
+        self: a GaussianDiffusion or SpacedDiffusion, of any mean type.
+        model: `model(x, t, **model_kwargs)` with t as the diffusion scales and maps it. Of 2C
+            channels (learned variance) the first half is used.
+        x: state `[B, C, …]`; float16 and bfloat16 become float32, as in the original.
+        t: integers `[B]` on the device of x, indices into the timesteps of `self`.
+        clip_denoised: whether x_0 is clipped to [−1, 1].
+        denoised_fn: changes the predicted x_0 before the clip.
+        cond_fn: `cond_fn(x, t, **model_kwargs)` returns the gradient of log p(y | x) at x.
+        eta: η of eq. 16.
+
+    Returns:
+        `sample` and `pred_xstart`, like x.
+
+    Raises:
+        NotImplementedError: the diffusion is `conditioning_free`.
+    """
+    kwargs = {} if model_kwargs is None else model_kwargs
+    state, output, kind, row = _predict(self, model, x, t, denoised_fn, kwargs)
+    clip = 1.0 if clip_denoised else None
+    if cond_fn is not None:
+        gradient = _evaluate(self, cond_fn, x, t, kwargs)
+        conditioned = _table(self, _conditioning_row, kind, clip)
+        output, _ = conditioned(state, output, row, noise=gradient, return_x0=False)
+        kind, clip = "START_X", None
+    noise = torch.randn_like(x)
+    sample, x_0 = _table(self, _row_down, kind, clip, eta)(state, output, row, noise=noise)
+    return {"sample": sample, "pred_xstart": x_0}
+
+
+def ddim_reverse_sample(
+    self: Any,
+    model: Callable[..., Tensor],
+    x: Tensor,
+    t: Tensor,
+    clip_denoised: bool = True,
+    denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    eta: float = 0.0,
+) -> Output:
+    """One step up with DDIM's ODE (arXiv 2010.02502, section 4.3), differentiable.
+
+    Takes, returns and raises what `ddim_sample` does. The model is evaluated at x and t, where the
+    step starts.
+
+    Raises:
+        AssertionError: eta is not 0.
+    """
+    assert eta == 0.0, f"eta: expected 0 for the way back, got {eta}"
+    kwargs = {} if model_kwargs is None else model_kwargs
+    state, output, kind, row = _predict(self, model, x, t, denoised_fn, kwargs)
+    table = _table(self, _row_up, kind, 1.0 if clip_denoised else None)
+    sample, x_0 = table(state, output, row)
+    return {"sample": sample, "pred_xstart": x_0}
+
+
+def ddim_sample_loop(
+    self: Any,
+    model: Callable[..., Tensor],
+    shape: Sequence[int],
+    noise: Tensor | None = None,
+    clip_denoised: bool = True,
+    denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    cond_fn: Callable[..., Tensor] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    eta: float = 0.0,
+) -> Tensor:
+    """The last `sample` of `ddim_sample_loop_progressive`, which takes the same arguments."""
+    final: Output = {}
+    for final in self.ddim_sample_loop_progressive(  # noqa: B007
+        model,
+        shape,
+        noise=noise,
+        clip_denoised=clip_denoised,
+        denoised_fn=denoised_fn,
+        cond_fn=cond_fn,
+        model_kwargs=model_kwargs,
+        device=device,
+        progress=progress,
+        eta=eta,
+    ):
+        pass
+    return final["sample"]
+
+
+def ddim_sample_loop_progressive(
+    self: Any,
+    model: Any,
+    shape: Sequence[int],
+    noise: Tensor | None = None,
+    clip_denoised: bool = True,
+    denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    cond_fn: Callable[..., Tensor] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    eta: float = 0.0,
+) -> Iterator[Output]:
+    """`ddim_sample` down all timesteps of `self`, without gradients.
+
+    Args:
+        model, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta: as in `ddim_sample`.
+        shape: `[B, C, …]`.
+        noise: x_T, else drawn with `torch.randn`.
+        device: of the samples, by default that of the model's first parameter.
+        progress: whether to show a progress bar.
+
+    Yields:
+        What `ddim_sample` returns, of every step.
+    """
+    if device is None:
+        device = next(model.parameters()).device
+    x = torch.randn(*shape, device=device) if noise is None else noise
+    for i in tqdm(range(self.num_timesteps - 1, -1, -1), disable=not progress):
+        t = torch.full((shape[0],), i, device=device, dtype=torch.long)
+        with torch.no_grad():
+            out: Output = self.ddim_sample(
+                model,
+                x,
+                t,
+                clip_denoised=clip_denoised,
+                denoised_fn=denoised_fn,
+                cond_fn=cond_fn,
+                model_kwargs=model_kwargs,
+                eta=eta,
+            )
+        yield out
+        x = out["sample"]
+
+
+def _predict(
+    diffusion: Any,
+    model: Callable[..., Tensor],
+    x: Tensor,
+    t: Tensor,
+    denoised_fn: Callable[[Tensor], Tensor] | None,
+    kwargs: Mapping[str, Any],
+) -> tuple[Tensor, Tensor, str, Tensor]:
+    """(state, model output, name of the mean type that it is of, row of each sample)."""
+    if getattr(diffusion, "conditioning_free", False):
+        raise NotImplementedError("conditioning_free: expected False, got True")
+    output = _evaluate(diffusion, model, x, t, kwargs)
+    kind = diffusion.model_mean_type.name
+    state, row = x.to(torch.promote_types(x.dtype, torch.float32)), t.long().contiguous()
+    if denoised_fn is None:
+        return state, output, kind, row
+    predicted, _ = _table(diffusion, _predicting_row, kind)(state, output, row, return_x0=False)
+    return state, denoised_fn(predicted), "START_X", row
+
+
+def _evaluate(
+    diffusion: Any,
+    function: Callable[..., Tensor],
+    x: Tensor,
+    t: Tensor,
+    kwargs: Mapping[str, Any],
+) -> Tensor:
+    """What a model or a `cond_fn` gives.
+
+    SpacedDiffusion wraps both in a callable that copies its map of timesteps to the device at each
+    call; this reads a copy that is there.
+    """
+    t = diffusion._scale_timesteps(t)
+    if hasattr(diffusion, "_wrap_model"):
+        wrapped = diffusion._wrap_model(function)
+        t = _timestep_map(diffusion, t.device)[t]
+        if wrapped.rescale_timesteps:
+            t = t.float() * (1000.0 / wrapped.original_num_steps)
+        function = wrapped.model
+    return function(x, t, **kwargs)
+
+
+def _timestep_map(diffusion: Any, device: torch.device) -> Tensor:
+    timestep_maps = _cached_of(diffusion).timestep_maps
+    timestep_map = timestep_maps.get(device)
+    if timestep_map is None:
+        timestep_map = torch.tensor(diffusion.timestep_map, device=device)
+        timestep_maps[device] = timestep_map
+    return timestep_map
+
+
+def _table(diffusion: Any, make_row: Callable[..., Row], *arguments: Any) -> StepTable:
+    """The rows `make_row(diffusion, *arguments)`, one a timestep."""
+    tables, key = _cached_of(diffusion).tables, (make_row, *arguments)
+    table = tables.get(key)
+    if table is None:
+        if len(tables) >= _TABLES_KEPT:
+            tables.clear()
+        table = tables[key] = StepTable(stack_row(make_row(diffusion, *arguments)))
+    return table
+
+
+def _cached_of(diffusion: Any) -> _Cached:
+    cached = _cached.get(diffusion)
+    if cached is None or cached.alphas_cumprod is not diffusion.alphas_cumprod:
+        cached = _cached[diffusion] = _Cached(diffusion.alphas_cumprod, {}, {})
+    return cached
+
+
+def _row_down(diffusion: Any, kind: str, clip: float | None, eta: float) -> Row:
+    a, p = _narrow(diffusion.alphas_cumprod), _narrow(diffusion.alphas_cumprod_prev)
+    sigma = eta * ((1 - p) / (1 - a)) ** 0.5 * (1 - a / p) ** 0.5
+    return _row(diffusion, p, sigma, kind, clip)
+
+
+def _row_up(diffusion: Any, kind: str, clip: float | None) -> Row:
+    p = _narrow(diffusion.alphas_cumprod_next)
+    return _row(diffusion, p, torch.zeros_like(p), kind, clip)
+
+
+def _row(diffusion: Any, p: Tensor, sigma: Tensor, kind: str, clip: float | None) -> Row:
+    """A step to ᾱ = p, with eps = (x/√ᾱ − x_0)/√(1/ᾱ − 1)."""
+    x_scale, eps_scale = _scales(diffusion)
+    direction = ((1 - p - sigma**2) ** 0.5).double() / eps_scale
+    cx, cm = _prediction(diffusion, kind)
+    return Row(
+        cx=cx,
+        cm=cm,
+        r=math.inf if clip is None else clip,
+        k0=(p**0.5).double() - direction,
+        kx=direction * x_scale,
+        km=0.0,
+        pn=sigma.double(),
+        g=1.0,
+    )
+
+
+def _predicting_row(diffusion: Any, kind: str) -> Row:
+    """x_0 as the new state."""
+    cx, cm = _prediction(diffusion, kind)
+    return Row(cx=cx, cm=cm, r=math.inf, k0=1.0, kx=0.0, km=0.0, pn=0.0, g=1.0)
+
+
+def _conditioning_row(diffusion: Any, kind: str, clip: float | None) -> Row:
+    """x_0 moved along a gradient that comes as the noise: eps less √(1 − ᾱ) times the gradient is
+    x_0 plus √(1/ᾱ − 1)·√(1 − ᾱ) times it.
+    """
+    deviation = ((1 - _narrow(diffusion.alphas_cumprod)) ** 0.5).double()
+    _, eps_scale = _scales(diffusion)
+    return _predicting_row(diffusion, kind)._replace(
+        r=math.inf if clip is None else clip, pn=eps_scale * deviation
+    )
+
+
+def _prediction(diffusion: Any, kind: str) -> tuple[Tensor, Tensor]:
+    """(cx, cm): x_0 = cx·x + cm·m."""
+    x_scale, eps_scale = _scales(diffusion)
+    if kind == "EPSILON":
+        return x_scale, -eps_scale
+    if kind == "START_X":
+        return torch.zeros_like(x_scale), torch.ones_like(x_scale)
+    # The mean of q(x_{t−1} | x_t, x_0) (arXiv 2006.11239, eq. 7), solved for x_0.
+    of_x_0, of_x = diffusion.posterior_mean_coef1, diffusion.posterior_mean_coef2
+    return -_narrow(of_x / of_x_0).double(), _narrow(1 / of_x_0).double()
+
+
+def _scales(diffusion: Any) -> tuple[Tensor, Tensor]:
+    """1/√ᾱ and √(1/ᾱ − 1)."""
+    x_scale = _narrow(diffusion.sqrt_recip_alphas_cumprod).double()
+    return x_scale, _narrow(diffusion.sqrt_recipm1_alphas_cumprod).double()
+
+
+def _narrow(values: Any) -> Tensor:
+    """Float32, to which the original rounds each of its float64 arrays before it reads them."""
+    return torch.as_tensor(values).float()

@@ -1,0 +1,499 @@
+"""Drop-ins for the methods of `DDIMSampler` of latent-diffusion and Stable Diffusion.
+
+```python
+import fastddim.integrations.latent_diffusion as fast
+from ldm.models.diffusion.ddim import DDIMSampler
+fast.install(DDIMSampler)
+sampler = DDIMSampler(model)
+samples, _ = sampler.sample(S=10, batch_size=2, shape=(4, 8, 8), eta=0.5, verbose=False)
+```
+
+Or assign one by one: `DDIMSampler.p_sample_ddim = fast.p_sample_ddim`. Samples are those of the
+original to rounding, since coefficients come from the buffers that `make_schedule` registered and
+noise is drawn with the same calls. What it does against the paper is done here too:
+
+- the last step ends at ᾱ of timestep 0, not at 1;
+- noise is drawn at every step, also at eta=0;
+- a model that is not of "v" parameterization is taken to predict epsilon;
+- `encode` gives the model the index of a step for its timestep;
+- `ddim_sampling(timesteps=n)` takes n − 1 of the steps;
+- an η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
+
+Guidance is taken inside the step, from the model output for both conditions. With "v", a step reads
+√ᾱ of the timestep that `make_schedule` chose for `index`, whatever `t` is.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastddim.plan import Row, mixing_row, predicting_row, stack_row
+from fastddim.steptable import StepTable
+
+Callback = Callable[[int], Any]
+ImageCallback = Callable[[Tensor, int], Any]
+
+_TABLES_KEPT = 64
+
+
+class _Cached(NamedTuple):
+    """Tables, and the buffers that they were worked out from."""
+
+    buffers: tuple[Any, ...]
+    tables: dict[Any, StepTable]
+
+
+# Not kept in the samplers themselves, which users copy and pickle.
+_cached: WeakKeyDictionary[Any, _Cached] = WeakKeyDictionary()
+
+
+def install(sampler: Any) -> None:
+    """Give a class, or one object, the five methods of this module."""
+    for method in (p_sample_ddim, ddim_sampling, encode, decode, stochastic_encode):
+        own = method if isinstance(sampler, type) else types.MethodType(method, sampler)
+        setattr(sampler, method.__name__, own)
+
+
+@torch.no_grad()
+def p_sample_ddim(
+    self: Any,
+    x: Tensor,
+    c: Any,
+    t: Tensor,
+    index: int,
+    repeat_noise: bool = False,
+    use_original_steps: bool = False,
+    quantize_denoised: bool = False,
+    temperature: float = 1.0,
+    noise_dropout: float = 0.0,
+    score_corrector: Any = None,
+    corrector_kwargs: Any = None,
+    unconditional_guidance_scale: float = 1.0,
+    unconditional_conditioning: Any = None,
+    dynamic_threshold: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """One step down with DDIM (arXiv 2010.02502, eq. 12 and 16).
+
+    Args:
+        self: a `DDIMSampler` after `make_schedule`.
+        x: latents `[B, …]`; float16 and bfloat16 become float32, as in the original.
+        c: condition: a tensor, or a dict or list of tensors (or of lists of them).
+        t: int64 `[B]`, timestep as the model is given it.
+        index: of the step, 0 for the last.
+        repeat_noise: whether all samples get the same noise.
+        use_original_steps: steps of all timesteps, rather than those of `make_schedule`. Their σ is
+            the model's `ddim_sigmas_for_original_num_steps`, and where it has none (it fails in the
+            original then) that of the sampler.
+        quantize_denoised: whether x_0 goes through the first stage's quantizer. Epsilon does not.
+        temperature, noise_dropout: factor of the noise, and how much of it is dropped.
+        score_corrector, corrector_kwargs: `score_corrector.modify_score(model, e_t, x, t, c,
+            **corrector_kwargs)` changes epsilon.
+        unconditional_guidance_scale: g of classifier-free guidance (arXiv 2207.12598). At 1 the
+            model is evaluated on the condition alone.
+        unconditional_conditioning: like c.
+
+    Returns:
+        (x_prev, x_0), like x.
+
+    Raises:
+        NotImplementedError: `dynamic_threshold` is not None, as in the original.
+        AssertionError: `score_corrector` with "v" parameterization.
+    """
+    if dynamic_threshold is not None:
+        raise NotImplementedError("dynamic_threshold: expected None")
+    scale = float(unconditional_guidance_scale)
+    guided = unconditional_conditioning is not None and scale != 1.0
+    output = _evaluate(self.model, x, c, t, unconditional_conditioning if guided else None)
+    state = x.to(torch.promote_types(x.dtype, torch.get_default_dtype()))
+    original = use_original_steps
+    if guided and (quantize_denoised or score_corrector is not None):
+        output, scale = _guide(self, output, scale, original), 1.0
+    if score_corrector is not None:
+        assert self.model.parameterization == "eps", "score_corrector: expected a model of epsilon"
+        output = score_corrector.modify_score(self.model, output, x, t, c, **corrector_kwargs)
+    if quantize_denoised:
+        x_0, _ = _table(self, _predicting_row, original)(state, output, index, return_x0=False)
+        x_0 = self.model.first_stage_model.quantize(x_0)[0]
+        if self.model.parameterization == "v":
+            epsilon = _table(self, _epsilon_row, original)
+            output, _ = epsilon(state, output, index, return_x0=False)
+        state, output = output.to(state.dtype), x_0
+        table = _table(self, _concluding_row, original, temperature)
+    else:
+        table = _table(self, _row, original, temperature, scale=scale)
+    noise = _noise_like(x, repeat_noise)
+    if noise_dropout > 0.0:
+        noise = torch.nn.functional.dropout(noise, p=noise_dropout)
+    x_prev, x_0 = table(state, output, index, noise=noise)
+    return x_prev, x_0
+
+
+@torch.no_grad()
+def ddim_sampling(
+    self: Any,
+    cond: Any,
+    shape: Sequence[int],
+    x_T: Tensor | None = None,
+    ddim_use_original_steps: bool = False,
+    callback: Callback | None = None,
+    timesteps: int | None = None,
+    quantize_denoised: bool = False,
+    mask: Tensor | None = None,
+    x0: Tensor | None = None,
+    img_callback: ImageCallback | None = None,
+    log_every_t: int = 100,
+    temperature: float = 1.0,
+    noise_dropout: float = 0.0,
+    score_corrector: Any = None,
+    corrector_kwargs: Any = None,
+    unconditional_guidance_scale: float = 1.0,
+    unconditional_conditioning: Any = None,
+    dynamic_threshold: Any = None,
+    ucg_schedule: Sequence[float] | None = None,
+) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """Draw samples with DDIM, down the timesteps of `make_schedule`.
+
+    Args:
+        cond, quantize_denoised, temperature, noise_dropout, score_corrector, corrector_kwargs,
+            unconditional_guidance_scale, unconditional_conditioning, dynamic_threshold: as in
+            `p_sample_ddim`.
+        shape: `[B, C, H, W]`.
+        x_T: latents of that shape, else drawn with `torch.randn`.
+        ddim_use_original_steps: whether to visit all timesteps instead, or the first `timesteps`.
+        callback, img_callback: called after each step i as `callback(i)`, `img_callback(x_0, i)`.
+        mask, x0: where the mask is 1 the state is, before each step, x0 with fresh noise from the
+            model's `q_sample`.
+        log_every_t: how often a step is kept.
+        ucg_schedule: a guidance scale for each step.
+
+    Returns:
+        (samples, {"x_inter": states, "pred_x0": predictions}), both lists with x_T first.
+    """
+    device = self.model.betas.device
+    img = torch.randn(shape, device=device) if x_T is None else x_T
+    visited = _visited(self, timesteps, ddim_use_original_steps)
+    if ucg_schedule is not None:
+        assert len(ucg_schedule) == len(visited), (
+            f"ucg_schedule: expected one scale a step, {len(visited)}, got {len(ucg_schedule)}"
+        )
+    intermediates = {"x_inter": [img], "pred_x0": [img]}
+    for i, step in enumerate(tqdm(visited, desc="DDIM Sampler")):
+        index = len(visited) - i - 1
+        ts = torch.full((shape[0],), step, device=device, dtype=torch.long)
+        if mask is not None:
+            img = self.model.q_sample(x0, ts) * mask + (1.0 - mask) * img
+        if ucg_schedule is not None:
+            unconditional_guidance_scale = ucg_schedule[i]
+        img, pred_x0 = self.p_sample_ddim(
+            img,
+            cond,
+            ts,
+            index=index,
+            use_original_steps=ddim_use_original_steps,
+            quantize_denoised=quantize_denoised,
+            temperature=temperature,
+            noise_dropout=noise_dropout,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+            unconditional_guidance_scale=unconditional_guidance_scale,
+            unconditional_conditioning=unconditional_conditioning,
+            dynamic_threshold=dynamic_threshold,
+        )
+        if callback:
+            callback(i)
+        if img_callback:
+            img_callback(pred_x0, i)
+        if index % log_every_t == 0 or index == len(visited) - 1:
+            intermediates["x_inter"].append(img)
+            intermediates["pred_x0"].append(pred_x0)
+    return img, intermediates
+
+
+@torch.no_grad()
+def encode(
+    self: Any,
+    x0: Tensor,
+    c: Any,
+    t_enc: int,
+    use_original_steps: bool = False,
+    return_intermediates: int | None = None,
+    unconditional_guidance_scale: float = 1.0,
+    unconditional_conditioning: Any = None,
+    callback: Callback | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Latents taken `t_enc` steps up with DDIM's ODE (arXiv 2010.02502, eq. 13).
+
+    Args:
+        x0: latents `[B, …]`.
+        c, unconditional_guidance_scale, unconditional_conditioning: as in `p_sample_ddim`.
+        return_intermediates: about how many states to return besides.
+        callback: called after each step i as `callback(i)`.
+
+    Returns:
+        (encoded, dict): like x0, and the same as `x_encoded`, `intermediate_steps` and, if asked
+        for, `intermediates`.
+
+    Raises:
+        AssertionError: there are fewer steps than `t_enc`, or a scale other than 1 and no
+            `unconditional_conditioning`.
+    """
+    count = self.ddpm_num_timesteps if use_original_steps else self.ddim_timesteps.shape[0]
+    assert t_enc <= count, f"t_enc: expected at most {count} steps, got {t_enc}"
+    scale = float(unconditional_guidance_scale)
+    assert scale == 1.0 or unconditional_conditioning is not None, (
+        "unconditional_conditioning: expected a tensor with guidance, got None"
+    )
+    guided_by = None if scale == 1.0 else unconditional_conditioning
+    table = _table(self, _encoding_row, use_original_steps, scale=scale)
+    x_next, intermediates, steps = x0, [], []
+    for i in tqdm(range(t_enc), desc="Encoding Image"):
+        t = torch.full((x0.shape[0],), i, device=self.model.device, dtype=torch.long)
+        output = _evaluate(self.model, x_next, c, t, guided_by)
+        x_next, _ = table(x_next, output, i, return_x0=False)
+        if return_intermediates and (
+            i >= t_enc - 2 or (i % (t_enc // return_intermediates) == 0 and i < t_enc - 1)
+        ):
+            intermediates.append(x_next)
+            steps.append(i)
+        if callback:
+            callback(i)
+    out: dict[str, Any] = {"x_encoded": x_next, "intermediate_steps": steps}
+    if return_intermediates:
+        out["intermediates"] = intermediates
+    return x_next, out
+
+
+@torch.no_grad()
+def decode(
+    self: Any,
+    x_latent: Tensor,
+    cond: Any,
+    t_start: int,
+    unconditional_guidance_scale: float = 1.0,
+    unconditional_conditioning: Any = None,
+    use_original_steps: bool = False,
+    callback: Callback | None = None,
+    img_callback: ImageCallback | None = None,
+) -> Tensor:
+    """Latents `[B, …]` taken down the last `t_start` steps by `p_sample_ddim`.
+
+    `callback` and `img_callback` are called after each step i as `callback(i)` and
+    `img_callback(x_prev, i)`; the other arguments are those of `p_sample_ddim`.
+    """
+    steps = range(self.ddpm_num_timesteps) if use_original_steps else self.ddim_timesteps.tolist()
+    visited = steps[:t_start][::-1]
+    for i, step in enumerate(tqdm(visited, desc="Decoding image")):
+        ts = torch.full((x_latent.shape[0],), step, device=x_latent.device, dtype=torch.long)
+        x_latent, _ = self.p_sample_ddim(
+            x_latent,
+            cond,
+            ts,
+            index=len(visited) - i - 1,
+            use_original_steps=use_original_steps,
+            unconditional_guidance_scale=unconditional_guidance_scale,
+            unconditional_conditioning=unconditional_conditioning,
+        )
+        if callback:
+            callback(i)
+        if img_callback:
+            img_callback(x_latent, i)
+    return x_latent
+
+
+@torch.no_grad()
+def stochastic_encode(
+    self: Any,
+    x0: Tensor,
+    t: Tensor,
+    use_original_steps: bool = False,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Latents with noise, √ᾱ·x0 + √(1 − ᾱ)·noise.
+
+    Args:
+        x0: `[B, …]`; float16 and bfloat16 become float32, as in the original.
+        t: int64 `[B]`, indices into the steps of `make_schedule` or, with `use_original_steps`,
+            timesteps.
+        noise: like x0, else drawn with `torch.randn_like`.
+    """
+    noise = torch.randn_like(x0) if noise is None else noise
+    state = x0.to(torch.promote_types(x0.dtype, self.sqrt_alphas_cumprod.dtype))
+    table = _table(self, _noising_row, use_original_steps)
+    noisy, _ = table(state, noise, t.contiguous(), return_x0=False)
+    return noisy
+
+
+def _evaluate(model: Any, x: Tensor, c: Any, t: Tensor, unconditional: Any) -> Tensor:
+    """The model's output, for both conditions if there are two, the unconditional one first."""
+    if unconditional is None:
+        output: Tensor = model.apply_model(x, t, c)
+    else:
+        both = _joined(unconditional, c)
+        output = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), both)
+    return output
+
+
+def _joined(unconditional: Any, c: Any) -> Any:
+    if isinstance(c, dict):
+        return {k: _joined(unconditional[k], v) for k, v in c.items()}
+    if isinstance(c, list):
+        return [_joined(unconditional[i], v) for i, v in enumerate(c)]
+    return torch.cat([unconditional, c])
+
+
+def _guide(sampler: Any, output: Tensor, scale: float, original: bool) -> Tensor:
+    """The guided output on its own, for a function that comes before the step."""
+    unconditional, conditional = output.chunk(2)
+    table = _table(sampler, _guiding_row, original, scale)
+    guided, _ = table(unconditional, conditional, 0, return_x0=False)
+    return guided
+
+
+def _noise_like(x: Tensor, repeat: bool) -> Tensor:
+    """In torch's default dtype, whatever x is of."""
+    if not repeat:
+        return torch.randn(x.shape, device=x.device)
+    noise = torch.randn((1, *x.shape[1:]), device=x.device)
+    return noise.repeat(x.shape[0], *[1] * (x.ndim - 1))
+
+
+def _visited(sampler: Any, timesteps: int | None, original: bool) -> list[int]:
+    """Timesteps in the order visited."""
+    if original:
+        return list(range(sampler.ddpm_num_timesteps if timesteps is None else timesteps))[::-1]
+    visited: list[int] = sampler.ddim_timesteps.tolist()
+    if timesteps is not None:
+        visited = visited[: int(min(timesteps / len(visited), 1) * len(visited)) - 1]
+    return visited[::-1]
+
+
+def _table(
+    sampler: Any, make_row: Callable[..., Row], original: bool, *arguments: Any, scale: float = 1.0
+) -> StepTable:
+    """The rows `make_row(sampler, original, *arguments)`, one a step, under guidance by `scale`."""
+    model = sampler.model
+    buffers = (
+        sampler.ddim_sigmas,
+        sampler.ddim_alphas,
+        model.alphas_cumprod,
+        model.parameterization,
+    )
+    cached = _cached.get(sampler)
+    if cached is None or any(a is not b for a, b in zip(cached.buffers, buffers, strict=True)):
+        cached = _cached[sampler] = _Cached(buffers, {})
+    tables, key = cached.tables, (make_row, original, *arguments, scale)
+    table = tables.get(key)
+    if table is None:
+        if len(tables) >= _TABLES_KEPT:
+            tables.clear()
+        row = make_row(sampler, original, *arguments)._replace(g=scale)
+        table = tables[key] = StepTable(stack_row(row))
+    return table
+
+
+def _row(sampler: Any, original: bool, temperature: float) -> Row:
+    cx, cm, ex, em = _prediction(sampler, original)
+    signal, direction, sigma = _destination(sampler, original)
+    return Row(
+        cx=cx,
+        cm=cm,
+        r=math.inf,
+        k0=signal,
+        kx=direction * ex,
+        km=direction * em,
+        pn=sigma * temperature,
+        g=1.0,
+    )
+
+
+def _predicting_row(sampler: Any, original: bool) -> Row:
+    """x_0 as the new state."""
+    return predicting_row(_row(sampler, original, 1.0))
+
+
+def _epsilon_row(sampler: Any, original: bool) -> Row:
+    _, _, ex, em = _prediction(sampler, original)
+    return mixing_row(ex, em)
+
+
+def _concluding_row(sampler: Any, original: bool, temperature: float) -> Row:
+    """The step from epsilon as the state and x_0 as the model output."""
+    signal, direction, sigma = _destination(sampler, original)
+    return Row(
+        cx=0.0,
+        cm=1.0,
+        r=math.inf,
+        k0=signal,
+        kx=direction,
+        km=0.0,
+        pn=sigma * temperature,
+        g=1.0,
+    )
+
+
+def _guiding_row(_sampler: Any, _original: bool, scale: float) -> Row:
+    """u + g·(c − u) from u as the state and c as the model output."""
+    g = torch.tensor([scale], dtype=torch.float64)
+    return mixing_row(1 - g, g)
+
+
+def _encoding_row(sampler: Any, original: bool) -> Row:
+    """Eq. 13 upwards, multiplied by √ᾱ of where it goes."""
+    name = "alphas_cumprod" if original else "ddim_alphas"
+    a, p = _host(getattr(sampler, name)), _host(getattr(sampler, f"{name}_prev"))
+    kept, added = (a / p) ** 0.5, a**0.5 * ((1 / a - 1) ** 0.5 - (1 / p - 1) ** 0.5)
+    return mixing_row(kept.double(), added.double())
+
+
+def _noising_row(sampler: Any, original: bool) -> Row:
+    if original:
+        signal, noise = sampler.sqrt_alphas_cumprod, sampler.sqrt_one_minus_alphas_cumprod
+    else:
+        signal, noise = sampler.ddim_alphas**0.5, sampler.ddim_sqrt_one_minus_alphas
+    return mixing_row(_host(signal).double(), _host(noise).double())
+
+
+def _prediction(sampler: Any, original: bool) -> tuple[Any, Any, Any, Any]:
+    """(cx, cm, ex, em): x_0 = cx·x + cm·m and eps = ex·x + em·m."""
+    model = sampler.model
+    if model.parameterization == "v":
+        steps = slice(None) if original else sampler.ddim_timesteps
+        signal = _host(model.sqrt_alphas_cumprod)[steps].double()
+        noise = _host(model.sqrt_one_minus_alphas_cumprod)[steps].double()
+        return signal, -noise, noise, signal
+    a, noise = (
+        (model.alphas_cumprod, model.sqrt_one_minus_alphas_cumprod)
+        if original
+        else (sampler.ddim_alphas, sampler.ddim_sqrt_one_minus_alphas)
+    )
+    signal, noise = (_narrow(a) ** 0.5).double(), _narrow(noise).double()
+    return 1 / signal, -noise / signal, 0.0, 1.0
+
+
+def _destination(sampler: Any, original: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """√ᾱ_prev, √(1 − ᾱ_prev − σ²) and σ."""
+    name, model = "ddim_sigmas_for_original_num_steps", sampler.model
+    if original:
+        p, sigma = model.alphas_cumprod_prev, getattr(model, name, getattr(sampler, name))
+    else:
+        p, sigma = sampler.ddim_alphas_prev, sampler.ddim_sigmas
+    p, sigma = _narrow(p), _narrow(sigma)
+    return (p**0.5).double(), ((1 - p - sigma**2) ** 0.5).double(), sigma.double()
+
+
+def _narrow(values: Any) -> Tensor:
+    """A buffer in torch's default dtype, to which the original's step rounds it."""
+    return _host(values).to(torch.get_default_dtype())
+
+
+def _host(values: Any) -> Tensor:
+    """A buffer, which is a tensor or an array, on the CPU."""
+    return torch.as_tensor(values).detach().cpu()
