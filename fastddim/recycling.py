@@ -1,7 +1,7 @@
 """Large results in memory that an earlier one has left.
 
-The C library gives memory of this size back to the system when it is freed, and the system clears
-every page of it when it is asked for again, which takes several times as long as a step.
+The C library tends to give memory of this size back to the system when it is freed, and the system
+clears every page of it when it is asked for again, which takes several times as long as a step.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import threading
 import torch
 from torch import Tensor
 
-LARGE = 8 << 20
+LARGE = 512 << 10
 """Bytes from which on results are recycled."""
 
 KEPT = 4
+"""How many of them are kept, all of one size."""
 
 
 class Recycler:
@@ -24,12 +25,6 @@ class Recycler:
     def __init__(self) -> None:
         self._kept: list[torch.UntypedStorage] = []
         self._lock = threading.Lock()
-
-    def __deepcopy__(self, memo: object) -> Recycler:
-        return Recycler()
-
-    def __reduce__(self) -> tuple[type[Recycler], tuple[()]]:
-        return Recycler, ()
 
     def empty_like(self, like: Tensor) -> Tensor:
         """`torch.empty_like(like)` on the CPU, whose memory is kept for later ones."""
@@ -41,6 +36,11 @@ class Recycler:
             # Holds the storage from here on, so that no other call takes it.
             made.set_(storage, 0, meta.shape, meta.stride())
         return made
+
+    def clear(self) -> None:
+        """Let go of what is kept."""
+        with self._lock:
+            self._kept.clear()
 
     def _take(self, size: int) -> torch.UntypedStorage:
         if any(storage.nbytes() != size for storage in self._kept):
@@ -62,3 +62,6 @@ def _only_here(storage: torch.UntypedStorage) -> bool:
 
 # The list, the loop's variable, the argument here and that of getrefcount.
 _REFERENCES = 4
+
+RECYCLER = Recycler()
+"""That of the process, so that what it keeps is bounded."""

@@ -6,6 +6,7 @@ coefficients out from ᾱ at each call, a `Sampler` owns the loop.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from fastddim import backends, ops, reference
 from fastddim.backends import cpu
 from fastddim.philox import Keys
 from fastddim.plan import Fit, Update, stack_row, to_table, unchecked_row
-from fastddim.recycling import LARGE, Recycler
+from fastddim.recycling import LARGE, RECYCLER
 from fastddim.reference import compute_dtype
 
 
@@ -54,15 +55,16 @@ class StepTable:
         self._impl = impl
         self._prepared: dict[tuple[torch.device, torch.dtype], _Prepared] = {}
         self._last = _NONE
-        self._recycler = Recycler()
 
     @classmethod
     def of(cls, alphas_t: Tensor, alphas_prev: Tensor, update: Update) -> StepTable:
-        """Row i steps from ᾱ = `alphas_t[i]` to `alphas_prev[i]` (float64 `[R]`)."""
-        row = unchecked_row(alphas_t, alphas_prev, update)
-        # A row of numbers alone, as of sample prediction without noise, is still one a step.
-        row = row._replace(k0=torch.as_tensor(row.k0).expand_as(alphas_t))
-        return cls(stack_row(row), fit=update.fit)
+        """Row i steps from ᾱ = `alphas_t[i]` to `alphas_prev[i]` (float64 `[R]`, on the CPU).
+
+        Kept for later calls with the same values, since loops that are called again make them anew.
+        """
+        values = (tuple(alphas_t.tolist()), tuple(alphas_prev.tolist()))
+        with_tensors = any(isinstance(value, Tensor) for value in vars(update).values())
+        return (_table_of if with_tensors else _kept)(*values, update)
 
     def __call__(
         self,
@@ -86,17 +88,18 @@ class StepTable:
         Raises:
             RuntimeError: a tensor does not fit; the message names it.
         """
-        if x.dtype is not self._last.dtype or x.device != self._last.device:
-            self._last = self._prepare(x)
-        _, _, backend, table, _, single, fast = self._last
+        prepared = self._last
+        if x.dtype is not prepared.dtype or x.device != prepared.device:
+            prepared = self._last = self._prepare(x)
+        _, _, backend, table, indices, single, fast = prepared
         if not isinstance(row, Tensor):
-            row = single[row] if row in single else self._index(single, row)
+            row = single[row] if row in single else self._index(indices, single, row)
         if torch.is_grad_enabled() and (
             x.requires_grad
             or model_output.requires_grad
             or (noise is not None and noise.requires_grad)
         ):
-            return self._differentiable(x, model_output, row, noise, keys)
+            return self._differentiable(prepared, x, model_output, row, noise, keys)
         large = fast and x.nbytes >= LARGE
         if fast and not large and keys is None:
             results = ops.step(x, model_output, table, row, noise)
@@ -105,7 +108,7 @@ class StepTable:
             fitted = table.new_empty((x.shape[0], table.shape[1]))
             backend.fit_rows(x, model_output, table, row, self._fit, fitted)
             table, row = fitted, torch.arange(x.shape[0], device=x.device)
-        empty_like = self._recycler.empty_like if large else torch.empty_like
+        empty_like = RECYCLER.empty_like if large else torch.empty_like
         x_prev = empty_like(x)
         x_0 = empty_like(x) if return_x0 else None
         backend.update_out(
@@ -131,20 +134,21 @@ class StepTable:
             self._prepared[key] = _Prepared(*key[::-1], backend, table, indices, {}, fast)
         return self._prepared[key]
 
-    def _index(self, single: dict[int, Tensor], row: int) -> Tensor:
-        position = range(self.rows.shape[0])[row]
-        index = single[row] = self._last.indices[position : position + 1]
+    def _index(self, indices: Tensor, single: dict[int, Tensor], row: int) -> Tensor:
+        position = range(len(indices))[row]
+        index = single[row] = indices[position : position + 1]
         return index
 
     def _differentiable(
         self,
+        prepared: _Prepared,
         x: Tensor,
         model_output: Tensor,
         row: Tensor,
         noise: Tensor | None,
         keys: Keys | None,
     ) -> tuple[Tensor, Tensor]:
-        backend, table = self._last.backend, self._last.table
+        backend, table = prepared.backend, prepared.table
         if self._fit is not None:
             # The fitted factors have gradients too, which only the reference follows.
             rows = table.index_select(0, row)
@@ -152,3 +156,16 @@ class StepTable:
             row = torch.arange(x.shape[0], device=x.device)
             backend = backends.BACKENDS["reference"]
         return backend.update(x, model_output, table, row, noise=noise, keys=keys)
+
+
+def _table_of(
+    alphas_t: tuple[float, ...], alphas_prev: tuple[float, ...], update: Update
+) -> StepTable:
+    a, p = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (alphas_t, alphas_prev))
+    row = unchecked_row(a, p, update)
+    # A row of numbers alone, as of sample prediction without noise, is still one a step.
+    row = row._replace(k0=torch.as_tensor(row.k0).expand_as(a))
+    return StepTable(stack_row(row), fit=update.fit)
+
+
+_kept = lru_cache(maxsize=16)(_table_of)

@@ -327,13 +327,13 @@ def _doubled(at_t: Tensor, before: Tensor, past_the_end: Tensor) -> tuple[Tensor
 class _BothSigns(StepTable):
     """Rows made from `_doubled`, which are those of t in [−T, T)."""
 
-    def _index(self, single: dict[int, Tensor], row: int) -> Tensor:
+    def _index(self, indices: Tensor, single: dict[int, Tensor], row: int) -> Tensor:
         count = self.rows.shape[0] // 2
         if not -count <= row < count:
             raise IndexError(
                 f"timestep: expected an index of alphas_cumprod, in [{-count}, {count}), got {row}"
             )
-        return super()._index(single, row)
+        return super()._index(indices, single, row)
 
 
 def _finite(row: Row) -> Row:
