@@ -124,6 +124,8 @@ class StepTable:
         )
         return x_prev, x_0
 
+    # What is kept must serve calls outside the caller's inference mode too.
+    @torch.inference_mode(False)
     def _prepare(self, x: Tensor) -> _Prepared:
         key = (x.device, x.dtype)
         if key not in self._prepared:
@@ -134,6 +136,7 @@ class StepTable:
             self._prepared[key] = _Prepared(*key[::-1], backend, table, indices, {}, fast)
         return self._prepared[key]
 
+    @torch.inference_mode(False)
     def _index(self, indices: Tensor, single: dict[int, Tensor], row: int) -> Tensor:
         position = range(len(indices))[row]
         index = single[row] = indices[position : position + 1]

@@ -126,6 +126,19 @@ def test_nothing_waits() -> None:
     assert probe.calls > 0
 
 
+def test_first_used_in_inference_mode() -> None:
+    """Nothing that is kept is an inference tensor, which no later call could have a gradient by."""
+    table = StepTable(stack_row(mixing_row(A, -P)))
+    x, m = draws(2, 5), draws(2, 5, seed=1)
+    with torch.inference_mode():
+        table(x, m, 1)
+        table(x, m, 2)
+    for row in (1, 2, 3):
+        leaf = x.clone().requires_grad_()
+        table(leaf, m, row)[0].sum().backward()
+        assert torch.equal(leaf.grad, torch.full_like(x, A[row].item()))
+
+
 def test_under_torch_compile() -> None:
     table = StepTable.of(A, P, Update())
     x, m = draws(2, 5), draws(2, 5, seed=1)
