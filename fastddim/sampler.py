@@ -591,7 +591,7 @@ class Loop:
         program.graph.replay()
 
     def _tensors(self) -> Iterator[Tensor]:
-        yield from (self.state, self.x_0, self.table, self._timesteps, self.t)
+        yield from (self.state, self.x_0, self.table, self._timesteps, self.t, self._each)
         yield from (self._counters, self._before_first, self._keys.seed, self._keys.sample)
         extras = (self._next_input, self._history, self._base, self._predicting, self._epsilon)
         yield from (t for t in (*extras, self._rows) if t is not None)
