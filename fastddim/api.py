@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim import backends, philox, reference
+from fastddim import backends, philox
 from fastddim.adapter import Model
 from fastddim.graph import check_graph
 from fastddim.plan import (
@@ -41,6 +41,7 @@ from fastddim.sampler import (
     sampling_setup,
 )
 from fastddim.schedule import Schedule
+from fastddim.steptable import fitted, fitted_differentiably
 from fastddim.validation import (
     check_bool,
     check_coefficient,
@@ -405,17 +406,10 @@ def step(
         check_overlap("out", out, "x_t", x_t)
         check_overlap("out", out, "model_output", model_output)
     differentiable = out is None and _needs_grad(x_t, model_output, noise)
-    if fit is not None:
-        if differentiable:
-            # The factors taken from the data have gradients too, which only the reference follows.
-            backend = backends.BACKENDS["reference"]
-            rows = table.index_select(0, row)
-            table = reference.fitted_rows(x_t, model_output, rows, fit)
-        else:
-            fitted = table.new_empty((batch, table.shape[1]))
-            backend.fit_rows(x_t, model_output, table, row, fit, fitted)
-            table = fitted
-        row = torch.arange(batch, device=x_t.device)
+    if fit is not None and differentiable:
+        backend, table, row = fitted_differentiably(x_t, model_output, table, row, fit)
+    elif fit is not None:
+        table, row = fitted(backend, x_t, model_output, table, row, fit)
     if differentiable:
         x_prev, x_0 = backend.update(x_t, model_output, table, row, noise=noise, keys=keys)
         return (x_prev, x_0) if return_x0 else x_prev

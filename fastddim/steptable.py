@@ -105,9 +105,7 @@ class StepTable:
             results = ops.step(x, model_output, table, row, noise)
             return results if return_x0 else (results[0], None)
         if self._fit is not None:
-            fitted = table.new_empty((x.shape[0], table.shape[1]))
-            backend.fit_rows(x, model_output, table, row, self._fit, fitted)
-            table, row = fitted, torch.arange(x.shape[0], device=x.device)
+            table, row = fitted(backend, x, model_output, table, row, self._fit)
         empty_like = RECYCLER.empty_like if large else torch.empty_like
         x_prev = empty_like(x)
         x_0 = empty_like(x) if return_x0 else None
@@ -153,12 +151,33 @@ class StepTable:
     ) -> tuple[Tensor, Tensor]:
         backend, table = prepared.backend, prepared.table
         if self._fit is not None:
-            # The fitted factors have gradients too, which only the reference follows.
-            rows = table.index_select(0, row)
-            table = reference.fitted_rows(x, model_output, rows, self._fit)
-            row = torch.arange(x.shape[0], device=x.device)
-            backend = backends.BACKENDS["reference"]
+            backend, table, row = fitted_differentiably(x, model_output, table, row, self._fit)
         return backend.update(x, model_output, table, row, noise=noise, keys=keys)
+
+
+def fitted(
+    backend: backends.Backend,
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    fit: Fit,
+) -> tuple[Tensor, Tensor]:
+    """A table of the rows of these samples, and where each sample finds its own."""
+    batch = x.shape[0]
+    rows = table.new_empty((batch, table.shape[1]))
+    backend.fit_rows(x, model_output, table, row, fit, rows)
+    return rows, torch.arange(batch, device=x.device)
+
+
+def fitted_differentiably(
+    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, fit: Fit
+) -> tuple[backends.Backend, Tensor, Tensor]:
+    """The same, and the backend for it: what rows take from the data has gradients too, which only
+    the reference follows.
+    """
+    rows = reference.fitted_rows(x, model_output, table.index_select(0, row), fit)
+    return backends.BACKENDS["reference"], rows, torch.arange(x.shape[0], device=x.device)
 
 
 def _table_of(

@@ -27,45 +27,27 @@ which worked them out from `alphas_cumprod`.
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fastddim.integrations._shared import Kept, give_methods
 from fastddim.plan import Row, stack_row
 from fastddim.steptable import StepTable
 
 Output = dict[str, Tensor]
 
-_TABLES_KEPT = 16
-
-
-class _Cached(NamedTuple):
-    """What is on the devices, and the ᾱ that it was worked out from."""
-
-    alphas_cumprod: Any
-    tables: dict[Any, StepTable]
-    timestep_maps: dict[torch.device, Tensor]
-
-
-# Not kept in the objects themselves, which users copy and pickle.
-_cached: WeakKeyDictionary[Any, _Cached] = WeakKeyDictionary()
+# Step tables, and the timesteps of SpacedDiffusion on each device.
+_kept = Kept(16)
 
 
 def install(diffusion: Any) -> None:
     """Give a class, or one object, the four methods of this module."""
-    for method in (
-        ddim_sample,
-        ddim_reverse_sample,
-        ddim_sample_loop,
-        ddim_sample_loop_progressive,
-    ):
-        own = method if isinstance(diffusion, type) else types.MethodType(method, diffusion)
-        setattr(diffusion, method.__name__, own)
+    methods = (ddim_sample, ddim_reverse_sample, ddim_sample_loop, ddim_sample_loop_progressive)
+    give_methods(diffusion, methods)
 
 
 def ddim_sample(
@@ -256,30 +238,25 @@ def _evaluate(
 
 
 def _timestep_map(diffusion: Any, device: torch.device) -> Tensor:
-    timestep_maps = _cached_of(diffusion).timestep_maps
-    timestep_map = timestep_maps.get(device)
-    if timestep_map is None:
-        timestep_map = torch.tensor(diffusion.timestep_map, device=device)
-        timestep_maps[device] = timestep_map
+    def make() -> Tensor:
+        return torch.tensor(diffusion.timestep_map, device=device)
+
+    timestep_map: Tensor = _kept.get(diffusion, _basis(diffusion), device, make)
     return timestep_map
 
 
 def _table(diffusion: Any, make_row: Callable[..., Row], *arguments: Any) -> StepTable:
     """The rows `make_row(diffusion, *arguments)`, one a timestep."""
-    tables, key = _cached_of(diffusion).tables, (make_row, *arguments)
-    table = tables.get(key)
-    if table is None:
-        if len(tables) >= _TABLES_KEPT:
-            tables.clear()
-        table = tables[key] = StepTable(stack_row(make_row(diffusion, *arguments)))
+
+    def make() -> StepTable:
+        return StepTable(stack_row(make_row(diffusion, *arguments)))
+
+    table: StepTable = _kept.get(diffusion, _basis(diffusion), (make_row, *arguments), make)
     return table
 
 
-def _cached_of(diffusion: Any) -> _Cached:
-    cached = _cached.get(diffusion)
-    if cached is None or cached.alphas_cumprod is not diffusion.alphas_cumprod:
-        cached = _cached[diffusion] = _Cached(diffusion.alphas_cumprod, {}, {})
-    return cached
+def _basis(diffusion: Any) -> tuple[Any, ...]:
+    return (diffusion.alphas_cumprod,)
 
 
 def _row_down(diffusion: Any, kind: str, clip: float | None, eta: float) -> Row:

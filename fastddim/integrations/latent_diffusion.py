@@ -26,40 +26,26 @@ Guidance is taken inside the step, from the model output for both conditions. Wi
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastddim.integrations._shared import Kept, give_methods
 from fastddim.plan import Row, mixing_row, predicting_row, stack_row
 from fastddim.steptable import StepTable
 
 Callback = Callable[[int], Any]
 ImageCallback = Callable[[Tensor, int], Any]
 
-_TABLES_KEPT = 64
-
-
-class _Cached(NamedTuple):
-    """Tables, and the buffers that they were worked out from."""
-
-    buffers: tuple[Any, ...]
-    tables: dict[Any, StepTable]
-
-
-# Not kept in the samplers themselves, which users copy and pickle.
-_cached: WeakKeyDictionary[Any, _Cached] = WeakKeyDictionary()
+_kept = Kept(64)
 
 
 def install(sampler: Any) -> None:
     """Give a class, or one object, the five methods of this module."""
-    for method in (p_sample_ddim, ddim_sampling, encode, decode, stochastic_encode):
-        own = method if isinstance(sampler, type) else types.MethodType(method, sampler)
-        setattr(sampler, method.__name__, own)
+    give_methods(sampler, (p_sample_ddim, ddim_sampling, encode, decode, stochastic_encode))
 
 
 @torch.no_grad()
@@ -386,16 +372,11 @@ def _table(
         model.alphas_cumprod,
         model.parameterization,
     )
-    cached = _cached.get(sampler)
-    if cached is None or any(a is not b for a, b in zip(cached.buffers, buffers, strict=True)):
-        cached = _cached[sampler] = _Cached(buffers, {})
-    tables, key = cached.tables, (make_row, original, *arguments, scale)
-    table = tables.get(key)
-    if table is None:
-        if len(tables) >= _TABLES_KEPT:
-            tables.clear()
-        row = make_row(sampler, original, *arguments)._replace(g=scale)
-        table = tables[key] = StepTable(stack_row(row))
+
+    def make() -> StepTable:
+        return StepTable(stack_row(make_row(sampler, original, *arguments)._replace(g=scale)))
+
+    table: StepTable = _kept.get(sampler, buffers, (make_row, original, *arguments, scale), make)
     return table
 
 

@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastddim import philox
-from fastddim.plan import PREDICTIONS
 
 from ..gpuless.cases import UPDATES, assert_bits_of_cpu, update_case
-from ..test_update import DTYPES, LAYOUTS, make_case, poisoned_like, written_only_inside
+from ..test_update import DTYPES, any_case, make_case, poisoned_like, written_only_inside
 
 # The interpreter takes milliseconds a program, however small; as PTX all of them run
 # (tests/test_triton_ptx.py).
@@ -83,28 +82,7 @@ def test_large_samples(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 @given(data=st.data())
 def test_random_cases(data: st.DataObject) -> None:
     """Any combination of features."""
-    dims = data.draw(st.integers(2, 5))
-    shape = tuple(data.draw(st.lists(st.integers(0, 9), min_size=dims, max_size=dims)))
-    shape = (min(shape[0], 4), *shape[1:])
-    case = make_case(
-        torch.Generator().manual_seed(data.draw(st.integers(0, 2**32))),
-        shape,
-        dtype=data.draw(st.sampled_from(DTYPES)),
-        model_dtype=data.draw(st.sampled_from(DTYPES)),
-        layout=data.draw(st.sampled_from(LAYOUTS)),
-        model_layout=data.draw(st.sampled_from(LAYOUTS)),
-        prediction=data.draw(st.sampled_from(PREDICTIONS)),
-        clip=data.draw(st.sampled_from([None, 0.5])),
-        rederive_eps=data.draw(st.booleans()),
-        guided=data.draw(st.booleans()),
-        learned_variance=data.draw(st.booleans()),
-        noise=data.draw(st.sampled_from(["none", "given", "keyed"])),
-        per_sample=data.draw(st.booleans()),
-        history=data.draw(st.booleans()),
-        mask=data.draw(st.booleans()),
-        epsilon=data.draw(st.booleans()),
-        model_input=data.draw(st.sampled_from([None, *DTYPES])),
-    )
+    case = any_case(data, largest_batch=4)
     assert_bits_of_cpu(update.update_out, case, in_place=data.draw(st.booleans()))
 
 
