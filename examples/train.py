@@ -6,8 +6,17 @@
 `digits` reads scikit-learn's 8×8 digits; `fashion` reads Fashion-MNIST from the Debian package
 dataset-fashion-mnist (`--data` points elsewhere). From the first checkpoint on, the averaged
 weights can be loaded with `fastddim.models.load("runs/digits")`. `--resume` continues a run that
-was interrupted, to the very weights that it would have had. The bundled models, in
-`fastddim/models/weights/`, are copies of `model.safetensors` and `model.json` of these two runs.
+was interrupted, to the very weights that it would have had.
+
+The bundled models, in `fastddim/models/weights/`, are copies of `model.safetensors` and
+`model.json`: of the first run for digits, and for fashion of a second one that starts from the
+weights of the first,
+
+    python examples/train.py fashion --start runs/fashion --seed 1 --steps 15000 \\
+        --learning-rate 1e-3 --out runs/fashion-2
+
+A second run of digits (10,000 steps) learns its 1,437 images by heart: the loss on held-out images
+rises from 0.33 to 0.50 at timestep 50.
 """
 
 from __future__ import annotations
@@ -32,7 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from fastddim.files import atomic_file
-from fastddim.models import UNet, UNetConfig, load, save
+from fastddim.models import UNet, UNetConfig, load, locate, save
 from fastddim.schedule import Schedule
 
 SCHEDULE = {"T": 1000, "beta_start": 1e-4, "beta_end": 0.02}
@@ -57,6 +66,7 @@ class Recipe:
     ema: float = 0.9995
     bfloat16: bool = False
     seed: int = 0
+    start: str | None = None  # a model for `load`, whose weights the run begins with
 
 
 RECIPES = {
@@ -167,6 +177,20 @@ def diffuse(model: UNet, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     return a.sqrt().float() * x_0 + (1 - a).sqrt().float() * noise
 
 
+def start_from(model: UNet, path: str) -> None:
+    """Give `model` the weights of the model at `path`, which must be of the same architecture."""
+    start = load(path)
+    if start.config != model.config:
+        raise SystemExit(f"--start: expected a model of {model.config}, got one of {start.config}")
+    model.load_state_dict(start.state_dict())
+
+
+def training_of(path: str) -> dict[str, Any]:
+    """How the model at `path` was trained, from its record."""
+    training: dict[str, Any] = json.loads(locate(path).with_suffix(".json").read_text())["training"]
+    return training
+
+
 class Trainer:
     """A model, its averaged copy and its optimiser, at a step."""
 
@@ -178,6 +202,8 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         schedule = Schedule.linear(**SCHEDULE)
         self.model = UNet(recipe.config, schedule)
+        if recipe.start is not None:
+            start_from(self.model, recipe.start)
         self.averaged = UNet(recipe.config, schedule)
         self.averaged.load_state_dict(self.model.state_dict())
         self.averaged.requires_grad_(False)
@@ -270,6 +296,8 @@ def export(trainer: Trainer, name: str, data: Data, out: Path, counts: Sequence[
     """Write the averaged model and its record; the quality is that of the file as written."""
     recipe = asdict(trainer.recipe)
     del recipe["config"]
+    if recipe["start"] is not None:
+        recipe["start"] = training_of(recipe["start"])
     record: dict[str, Any] = {
         "name": name,
         "schedule": SCHEDULE,
@@ -335,6 +363,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--out", type=Path, required=True, help="folder for the model and its checkpoint")
     option("--data", type=Path, default=FASHION_MNIST, help="folder of Fashion-MNIST")
     option("--steps", type=int, help="length of the run, in place of the recipe's")
+    option("--learning-rate", type=float, help="its peak, in place of the recipe's")
+    option("--start", help="a model's name or folder: begin with its weights")
     option("--seed", type=int, default=0, help="of the weights, the order and the noise")
     option("--threads", type=int, default=1, help="CPU threads")
     option("--checkpoint-every", type=int, default=500, help="steps between checkpoints")
@@ -346,9 +376,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    recipe = replace(RECIPES[args.model], seed=args.seed)
-    if args.steps is not None:
-        recipe = replace(recipe, steps=args.steps)
+    given = {name: getattr(args, name) for name in ("steps", "learning_rate", "seed", "start")}
+    given = {name: value for name, value in given.items() if value is not None}
+    recipe = replace(RECIPES[args.model], **given)
     data = digits_data() if args.model == "digits" else fashion_data(args.data)
     train(
         args.model,

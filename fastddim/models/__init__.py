@@ -10,7 +10,7 @@ import torch
 from fastddim.models.files import MODEL, RECORD, WEIGHTS, read, refuse_links, save
 from fastddim.models.unet import UNet, UNetConfig
 
-__all__ = ["UNet", "UNetConfig", "available", "load", "save"]
+__all__ = ["UNet", "UNetConfig", "available", "load", "locate", "save"]
 
 _BUNDLED = Path(__file__).parent / "weights"
 
@@ -47,11 +47,17 @@ def load(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
-    model = read(_locate(name_or_path)).eval().requires_grad_(False)
+    model = read(locate(name_or_path)).eval().requires_grad_(False)
     return model.to(device=device, dtype=dtype)
 
 
-def _locate(name_or_path: str | os.PathLike[str]) -> Path:
+def locate(name_or_path: str | os.PathLike[str]) -> Path:
+    """The weights' file of what `load` takes; its record lies beside it, as `.json`.
+
+    Raises:
+        ValueError: neither a bundled model's name nor a path that could be one, or a link out of
+            its folder.
+    """
     if name_or_path in available():
         return _BUNDLED / f"{name_or_path}{WEIGHTS}"
     path = Path(name_or_path)

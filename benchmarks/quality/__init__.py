@@ -1,0 +1,1 @@
+"""Quality of samples: Fréchet distances in feature spaces that need no download."""

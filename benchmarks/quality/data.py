@@ -1,0 +1,57 @@
+"""The data that the bundled models were trained on, with labels, split as it was for training."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+
+import train
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images `[N, C, H, W]` in [−1, 1] and classes `[N]`: to train on, and held out."""
+
+    images: Tensor
+    classes: Tensor
+    held_out_images: Tensor
+    held_out_classes: Tensor
+
+
+def load(name: str) -> Labelled:
+    """The data of the bundled model `name`.
+
+    Raises:
+        SystemExit: Fashion-MNIST is not installed; the message says where it is to be had.
+    """
+    return _digits() if name == "digits" else _fashion(train.FASHION_MNIST)
+
+
+def _digits() -> Labelled:
+    from sklearn.datasets import load_digits
+
+    data = train.digits_data()
+    classes = torch.from_numpy(load_digits().target)
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
+    split = len(data.held_out)
+    return Labelled(data.train, classes[order[split:]], data.held_out, classes[order[:split]])
+
+
+def _fashion(folder: Path) -> Labelled:
+    data = train.fashion_data(folder)
+    classes, held_out = (
+        _read_labels(folder / f"{part}-labels-idx1-ubyte.gz") for part in ("train", "t10k")
+    )
+    return Labelled(data.train, classes, data.held_out, held_out)
+
+
+def _read_labels(path: Path) -> Tensor:
+    with gzip.open(path) as file:
+        return torch.frombuffer(bytearray(file.read()[8:]), dtype=torch.uint8).long()

