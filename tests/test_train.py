@@ -104,6 +104,27 @@ def test_a_finished_run_is_only_exported_again(
     assert (tmp_path / "model.json").read_bytes() == record
 
 
+def test_a_run_starts_from_another_models_weights(
+    train: ModuleType, tiny: Any, data: Any, tmp_path: Path
+) -> None:
+    run(train, tiny, data, tmp_path / "first")
+    again = replace(tiny, start=str(tmp_path / "first"), seed=1)
+    given = models.load(tmp_path / "first").state_dict()
+    for model in (train.Trainer(again).model, train.Trainer(again).averaged):
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, given[name])
+    run(train, again, data, tmp_path / "second")
+    first, second = (
+        json.loads((tmp_path / name / "model.json").read_text())["training"]
+        for name in ("first", "second")
+    )
+    assert second["start"] == first
+    assert first["start"] is None
+    other = models.UNetConfig(sample_shape=(1, 8, 8), channels=(16, 16))
+    with pytest.raises(SystemExit, match=r"--start: expected a model of .*16, 16.*got one of"):
+        train.Trainer(replace(again, config=other))
+
+
 def test_refusals(train: ModuleType, tiny: Any, data: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"no .*checkpoint.safetensors to resume"):
         run(train, tiny, data, tmp_path / "out", resume=True)

@@ -170,6 +170,7 @@ def run(
     weights = fingerprint(model)
     done = {_key(row) for row in result["rows"]}
     network = Network(model, compiled=compiled)
+    provenance = machine()
     began = time.monotonic()
     for cell in wanted:
         spaces = SPACES if cell.spacing == "uniform" else SPACES[:1]
@@ -178,14 +179,12 @@ def run(
             continue
         if time.monotonic() - began > seconds:
             break
-        entry |= {**measure(cell, network, name, spaces), "at": machine()["commit"]}
+        entry |= {**measure(cell, network, name, spaces), "commit": provenance["commit"]}
         result["rows"].append(entry)
-        result |= {"data": name, "machine": machine(), **_context(name)}
+        result |= {"data": name, "machine": provenance, **_context(name)}
         with atomic_file(path) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
-        print(
-            {key: value for key, value in entry.items() if key not in ("weights", "at")}, flush=True
-        )
+        print(entry, flush=True)
     return result
 
 

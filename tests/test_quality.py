@@ -1,0 +1,152 @@
+"""The distances of `benchmarks/quality`, and the orderings of the paper's table 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from quality import classifier, data, features, frechet, grid
+
+
+def gaussian(seed: int, count: int, size: int) -> np.ndarray:
+    """Correlated normal features `[count, size]`."""
+    generator = np.random.default_rng(seed)
+    mix = generator.normal(size=(size, size))
+    values: np.ndarray = generator.normal(size=(count, size)) @ mix + generator.normal(size=size)
+    return values
+
+
+@pytest.mark.parametrize("size", [1, 2, 17, 64])
+def test_distance_is_that_of_a_matrix_square_root(size: int) -> None:
+    a, b = (frechet.statistics(gaussian(seed, 200, size)) for seed in (1, 2))
+    root = scipy.linalg.sqrtm(a.covariance @ b.covariance)
+    gap = a.mean - b.mean
+    expected = gap @ gap + np.trace(a.covariance + b.covariance - 2 * root.real)
+    assert frechet.distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert frechet.distance(b, a) == pytest.approx(expected, rel=1e-8)
+    assert frechet.distance(a, a) == pytest.approx(0, abs=1e-8)
+
+
+def test_distance_of_a_singular_set() -> None:
+    """Fewer images than features, where a plain square root goes complex."""
+    few = frechet.statistics(gaussian(1, 20, 64))
+    moved = frechet.Statistics(few.mean + 0.5, few.covariance)
+    assert frechet.distance(few, moved) == pytest.approx(64 * 0.25, rel=1e-4)
+
+
+def test_bootstrap_is_the_spread_over_sets() -> None:
+    reference = frechet.statistics(gaussian(0, 5000, 4))
+    whole = gaussian(0, 40_000, 4)[5000:]
+    sets = [frechet.statistics(part) for part in np.split(whole, 70)]
+    spread = np.std([frechet.distance(part, reference) for part in sets], ddof=1)
+    estimate = np.mean(
+        [frechet.bootstrap(whole[i : i + 500], reference) for i in range(0, 5000, 500)]
+    )
+    assert spread / 2 < estimate < spread * 2.5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((1, 3)), r"expected \[N, D\] with N >= 2, got \[1, 3\]"),
+        (np.zeros(3), r"expected \[N, D\] with N >= 2, got \[3\]"),
+        (np.array([[1.0], [np.nan]]), "expected finite values"),
+    ],
+)
+def test_features_that_are_none(values: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        frechet.statistics(values)
+
+
+def test_images_are_judged_as_saved() -> None:
+    levels = torch.arange(256) / 127.5 - 1
+    torch.testing.assert_close(features.quantized(levels), levels, rtol=0, atol=1e-6)
+    assert torch.equal(features.quantized(torch.tensor([-3.0, 2.0])), torch.tensor([-1.0, 1.0]))
+    assert len(features.quantized(torch.linspace(-1, 1, 10_001)).unique()) == 256
+
+
+def test_the_classifier_is_as_good_as_its_record_says() -> None:
+    digits = data.load("digits")
+    record = json.loads((classifier.FOLDER / "digits.json").read_text())
+    model = classifier.load("digits")
+    share = classifier.accuracy(model, digits.held_out_images, digits.held_out_classes)
+    assert share == pytest.approx(record["test_accuracy"], abs=0.006)
+    assert share > 0.97
+
+
+def test_a_new_classifier_learns() -> None:
+    digits = data.load("digits")
+    model = classifier.fit(digits.images, digits.classes, epochs=3)
+    assert classifier.accuracy(model, digits.held_out_images, digits.held_out_classes) > 0.8
+
+
+@pytest.fixture(scope="module")
+def distances() -> dict[tuple[int, str, int], float]:
+    """Of 300 digits by (steps, kind, seed)."""
+    network = grid.Network("digits", compiled=False)
+    kinds = {"0": (0.0, "small"), "1": (1.0, "small"), "σ̂": (1.0, "large")}
+    found = {}
+    for seed in (1, 2):
+        for kind, (eta, variance) in kinds.items():
+            for steps in (5, 10, 20):
+                cell = grid.Cell(steps, eta, variance, count=300, seed=seed)
+                row = grid.measure(cell, network, "digits", ("classifier",))
+                found[steps, kind, seed] = row["classifier"]["distance"]
+    return found
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_at_five_steps_ddim_is_ahead_of_ddpm(distances: Any, seed: int) -> None:
+    assert distances[5, "0", seed] < distances[5, "1", seed]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("steps", [5, 10, 20])
+def test_the_large_variance_is_worst_by_far(distances: Any, steps: int, seed: int) -> None:
+    others = max(distances[steps, "0", seed], distances[steps, "1", seed])
+    assert distances[steps, "σ̂", seed] > 2 * others
+
+
+def test_a_stopped_grid_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[grid.Cell] = []
+
+    def measure(cell: grid.Cell, *_: object) -> dict[str, Any]:
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(cell)
+        return {"seconds": 0.0}
+
+    monkeypatch.setattr(grid, "measure", measure)
+    monkeypatch.setattr(grid, "_context", lambda name: {})
+    wanted = [grid.Cell(steps, count=10) for steps in (5, 10, 20)]
+    path = tmp_path / "quality.json"
+    with pytest.raises(KeyboardInterrupt):
+        grid.run("digits", path, iter(wanted), compiled=False)
+    assert len(json.loads(path.read_text())["rows"]) == 2
+    monkeypatch.setattr(grid, "measure", lambda cell, *_: drawn.append(cell) or {"seconds": 0.0})
+    result = grid.run("digits", path, iter(wanted), compiled=False)
+    assert drawn == wanted
+    assert [row["steps"] for row in result["rows"]] == [5, 10, 20]
+    # Another seed is another configuration.
+    grid.run("digits", path, iter([grid.Cell(5, count=10, seed=1)]), compiled=False)
+    assert len(drawn) == 4
+
+
+def test_no_cell_is_begun_after_the_time_is_up(tmp_path: Path) -> None:
+    path = tmp_path / "quality.json"
+    result = grid.run("digits", path, iter([grid.Cell(5)]), seconds=-1, compiled=False)
+    assert result["rows"] == []
+
+
+def test_the_grid_has_each_cell_once() -> None:
+    cells = list(grid.cells(1000, long=True))
+    assert len(set(cells)) == len(cells)
+    uniform = {
+        (c.steps, c.eta, c.variance) for c in cells if (c.spacing, c.order) == ("uniform", 1)
+    }
+    assert len(uniform) == 6 * 5
