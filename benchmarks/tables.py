@@ -41,9 +41,76 @@ def dropins_as_markdown(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _provenance(result["machine"])])
 
 
+# Table 1 of arXiv 2010.02502: FID of CIFAR10, by steps.
+PAPER = {
+    "η = 0": {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16, 1000: 4.04},
+    "η = 0.2": {10: 14.04, 20: 7.11, 50: 4.77, 100: 4.25, 1000: 4.09},
+    "η = 0.5": {10: 16.66, 20: 8.35, 50: 5.25, 100: 4.46, 1000: 4.29},
+    "η = 1": {10: 41.07, 20: 18.36, 50: 8.01, 100: 5.78, 1000: 4.73},
+    "σ̂": {10: 367.43, 20: 133.37, 50: 32.72, 100: 9.99, 1000: 3.17},
+}
+
+
+def quality_as_markdown(result: dict[str, Any]) -> str:
+    """Table 1 of the paper in each feature space, and the paper's own."""
+    blocks = []
+    for space, title in (
+        ("classifier", "features of a classifier of the data"),
+        ("efficientnet-lite0", "features of EfficientNet-Lite0"),
+    ):
+        found: dict[str, dict[int, str]] = {}
+        for row in result["rows"]:
+            if space in row:
+                distance, error = row[space]["distance"], row[space]["error"]
+                cell = f"{_three(distance)} ± {error:.{0 if error >= 1 else 1}f}"
+                found.setdefault(_kind(row), {})[row["steps"]] = cell
+        counts = sorted({row[space]["count"] for row in result["rows"] if space in row})
+        floor = result["floors"][space]
+        blocks.append(_by_steps(f"{result['data']}: {title}", found))
+        blocks.append(
+            f"{' or '.join(f'{count:,}' for count in counts)} samples a cell, ± the bootstrap's "
+            f"standard deviation. Real against real, {floor['count']:,} images: "
+            f"{_three(floor['distance'])}."
+        )
+    paper = {
+        kind: {steps: f"{value:g}" for steps, value in cells.items()}
+        for kind, cells in PAPER.items()
+    }
+    blocks.append(_by_steps("the paper: FID of CIFAR10", paper))
+    record, machine = result["classifier"], result["machine"]
+    blocks.append(
+        f"The classifier finds the class of {record['test_accuracy']:.1%} of "
+        f"{record['test_images']:,} held-out images. "
+        f"torch {machine['torch']}, fastddim {machine['fastddim']} at "
+        f"{machine['commit']}, the network in bfloat16."
+    )
+    return "\n\n".join(blocks)
+
+
+def _kind(row: dict[str, Any]) -> str:
+    name = "σ̂" if row["variance"] == "large" else f"η = {row['eta']:g}"
+    name += ", order 2" if row["order"] == 2 else ""
+    return name if row["spacing"] == "uniform" else f"{name}, {row['spacing']}"
+
+
+def _by_steps(title: str, found: dict[str, dict[int, str]]) -> str:
+    columns = sorted({steps for cells in found.values() for steps in cells})
+    lines = ["| " + " | ".join([title, *(f"S = {steps}" for steps in columns)]) + " |"]
+    lines.append("|" + "---|" * (len(columns) + 1))
+    for kind in sorted(found, key=lambda kind: ("σ" in kind, kind)):
+        cells = [found[kind].get(steps, "–") for steps in columns]
+        lines.append("| " + " | ".join([kind, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _three(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "step-cpu": steps_as_markdown,
     "dropins-cpu": dropins_as_markdown,
+    "quality-digits": quality_as_markdown,
 }
 """What makes the table of each result file."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -9,6 +10,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from fastddim import models
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,8 +44,26 @@ def test_results_say_where_they_come_from(name: str) -> None:
     machine = result["machine"]
     assert all(machine[key] for key in ("cpu", "instruction_set", "threads", "torch", "commit"))
     assert machine["modified"] is False, "measured on uncommitted code"
-    cases = [(row["case"], row.get("eta"), str(row.get("shape"))) for row in result["rows"]]
+    cases = [
+        str({k: v for k, v in row.items() if k != "seconds" and not isinstance(v, dict)})
+        for row in result["rows"]
+    ]
     assert len(set(cases)) == len(cases) >= 10
+
+
+@pytest.mark.parametrize("name", ["step-cpu", "dropins-cpu"])
+def test_timings_have_their_spread(name: str) -> None:
+    result = result_of(name)
     for row in result["rows"]:
         for timing in row["timings"].values():
             assert 0 < timing["ratio_low"] <= timing["ratio"] <= timing["ratio_high"]
+
+
+@pytest.mark.parametrize("name", ["quality-digits"])
+def test_quality_is_that_of_the_bundled_model(name: str) -> None:
+    result = result_of(name)
+    weights = models.locate(result["data"]).read_bytes()
+    fingerprint = hashlib.sha256(weights).hexdigest()[:16]
+    assert {row["weights"] for row in result["rows"]} == {fingerprint}
+    for row in result["rows"]:
+        assert row["classifier"]["distance"] > 0 < row["classifier"]["error"]
