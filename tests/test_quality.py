@@ -87,14 +87,14 @@ def test_a_new_classifier_learns() -> None:
 
 @pytest.fixture(scope="module")
 def distances() -> dict[tuple[int, str, int], float]:
-    """Of 300 digits by (steps, kind, seed)."""
+    """Of 600 digits by (steps, kind, seed)."""
     network = grid.Network("digits", compiled=False)
     kinds = {"0": (0.0, "small"), "1": (1.0, "small"), "σ̂": (1.0, "large")}
     found = {}
     for seed in (1, 2):
         for kind, (eta, variance) in kinds.items():
             for steps in (5, 10, 20):
-                cell = grid.Cell(steps, eta, variance, count=300, seed=seed)
+                cell = grid.Cell(steps, eta, variance, count=600, seed=seed)
                 row = grid.measure(cell, network, "digits", ("classifier",))
                 found[steps, kind, seed] = row["classifier"]["distance"]
     return found
