@@ -48,6 +48,7 @@ SCHEDULE = {"T": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 HELD_OUT_TIMESTEPS = (1, 10, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 # Held-out images behind the quoted losses: a few at every checkpoint, and many at the end.
 FEW, MANY = 64, 2000
+HELD_OUT = 360  # of the digits
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -100,14 +101,19 @@ def digits_data() -> Data:
     from sklearn.datasets import load_digits
 
     images = torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    order = digits_order(len(images))
     source = {
         "name": "Optical Recognition of Handwritten Digits, test part, as in scikit-learn",
         "authors": "E. Alpaydin and C. Kaynak (1998), doi:10.24432/C50P49",
         "licence": "CC BY 4.0",
         "held_out": "the first 360 of torch.randperm(1797) with seed 0",
     }
-    return Data(images[order[360:]], images[order[:360]], source)
+    return Data(images[order[HELD_OUT:]], images[order[:HELD_OUT]], source)
+
+
+def digits_order(count: int) -> Tensor:
+    """The digits' indices; the first `HELD_OUT` are held out."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def fashion_data(folder: Path) -> Data:
@@ -123,7 +129,7 @@ def fashion_data(folder: Path) -> Data:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The uint8 images `[N, H, W]` of a gzipped IDX file."""
+    """What a gzipped IDX file of bytes holds: images `[N, H, W]` or classes `[N]`, uint8."""
     if not path.is_file():
         raise SystemExit(
             f"no {path}: install the Debian package (apt-get install dataset-fashion-mnist), or "
@@ -132,8 +138,9 @@ def read_idx(path: Path) -> np.ndarray:
         )
     with gzip.open(path) as file:
         content = file.read()
-    shape = np.frombuffer(content, ">i4", count=4)[1:]
-    return np.frombuffer(content, np.uint8, offset=16).reshape(shape)
+    dimensions = content[3]
+    shape = np.frombuffer(content, ">i4", count=dimensions, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
 def scale(images: np.ndarray) -> Tensor:

@@ -31,19 +31,11 @@ class Classifier(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1),
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.Conv2d(32, 32, 3, padding=1),
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
+            *_convolution(1, 32),
+            *_convolution(32, 32),
             nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1),
-            nn.BatchNorm2d(64),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1),
-            nn.BatchNorm2d(64),
-            nn.ReLU(),
+            *_convolution(32, 64),
+            *_convolution(64, 64),
             nn.MaxPool2d(2),
             nn.Flatten(),
             nn.Dropout(0.3),
@@ -61,6 +53,10 @@ class Classifier(nn.Module):
         """Logits `[N, 10]`."""
         logits: Tensor = self.head(self.features(images))
         return logits
+
+
+def _convolution(c_in: int, c_out: int) -> list[nn.Module]:
+    return [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()]
 
 
 def load(name: str) -> Classifier:

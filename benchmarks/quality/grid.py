@@ -15,7 +15,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,13 +108,9 @@ class Network(torch.nn.Module):
         self.model = torch.compile(model, dynamic=False) if compiled else model
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        with _bfloat16():
+        with torch.autocast("cpu", torch.bfloat16):
             output: Tensor = self.model(x, t)
         return output.float()
-
-
-def _bfloat16() -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16)
 
 
 def fingerprint(name_or_path: str) -> str:
