@@ -64,10 +64,12 @@ def test_features_that_are_none(values: np.ndarray, message: str) -> None:
 
 
 def test_images_are_judged_as_saved() -> None:
-    levels = torch.arange(256) / 127.5 - 1
+    levels = (torch.arange(256) / 127.5 - 1).view(1, 1, 16, 16)
     torch.testing.assert_close(features.quantized(levels), levels, rtol=0, atol=1e-6)
-    assert torch.equal(features.quantized(torch.tensor([-3.0, 2.0])), torch.tensor([-1.0, 1.0]))
-    assert len(features.quantized(torch.linspace(-1, 1, 10_001)).unique()) == 256
+    outside, edges = torch.tensor([[-3.0, 2.0], [-1.0, 1.0]]).view(2, 1, 1, 1, 2)
+    assert torch.equal(features.quantized(outside), edges)
+    ramp = torch.linspace(-1, 1, 10_001).view(1, 1, 1, -1)
+    assert len(features.quantized(ramp).unique()) == 256
 
 
 def test_the_classifier_is_as_good_as_its_record_says() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastddim.images import from_uint8, to_uint8
 from quality import classifier, data
 from quality.frechet import Statistics, distance, statistics
 
@@ -22,8 +23,8 @@ EFFICIENTNET_REFERENCE = 10_000
 
 
 def quantized(images: Tensor) -> Tensor:
-    """Images as they are once saved with 8 bits a pixel: still float32 in [−1, 1]."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    """Images `[N, C, H, W]` as they are once saved with 8 bits a pixel: float32 in [−1, 1]."""
+    return from_uint8(to_uint8(images))
 
 
 @cache
