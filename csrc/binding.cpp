@@ -8,7 +8,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
+#include <exception>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "call.h"
 #include "cpu/select.h"
@@ -47,6 +51,11 @@ void run(const Job& job, Kernel kernel, bool noisy) {
                               [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 }
 
+void set_tile(Job& job, const Layout& layout) {
+  const Dtype computed = job.float64 ? Dtype::float64 : Dtype::float32;
+  if (!job.seed && layout.direct(computed)) job.tile = DIRECT_TILE;
+}
+
 void update_out(Tensor x, Tensor model_output, Tensor table, Tensor row, Optional noise,
                 Optional seed, Optional step, Optional sample, Optional history, Optional mask,
                 Optional known, Tensor out, Optional x_0, Optional model_input, Optional epsilon) {
@@ -54,8 +63,7 @@ void update_out(Tensor x, Tensor model_output, Tensor table, Tensor row, Optiona
   Job job = update_job(shape, x, model_output, table, row, noise, seed, step, sample, history, mask,
                        known, out, x_0, model_input, epsilon);
   const Layout layout(job, shape.sizes, (int)shape.dims, job.seed != nullptr, job.row_stride == 0);
-  const Dtype computed = job.float64 ? Dtype::float64 : Dtype::float32;
-  if (!job.seed && layout.direct(computed)) job.tile = DIRECT_TILE;
+  set_tile(job, layout);
   job.streaming = job.out.data != job.x.data && !model_input &&
                   job.batch * job.count * size_of(job.out.dtype) >= STREAMING_BYTES;
   run(job, current_kernels().update, job.seed != nullptr);
@@ -119,8 +127,7 @@ void normal_out(Tensor seed, Tensor step, Tensor sample, int64_t stream, Tensor 
   run(job, current_kernels().normal, true);
 }
 
-void advance(Tensor counters, Tensor timesteps, Tensor t) {
-  const Advance call(counters, timesteps, t);
+void run(const Advance& call) {
   for (int64_t i = 0; i < call.count; ++i) {
     const int64_t next = call.counters[i] + 1;
     if (i < call.t_count) {
@@ -133,8 +140,97 @@ void advance(Tensor counters, Tensor timesteps, Tensor t) {
   }
 }
 
+void advance(Tensor counters, Tensor timesteps, Tensor t) { run(Advance(counters, timesteps, t)); }
+
+// A loop's step, all of it looked up but where the model's output lies. It keeps the tensors that
+// it reads and writes.
+class LoopStep {
+ public:
+  LoopStep(const Tensor& state, const Tensor& model_output, const Tensor& table, const Tensor& row,
+           const Optional& seed, const Optional& step, const Optional& sample,
+           const Optional& history, const Optional& model_input, const Tensor& counters,
+           const Tensor& timesteps, const Tensor& t)
+      : kept_{state, table, row, counters, timesteps, t},
+        shape_(state, "state"),
+        job_(update_job(shape_, state, model_output, table, row, {}, seed, step, sample, history,
+                        {}, {}, state, {}, model_input, history)),
+        layout_(job_, shape_.sizes, (int)shape_.dims, job_.seed != nullptr, job_.row_stride == 0),
+        advance_(counters, timesteps, t) {
+    for (const Optional& tensor : {seed, step, sample, history, model_input}) {
+      if (tensor) kept_.push_back(*tensor);
+    }
+    set_tile(job_, layout_);
+    guided_ = job_.conditional.data != nullptr;
+    conditional_ = job_.conditional.data - job_.unconditional.data;
+  }
+
+  void operator()(char* model_output) {
+    job_.unconditional.data = model_output;
+    if (guided_) job_.conditional.data = model_output + conditional_;
+    run(job_, current_kernels().update, job_.seed != nullptr);
+    run(advance_);
+  }
+
+ private:
+  std::vector<Tensor> kept_;
+  Shape shape_;
+  Job job_;
+  Layout layout_;
+  Advance advance_;
+  bool guided_;
+  ptrdiff_t conditional_;
+};
+
+// For `take_loop_step`, which frees it.
+int64_t make_loop_step(Tensor state, Tensor model_output, Tensor table, Tensor row, Optional seed,
+                       Optional step, Optional sample, Optional history, Optional model_input,
+                       Tensor counters, Tensor timesteps, Tensor t) {
+  return (int64_t)new LoopStep(state, model_output, table, row, seed, step, sample, history,
+                               model_input, counters, timesteps, t);
+}
+
+constexpr const char* LOOP_STEP = "fastddim.LoopStep";
+
+void free_loop_step(PyObject* capsule) {
+  delete (LoopStep*)PyCapsule_GetPointer(capsule, LOOP_STEP);
+}
+
+PyObject* call_loop_step(PyObject* capsule, PyObject* address) {
+  auto* const step = (LoopStep*)PyCapsule_GetPointer(capsule, LOOP_STEP);
+  char* const model_output = (char*)PyLong_AsVoidPtr(address);
+  if (PyErr_Occurred()) return nullptr;
+  std::string failure;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    (*step)(model_output);
+  } catch (const std::exception& error) {
+    failure = error.what();
+  }
+  Py_END_ALLOW_THREADS;
+  if (failure.empty()) Py_RETURN_NONE;
+  PyErr_SetString(PyExc_RuntimeError, failure.c_str());
+  return nullptr;
+}
+
+PyMethodDef loop_step = {"loop_step", call_loop_step, METH_O,
+                         "Take the step; the argument is the address of the model's output."};
+
+PyObject* take_loop_step(PyObject*, PyObject* made) {
+  void* const step = PyLong_AsVoidPtr(made);
+  if (PyErr_Occurred()) return nullptr;
+  PyObject* const capsule = PyCapsule_New(step, LOOP_STEP, free_loop_step);
+  if (!capsule) return nullptr;
+  PyObject* const function = PyCFunction_NewEx(&loop_step, capsule, nullptr);
+  Py_DECREF(capsule);
+  return function;
+}
+
+PyMethodDef methods[] = {{"take_loop_step", take_loop_step, METH_O,
+                          "What calls and owns the result of fastddim::make_loop_step."},
+                         {nullptr, nullptr, 0, nullptr}};
+
 PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+    PyModuleDef_HEAD_INIT, "_C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
@@ -145,6 +241,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastddim, CPU, m) {
   m.impl("fit_rows", TORCH_BOX(&fit_rows));
   m.impl("normal_out", TORCH_BOX(&normal_out));
   m.impl("advance", TORCH_BOX(&advance));
+  m.impl("make_loop_step", TORCH_BOX(&make_loop_step));
 }
 
 // For tests and bug reports, through ctypes: the instruction set in use, and another one to use

@@ -51,6 +51,11 @@ _library.define(
     "float limit, Tensor(a!) out) -> ()"
 )
 _library.define("advance(Tensor(a!) counters, Tensor timesteps, Tensor(b!) t) -> ()")
+_library.define(
+    "make_loop_step(Tensor state, Tensor model_output, Tensor table, Tensor row, Tensor? seed, "
+    "Tensor? step, Tensor? sample, Tensor? history, Tensor? model_input, Tensor counters, "
+    "Tensor timesteps, Tensor t) -> int"
+)
 
 # Resolved once: looking an overload up costs a tenth of a small update.
 _advance_op = torch.ops.fastddim.advance.default

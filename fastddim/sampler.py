@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -209,6 +209,11 @@ class Loop:
         self._rows = self.table.new_zeros((batch, self.table.shape[1])) if plan.fit else None
         self._each = torch.arange(batch, device=like.device)
         self._inpainting: Inpainting | None = None
+        plain = plan.fit is None and not hooked and not plan.refine
+        # Captured graphs and fake tensors are made for operators.
+        plain &= not self._captures and type(like) is Tensor
+        self._make_loop_step = getattr(self._backend, "loop_step", None) if plain else None
+        self._loop_step: backends.LoopStep | None = None
 
     @torch.inference_mode(False)
     def load(self, setup: Setup) -> None:
@@ -346,19 +351,41 @@ class Loop:
         if self._base is not None:
             start = self._base.copy_(self.state)
             for _ in range(self.plan.refine):
-                self._update(start, self._evaluate(kwargs), None)
+                self._update(start, self._checked(self._evaluate(kwargs)), None)
         output = self._evaluate(kwargs)
-        self._update(start, output, noise, with_x_0=with_x_0, masked=masked)
+        bare = noise is None and not (with_x_0 or masked or self.check_finite)
+        if bare and self._make_loop_step is not None and self._take_in_one_call(output):
+            return
+        self._update(start, self._checked(output), noise, with_x_0=with_x_0, masked=masked)
         self._advance()
 
-    def _evaluate(self, model_kwargs: Mapping[str, Any]) -> Tensor:
-        result = self.model(self._model_input, self.t, **model_kwargs)
-        output = check_model_output(
-            "model output", adapter.output_tensor(result), self.state, guided=self.plan.guided
-        )
+    def _evaluate(self, model_kwargs: Mapping[str, Any]) -> Any:
+        return adapter.output_tensor(self.model(self._model_input, self.t, **model_kwargs))
+
+    def _checked(self, output: Any) -> Tensor:
+        check_model_output("model output", output, self.state, guided=self.plan.guided)
         if self.check_finite:
             self._refuse_nonfinite(output)
-        return output
+        return cast(Tensor, output)
+
+    def _take_in_one_call(self, output: Any) -> bool:
+        """Update and advance by the backend's `loop_step`; False where it cannot take `output`."""
+        if self._loop_step is None:
+            assert self._make_loop_step is not None
+            checked = self._checked(output)
+            self._loop_step = self._make_loop_step(
+                self.state,
+                torch.empty(checked.shape, dtype=checked.dtype, device=checked.device),
+                self.table,
+                self._row,
+                keys=self._keys if self.plan.noisy else None,
+                history=self._history,
+                model_input=self._next_input,
+                counters=self._counters,
+                timesteps=self._timesteps,
+                t=self.t,
+            )
+        return self._loop_step(output)
 
     def _update(
         self,

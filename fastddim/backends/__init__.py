@@ -10,6 +10,11 @@ A module here is a backend. It defines
 - `normal_out`: standard normals, as in `fastddim.ops.normal_out`;
 - `update`: the update, differentiable, as in `fastddim.ops.update`;
 - `update_out`: the same into given tensors, as in `fastddim.ops.update_out`.
+
+It may define `loop_step`, which makes the whole step of a loop one call: given the loop's tensors,
+which stay where they are, and a model output for its shape and dtype, it returns `take(output)`,
+which updates `state` in place (and `history`, `model_input`), advances `counters` and `t`, and
+returns True; or does nothing and returns False where `output` is laid out otherwise.
 """
 
 from __future__ import annotations
@@ -17,13 +22,16 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import warnings
-from typing import Protocol, cast
+from collections.abc import Callable
+from typing import Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from fastddim.philox import Keys
 from fastddim.plan import Fit
+
+LoopStep: TypeAlias = Callable[[Tensor], bool]
 
 
 class Backend(Protocol):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
+from torch import Tensor
 
 from fastddim import ops
+from fastddim.backends import LoopStep
 from fastddim.ops import advance, fit_rows, normal_out, update, update_out
+from fastddim.philox import Keys
 
 __all__ = [
     "PRIORITY",
     "advance",
     "fit_rows",
+    "loop_step",
     "normal_out",
     "unavailable",
     "update",
@@ -24,3 +30,58 @@ def unavailable(device: torch.device) -> str | None:
     if device.type != "cpu":
         return "it runs on the CPU only"
     return ops.EXTENSION_ERROR
+
+
+def loop_step(
+    state: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    *,
+    keys: Keys | None,
+    history: Tensor | None,
+    model_input: Tensor | None,
+    counters: Tensor,
+    timesteps: Tensor,
+    t: Tensor,
+) -> LoopStep:
+    """`update_out` and `advance` in one call that looks nothing up again: see `Backend`.
+
+    For small states most of a step is the passing of its fifteen arguments.
+    """
+    seed, step, sample = keys if keys is not None else (None, None, None)
+    made = torch.ops.fastddim.make_loop_step(
+        state,
+        model_output,
+        table,
+        row,
+        seed,
+        step,
+        sample,
+        history,
+        model_input,
+        counters,
+        timesteps,
+        t,
+    )
+    call = importlib.import_module("fastddim._C").take_loop_step(made)
+    dtype, shape = model_output.dtype, model_output.shape
+
+    def take(output: Tensor) -> bool:
+        if (
+            type(output) is not Tensor
+            or output.dtype is not dtype
+            or output.shape != shape
+            or not output.is_cpu
+            or not output.is_contiguous()
+            or output.is_neg()
+        ):
+            return False
+        address = output.data_ptr()
+        # Empty, or zeros without memory.
+        if not address:
+            return False
+        call(address)
+        return True
+
+    return take
