@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 from harness import machine
-from torch import Tensor, nn
+from loops import MODELS, diffusers_loop, make
+from torch import Tensor
 
 import fastddim
 from fastddim import backends, ops, philox
@@ -133,37 +134,11 @@ def assert_bits_of_cpu(
     assert torch.equal(out.cpu(), expected)
 
 
-class Policy(nn.Module):
-    """A policy head of three layers on 112 numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(112, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 112)
-        )
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.layers(x) * (t[:, None] * 1e-3 + 1)
-
-
-def zero_model(x: Tensor, t: Tensor) -> Tensor:
-    return x
-
-
-LOOPS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
-    "null model": (lambda: zero_model, (1, 4, 64, 64)),
-    "policy head": (lambda: Policy().cuda(), (1, 112)),
-    "digits U-Net": (lambda: fastddim.models.load("digits").cuda(), (16, 1, 8, 8)),
-    "fashion U-Net": (lambda: fastddim.models.load("fashion").cuda(), (16, 1, 28, 28)),
-}
-
-
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_loop(name: str, eta: float, gpu_rows: list[dict[str, Any]]) -> None:
     """Seconds of 50 steps as the host sees them, the device awaited at the end."""
-    make, shape = LOOPS[name]
-    model = make()
+    model, shape = make(name, "cuda")
     steps = 50
     schedule = fastddim.Schedule.linear()
     x_T = fastddim.philox.initial_latents(shape, 0, device="cuda")
@@ -202,21 +177,3 @@ def host_seconds(run: Callable[[], Any]) -> float:
     run()
     torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def diffusers_loop(model: Any, x_T: Tensor, steps: int, eta: float) -> Callable[[], Tensor]:
-    """The loop that diffusers' pipelines run, on the same timesteps."""
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(steps, device="cuda")
-    generator = torch.Generator("cuda").manual_seed(3)
-
-    def loop() -> Tensor:
-        x = x_T
-        for t in scheduler.timesteps:
-            output = model(x, t.expand(len(x)))
-            x = scheduler.step(output, t, x, eta=eta, generator=generator).prev_sample
-        return x
-
-    return loop

@@ -29,18 +29,26 @@ class Timing:
     ratio_high: float
 
 
-def compare(
-    contenders: dict[str, Callable[[], Any]], baseline: str, *, budget: float = 1.5
-) -> dict[str, Timing]:
-    """Time all contenders in turn for about `budget` seconds each.
+# Against this the clock's own cost does not count.
+SHORTEST = 5e-4
 
-    A round calls a contender as often as fills half a millisecond, so that the clock's own cost
-    does not count.
+
+def compare(
+    contenders: dict[str, Callable[[], Any]],
+    baseline: str,
+    *,
+    budget: float = 1.5,
+    least: int = 7,
+) -> dict[str, Timing]:
+    """Time all contenders in turn for about `budget` seconds each, `least` rounds or more.
+
+    A round calls a contender as often as fills half a millisecond.
     """
-    calls = {name: _calls_per_round(contender) for name, contender in contenders.items()}
+    once = {name: _once(contender) for name, contender in contenders.items()}
+    calls = {name: max(1, min(500, int(SHORTEST / once[name]))) for name in contenders}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    slowest = max(calls[name] * _once(contender) for name, contender in contenders.items())
-    rounds = max(7, min(201, int(budget / slowest)))
+    slowest = max(calls[name] * once[name] for name in contenders)
+    rounds = max(least, min(201, int(budget / slowest)))
     for _ in range(rounds):
         for name, contender in contenders.items():
             seconds[name].append(_timed(contender, calls[name]))
@@ -64,12 +72,9 @@ def machine() -> dict[str, Any]:
 
 
 def _once(contender: Callable[[], Any]) -> float:
-    contender()
-    return _timed(contender, 1)
-
-
-def _calls_per_round(contender: Callable[[], Any]) -> int:
-    return max(1, min(500, int(5e-4 / min(_once(contender) for _ in range(3)))))
+    """Seconds of one call, the best of as many as are cheap."""
+    first = _timed(contender, 1)
+    return first if first > 1 else min(_timed(contender, 1) for _ in range(4))
 
 
 def _timed(contender: Callable[[], Any], calls: int) -> float:

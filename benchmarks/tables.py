@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,132 @@ def dropins_as_markdown(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _provenance(result["machine"])])
 
 
+LOOP_CONTENDERS = ("diffusers", "official", "fastddim, compiled model", "torch.compile")
+
+
+def loops_as_markdown(result: dict[str, Any]) -> str:
+    """Time of a loop, and how many times longer the others take."""
+    header = ["model", "", "fastddim, a step", *LOOP_CONTENDERS]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in result["rows"]:
+        timings = row["timings"]
+        case = f"η = {row['eta']:g}, {'×'.join(map(str, row['shape']))}"
+        cells = [row["case"], case, _duration(timings["fastddim"]["seconds"] / row["steps"])]
+        cells += [_ratio(timings[name]) for name in LOOP_CONTENDERS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _provenance(result["machine"])])
+
+
+def sampling_as_markdown(result: dict[str, Any]) -> str:
+    """Gains over 1000 steps of DDPM, those of fewer steps and of the loop apart; and quality."""
+    header = ["model", "S", "fastddim", "diffusers' DDIM", "fewer steps", "faster loop", "together"]
+    header += ["distance", "order 2", "DDPM, S = 1000"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in result["rows"]:
+        timings, steps = row["timings"], row["steps"]
+        cells = [row["case"], str(steps)]
+        cells += [_duration(timings[name]["seconds"]) for name in ("fastddim", "diffusers")]
+        cells += [f"{_gain(value)}×" for value in gains(row)]
+        lines.append("| " + " | ".join([*cells, *_distances(row["case"], steps)]) + " |")
+    return "\n".join([*lines, "", _provenance(result["machine"])])
+
+
+def gains(row: dict[str, Any]) -> tuple[float, float, float]:
+    """By how much fewer steps, a faster loop, and both shorten DDPM's 1000 steps."""
+    # Ratios of medians: each is to the baseline of its own round.
+    fewer = 1 / row["timings"]["diffusers"]["ratio"]
+    together = 1 / row["timings"]["fastddim"]["ratio"]
+    return fewer, together / fewer, together
+
+
+def quality_of(case: str) -> dict[str, Any] | None:
+    """The quality results of the model that a row of timings is about."""
+    path = RESULTS / f"quality-{case.partition(' ')[0]}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def distance_of(
+    quality: dict[str, Any], steps: int, eta: float, order: int = 1
+) -> tuple[float, float] | None:
+    """Distance and error of a cell with the uniform spacing, in the classifier's features."""
+    for row in quality["rows"]:
+        plain = (row["spacing"], row["variance"]) == ("uniform", "small")
+        if plain and (row["steps"], row["eta"], row["order"]) == (steps, eta, order):
+            return row["classifier"]["distance"], row["classifier"]["error"]
+    return None
+
+
+def _distances(case: str, steps: int) -> list[str]:
+    quality = quality_of(case)
+    cells = []
+    for wanted in ((steps, 0.0, 1), (steps, 0.0, 2), (1000, 1.0, 1)):
+        found = None if quality is None else distance_of(quality, *wanted)
+        cells.append("–" if found is None else f"{_three(found[0])} ± {_error(found[1])}")
+    return cells
+
+
+@dataclass(frozen=True)
+class EqualQuality:
+    """The fewest steps with which a model's samples are as good as DDPM's of 1000 steps.
+
+    As good: a distance at most 5 % larger, a difference within the bootstrap's error.
+    """
+
+    order: int
+    steps: int
+    distance: float
+    baseline: float
+    speedup: float | None  # over diffusers' loop of DDPM, None where it was not timed
+
+
+def equal_quality(data: str, order: int) -> EqualQuality | None:
+    """Of the model "digits" or "fashion"; None where no number of steps measured is enough."""
+    quality = quality_of(data)
+    timed = json.loads((RESULTS / "sampling-cpu.json").read_text())["rows"]
+    baseline = None if quality is None else distance_of(quality, 1000, 1.0)
+    if quality is None or baseline is None:
+        return None
+    for steps in sorted({row["steps"] for row in quality["rows"]}):
+        found = distance_of(quality, steps, 0.0, order)
+        if found is None:
+            continue
+        excess = found[0] - baseline[0]
+        if excess <= 0.05 * baseline[0] and excess <= hypot(found[1], baseline[1]):
+            rows = [r for r in timed if r["case"] == f"{data} U-Net" and r["steps"] == steps]
+            speedup = gains(rows[0])[2] if rows else None
+            return EqualQuality(order, steps, found[0], baseline[0], speedup)
+    return None
+
+
+def headline_as_markdown(result: dict[str, Any]) -> str:
+    """What the results say, in the README's first lines."""
+    sentences = []
+    for data in ("digits", "fashion"):
+        for order in (1, 2):
+            found = equal_quality(data, order)
+            if found is None or found.speedup is None:
+                continue
+            sentences.append(
+                f"{found.steps} steps of order {order} draw {data} as good as the 1000 steps of "
+                f"DDPM (Fréchet distance {_three(found.distance)}, DDPM's is "
+                f"{_three(found.baseline)}) **{found.speedup:.0f} times faster** than diffusers' "
+                "DDPM loop."
+            )
+    loops = json.loads((RESULTS / "loops-cpu.json").read_text())["rows"]
+    ratios = {row["case"]: row["timings"]["diffusers"]["ratio"] for row in loops if row["eta"] == 0}
+    sentences.append(
+        f"With the same number of steps, diffusers' loop takes {ratios['null model']:.0f} times as "
+        f"long around a model that costs nothing and {ratios['policy head']:.1f} times around a "
+        f"policy head of 112 numbers; with U-Nets the model decides "
+        f"({ratios['digits U-Net']:.2f} times with the digits')."
+    )
+    return (
+        "\n".join(f"- {sentence}" for sentence in sentences)
+        + "\n\n"
+        + _provenance(result["machine"]).partition(" Median")[0]
+    )
+
+
 # Table 1 of arXiv 2010.02502: FID of CIFAR10, by steps.
 PAPER = {
     "η = 0": {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16, 1000: 4.04},
@@ -62,7 +190,7 @@ def quality_as_markdown(result: dict[str, Any]) -> str:
         for row in result["rows"]:
             if space in row:
                 distance, error = row[space]["distance"], row[space]["error"]
-                cell = f"{_three(distance)} ± {error:.{0 if error >= 1 else 1}f}"
+                cell = f"{_three(distance)} ± {_error(error)}"
                 found.setdefault(_kind(row), {})[row["steps"]] = cell
         counts = sorted({row[space]["count"] for row in result["rows"] if space in row})
         floor = result["floors"][space]
@@ -103,6 +231,14 @@ def _by_steps(title: str, found: dict[str, dict[int, str]]) -> str:
     return "\n".join(lines)
 
 
+def _gain(value: float) -> str:
+    return f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
+
+
+def _error(value: float) -> str:
+    return f"{value:.0f}" if value >= 1 else f"{value:.1f}"
+
+
 def _three(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -110,9 +246,26 @@ def _three(value: float) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "step-cpu": steps_as_markdown,
     "dropins-cpu": dropins_as_markdown,
+    "loops-cpu": loops_as_markdown,
+    "sampling-cpu": sampling_as_markdown,
     "quality-digits": quality_as_markdown,
+    "quality-fashion": quality_as_markdown,
 }
 """What makes the table of each result file."""
+
+SUMMARIES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "headline": ("sampling-cpu", headline_as_markdown),
+}
+"""Further places in the README, the result file that each is of, and what makes them."""
+
+
+def blocks() -> dict[str, str]:
+    """What stands in each marked place of the README."""
+    made = {name: (name, as_markdown) for name, as_markdown in TABLES.items()}
+    return {
+        place: as_markdown(json.loads((RESULTS / f"{name}.json").read_text()))
+        for place, (name, as_markdown) in {**made, **SUMMARIES}.items()
+    }
 
 
 def update_readme(readme: str, name: str, table: str) -> str:
@@ -143,6 +296,7 @@ def _provenance(machine: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     path = ROOT / "README.md"
-    for name, as_markdown in TABLES.items():
-        result = json.loads((RESULTS / f"{name}.json").read_text())
-        path.write_text(update_readme(path.read_text(), name, as_markdown(result)))
+    readme = path.read_text()
+    for place, text in blocks().items():
+        readme = update_readme(readme, place, text)
+    path.write_text(readme)

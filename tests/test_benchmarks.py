@@ -30,10 +30,10 @@ def result_of(name: str) -> Any:
     return json.loads((TABLES.RESULTS / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name", TABLES.TABLES)
-def test_readme_shows_the_committed_results(name: str) -> None:
+@pytest.mark.parametrize("place", [*TABLES.TABLES, *TABLES.SUMMARIES])
+def test_readme_shows_the_committed_results(place: str) -> None:
     readme = (ROOT / "README.md").read_text()
-    assert TABLES.update_readme(readme, name, TABLES.TABLES[name](result_of(name))) == readme
+    assert TABLES.update_readme(readme, place, TABLES.blocks()[place]) == readme
 
 
 @pytest.mark.parametrize("name", TABLES.TABLES)
@@ -49,7 +49,7 @@ def test_results_say_where_they_come_from(name: str) -> None:
     assert len(set(cases)) == len(cases) >= 10
 
 
-@pytest.mark.parametrize("name", ["step-cpu", "dropins-cpu"])
+@pytest.mark.parametrize("name", ["step-cpu", "dropins-cpu", "loops-cpu", "sampling-cpu"])
 def test_timings_have_their_spread(name: str) -> None:
     result = result_of(name)
     for row in result["rows"]:
@@ -57,7 +57,7 @@ def test_timings_have_their_spread(name: str) -> None:
             assert 0 < timing["ratio_low"] <= timing["ratio"] <= timing["ratio_high"]
 
 
-@pytest.mark.parametrize("name", ["quality-digits"])
+@pytest.mark.parametrize("name", ["quality-digits", "quality-fashion"])
 def test_quality_is_that_of_the_bundled_model(name: str) -> None:
     result = result_of(name)
     assert {row["weights"] for row in result["rows"]} == {grid.fingerprint(result["data"])}

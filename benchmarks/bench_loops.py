@@ -1,0 +1,61 @@
+"""The whole loop of 50 steps, for models from free to heavy: where the step matters.
+
+Contenders run the same model on the same timesteps from the same x_T, and are first given the same
+noise, when all must agree. Timed, each draws its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from harness import compare
+from loops import MODELS, compiled_loop, diffusers_loop, make, official_loop, step_noise
+
+import fastddim
+
+RESULTS = "loops-cpu"
+STEPS = 50
+CASES = [(name, eta) for name in MODELS for eta in (0.0, 1.0)]
+
+
+@pytest.mark.parametrize(("name", "eta"), CASES, ids=[f"{n}, η = {eta:g}" for n, eta in CASES])
+def test_loop(name: str, eta: float, rows: list[dict[str, Any]], benchmark: Any) -> None:
+    torch.set_num_threads(2)
+    model, shape = make(name)
+    x_T = fastddim.philox.initial_latents(shape, 0)
+    schedule = fastddim.Schedule.linear()
+    sampler = fastddim.Sampler(model, STEPS, shape=shape, schedule=schedule, eta=eta)
+    # On a model that costs nothing, and for a user's own, what compiling gains is the compiler's.
+    fused = fastddim.Sampler(
+        torch.compile(model, dynamic=False), STEPS, shape=shape, schedule=schedule, eta=eta
+    )
+    contenders = {
+        "fastddim": lambda: sampler(x_T=x_T, seed=3),
+        "diffusers": diffusers_loop(model, x_T, STEPS, eta),
+        "official": official_loop(model, x_T, STEPS, eta),
+        "fastddim, compiled model": lambda: fused(x_T=x_T, seed=3),
+        "torch.compile": compiled_loop(model, x_T, STEPS, eta),
+    }
+    noise = step_noise(shape, STEPS) if eta else None
+    expected = sampler(x_T=x_T, noise=noise)
+    assert isinstance(expected, torch.Tensor)
+    scale = expected.abs().max().item()
+    for contender, run in contenders.items():
+        got = fused(x_T=x_T, noise=noise) if contender == "fastddim, compiled model" else run()
+        if contender != "fastddim":
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-3 * scale, msg=contender)
+    timings = compare(contenders, "fastddim", budget=15)
+    rows.append(
+        {
+            "case": name,
+            "eta": eta,
+            "shape": shape,
+            "steps": STEPS,
+            "timings": {n: asdict(timing) for n, timing in timings.items()},
+        }
+    )
+    benchmark.extra_info["against diffusers"] = timings["diffusers"].ratio
+    benchmark.pedantic(contenders["fastddim"], rounds=5, iterations=1, warmup_rounds=1)

@@ -1,0 +1,160 @@
+"""Models of very different cost, and the loops that people run them in today."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+import fastddim
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+Loop = Callable[[], Tensor]
+
+
+class Policy(nn.Module):
+    """A policy head of three layers on 112 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(112, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 112)
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layers(x) * (t[:, None] * 1e-3 + 1)
+
+
+class Unet(nn.Module):
+    """A U-Net of diffusers with a million parameters, untrained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = UNet2DModel(
+            sample_size=32,
+            layers_per_block=1,
+            block_out_channels=(32, 64, 64),
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        output: Tensor = self.unet(x, t, return_dict=False)[0]
+        return output
+
+
+def null_model(x: Tensor, t: Tensor) -> Tensor:
+    return x
+
+
+MODELS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "null model": (lambda: null_model, (1, 4, 64, 64)),
+    "policy head": (Policy, (1, 112)),
+    "digits U-Net": (lambda: fastddim.models.load("digits"), (16, 1, 8, 8)),
+    "fashion U-Net": (lambda: fastddim.models.load("fashion"), (4, 1, 28, 28)),
+    "diffusers U-Net": (Unet, (4, 3, 32, 32)),
+}
+"""By name: what makes the model, and the shape of the state."""
+
+
+def make(name: str, device: str = "cpu") -> tuple[Any, tuple[int, ...]]:
+    torch.manual_seed(0)
+    build, shape = MODELS[name]
+    model = build()
+    return (model.to(device).eval() if isinstance(model, nn.Module) else model), shape
+
+
+def diffusers_loop(
+    model: Any, x_T: Tensor, steps: int, eta: float, *, seed: int = 3, scheduler: Any = None
+) -> Loop:
+    """The loop of diffusers' pipelines, by `DDIMScheduler` or the one given."""
+    scheduler = scheduler or DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(steps, device=x_T.device)
+    generator = torch.Generator(x_T.device)
+
+    def loop() -> Tensor:
+        generator.manual_seed(seed)
+        x = x_T
+        for t in scheduler.timesteps:
+            output = model(x, t.expand(len(x)))
+            x = scheduler.step(output, t, x, eta=eta, generator=generator).prev_sample
+        return x
+
+    return loop
+
+
+def ddpm_loop(model: Any, x_T: Tensor) -> Loop:
+    """DDPM's 1000 steps by `diffusers.DDPMScheduler`, whose step takes no η."""
+    scheduler = DDPMScheduler(clip_sample=False)
+    scheduler.set_timesteps(1000, device=x_T.device)
+    generator = torch.Generator(x_T.device)
+
+    def loop() -> Tensor:
+        generator.manual_seed(3)
+        x = x_T
+        for t in scheduler.timesteps:
+            output = model(x, t.expand(len(x)))
+            x = scheduler.step(output, t, x, generator=generator).prev_sample
+        return x
+
+    return loop
+
+
+def official_loop(model: Any, x_T: Tensor, steps: int, eta: float, *, seed: int = 3) -> Loop:
+    """`generalized_steps` of ermongroup/ddim."""
+    written_out = importlib.import_module("tests.integrations.test_ermongroup")
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).float()
+    timesteps = range(0, 1000, 1000 // steps)
+
+    # The loop has its timesteps in float32, which the bundled models cannot look up.
+    def with_integers(x: Tensor, t: Tensor) -> Any:
+        return model(x, t.long())
+
+    def loop() -> Tensor:
+        torch.manual_seed(seed)
+        states, _ = written_out.peer_generalized(x_T, timesteps, with_integers, betas, eta=eta)
+        last: Tensor = states[-1]
+        return last
+
+    return loop
+
+
+def compiled_loop(model: Any, x_T: Tensor, steps: int, eta: float, *, seed: int = 3) -> Loop:
+    """Model and equation 12 in one function under `torch.compile`."""
+    alphas = fastddim.Schedule.linear().alphas_cumprod.float()
+    timesteps = torch.arange(0, 1000, 1000 // steps).flip(0)
+    pairs = torch.stack([alphas[timesteps], torch.cat([alphas[timesteps[1:]], torch.ones(1)])], 1)
+    generator = torch.Generator(x_T.device)
+
+    @torch.compile(dynamic=False)
+    def body(x: Tensor, t: Tensor, pair: Tensor, z: Tensor | None) -> Tensor:
+        a, p = pair[0], pair[1]
+        epsilon = model(x, t)
+        x_0 = (x - (1 - a).sqrt() * epsilon) / a.sqrt()
+        sigma = eta * ((1 - p) / (1 - a) * (1 - a / p)).sqrt()
+        x = p.sqrt() * x_0 + (1 - p - sigma**2).sqrt() * epsilon
+        return x if z is None else x + sigma * z
+
+    def loop() -> Tensor:
+        generator.manual_seed(seed)
+        x = x_T
+        for t, pair in zip(timesteps, pairs, strict=True):
+            z = torch.randn(x.shape, generator=generator) if eta else None
+            x = body(x, t.expand(len(x)), pair, z)
+        return x
+
+    return loop
+
+
+def step_noise(shape: tuple[int, ...], steps: int, *, seed: int = 3) -> Tensor:
+    """The noise `[S, B, …]` that a loop here draws from torch's generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(shape, generator=generator) for _ in range(steps)])
