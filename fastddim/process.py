@@ -46,10 +46,15 @@ _ROUNDING = 1e-15
 
 
 class Gaussian(NamedTuple):
-    """N(mean, variance·I)."""
+    """N(mean, variance·I).
 
-    mean: Tensor  # [B, …]
-    variance: Tensor  # [1 or B, 1, …], float64
+    Attributes:
+        mean: `[B, …]`, in the dtype of the state that it was worked out from.
+        variance: float64 `[1 or B, 1, …]`.
+    """
+
+    mean: Tensor
+    variance: Tensor
 
 
 def marginal(x_0: Tensor, alpha_t: Coefficient) -> Gaussian:
@@ -70,7 +75,7 @@ def sigma(alpha_t: Coefficient, alpha_prev: Coefficient, eta: Coefficient) -> Te
 
 
 def sigma_hat(alpha_t: Coefficient, alpha_prev: Coefficient) -> Tensor:
-    """σ̂_t = √(1 − α_t/α_{t−1}), DDPM's larger deviation, float64, 0-dim or `[B]`.
+    """`σ̂_t = √(1 − α_t/α_{t−1})`, DDPM's larger deviation, float64, 0-dim or `[B]`.
 
     It is for the noise alone: the mean keeps the direction term of `sigma(…, eta=1)`.
     """

@@ -27,11 +27,17 @@ from fastddim.plan import Fit, Row
 
 
 class Updated(NamedTuple):
-    """What one update can give, each shaped like the state."""
+    """What one update can give, each shaped like the state.
+
+    Attributes:
+        x_prev: the new state, in the dtype of the state.
+        x_0: predicted x_0 after the clamp, in the dtype of the state.
+        epsilon: in the dtype that is computed in.
+    """
 
     x_prev: Tensor
     x_0: Tensor
-    epsilon: Tensor  # in the dtype that is computed in; the others in the state's
+    epsilon: Tensor
 
 
 def update(
