@@ -21,9 +21,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def helps(program: click.Group) -> Iterator[str]:
     """A section for the program and for each of its commands."""
-    context = click.Context(program, info_name="fastddim", max_content_width=100)
+    # Made as for a call, so that help shows defaults; nothing is parsed that could be missing.
+    call = {"args": [], "resilient_parsing": True}
+    context = program.make_context("fastddim", terminal_width=100, **call)
     commands = {"fastddim": context}
     for name, command in program.commands.items():
-        commands[name] = click.Context(command, info_name=name, parent=context)
+        commands[name] = command.make_context(name, parent=context, **call)
     for name, ctx in commands.items():
         yield f"## {name}\n\n```text\n{ctx.get_help()}\n```\n"

@@ -791,8 +791,7 @@ class Sampler:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draw one batch, in tensors that are the caller's own.
 
-        The arguments are those of `fastddim.sample` that may change from call to call. Nothing is
-        kept of them: two calls with the same arguments give the same samples.
+        The arguments are those of `fastddim.sample` that may change from call to call.
 
         Returns:
             The samples `[B, …]`, or `(samples, trajectory)` with trajectory `[S + 1, B, …]`.

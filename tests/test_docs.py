@@ -182,6 +182,8 @@ def test_the_command_page_is_the_help_of_the_commands():
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["fastddim", *main.commands]
     for name, command in main.commands.items():
         assert f"Usage: fastddim {name} " in text
+        assert command.epilog.splitlines()[-1].strip() in text
         for parameter in command.params:
             assert all(option in text for option in parameter.opts if option.startswith("-"))
+    assert "Number of sampling steps.  [default: 50]" in text
     assert hook.on_page_markdown("# Another page\n") == "# Another page\n"
