@@ -146,3 +146,92 @@ def test_before_and_after_agree(section):
 
     own, expected = same_draws(lambda: run("after"), lambda: run("before"))
     assert_same(own, expected, 10 * TOLERANCE[torch.float32])
+
+
+def noise_of(x, steps, seed=5):
+    """What a loop draws that calls `randn_like` at every step."""
+    torch.manual_seed(seed)
+    noise = torch.stack([torch.randn_like(x) for _ in range(steps)])
+    torch.manual_seed(seed)
+    return noise
+
+
+class TestAsSample:
+    """What the page says a peer's call is as one of `fastddim.sample`."""
+
+    @pytest.mark.parametrize("offset", [0, 1])
+    def test_diffusers(self, offset):
+        scheduler = diffusers.DDIMScheduler(steps_offset=offset)
+        model = fastddim.models.load("digits")
+        scheduler.set_timesteps(10)
+        x = x_T = torch.randn(2, 1, 8, 8)
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t.expand(2)), t, x).prev_sample
+        own = fastddim.sample(
+            model,
+            10,
+            x_T=x_T,
+            spacing="leading",
+            steps_offset=offset,
+            schedule=fastddim.Schedule.from_diffusers(scheduler),
+            prediction=scheduler.config.prediction_type,
+            clip=1.0,
+        )
+        assert_same(own, x, 1e-4)
+
+    @pytest.mark.parametrize(
+        ("peer", "options"),
+        [
+            (lambda *run: peer_generalized(*run, eta=0.5), {"eta": 0.5}),
+            (peer_ddpm, {"eta": 1, "variance": "large", "clip": 1.0, "rederive_eps": True}),
+        ],
+    )
+    def test_ermongroup(self, peer, options):
+        x, seq = torch.randn(2, 3, 5, 5, dtype=torch.float64), range(0, 1000, 100)
+        noise = noise_of(x, 10)
+        expected, _ = peer(x, seq, ermongroup_model, BETAS)
+        own = fastddim.sample(
+            lambda x, t: ermongroup_model(x, t.float()),
+            10,
+            x_T=x,
+            noise=noise,
+            schedule=fastddim.Schedule.from_betas(BETAS),
+            **options,
+        )
+        assert_same(own, expected[-1], 1e-10)
+
+    def test_guided_diffusion(self):
+        diffusion, model = make_guided(), GuidedModel().double()
+        whole = make_guided(spaced=None)
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+        own = fastddim.sample(
+            model,
+            diffusion.timestep_map[::-1],
+            x_T=x,
+            schedule=fastddim.Schedule.from_betas(whole.betas),
+            clip=1.0,
+            rederive_eps=True,
+        )
+        # The peer rounds its coefficients to float32.
+        assert_same(own, diffusion.ddim_sample_loop(model, x.shape, noise=x), 1e-5)
+
+    def test_lucidrains(self):
+        peer, _ = lucidrains()
+        model = LucidrainsModel().double()
+        options = {"image_size": 8, "timesteps": 100, "sampling_timesteps": 7}
+        diffusion = peer.GaussianDiffusion(model, **options).double()
+        assert diffusion.objective == "pred_v"
+        torch.manual_seed(5)
+        x = torch.randn(2, 2, 8, 8)
+        torch.manual_seed(5)
+        expected = diffusion.ddim_sample((2, 2, 8, 8))
+        own = fastddim.sample(
+            model,
+            torch.linspace(-1, 99, 8).int().tolist()[:0:-1],
+            x_T=x.double(),
+            schedule=fastddim.Schedule.from_betas(diffusion.betas),
+            prediction="v_prediction",
+            clip=1.0,
+            rederive_eps=True,
+        )
+        assert_same((own + 1) / 2, expected.double(), 1e-5)
