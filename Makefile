@@ -13,7 +13,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CXX_FILES := $(shell find csrc tests/native tests/gpuless -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-sanitize lint bench bench-gpu format clean
+.PHONY: help demo test test-gpu test-sanitize lint docs bench bench-gpu format clean
 # Two targets at once would run two pips in the same environment.
 .NOTPARALLEL:
 
@@ -53,6 +53,9 @@ ifneq ($(CXX_FILES),)
 	$(BIN)/clang-format -i $(CXX_FILES)
 endif
 
+docs: $(VENV)/.installed-docs ## Build the documentation into build/site
+	$(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.installed-dev ## Run the benchmarks
 	$(BIN)/pytest benchmarks/bench_step.py benchmarks/bench_dropins.py -s
 
@@ -78,4 +81,8 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py tests/integrations/peers.txt $(CXX_FILES)
 	$(PIP) install --no-build-isolation -e ".[test,lint]"
 	$(PIP) install --no-deps -r tests/integrations/peers.txt
+	touch $(VENV)/.installed $@
+
+$(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)
+	$(PIP) install --no-build-isolation -e ".[docs]"
 	touch $(VENV)/.installed $@

@@ -268,7 +268,7 @@ def invert(
             fixed-point iteration on the equation that `sample` solves, each at the price of one
             more evaluation. In [0, 100], and 0 at order 2.
 
-        The other arguments are those of `sample`.
+    The other arguments are those of `sample`.
 
     Returns:
         The latents `[B, …]` at the first timestep that `sample` visits, or `(latents, trajectory)`
@@ -364,8 +364,8 @@ def step(
         out: where to write x_prev, with the shape, dtype and device of `x_t`; may be `x_t` itself.
         return_x0: also return the predicted x_0.
 
-        The other arguments are those of `sample`. Values of coefficient tensors on an accelerator
-        are not checked, since reading them would wait for the device.
+    The other arguments are those of `sample`. Values of coefficient tensors on an accelerator are
+    not checked, since reading them would wait for the device.
 
     Without `out` the result is differentiable in `x_t`, `model_output` and a `noise` tensor.
 

@@ -90,24 +90,8 @@ def update_out_through(operator: Callable[..., None]) -> Callable[..., None]:
         model_input: Tensor | None,
         epsilon: Tensor | None = None,
     ) -> None:
-        """One update into `out`, by the implementation compiled for the device.
-
-        Args:
-            x: state `[B, …]`.
-            model_output: `[B or 2B, C or 2C, …]`: 2B samples are guided, of 2C channels the first
-                half is read.
-            table: coefficient rows `[R, K]` in the order of `plan.Row`; float32, or float64 for a
-                float64 state.
-            row: int64 `[1]` or `[B]`, the row of each sample.
-            noise: z like `x`; or
-            keys: what keys the noise drawn inside.
-            history: epsilon of the step before, like `x`, added with the row's coefficient `ph`.
-            mask: weight like `x` of `known` in the result.
-            known: values like `x`.
-            out: x_prev like `x`; may be `x`.
-            x_0: predicted x_0, shaped like `x`.
-            model_input: `[B or 2B, …]`: the new state in the model's dtype, twice under guidance.
-            epsilon: that of this step, shaped like `x`; may be `history`.
+        """One update into `out`, by the implementation compiled for the device; the arguments are
+        those of `fastddim.backends.Backend.update_out`.
 
         Raises:
             RuntimeError: grad mode is on and an input requires grad (`torch.ops.fastddim.update` is
@@ -144,42 +128,33 @@ def update_out_through(operator: Callable[..., None]) -> Callable[..., None]:
 
 
 update_out = update_out_through(torch.ops.fastddim.update_out.default)
+"""See `fastddim.backends.Backend.update_out`. Refuses an input that requires grad in grad mode."""
 
 
 def step(
     x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, noise: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(x_prev, x_0) in new tensors, the arguments as in `update_out`; without gradients."""
+    """(x_prev, x_0) in new tensors, without gradients; for the arguments see
+    `fastddim.backends.Backend.update_out`.
+    """
     results: tuple[Tensor, Tensor] = _step_op(x, model_output, table, row, noise)
     return results
 
 
 def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
-    """Standard normals of one stream into `out` `[B, …]`; the bits are those of `philox.normal`."""
+    """See `fastddim.backends.Backend.normal_out`."""
     torch.ops.fastddim.normal_out(*keys, stream, out)
 
 
 def fit_rows(
     x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, fit: Fit, out: Tensor
 ) -> None:
-    """The rows of `table` that `row` names, with what `reference.fitted_rows` takes from the data.
-
-    Args:
-        x, model_output, table, row: as in `update_out`.
-        out: rows `[B, K]` in the dtype of `table`, written.
-    """
+    """See `fastddim.backends.Backend.fit_rows`."""
     torch.ops.fastddim.fit_rows(x, model_output, table, row, *fit, out)
 
 
 def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
-    """The next step: every counter goes up by one, then t[j] = timesteps[counters[j]].
-
-    Args:
-        counters: int64 `[n]`, n >= len(t): the step of each sample, and further numbers that grow
-            with it.
-        timesteps: int64 `[m]`, m > counters[j] for j < len(t).
-        t: int64, written.
-    """
+    """See `fastddim.backends.Backend.advance`."""
     _advance_op(counters, timesteps, t)
 
 
@@ -390,10 +365,7 @@ def update_through(
         mask: Tensor | None = None,
         known: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(x_prev, x_0), differentiable in every floating-point input but `table` and `mask`.
-
-        The arguments are those of `update_out`.
-        """
+        """(x_prev, x_0); see `fastddim.backends.Backend.update`."""
         seed, step, sample = keys if keys is not None else (None, None, None)
         inputs = (x, model_output, table, row, noise, seed, step, sample, history, mask, known)
         return operator(*inputs)
@@ -402,3 +374,4 @@ def update_through(
 
 
 update = update_through(torch.ops.fastddim.update.default)
+"""See `fastddim.backends.Backend.update`."""

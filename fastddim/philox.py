@@ -56,7 +56,13 @@ _SQRT_HALF_BITS = 0x3F3504F3
 
 
 class Keys(NamedTuple):
-    """What keys the noise of a batch; each an int64 tensor `[B]` on the state's device."""
+    """What keys the noise of a batch; each an int64 tensor `[B]` on the state's device.
+
+    Attributes:
+        seed: the 64 bits of the seed.
+        step: the step's index in the plan, in [0, 2³²).
+        sample: the sample's index, in [0, 2³²).
+    """
 
     seed: Tensor
     step: Tensor

@@ -53,7 +53,22 @@ _ROUNDING = 1e-14
 
 
 class Row(NamedTuple):
-    """One row of the coefficient table; a field may be a number or a tensor `[B]`."""
+    """One row of the coefficient table; a field may be a number or a tensor `[B]`.
+
+    Attributes:
+        cx: of x in the predicted x0.
+        cm: of m in the predicted x0.
+        r: x0 is clamped to [−r, r]; infinity where it is not.
+        k0: of x0 in x_prev.
+        kx: of x in x_prev.
+        km: of m in x_prev.
+        pn: of the noise; at 0 the noise is not read.
+        g: guidance scale.
+        ph: of the eps of the step before.
+        e0: of x0 in eps.
+        ex: of x in eps.
+        em: of m in eps.
+    """
 
     cx: Coefficient
     cm: Coefficient
@@ -70,10 +85,16 @@ class Row(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """What a row takes from the data of its sample, as `reference.fitted_rows` specifies it."""
+    """What a row takes from the data of its sample, as `reference.fitted_rows` specifies it.
+
+    Attributes:
+        rescale: φ of guidance rescale, in [0, 1].
+        ratio: quantile of dynamic thresholding, in (0, 1], or 0 for none.
+        limit: the most that its threshold can be, or infinity.
+    """
 
     rescale: float
-    ratio: float  # 0: no thresholding
+    ratio: float
     limit: float
 
 

@@ -1,18 +1,18 @@
 """The forward process of DDIM, its reversal and its objective, as Gaussians.
 
-name here       paper (arXiv 2010.02502)                    where
-alpha_t         α_t, elsewhere in this package ᾱ_t          section 2
-alpha_prev      α_{t−1}; 1 at t = 1                         section 3
-epsilon         ε, or the model's ε_θ(x_t)                  eq. 4, 9
-marginal        q_σ(x_t | x_0)                              eq. 4, lemma 1
-posterior       q_σ(x_{t−1} | x_t, x_0)                     eq. 7
-forward_kernel  q_σ(x_t | x_{t−1}, x_0)                     eq. 8
-predicted_x_0   f_θ(x_t)                                    eq. 9
-generative      p_θ(x_{t−1} | x_t)                          eq. 10
-training_loss   one t of L_γ                                eq. 5
-gamma           γ_t                                         theorem 1
-sigma, eta      σ_t, η                                      eq. 7, 16
-sigma_hat       σ̂_t                                         section 5, appendix D.3
+    name here       paper (arXiv 2010.02502)                    where
+    alpha_t         α_t, elsewhere in this package ᾱ_t          section 2
+    alpha_prev      α_{t−1}; 1 at t = 1                         section 3
+    epsilon         ε, or the model's ε_θ(x_t)                  eq. 4, 9
+    marginal        q_σ(x_t | x_0)                              eq. 4, lemma 1
+    posterior       q_σ(x_{t−1} | x_t, x_0)                     eq. 7
+    forward_kernel  q_σ(x_t | x_{t−1}, x_0)                     eq. 8
+    predicted_x_0   f_θ(x_t)                                    eq. 9
+    generative      p_θ(x_{t−1} | x_t)                          eq. 10
+    training_loss   one t of L_γ                                eq. 5
+    gamma           γ_t                                         theorem 1
+    sigma, eta      σ_t, η                                      eq. 7, 16
+    sigma_hat       σ̂_t                                         section 5, appendix D.3
 
 An alpha, sigma or eta is a number or a real tensor `[B]`, one value per sample. States are
 floating-point tensors `[B, …]`. The arithmetic is float64; a mean is rounded once, to the dtype of
@@ -46,10 +46,15 @@ _ROUNDING = 1e-15
 
 
 class Gaussian(NamedTuple):
-    """N(mean, variance·I)."""
+    """N(mean, variance·I).
 
-    mean: Tensor  # [B, …]
-    variance: Tensor  # [1 or B, 1, …], float64
+    Attributes:
+        mean: `[B, …]`, in the dtype of the state that it was worked out from.
+        variance: float64 `[1 or B, 1, …]`.
+    """
+
+    mean: Tensor
+    variance: Tensor
 
 
 def marginal(x_0: Tensor, alpha_t: Coefficient) -> Gaussian:
@@ -70,7 +75,7 @@ def sigma(alpha_t: Coefficient, alpha_prev: Coefficient, eta: Coefficient) -> Te
 
 
 def sigma_hat(alpha_t: Coefficient, alpha_prev: Coefficient) -> Tensor:
-    """σ̂_t = √(1 − α_t/α_{t−1}), DDPM's larger deviation, float64, 0-dim or `[B]`.
+    """`σ̂_t = √(1 − α_t/α_{t−1})`, DDPM's larger deviation, float64, 0-dim or `[B]`.
 
     It is for the noise alone: the mean keeps the direction term of `sigma(…, eta=1)`.
     """

@@ -1,16 +1,16 @@
 """The specification: one DDIM update in eager PyTorch, and what it may take from the data first.
 
-name here   paper (arXiv 2010.02502)                        where
-x           x_{τ_i}                                         eq. 12
-m           model output: ε_θ, or x_0, or v                 eq. 9 for ε_θ
-x0          "predicted x_0", f_θ(x)                         eq. 9
-k0, kx, km  √ᾱ_prev on x0, √(1 − ᾱ_prev − σ²) on ε_θ, both  eq. 12
-            written as coefficients of x0, x and m
-pn, noise   σ, z                                            eq. 12, 16
-g           classifier-free guidance scale                  arXiv 2207.12598
-e0, ex, em  ε_θ, or eps re-derived, as coefficients of      eq. 9
-            x0, x and m
-ph          extrapolation from the eps of the step before   eq. 14, by two-step Adams–Bashforth
+    name here   paper (arXiv 2010.02502)                        where
+    x           x_{τ_i}                                         eq. 12
+    m           model output: ε_θ, or x_0, or v                 eq. 9 for ε_θ
+    x0          "predicted x_0", f_θ(x)                         eq. 9
+    k0, kx, km  √ᾱ_prev on x0, √(1 − ᾱ_prev − σ²) on ε_θ, both  eq. 12
+                written as coefficients of x0, x and m
+    pn, noise   σ, z                                            eq. 12, 16
+    g           classifier-free guidance scale                  arXiv 2207.12598
+    e0, ex, em  ε_θ, or eps re-derived, as coefficients of      eq. 9
+                x0, x and m
+    ph          extrapolation from the eps of the step before   eq. 14, by two-step Adams–Bashforth
 
 `plan.coefficient_row` derives the coefficients.
 """
@@ -27,11 +27,17 @@ from fastddim.plan import Fit, Row
 
 
 class Updated(NamedTuple):
-    """What one update can give, each shaped like the state."""
+    """What one update can give, each shaped like the state.
+
+    Attributes:
+        x_prev: the new state, in the dtype of the state.
+        x_0: predicted x_0 after the clamp, in the dtype of the state.
+        epsilon: in the dtype that is computed in.
+    """
 
     x_prev: Tensor
     x_0: Tensor
-    epsilon: Tensor  # in the dtype that is computed in; the others in the state's
+    epsilon: Tensor
 
 
 def update(

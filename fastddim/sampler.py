@@ -727,6 +727,16 @@ class Sampler:
 
     `sampler(seed=3)` then draws a batch. The arguments are those of `fastddim.sample` that do not
     change from call to call. Buffers and graphs are the sampler's own and go with it.
+
+    Attributes:
+        plan: timesteps and coefficients, a `fastddim.plan.Plan`.
+        shape: (B, …) of the state.
+        dtype: of the state.
+        device: of the state.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
+            it.
     """
 
     def __init__(
@@ -806,7 +816,18 @@ class Sampler:
         callback: Callback | None = None,
         return_trajectory: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Draw one batch, the caller's own; see `fastddim.sample` for the arguments."""
+        """Draw one batch, in tensors that are the caller's own.
+
+        The arguments are those of `fastddim.sample` that may change from call to call.
+
+        Returns:
+            The samples `[B, …]`, or `(samples, trajectory)` with trajectory `[S + 1, B, …]`.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type, shape or range; the message
+                names it.
+            RuntimeError: another call is running, in a thread or around this one's callback.
+        """
         return self._loop.sample(
             seed=seed,
             sample_offset=sample_offset,

@@ -79,7 +79,7 @@ class StepTable:
         """(x_prev, x_0), in new tensors like `x`; x_0 is None unless `return_x0`.
 
         Args:
-            x, model_output, noise, keys: as in `fastddim.ops.update_out`.
+            x, model_output, noise, keys: as in `fastddim.backends.Backend.update_out`.
             row: of all samples, or an int64 tensor `[1]` or `[B]` on the device of `x`, which is
                 read there.
 

@@ -264,7 +264,7 @@ def update_out(
     model_input: Tensor | None,
     epsilon: Tensor | None = None,
 ) -> None:
-    """See `fastddim.ops.update_out`; the values of `row` are not checked.
+    """See `fastddim.backends.Backend.update_out`; the values of `row` are not checked.
 
     Raises:
         TypeError, ValueError: a tensor does not fit; the message names it.

@@ -1,20 +1,9 @@
 """The implementations of the fused update, one module each.
 
-A module here is a backend. It defines
-
-- `PRIORITY: int`: `impl="auto"` takes the highest that works on the device;
-- `unavailable(device) -> str | None`: why it cannot serve tensors on `device`, or None where it
-  can;
-- `advance`: the move to a loop's next step, as in `fastddim.ops.advance`;
-- `fit_rows`: what coefficients take from the data, as in `fastddim.ops.fit_rows`;
-- `normal_out`: standard normals, as in `fastddim.ops.normal_out`;
-- `update`: the update, differentiable, as in `fastddim.ops.update`;
-- `update_out`: the same into given tensors, as in `fastddim.ops.update_out`.
-
-It may define `loop_step`, which makes the whole step of a loop one call: given the loop's tensors,
-which stay where they are, and a model output for its shape and dtype, it returns `take(output)`,
-which updates `state` in place (and `history`, `model_input`), advances `counters` and `t`, and
-returns True; or does nothing and returns False where `output` is laid out otherwise.
+A module here is a backend: it defines what `Backend` describes, and its name is the `impl=` that
+selects it. It may also define `loop_step`, as `fastddim.backends.cpu` does, which makes the whole
+step of a loop one call: given the loop's tensors, which stay where they are, and a model output for
+its shape and dtype, it returns a `LoopStep`.
 """
 
 from __future__ import annotations
@@ -32,21 +21,55 @@ from fastddim.philox import Keys
 from fastddim.plan import Fit
 
 LoopStep: TypeAlias = Callable[[Tensor], bool]
+"""`take(output)` updates the state in place (and history and model input), advances the counters and
+returns True; or does nothing and returns False where `output` is laid out otherwise.
+"""
 
 
 class Backend(Protocol):
+    """What a backend defines: these names, as functions of a module.
+
+    The results are the reference's: same formula, same order of operations, same noise.
+
+    Attributes:
+        PRIORITY: `impl="auto"` takes the backend with the highest that works on the device.
+    """
+
     __name__: str
     PRIORITY: int
 
-    def unavailable(self, device: torch.device) -> str | None: ...
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why it cannot serve tensors on `device`, or None where it can."""
 
-    def advance(self, counters: Tensor, timesteps: Tensor, t: Tensor) -> None: ...
+    def advance(self, counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
+        """Move a loop to its next step: every counter goes up by one, then t[j] =
+        timesteps[counters[j]].
+
+        Args:
+            counters: int64 `[n]`, n >= len(t): the step of each sample, and further numbers that
+                grow with it.
+            timesteps: int64 `[m]`, m > counters[j] for j < len(t).
+            t: int64, written.
+        """
 
     def fit_rows(
         self, x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, fit: Fit, out: Tensor
-    ) -> None: ...
+    ) -> None:
+        """Rows for these data, as `fastddim.reference.fitted_rows` specifies them.
 
-    def normal_out(self, keys: Keys, stream: int, out: Tensor) -> None: ...
+        Args:
+            x: state `[B, …]`, as in `update_out`.
+            model_output: as in `update_out`.
+            table: as in `update_out`.
+            row: as in `update_out`.
+            fit: what is taken from the data.
+            out: rows `[B, K]` in the dtype of `table`, written.
+        """
+
+    def normal_out(self, keys: Keys, stream: int, out: Tensor) -> None:
+        """Standard normals of one stream into `out` `[B, …]`, rounded to its dtype; the bits are
+        those of `fastddim.philox.normal`.
+        """
 
     def update(
         self,
@@ -60,7 +83,10 @@ class Backend(Protocol):
         history: Tensor | None = None,
         mask: Tensor | None = None,
         known: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """(x_prev, x_0) in new tensors, differentiable in every floating-point input but `table`
+        and `mask`; the arguments are those of `update_out`.
+        """
 
     def update_out(
         self,
@@ -78,7 +104,26 @@ class Backend(Protocol):
         x_0: Tensor | None,
         model_input: Tensor | None,
         epsilon: Tensor | None = None,
-    ) -> None: ...
+    ) -> None:
+        """One update into given tensors, as `fastddim.reference.updated` specifies it.
+
+        Args:
+            x: state `[B, …]`.
+            model_output: `[B or 2B, C or 2C, …]`: 2B samples are guided, of 2C channels the first
+                half is read.
+            table: coefficient rows `[R, K]` in the order of `fastddim.plan.Row`; float32, or
+                float64 for a float64 state.
+            row: int64 `[1]` or `[B]`, the row of each sample.
+            noise: z like `x`; or
+            keys: what keys the noise drawn inside; with neither, none is added.
+            history: epsilon of the step before, like `x`, added with the row's coefficient `ph`.
+            mask: weight like `x` of `known` in the result.
+            known: values like `x`.
+            out: x_prev like `x`; may be `x`.
+            x_0: predicted x_0, shaped like `x`.
+            model_input: `[B or 2B, …]`: the new state in the model's dtype, twice under guidance.
+            epsilon: that of this step, shaped like `x`; may be `history`.
+        """
 
 
 def _found() -> dict[str, Backend]:

@@ -17,13 +17,13 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
-    """See `fastddim.ops.advance`."""
+    """See `fastddim.backends.Backend.advance`."""
     counters.add_(1)
     torch.index_select(timesteps, 0, counters[: len(t)], out=t)
 
 
 def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
-    """See `fastddim.ops.normal_out`."""
+    """See `fastddim.backends.Backend.normal_out`."""
     out.copy_(philox.normal(keys, out.shape[1:], stream))
 
 
@@ -39,7 +39,7 @@ def update(
     mask: Tensor | None = None,
     known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `fastddim.ops.update`."""
+    """See `fastddim.backends.Backend.update`."""
     inputs = (x, model_output, table, row, noise, keys, history, mask, known)
     return _updated(*inputs)[:2]
 
@@ -60,7 +60,7 @@ def update_out(
     model_input: Tensor | None,
     epsilon: Tensor | None = None,
 ) -> None:
-    """See `fastddim.ops.update_out`."""
+    """See `fastddim.backends.Backend.update_out`."""
     new = _updated(x, model_output, table, row, noise, keys, history, mask, known)
     out.copy_(new.x_prev)
     if x_0 is not None:
@@ -76,7 +76,7 @@ def update_out(
 def fit_rows(
     x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, fit: Fit, out: Tensor
 ) -> None:
-    """See `fastddim.ops.fit_rows`."""
+    """See `fastddim.backends.Backend.fit_rows`."""
     out.copy_(reference.fitted_rows(x, model_output, table.index_select(0, row), fit))
 
 

@@ -58,12 +58,12 @@ update = ops.update_through(torch.ops.fastddim.triton_update.default)
 
 
 def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
-    """See `fastddim.ops.normal_out`."""
+    """See `fastddim.backends.Backend.normal_out`."""
     torch.ops.fastddim.triton_normal_out(*keys, stream, out)
 
 
 def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
-    """See `fastddim.ops.advance`; the values of the counters are not checked."""
+    """See `fastddim.backends.Backend.advance`; the values of the counters are not checked."""
     _advance_op(counters, timesteps, t)
 
 

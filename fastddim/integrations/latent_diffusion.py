@@ -148,9 +148,7 @@ def ddim_sampling(
     """Draw samples with DDIM, down the timesteps of `make_schedule`.
 
     Args:
-        cond, quantize_denoised, temperature, noise_dropout, score_corrector, corrector_kwargs,
-            unconditional_guidance_scale, unconditional_conditioning, dynamic_threshold: as in
-            `p_sample_ddim`.
+        cond: the condition, c of `p_sample_ddim`.
         shape: `[B, C, H, W]`.
         x_T: latents of that shape, else drawn with `torch.randn`.
         ddim_use_original_steps: whether to visit all timesteps instead, or the first `timesteps`.
@@ -159,6 +157,8 @@ def ddim_sampling(
             model's `q_sample`.
         log_every_t: how often a step is kept.
         ucg_schedule: a guidance scale for each step.
+
+    The other arguments are those of `p_sample_ddim`.
 
     Returns:
         (samples, {"x_inter": states, "pred_x0": predictions}), both lists with x_T first.

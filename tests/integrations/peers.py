@@ -59,7 +59,7 @@ def guided_diffusion() -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     unused = ("TTS", "TTS.tts", "TTS.tts.layers", "TTS.tts.layers.tortoise", "k_diffusion")
     unused += ("TTS.tts.layers.tortoise.dpm_solver", "k_diffusion.sampling")
-    with _modules({name: _stand_in() for name in unused}):
+    with modules_named({name: _stand_in() for name in unused}):
         spec.loader.exec_module(module)
     return module
 
@@ -117,7 +117,7 @@ def run_example(
     """
     (example,) = re.findall(r"```python\n(.*?)```", inspect.getdoc(documented), flags=re.DOTALL)
     assert len(example.strip().splitlines()) <= 5
-    with _modules(imports or {}):
+    with modules_named(imports or {}):
         exec(compile(example, documented.__name__, "exec"), names)
     return names
 
@@ -138,12 +138,12 @@ def _package(name: str, *absent: str) -> Iterator[None]:
     stand_ins = {n: _stand_in() for n in absent if importlib.util.find_spec(n) is None}
     if "torchvision" in stand_ins:
         stand_ins["torchvision.transforms"] = _stand_in()
-    with _modules({name: package, **stand_ins}):
+    with modules_named({name: package, **stand_ins}):
         yield
 
 
 @contextlib.contextmanager
-def _modules(given: dict[str, Any]) -> Iterator[None]:
+def modules_named(given: dict[str, Any]) -> Iterator[None]:
     """Modules under names for a while; they and what is imported below them then goes."""
 
     def named() -> set[str]:

@@ -1,0 +1,189 @@
+"""The documentation: its code runs, and its reference has every public name."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+import math
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import fastddim
+from fastddim import backends, integrations, philox
+from fastddim.cli import main
+
+from .test_update import DTYPES, LAYOUTS, check, make_case
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+SETTINGS = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+PAGES = {p.relative_to(DOCS).as_posix(): p.read_text("utf-8") for p in DOCS.rglob("*.md")}
+REFERENCE = {
+    name
+    for page, text in PAGES.items()
+    if page.startswith("reference/")
+    for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+}
+
+
+def navigated(entry):
+    if isinstance(entry, str):
+        return [entry]
+    parts = entry.values() if isinstance(entry, dict) else entry
+    return [page for part in parts for page in navigated(part)]
+
+
+def run(page):
+    """What the Python code of a page defines, run from top to bottom in one namespace.
+
+    A block with a title is not run: it is a file, or belongs to another package.
+    """
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL):
+        exec(compile(code, page, "exec"), names)
+    return names
+
+
+def test_the_navigation_is_the_pages():
+    assert sorted(navigated(SETTINGS["nav"])) == sorted(PAGES)
+
+
+def test_parts_of_the_readme_are_there():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    parts = [n for text in PAGES.values() for n in re.findall(r'--8<-- "README.md:(\w+)"', text)]
+    assert parts
+    for name in parts:
+        start, end = (readme.index(f"<!-- --8<-- [{mark}:{name}] -->") for mark in ("start", "end"))
+        assert start < end
+
+
+@pytest.mark.parametrize("name", fastddim.__all__)
+def test_public_names_are_in_the_reference(name):
+    assert f"fastddim.{name}" in REFERENCE
+    assert inspect.getdoc(getattr(fastddim, name))
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCE))
+def test_what_the_reference_names_has_docstrings(name):
+    """Without one it would be left out."""
+    documented = pkgutil.resolve_name(name)
+    assert inspect.getdoc(documented)
+    for member, value in vars(documented).items() if inspect.ismodule(documented) else ():
+        own = getattr(value, "__module__", None) == documented.__name__
+        if own and callable(value) and not member.startswith("_"):
+            assert inspect.getdoc(value), member
+
+
+def test_every_drop_in_is_in_the_reference():
+    names = {module.name for module in pkgutil.iter_modules(integrations.__path__)}
+    documented = {name.removeprefix("fastddim.integrations.") for name in REFERENCE}
+    assert {name for name in names if not name.startswith("_")} <= documented
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if not p.startswith("reference/")])
+def test_code_runs(page):
+    run(page)
+
+
+def test_the_noise_written_out_has_the_bits_of_the_package():
+    normal = run("noise.md")["normal"]
+    z = philox.step_noise((40, 7), 2, seed=11)
+    latents = philox.initial_latents((40, 7), seed=2**64 - 1)
+    for b, e in itertools.product(range(40), range(7)):
+        assert normal(e, 2, b, 11) == z[b, e]
+        assert normal(e, 0, b, 2**64 - 1, stream=0) == latents[b, e]
+
+
+def test_the_largest_normal_is_the_one_stated():
+    (largest,) = re.findall(r"√\(−2 ln 2⁻³³\) ≈ (\S+) in", PAGES["noise.md"])
+    smallest = philox.uniform(torch.tensor([0]))
+    assert philox.box_muller(smallest, torch.ones(1))[0].item() == pytest.approx(
+        math.sqrt(66 * math.log(2)), rel=1e-6
+    )
+    assert float(largest) == pytest.approx(math.sqrt(66 * math.log(2)), abs=0.005)
+
+
+def test_timesteps_are_the_ones_shown():
+    rows = re.findall(r"^\| `(\w+)` \| .* \| ([\d, ]+) \|$", PAGES["method.md"], re.MULTILINE)
+    shown = {name: [int(t) for t in timesteps.split(",")] for name, timesteps in rows}
+    assert shown == {
+        name: fastddim.select_timesteps(1000, 5, name).tolist()
+        for name in ("uniform", "quadratic", "leading", "trailing", "linspace")
+    }
+
+
+@pytest.fixture
+def example_backend(monkeypatch, tmp_path):
+    """The backend of docs/backends.md, as the package would find it."""
+    (code,) = re.findall(
+        r'```python title="\S*numpy.py"\n(.*?)```', PAGES["backends.md"], re.DOTALL
+    )
+    path = tmp_path / "numpy_example.py"
+    path.write_text(code)
+    name = "fastddim.backends.numpy_example"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(backends.BACKENDS, "numpy", module)
+    return module
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_example_backend_computes_the_update(example_backend, dtype):
+    generator = torch.Generator().manual_seed(20)
+    noises = itertools.cycle(("none", "given", "keyed"))
+    for (layout, extras), noise in zip(
+        itertools.product(LAYOUTS, (False, True)), noises, strict=False
+    ):
+        case = make_case(
+            generator,
+            (3, 4, 5, 7),
+            dtype=dtype,
+            layout=layout,
+            noise=noise,
+            clip=0.7,
+            rederive_eps=extras,
+            guided=extras,
+            learned_variance=extras,
+            per_sample=extras,
+            history=extras,
+            mask=extras,
+            epsilon=extras,
+            model_input=torch.bfloat16,
+        )
+        check(example_backend, case)
+
+
+def test_the_example_backend_serves_sample(example_backend):
+    model = fastddim.models.load("digits", dtype=torch.float64)
+    for options in ({"eta": 1.0, "clip": 1.0}, {"order": 2}, {"eta": [0.5] * 4, "seed": [4, 2]}):
+        own, expected = (
+            fastddim.sample(model, 4, batch_size=2, dtype=torch.float64, impl=impl, **options)
+            for impl in ("numpy", "reference")
+        )
+        torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-10)
+    assert example_backend.unavailable(torch.device("cuda")) == "it runs on the CPU only"
+
+
+def test_the_command_page_is_the_help_of_the_commands():
+    spec = importlib.util.spec_from_file_location("commands", DOCS / "commands.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    text = hook.on_page_markdown(PAGES["commands.md"])
+    assert hook.MARK not in text
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["fastddim", *main.commands]
+    for name, command in main.commands.items():
+        assert f"Usage: fastddim {name} " in text
+        assert command.epilog.splitlines()[-1].strip() in text
+        for parameter in command.params:
+            assert all(option in text for option in parameter.opts if option.startswith("-"))
+    assert "Number of sampling steps.  [default: 50]" in text
+    assert hook.on_page_markdown("# Another page\n") == "# Another page\n"
