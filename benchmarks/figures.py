@@ -136,11 +136,11 @@ def plot_consistency(work: Work) -> None:
             )
         panels.append(
             Plot(
-                f"{name}: same x_T, S steps and {own[0]['reference_steps']}",
+                f"{name}: S steps against {own[0]['reference_steps']}",
                 lines,
                 "steps S",
-                "distance of features",
-                [Level("two images of different x_T", 1.0)],
+                "distance of features, relative",
+                [Level("two images of different $x_T$", 1.0)],
             )
         )
     plots(work.figures / "consistency-distance.png", panels)

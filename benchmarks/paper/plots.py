@@ -221,13 +221,15 @@ def _plot(ax: Axes, panel: Plot) -> None:
     ticks = sorted({x for line in panel.lines for x in line.x})
     ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
     ax.xaxis.set_minor_locator(NullLocator())
+    if panel.levels:
+        ax.set_ymargin(0.15)
     for level in panel.levels:
         ax.axhline(level.y, color=level.color, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
         ax.annotate(
             level.label,
             (1, level.y),
             xycoords=("axes fraction", "data"),
-            xytext=(0, 2),
+            xytext=(0, 8),
             textcoords="offset points",
             ha="right",
             va="bottom",
