@@ -21,8 +21,8 @@ from fastddim.philox import Keys
 from fastddim.plan import Fit
 
 LoopStep: TypeAlias = Callable[[Tensor], bool]
-"""`take(output)` updates the state in place (and history and model input), advances the counters and
-returns True; or does nothing and returns False where `output` is laid out otherwise.
+"""`take(output)` updates the state in place (and history and model input), advances the counters
+and returns True; or does nothing and returns False where `output` is laid out otherwise.
 """
 
 

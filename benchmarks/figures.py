@@ -1,0 +1,318 @@
+"""The paper's figures 5 and 6 and table 2 on the bundled models, and plots of what was measured.
+
+    python benchmarks/figures.py                  # all; minutes, for some take 1000 steps
+    python benchmarks/figures.py reconstruction   # one of them
+    python benchmarks/figures.py --plots          # the plots alone, of the numbers that are there
+
+Pictures go to docs/figures/, numbers to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from harness import machine
+from paper import experiments
+from paper.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Level, Line, Panel, Plot, plots, sheet
+from quality import data
+from quality.grid import fingerprint
+from tables import PAPER_RECONSTRUCTION
+
+import fastddim
+from fastddim.files import atomic_file
+from fastddim.images import Images, to_uint8
+
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS = ((0, 1), (2, 3), (0, 3))
+CORNERS = (0, 1, 2, 3)
+"""Seeds: of the ends of the strips, and of the corners of the square."""
+
+SPACES = {"classifier": "features of its classifier", "efficientnet-lite0": "EfficientNet-Lite0"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is drawn, by how many steps, and where it goes.
+
+    The default is what is committed. Fashion costs ten times as much an image as digits.
+    """
+
+    names: Sequence[str] = ("digits", "fashion")
+    consistency_steps: Sequence[int] = (10, 20, 50, 100, 1000)
+    consistency_counts: Mapping[str, int] = field(
+        default_factory=lambda: {"digits": 32, "fashion": 8}
+    )
+    between_steps: int = 50
+    frames: int = 11
+    square: int = 5
+    reconstruction_steps: Mapping[str, Sequence[int]] = field(
+        default_factory=lambda: {
+            "digits": (10, 20, 50, 100, 200, 1000),
+            "fashion": (10, 20, 50, 100, 200),
+        }
+    )
+    reconstruction_counts: Mapping[str, int] = field(
+        default_factory=lambda: {"digits": 16, "fashion": 8}
+    )
+    refine: int = 2
+    shown: int = 5
+    shown_steps: Sequence[int] = (10, 20, 100)
+    results: Path = ROOT / "benchmarks" / "results"
+    figures: Path = ROOT / "docs" / "figures"
+
+    def write(self, name: str, rows: list[dict[str, Any]], provenance: dict[str, Any]) -> None:
+        """Write a result file."""
+        with atomic_file(self.results / f"{name}.json") as file:
+            file.write(
+                (json.dumps({"machine": provenance, "rows": rows}, indent=1) + "\n").encode()
+            )
+
+    def read(self, name: str) -> Any:
+        """What a result file holds."""
+        return json.loads((self.results / f"{name}.json").read_text())
+
+
+def consistency(work: Work, provenance: dict[str, Any]) -> None:
+    """Figure 5: the same x_T in different numbers of steps, and how far the images are apart."""
+    layout, rows = [], []
+    for name in work.names:
+        model, panels = fastddim.models.load(name), []
+        for eta, title in ((0.0, "DDIM (η = 0)"), (1.0, "η = 1")):
+            count = work.consistency_counts[name]
+            samples = experiments.same_latents(model, work.consistency_steps, eta, count)
+            for steps, (distance, error) in experiments.consistency(name, samples).items():
+                rows.append(
+                    {
+                        "data": name,
+                        "weights": fingerprint(name),
+                        "eta": eta,
+                        "steps": steps,
+                        "reference_steps": max(samples),
+                        "count": count,
+                        "seed": experiments.SEED,
+                        "distance": _rounded(distance),
+                        "error": _rounded(error),
+                    }
+                )
+            images = np.stack([to_uint8(x[: work.shown]) for x in samples.values()], axis=1)
+            panels.append(
+                Panel(f"{name}, {title}", images, columns=[f"S = {steps}" for steps in samples])
+            )
+        layout.append(panels)
+    sheet(work.figures / "consistency.png", layout)
+    work.write("consistency", rows, provenance)
+
+
+def plot_consistency(work: Work) -> None:
+    """Distance to the image of most steps, by steps."""
+    rows = work.read("consistency")["rows"]
+    panels = []
+    for name in work.names:
+        lines = []
+        for eta, color, marker in ((0.0, BLUE, "o"), (1.0, ORANGE, "s")):
+            own = [row for row in rows if (row["data"], row["eta"]) == (name, eta)]
+            lines.append(
+                Line(
+                    f"η = {eta:g}",
+                    [row["steps"] for row in own],
+                    [row["distance"] for row in own],
+                    color,
+                    marker,
+                    error=[row["error"] for row in own],
+                )
+            )
+        panels.append(
+            Plot(
+                f"{name}: S steps against {own[0]['reference_steps']}",
+                lines,
+                "steps S",
+                "distance of features, relative",
+                [Level("two images of different $x_T$", 1.0)],
+            )
+        )
+    plots(work.figures / "consistency-distance.png", panels)
+
+
+def interpolation(work: Work, provenance: dict[str, Any]) -> None:
+    """Figure 6: images between the images of two latents, and of four."""
+    strips, squares = [], []
+    for name in work.names:
+        model = fastddim.models.load(name)
+        title = f"{name}, {work.between_steps} steps"
+        strip = [experiments.between(model, p, work.frames, work.between_steps) for p in PAIRS]
+        weights = np.linspace(0, 1, work.frames)
+        columns = [f"{weight:.1f}" if weight % 1 else f"{weight:g}" for weight in weights]
+        columns[0] = "α = 0"
+        strips.append([Panel(title, np.stack([to_uint8(x) for x in strip]), columns)])
+        square = experiments.between(model, CORNERS, work.square, work.between_steps)
+        squares.append(Panel(title, _table(square, work.square)))
+    sheet(work.figures / "interpolation.png", strips)
+    sheet(work.figures / "interpolation-square.png", [squares])
+
+
+def reconstruction(work: Work, provenance: dict[str, Any]) -> None:
+    """Table 2: held-out images encoded and decoded, and what that loses."""
+    panels, rows = [], []
+    for name in work.names:
+        model, count = fastddim.models.load(name), work.reconstruction_counts[name]
+        originals = data.load(name).held_out_images[:count]
+        shown = [originals]
+        for steps in work.reconstruction_steps[name]:
+            for refine in (0, work.refine):
+                decoded = experiments.reconstruct(model, originals, steps, refine)
+                mse, error = experiments.reconstruction_error(decoded, originals)
+                rows.append(
+                    {
+                        "data": name,
+                        "weights": fingerprint(name),
+                        "refine": refine,
+                        "steps": steps,
+                        "count": count,
+                        "mse": _rounded(mse),
+                        "error": _rounded(error),
+                    }
+                )
+                if steps in work.shown_steps and refine == 0:
+                    shown.append(decoded)
+        labels = ["original", *(f"S = {steps}" for steps in work.shown_steps)]
+        images = np.stack([to_uint8(x[: work.shown]) for x in shown])
+        panels.append(Panel(name, images, rows=[] if panels else labels))
+    sheet(work.figures / "reconstruction.png", [panels])
+    work.write("reconstruction", rows, provenance)
+
+
+def plot_reconstruction(work: Work) -> None:
+    """Error by steps, beside the paper's."""
+    rows = work.read("reconstruction")["rows"]
+    panels = []
+    for name in work.names:
+        lines = []
+        for refine, color, marker in ((0, BLUE, "o"), (work.refine, GREEN, "^")):
+            own = [row for row in rows if (row["data"], row["refine"]) == (name, refine)]
+            lines.append(
+                Line(
+                    f"refine={refine}" if refine else "fastddim.invert",
+                    [row["steps"] for row in own],
+                    [row["mse"] for row in own],
+                    color,
+                    marker,
+                    error=[row["error"] for row in own],
+                )
+            )
+        steps = [steps for steps in PAPER_RECONSTRUCTION if steps in lines[0].x]
+        errors = [PAPER_RECONSTRUCTION[s] for s in steps]
+        lines.append(Line("the paper, CIFAR10", steps, errors, GREY, "x", (0, (4, 3))))
+        panels.append(Plot(name, lines, "steps S, each way", "squared error of a pixel"))
+    plots(work.figures / "reconstruction-error.png", panels)
+
+
+def plot_quality(work: Work) -> None:
+    """Fréchet distance by steps, in each feature space, of the models that were measured."""
+    panels = []
+    for name in work.names:
+        if not (work.results / f"quality-{name}.json").is_file():
+            continue
+        result = work.read(f"quality-{name}")
+        panels += [_quality(result, space, title) for space, title in SPACES.items()]
+    plots(work.figures / "quality.png", panels)
+
+
+def _quality(result: dict[str, Any], space: str, title: str) -> Plot:
+    rows = [row for row in result["rows"] if row["spacing"] == "uniform" and space in row]
+    longest = 1000
+    lines = []
+    for label, eta, variance, order, color, marker in (
+        ("σ̂", 1.0, "large", 1, PURPLE, "D"),
+        ("η = 1", 1.0, "small", 1, ORANGE, "s"),
+        ("η = 0", 0.0, "small", 1, BLUE, "o"),
+        ("η = 0, order 2", 0.0, "small", 2, GREEN, "^"),
+    ):
+        own = [
+            row
+            for row in rows
+            if (row["eta"], row["variance"], row["order"]) == (eta, variance, order)
+            and row["steps"] < longest
+        ]
+        lines.append(
+            Line(
+                label,
+                [row["steps"] for row in own],
+                [row[space]["distance"] for row in own],
+                color,
+                marker,
+                error=[row[space]["error"] for row in own],
+            )
+        )
+    levels = [
+        Level(f"η = 1, S = {longest}", row[space]["distance"], ORANGE)
+        for row in rows
+        if (row["eta"], row["variance"], row["steps"]) == (1.0, "small", longest)
+    ]
+    return Plot(f"{result['data']}, {title}", lines, "steps S", "Fréchet distance", levels)
+
+
+EXPERIMENTS = {
+    "consistency": consistency,
+    "interpolation": interpolation,
+    "reconstruction": reconstruction,
+}
+PLOTS = {
+    "consistency": plot_consistency,
+    "reconstruction": plot_reconstruction,
+    "quality": plot_quality,
+}
+
+
+def draw(which: Sequence[str], work: Work, *, only_plots: bool = False) -> None:
+    """Draw the pictures of some experiments, after measuring them unless `only_plots`."""
+    work.figures.mkdir(parents=True, exist_ok=True)
+    # Once, before a result file that is written counts as a change of the tree.
+    provenance = machine()
+    for name in which:
+        if name in EXPERIMENTS and not only_plots:
+            EXPERIMENTS[name](work, provenance)
+        if name in PLOTS:
+            PLOTS[name](work)
+
+
+def _table(images: Tensor, columns: int) -> Images:
+    pixels = to_uint8(images)
+    return pixels.reshape(-1, columns, *pixels.shape[1:])
+
+
+def _rounded(value: float) -> float:
+    """To four significant digits."""
+    return float(f"{value:.4g}")
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = tuple({**EXPERIMENTS, **PLOTS})
+    parser.add_argument("which", nargs="*", default=names, metavar="|".join(names))
+    parser.add_argument("--plots", action="store_true", help="draw nothing with a model")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    if unknown := set(args.which) - set(names):
+        parser.error(f"expected {', '.join(names)}, got {', '.join(sorted(unknown))}")
+    torch.set_num_threads(args.threads)
+    draw(args.which, Work(), only_plots=args.plots)
+
+
+if __name__ == "__main__":
+    main()

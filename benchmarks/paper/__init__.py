@@ -1,0 +1,1 @@
+"""The paper's experiments on the bundled models: how they are measured and shown."""
