@@ -230,6 +230,26 @@ def plot_quality(work: Work) -> None:
     plots(work.figures / "quality.png", panels)
 
 
+def plot_sampling(work: Work) -> None:
+    """Wall time by steps (the paper's figure 4), beside DDPM's 1000 steps."""
+    panels = []
+    rows = work.read("sampling-cpu")["rows"]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        own = [row for row in rows if row["case"] == case]
+        steps = [row["steps"] for row in own]
+        lines = [
+            Line(label, steps, [row["timings"][key]["seconds"] for row in own], color, marker)
+            for label, key, color, marker in (
+                ("diffusers' DDIM", "diffusers", ORANGE, "s"),
+                ("fastddim", "fastddim", BLUE, "o"),
+            )
+        ]
+        level = Level("diffusers' DDPM, S = 1000", own[0]["timings"]["DDPM"]["seconds"], GREY)
+        batch = own[0]["shape"][0]
+        panels.append(Plot(f"{case}, batch of {batch}", lines, "steps S", "seconds", [level]))
+    plots(work.figures / "sampling.png", panels)
+
+
 def _quality(result: dict[str, Any], space: str, title: str) -> Plot:
     rows = [row for row in result["rows"] if row["spacing"] == "uniform" and space in row]
     longest = 1000
@@ -273,6 +293,7 @@ PLOTS = {
     "consistency": plot_consistency,
     "reconstruction": plot_reconstruction,
     "quality": plot_quality,
+    "sampling": plot_sampling,
 }
 
 

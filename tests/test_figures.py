@@ -28,6 +28,7 @@ COMMITTED = (
     "quality",
     "reconstruction",
     "reconstruction-error",
+    "sampling",
 )
 STEPS = (5, 10, 20, 100)
 
