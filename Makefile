@@ -8,12 +8,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+RESULTS := benchmarks/results
+# `make report` begins no cell of a quality table later than this; cells of earlier runs are kept.
+REPORT_SECONDS ?= 600
+
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 CXX_FILES := $(shell find csrc tests/native tests/gpuless -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-sanitize lint docs bench bench-gpu format clean
+.PHONY: help report demo test test-gpu test-sanitize lint docs bench bench-gpu format clean
 # Two targets at once would run two pips in the same environment.
 .NOTPARALLEL:
 
@@ -57,10 +61,17 @@ docs: $(VENV)/.installed-docs ## Build the documentation into build/site
 	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.installed-dev ## Run the benchmarks
-	$(BIN)/pytest benchmarks/bench_step.py benchmarks/bench_dropins.py -s
+	$(BIN)/pytest benchmarks -s --results $(RESULTS)
 
 bench-gpu: $(VENV)/.installed-dev ## Measure bandwidth and loops on a GPU
-	$(BIN)/pytest benchmarks/bench_gpu.py -s
+	$(BIN)/pytest benchmarks/bench_gpu.py -s --results $(RESULTS)
+
+report: $(VENV)/.installed-report ## Measure all that the README shows, and fill its tables and pictures
+	$(BIN)/python benchmarks/quality/grid.py digits --count 10000 --long --seconds $(REPORT_SECONDS)
+	$(BIN)/python benchmarks/quality/grid.py fashion --count 2000 --long --seconds $(REPORT_SECONDS)
+	$(BIN)/pytest benchmarks -s --results $(RESULTS)
+	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python benchmarks/tables.py
 
 clean: ## Remove build products and caches, but not .venv
 	rm -rf build dist demo *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -75,6 +86,10 @@ $(VENV)/.torch:
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)
 	$(PIP) install --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.installed-report: $(VENV)/.installed-dev
+	$(PIP) install --no-build-isolation -e ".[quality,report]"
 	touch $@
 
 # The peers come without what they require: it is for training, and would bring another torch along.

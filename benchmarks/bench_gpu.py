@@ -24,15 +24,15 @@ import fastddim
 from fastddim import backends, ops, philox
 from fastddim.plan import Update, coefficient_row, stack_row
 
-RESULTS = Path(__file__).parent / "results" / "gpu.json"
+RESULTS = "gpu.json"
 MEBIBYTE = 2**20
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(scope="module")
-def gpu_rows() -> Iterator[list[dict[str, Any]]]:
-    """Rows of both tables, written when all have been measured."""
+def gpu_rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
+    """Rows of both tables; printed, and written where asked for, when all have been measured."""
     rows: list[dict[str, Any]] = []
     yield rows
     properties = torch.cuda.get_device_properties(0)
@@ -46,11 +46,14 @@ def gpu_rows() -> Iterator[list[dict[str, Any]]]:
             if backend.unavailable(torch.device("cuda:0")) is None
         ],
     }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": {**machine(), **gpu}, "rows": rows}, indent=1) + "\n")
     for row in rows:
         print(row)
-    print(f"written to {RESULTS}")
+    folder: Path | None = request.config.getoption("--results")
+    if folder is not None and not request.session.testsfailed:
+        folder.mkdir(parents=True, exist_ok=True)
+        result = {"machine": {**machine(), **gpu}, "rows": rows}
+        (folder / RESULTS).write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written to {folder / RESULTS}")
 
 
 def device_seconds(function: Callable[[], Any], rounds: int = 50) -> list[float]:

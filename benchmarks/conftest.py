@@ -10,31 +10,33 @@ from typing import Any
 import pytest
 import torch
 from harness import machine
-from tables import RESULTS, TABLES
+from tables import TABLES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--results",
         type=Path,
-        default=RESULTS,
-        help="the folder that result files are written into",
+        help="the folder that result files are written into, if any",
     )
 
 
 @pytest.fixture(scope="module")
 def rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
-    """Rows to add to; written to the module's file when all benchmarks have passed."""
+    """Rows to add to; printed, and written where asked for, when all benchmarks have passed."""
     collected: list[dict[str, Any]] = []
     yield collected
     if request.session.testsfailed or not collected:
         return
     result = {"machine": machine(), "rows": collected}
     name: str = request.module.RESULTS
-    path: Path = request.config.getoption("--results") / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n\n{TABLES[name](result)}\n\nwritten to {path}")
+    print(f"\n\n{TABLES[name](result)}\n")
+    folder: Path | None = request.config.getoption("--results")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written to {path}")
 
 
 @pytest.fixture(autouse=True)
