@@ -142,20 +142,19 @@ class _Conditions:
 
 
 class _Batch(NamedTuple):
-    """What a step of `size` samples reads and writes: views of the stream's buffers."""
+    """What a step of some samples reads and writes: views of the first rows of the buffers."""
 
-    size: int
     numbers: Tensor  # counters, seed and sample
     counters: Tensor  # row, once for each part of the model's batch, and step
-    row: Tensor  # [size]
+    row: Tensor  # [b]
     keys: Keys
-    t: Tensor  # [size or 2·size]
+    t: Tensor  # [b or 2b]
     state: Tensor
     model_input: Tensor
     next_input: Tensor | None
     history: Tensor | None
-    fitted: Tensor | None  # [size, K]
-    each: Tensor  # [size]
+    fitted: Tensor | None  # [b, K]
+    each: Tensor  # [b]
     model_kwargs: dict[str, Any]
 
 
@@ -476,9 +475,11 @@ class Stream:
                 if not self._pending:
                     return
                 request = self._pending.popleft()
-                if not request.ticket.cancelled():
+                # Asked once: a ticket may be cancelled at any time.
+                cancelled = request.ticket.cancelled()
+                if not cancelled:
                     self._running.append(_Running(request, self._blocks.pop()))
-            if request.ticket.cancelled():
+            if cancelled:
                 request.ticket.set_running_or_notify_cancel()
             else:
                 self._load(len(self._running) - 1)
@@ -556,7 +557,6 @@ class Stream:
         state = self._state[:size]
         next_input = None if self._next_input is None else self._next_input[:model_size]
         return _Batch(
-            size=size,
             numbers=numbers,
             counters=numbers[: model_size + size],
             row=row[:size],
