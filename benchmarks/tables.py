@@ -178,6 +178,27 @@ def headline_as_markdown(result: dict[str, Any]) -> str:
     )
 
 
+def stream_as_markdown(result: dict[str, Any]) -> str:
+    """Throughput and latency of requests one after the other, and of those that share a batch."""
+    header = ["model", "load", "requests/s", "", "median", "", "95 %", ""]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines.append("| " + " | ".join(["", "", *["one by one", "stream"] * 3]) + " |")
+    for row in result["rows"]:
+        cells = [row["case"], f"{row['load']:g}"]
+        timings = [row["timings"][name] for name in ("one after the other", "stream")]
+        cells += [f"{timing['requests_per_second']:.3g}" for timing in timings]
+        for name in ("latency_median", "latency_95"):
+            cells += [_duration(timing[name]) for timing in timings]
+        lines.append("| " + " | ".join(cells) + " |")
+    machine = result["machine"]
+    provenance = (
+        f"{machine['cpu']} ({machine['instruction_set']}), {machine['threads']} threads, "
+        f"torch {machine['torch']}, fastddim {machine['fastddim']} at {machine['commit']}. "
+        f"{result['rows'][0]['slots']} slots."
+    )
+    return "\n".join([*lines, "", provenance])
+
+
 # Table 1 of arXiv 2010.02502: FID of CIFAR10, by steps.
 PAPER = {
     "η = 0": {10: 13.36, 20: 6.84, 50: 4.67, 100: 4.16, 1000: 4.04},
@@ -293,6 +314,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "step-cpu": steps_as_markdown,
     "dropins-cpu": dropins_as_markdown,
     "loops-cpu": loops_as_markdown,
+    "stream-cpu": stream_as_markdown,
     "sampling-cpu": sampling_as_markdown,
     "quality-digits": quality_as_markdown,
     "quality-fashion": quality_as_markdown,

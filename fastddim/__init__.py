@@ -8,12 +8,14 @@ from fastddim.api import invert, sample, slerp, step
 from fastddim.plan import select_timesteps
 from fastddim.sampler import Sampler
 from fastddim.schedule import Schedule
+from fastddim.stream import Stream
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Sampler",
     "Schedule",
+    "Stream",
     "invert",
     "models",
     "philox",
