@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -278,8 +279,8 @@ def reconstruction_as_markdown(result: dict[str, Any]) -> str:
 
 
 def _two(value: float) -> str:
-    """Two significant digits, never in scientific notation."""
-    return f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}".rstrip("0")
+    """At most two significant digits, never in scientific notation."""
+    return format(Decimal(f"{value:.2g}"), "f")
 
 
 def _kind(row: dict[str, Any]) -> str:
