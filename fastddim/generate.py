@@ -38,7 +38,7 @@ from fastddim.manifest import (
     refuse_differences,
     write_manifest,
 )
-from fastddim.memory import default_budget, fitting_batch
+from fastddim.memory import LARGEST, default_budget, fitting_batch
 from fastddim.plan import PerStep, Update
 from fastddim.ranks import Ranks, joined
 from fastddim.sampler import (
@@ -354,13 +354,13 @@ class Generation:
         if found is not None:
             return Layout.of(found).batch_size
         # No more than gives every rank something to do.
-        count = -(-(self._layout.stop - self._layout.start) // ranks.world)
-        return min(count, *ranks.together(self._fitting))
+        share = -(-(self._layout.stop - self._layout.start) // ranks.world)
+        return min(ranks.together(lambda: self._fitting(min(LARGEST, share))))
 
-    def _fitting(self) -> int:
+    def _fitting(self, largest: int) -> int:
         device = self._setup.device
         budget = default_budget(device) if self._memory is None else self._memory
-        return fitting_batch(self._try_out, budget, device)
+        return fitting_batch(self._try_out, budget, device, largest)
 
     def _try_out(self, count: int) -> None:
         """The first step of a batch, and what follows the last one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Callable
@@ -32,8 +33,13 @@ def default_budget(device: torch.device) -> int:
     return int(free * _SHARE.get(device.type, 0.5)) // processes
 
 
-def fitting_batch(draw: Callable[[int], object], budget: int, device: torch.device) -> int:
-    """The largest power of two of samples, up to LARGEST, that `budget` bytes hold.
+def fitting_batch(
+    draw: Callable[[int], object], budget: int, device: torch.device, largest: int = LARGEST
+) -> int:
+    """A power of two of samples, up to `largest`, that takes at most `budget` bytes.
+
+    Twice the samples take at most twice the memory. So the batch is doubled as long as that fits,
+    and nothing that is tried out here takes more than `budget` either.
 
     Args:
         draw: runs the loop for so many samples.
@@ -43,22 +49,21 @@ def fitting_batch(draw: Callable[[int], object], budget: int, device: torch.devi
     Raises:
         ValueError: not even one sample fits.
     """
-    one = peak_bytes(lambda: draw(1), device)
-    if one > budget:
+    size, peak = 1, peak_bytes(lambda: draw(1), device)
+    if peak > budget:
         raise ValueError(
-            f"memory: expected at least {one} bytes for one sample beside the model, got {budget}"
+            f"memory: expected at least {peak} bytes for one sample beside the model, got {budget}"
         )
-    if 2 * one > budget:
-        return 1
-    each = max(1, peak_bytes(lambda: draw(2), device) - one)
-    fitting = 1 + (budget - one) // each
-    return int(min(LARGEST, 1 << (fitting.bit_length() - 1)))
+    while 2 * peak <= budget and 2 * size <= largest:
+        size *= 2
+        peak = max(peak, peak_bytes(functools.partial(draw, size), device))
+    return size
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """The most bytes alive at once among the tensors on `device` that `run` makes."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -88,7 +90,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         if not all(name in os.environ for name in _LAUNCHED):
             yield Ranks()
             return
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        _join(device)
         made = True
     try:
         group = dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -96,3 +98,19 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     finally:
         if made:
             dist.destroy_process_group()
+
+
+def _join(device: torch.device) -> None:
+    """Join the group that the environment describes.
+
+    After a restart the store of `torchrun` still holds the addresses of the processes before, so
+    each attempt has keys of its own.
+    """
+    store, rank, world = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=c10d.PrefixStore(f"fastddim/{attempt}/{world}", store),
+        rank=rank,
+        world_size=world,
+    )

@@ -64,7 +64,12 @@ on where it was and ends with the same bytes. It refuses to go on with other
 arguments, another model or other versions, and says what differs.""",
 )
 @click.argument("model")
-@click.option("--out", required=True, help="Folder of the run: new, empty, or one to go on with.")
+@click.option(
+    "--out",
+    required=True,
+    show_default="none",
+    help="Folder of the run: new, empty, or one to go on with.",
+)
 @click.option(
     "--start", type=click.IntRange(0, 2**32 - 1), default=0, help="Number of the first sample."
 )
@@ -72,6 +77,7 @@ arguments, another model or other versions, and says what differs.""",
     "--stop",
     type=click.IntRange(1, 2**32),
     required=True,
+    show_default="none",
     help="Number after that of the last sample.",
 )
 @click.option("--seed", type=SEED, default=0, help="Seed of all noise.")
@@ -188,9 +194,14 @@ def command(
         click.echo(out if merged is None else f"{out}\n{merged}")
 
 
-@click.command("merge")
+@click.command(
+    "merge",
+    epilog="""\b
+Example:
+  fastddim merge first/ second/ --out samples.npz""",
+)
 @click.argument("folders", nargs=-1, required=True)
-@click.option("--out", required=True, help="The .npz file to write.")
+@click.option("--out", required=True, show_default="none", help="The .npz file to write.")
 def merge(folders: tuple[str, ...], out: str) -> None:
     """Join the runs of 'fastddim generate' in FOLDERS into one .npz file.
 
@@ -200,7 +211,12 @@ def merge(folders: tuple[str, ...], out: str) -> None:
     click.echo(shards.merge(folders, out))
 
 
-@click.command("digest")
+@click.command(
+    "digest",
+    epilog="""\b
+Example:
+  fastddim digest run/""",
+)
 @click.argument("folders", nargs=-1, required=True)
 def digest(folders: tuple[str, ...]) -> None:
     """Print one SHA-256 for all samples of each run in FOLDERS, after checking every file.
