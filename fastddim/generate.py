@@ -333,12 +333,13 @@ class Generation:
         if not self._folder.is_dir():
             self._folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self._folder.resolve().parent)
+        lock.take_alone()
+        remove_parts(self._folder)
+        # This refuses a link, which `check_writable` would follow.
+        found = read_manifest(self._folder)
         check_writable(self._folder / FILE)
         if self._merged is not None:
             check_writable(self._merged)
-        lock.take_alone()
-        remove_parts(self._folder)
-        found = read_manifest(self._folder)
         if found is None:
             others = [name for name in sorted(os.listdir(self._folder)) if name != LOCK]
             if others:

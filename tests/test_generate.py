@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -618,3 +619,16 @@ def test_unfinished_files_have_names_that_are_cleared_away(net):
     Path("run", left[0]).touch()
     remove_parts("run")
     assert sorted(os.listdir("run")) == ["kept.part", "x"]
+
+
+def test_reliability_page_shows_the_committed_results():
+    path = Path(__file__).parent / "faults" / "run.py"
+    spec = importlib.util.spec_from_file_location("faults", path)
+    faults = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(faults)
+    results = json.loads(faults.RESULTS.read_text())
+    page = faults.DOCUMENT.read_text()
+    assert faults.updated(page, faults.as_markdown(results)) == page
+    assert results["machine"]["modified"] is False, "measured on uncommitted code"
+    assert all(row["tries"] > 0 == row["losses"] for row in results["rows"])
+    assert len({row["sha256"] for row in results["acceptance"]["rows"]}) == 1

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
@@ -190,12 +190,9 @@ class Faults:
 
     def mended(self, runs: Runs) -> bool:
         """Whether another number of ranks makes of it what an uninterrupted run is."""
-        right = runs.finish(self.random.randint(1, 3))
-        right = right and runs.digest() == self.expected and not runs.parts()
+        right = self.ends(runs, self.expected)
         if right:
             shutil.rmtree(runs.folder.parent)
-        else:
-            print(f"lost: {runs.folder}\n{runs.complaints()}", flush=True)
         return right
 
     def kills(self, tries: int, runs_of: Callable[[], Runs], expected: str) -> Iterator[bool]:
@@ -256,7 +253,7 @@ class Faults:
         while tries > 0:
             runs = self.new()
             (process,) = runs.start()
-            time.sleep(self.random.uniform(0.05, 0.8 * self.seconds))
+            time.sleep(self.random.uniform(0.1, 0.8 * self.seconds))
             process.kill(signal.SIGINT)
             process.wait(PATIENCE)
             if process.code == 0:
@@ -267,7 +264,7 @@ class Faults:
             yield clean and not runs.parts() and self.mended(runs)
 
     def patched(self, tries: int, patch: Callable[[int], None], message: str) -> Iterator[bool]:
-        """A run under `patch(n)` must fail with a line that holds `message`, and can go on after."""
+        """A run under `patch(n)` must fail with a line that holds `message`, and go on after."""
         for _ in range(tries):
             runs, n = self.new(), self.random.randrange(1, 2 * len(self.shards))
 
@@ -315,11 +312,7 @@ class Faults:
                 {},
             )
             done = process.wait(PATIENCE) and process.code == 99 and not runs.parts()
-            yield (
-                done
-                and bool(runs.whole() or n < 7)
-                and len(runs.whole()) == len(list(runs.folder.glob("*.sha256")))
-            )
+            yield done and len(runs.whole()) == len(self.shards)
 
     def fuzz(self, examples: int) -> Iterator[bool]:
         runs = self.new()
@@ -429,7 +422,7 @@ class Failing(torch.nn.Module):
 
 
 def fail_in(where: str, n: int, folder: Path) -> None:
-    """Exits with 99 if the error is the right one, and a run without it goes on to the right end."""
+    """Exits with 99 if the error is the right one, and a run without it ends as it should."""
     wanted = ValueError if where == "nan" else KeyError
     arguments: dict[str, Any] = {"stop": 400, "batch_size": 8}
     model = Failing(where, n).eval()
@@ -469,9 +462,8 @@ def fuzz(examples: int, folder: Path) -> None:
     def fuzzed(data: Any) -> None:
         nonlocal tried
         name = data.draw(st.sampled_from(["generate", "generate", "sample", "merge", "digest"]))
-        names = [
-            option.opts[-1] for option in main.commands[name].params if option.opts[0][0] == "-"
-        ]
+        options = [o.opts[-1] for o in main.commands[name].params if o.opts[0][0] == "-"]
+        names = ["--help", *options]
         small = {
             "generate": ["digits", "--out", "run", "--stop", "3", "--steps", "1"],
             "sample": ["digits", "--count", "2", "--steps", "1"],
