@@ -242,12 +242,7 @@ class Generation:
         check_watching(progress, callback, False, graph)
         self._batch_size = _checked_batch_size(batch_size, memory)
         self._memory = memory
-        shape = adapter.own_sample_shape(model) if sample_shape is None else tuple(sample_shape)
-        if shape is None:
-            raise ValueError(
-                "sample_shape: expected the shape of one sample, since the model does not tell it; "
-                "got None"
-            )
+        shape = _checked_sample_shape(model, sample_shape)
         self._layout = Layout(start, stop, 1, check_format(format, shape), shape)
         self._merged = None if merged is None else _checked_archive(merged, shape)
         self._update = _checked_update(update)
@@ -523,6 +518,18 @@ def _check_identity(model: Model, model_id: Any) -> None:
             "model_id: expected a string that tells this model from others, since it is no "
             "nn.Module whose weights do, got None"
         )
+
+
+def _checked_sample_shape(model: Model, sample_shape: Any) -> tuple[int, ...]:
+    shape = adapter.own_sample_shape(model) if sample_shape is None else sample_shape
+    if shape is None:
+        raise ValueError(
+            "sample_shape: expected the shape of one sample, since the model does not tell it; "
+            "got None"
+        )
+    if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
+        raise TypeError(f"sample_shape: expected a sequence of integers, got {shape!r}")
+    return tuple(check_int(f"sample_shape[{i}]", n, 1, 2**32) for i, n in enumerate(shape))
 
 
 def _checked_batch_size(batch_size: Any, memory: Any) -> int | None:

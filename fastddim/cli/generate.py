@@ -30,7 +30,7 @@ _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | str:
-    if value == "auto" or (value.isascii() and value.isdigit()):
+    if value == "auto" or (value.isascii() and value.isdecimal()):
         return value if value == "auto" else int(value)
     raise click.BadParameter(f"expected an integer or 'auto', got {value!r}", ctx, param)
 
@@ -229,10 +229,10 @@ def digest(folders: tuple[str, ...]) -> None:
 
 def _own_device(computation: Computation) -> torch.device:
     """The device asked for; under torchrun a GPU for each process of a machine."""
-    device = computation.torch_device
     local = os.environ.get("LOCAL_RANK", "")
-    if device.type == "cuda" and device.index is None and local.isdigit():
-        device = working_device(f"cuda:{local}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    several = computation.device in ("auto", "cuda") and local.isdecimal()
+    if not several or not torch.cuda.is_available():
+        return computation.torch_device
+    device = working_device(f"cuda:{local}")
+    torch.cuda.set_device(device)
     return device

@@ -471,7 +471,7 @@ def fuzz(examples: int, folder: Path) -> None:
         pairs = data.draw(st.lists(st.tuples(st.sampled_from(names), values), max_size=4))
         line = [name, *small, *(word for pair in pairs for word in pair)]
         # A long run is no fault.
-        if any(word.isdigit() and int(word) > 1000 for word in line):
+        if any(word.isdecimal() and int(word) > 1000 for word in line):
             return
         tried += 1
         result = CliRunner().invoke(main, line)
