@@ -17,7 +17,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CXX_FILES := $(shell find csrc tests/native tests/gpuless -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help report demo test test-gpu test-sanitize lint docs bench bench-gpu format clean
+.PHONY: help report demo test test-gpu test-sanitize test-faults lint docs bench bench-gpu format clean
 # Two targets at once would run two pips in the same environment.
 .NOTPARALLEL:
 
@@ -41,6 +41,9 @@ test-sanitize: $(VENV)/.installed-dev ## Run the kernel's tests under AddressSan
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize \
 		$(BIN)/pytest tests/test_update.py tests/test_ops.py
+
+test-faults: $(VENV)/.installed-dev ## Kill and break runs of many samples, and count what is lost
+	$(BIN)/python tests/faults/run.py
 
 lint: $(VENV)/.installed-dev ## Check format, style and types
 	$(BIN)/ruff check .

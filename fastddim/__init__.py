@@ -5,6 +5,7 @@
 
 from fastddim import models, philox, process
 from fastddim.api import invert, sample, slerp, step
+from fastddim.generate import generate
 from fastddim.plan import select_timesteps
 from fastddim.sampler import Sampler
 from fastddim.schedule import Schedule
@@ -16,6 +17,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Stream",
+    "generate",
     "invert",
     "models",
     "philox",

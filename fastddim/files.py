@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+_PART = ".fastddim-{}.part"
 
 
 @contextmanager
@@ -34,12 +37,41 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         pass
 
 
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Wait until the names in a folder are on the disk, as `atomic_file` does for the content."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_parts(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left of unfinished files; nobody else may be writing there."""
+    for part in Path(folder).glob(_PART.format("*")):
+        part.unlink(missing_ok=True)
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The content of an ordinary file, which is never one that a link leads to.
+
+    Raises:
+        OSError: there is no such file, or it is a link or no ordinary file.
+    """
+    # Without O_NONBLOCK a named pipe would be waited for.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path}: expected an ordinary file, got something else")
+        return file.read()
+
+
 @contextmanager
 def _part_beside(path: str | os.PathLike[str]) -> Iterator[tuple[Path, BinaryIO]]:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise OSError(f"{path}: expected an ordinary file or a new name, got something else there")
-    part = target.with_name(f".fastddim-{secrets.token_hex(8)}.part")
+    part = target.with_name(_PART.format(secrets.token_hex(8)))
     try:
         file = part.open("xb")
     except OSError as error:

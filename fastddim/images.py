@@ -6,9 +6,10 @@ evaluators.
 
 from __future__ import annotations
 
+import io
 import math
 import os
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -112,18 +113,27 @@ def save_png(path: str | os.PathLike[str], image: Images) -> None:
         TypeError, ValueError: `image` is not such an array.
         OSError: `path` cannot be written.
     """
+    content = encode_png(image)
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def encode_png(image: Images) -> bytes:
+    """The content of the file that `save_png` writes."""
     _check_uint8("image", image, 3, "[H, W, C]")
     if image.shape[2] not in _PIL_MODES:
         raise ValueError(f"image: expected 1 or 3 channels, got {image.shape[2]}")
     pixels = image[:, :, 0] if image.shape[2] == 1 else image
-    with atomic_file(path) as file:
-        Image.fromarray(np.ascontiguousarray(pixels)).save(file, format="PNG")
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
-def load_png(path: str | os.PathLike[str], shape: tuple[int, int, int]) -> Images:
+def load_png(path: str | os.PathLike[str] | BinaryIO, shape: tuple[int, int, int]) -> Images:
     """Read one image as uint8 `[H, W, C]`.
 
     Args:
+        path: of a file, or an open one.
         shape: the (C, H, W) it must have. Grey and colour are converted into each other, and
             transparency is dropped; the size must fit.
 

@@ -106,6 +106,7 @@ def readme_names():
 
 
 def test_readme_code_runs(readme_names):
+    assert (readme_names["run"].stop, len(readme_names["run"].digest)) == (200, 64)
     assert readme_names["between"].shape == (9, 1, 8, 8)
     assert readme_names["x"].shape == (1, 3, 16, 16)
     assert readme_names["actions"].shape == (1, 16, 7)
@@ -123,7 +124,9 @@ def test_readme_s_five_lines_are_what_sample_computes(readme_names):
 
 def test_readme_s_commands_exist():
     commands = re.findall(r"^fastddim (\w+)(.*?)(?: *#.*)?$", README, re.MULTILINE)
-    assert {name for name, _ in commands} == {"env", "sample", "invert", "interpolate"}
+    assert {name for name, _ in commands} == {
+        *("env", "sample", "invert", "interpolate", "generate", "merge", "digest")
+    }
     for name, arguments in commands:
         command = main.commands[name]
         if "--help" in arguments:

@@ -1,4 +1,4 @@
-"""The command line: `fastddim sample`, `invert`, `interpolate`, `env` and `demo`."""
+"""The command line, `fastddim`: one module a command, or a few that belong together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import click
 import fastddim
 from fastddim.cli.demo import command as demo
 from fastddim.cli.env import command as env
+from fastddim.cli.generate import command as generate
+from fastddim.cli.generate import digest, merge
 from fastddim.cli.interpolate import command as interpolate
 from fastddim.cli.invert import command as invert
 from fastddim.cli.program import Program
@@ -41,5 +43,5 @@ def main(ctx: click.Context, traceback: bool) -> None:
         ctx.exit(2)
 
 
-for command in (sample, invert, interpolate, env, demo):
+for command in (sample, invert, interpolate, generate, merge, digest, env, demo):
     main.add_command(command)

@@ -60,10 +60,9 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Computation:
     """Where and how the computation runs."""
 
-    batch_size: int
     device: str
     dtype: str
     impl: str
@@ -78,6 +77,13 @@ class Machine:
     def torch_device(self) -> torch.device:
         """See `working_device`."""
         return working_device(self.device)
+
+
+@dataclass(frozen=True)
+class Machine(Computation):
+    """The same with a batch size that the user gives."""
+
+    batch_size: int
 
 
 def working_device(name: str = "auto") -> torch.device:
@@ -149,6 +155,35 @@ walk_options = bundled(
     ],
 )
 
+_COMPUTATION = [
+    click.option(
+        "--device",
+        default="auto",
+        show_default="cuda where there is one, else cpu",
+        help="Where to compute: cpu, cuda, cuda:1, ...",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default="float32",
+        help="Type of the state; the model computes in the type of its weights.",
+    ),
+    click.option(
+        "--impl",
+        default="auto",
+        show_default="the fastest that works here",
+        help="Backend of the update, used or refused with the reason; see 'fastddim env'.",
+    ),
+    click.option(
+        "--progress/--no-progress",
+        default=None,
+        show_default="where stderr is a terminal",
+        help="Show a progress bar on stderr.",
+    ),
+]
+
+computation_options = bundled("computation", Computation, _COMPUTATION)
+
 machine_options = bundled(
     "machine",
     Machine,
@@ -159,30 +194,7 @@ machine_options = bundled(
             default=64,
             help="Images computed at a time; the noise does not depend on it.",
         ),
-        click.option(
-            "--device",
-            default="auto",
-            show_default="cuda where there is one, else cpu",
-            help="Where to compute: cpu, cuda, cuda:1, ...",
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(DTYPES),
-            default="float32",
-            help="Type of the state; the model computes in the type of its weights.",
-        ),
-        click.option(
-            "--impl",
-            default="auto",
-            show_default="the fastest that works here",
-            help="Backend of the update, used or refused with the reason; see 'fastddim env'.",
-        ),
-        click.option(
-            "--progress/--no-progress",
-            default=None,
-            show_default="where stderr is a terminal",
-            help="Show a progress bar on stderr.",
-        ),
+        *_COMPUTATION,
     ],
 )
 

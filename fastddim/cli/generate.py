@@ -1,0 +1,238 @@
+"""`fastddim generate`, and `merge` and `digest` for what it writes."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import click
+import torch
+
+from fastddim import shards
+from fastddim.cli.options import (
+    SEED,
+    Computation,
+    Walk,
+    computation_options,
+    prediction_option,
+    shows_progress,
+    walk_options,
+    working_device,
+)
+from fastddim.cli.program import usage_errors
+from fastddim.cli.sources import load
+from fastddim.generate import Generation
+from fastddim.manifest import ManifestMismatchError
+from fastddim.plan import VARIANCES, Update
+from fastddim.shards import FORMATS
+
+_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | str:
+    if value == "auto" or (value.isascii() and value.isdecimal()):
+        return value if value == "auto" else int(value)
+    raise click.BadParameter(f"expected an integer or 'auto', got {value!r}", ctx, param)
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise click.BadParameter(
+            f"expected bytes such as 500M or 4GiB (powers of 1024), got {value!r}", ctx, param
+        )
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(match[1]) << 10 * power
+
+
+@click.command(
+    "generate",
+    epilog="""\b
+Examples:
+  fastddim generate digits --stop 50000 --out run/ --merged samples.npz
+  torchrun --nproc-per-node 8 -m fastddim.cli generate path/to/ddpm \\
+      --stop 50000 --batch-size 64 --out /shared/run --merged samples.npz
+  fastddim generate digits --start 25000 --stop 50000 --out second/
+  fastddim merge first/ second/ --out samples.npz
+  fastddim digest run/
+
+\b
+Killed at any moment and started again, with any number of processes, it goes
+on where it was and ends with the same bytes. It refuses to go on with other
+arguments, another model or other versions, and says what differs.""",
+)
+@click.argument("model")
+@click.option(
+    "--out",
+    required=True,
+    show_default="none",
+    help="Folder of the run: new, empty, or one to go on with.",
+)
+@click.option(
+    "--start", type=click.IntRange(0, 2**32 - 1), default=0, help="Number of the first sample."
+)
+@click.option(
+    "--stop",
+    type=click.IntRange(1, 2**32),
+    required=True,
+    show_default="none",
+    help="Number after that of the last sample.",
+)
+@click.option("--seed", type=SEED, default=0, help="Seed of all noise.")
+@walk_options
+@click.option("--eta", type=float, default=0.0, help="0 is DDIM, 1 is DDPM's noise.")
+@click.option(
+    "--variance",
+    type=click.Choice(VARIANCES),
+    default="small",
+    help="Of the noise under --eta; with --eta 1, 'large' is DDPM's other choice.",
+)
+@click.option(
+    "--clip", type=float, show_default="no clipping", help="Clamp the predicted image to +-CLIP."
+)
+@click.option("--rederive-eps", is_flag=True, help="Recompute epsilon after clipping.")
+@click.option("--order", type=int, default=1, help="2 for second order, with --eta 0.")
+@prediction_option
+@click.option(
+    "--format",
+    type=click.Choice(FORMATS),
+    default="npz",
+    help="Of the shards: npz (uint8), safetensors (float32), or one PNG file an image.",
+)
+@click.option(
+    "--merged",
+    show_default="none",
+    help="Also write one .npz of all images (uint8 RGB arr_0), as evaluators read it.",
+)
+@click.option(
+    "--batch-size",
+    callback=_batch_size,
+    default="auto",
+    metavar="INT|auto",
+    help="Images drawn and written at a time; 'auto' fits them to --memory.",
+)
+@click.option(
+    "--memory",
+    callback=_bytes,
+    metavar="SIZE",
+    show_default="a share of what is free",
+    help="What --batch-size auto may use beside the model, such as 4GiB.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 4096),
+    show_default="PyTorch's choice",
+    help="Threads of each process on the CPU; a run keeps to one number.",
+)
+@click.option("--check-finite", is_flag=True, help="Name the step of a NaN or infinity.")
+@computation_options
+def command(
+    model: str,
+    out: str,
+    start: int,
+    stop: int,
+    seed: int,
+    walk: Walk,
+    eta: float,
+    variance: str,
+    clip: float | None,
+    rederive_eps: bool,
+    order: int,
+    prediction: str | None,
+    format: str,
+    merged: str | None,
+    batch_size: int | str,
+    memory: int | None,
+    threads: int | None,
+    check_finite: bool,
+    computation: Computation,
+) -> None:
+    """Draw the samples [START, STOP) of a seed from MODEL into a folder.
+
+    Under torchrun every process draws its share. MODEL is as for 'fastddim sample'.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    device = _own_device(computation)
+    source = load(model, device, prediction)
+    arguments = {"spacing": "uniform", "steps_offset": 0, **walk.arguments()}
+    with usage_errors():
+        generation = Generation(
+            source.model,
+            arguments.pop("steps"),
+            out,
+            stop=stop,
+            start=start,
+            seed=seed,
+            batch_size=batch_size,
+            memory=memory,
+            format=format,
+            merged=merged,
+            sample_shape=source.sample_shape,
+            model_id=None,
+            update=Update(eta, variance, source.prediction, clip, rederive_eps),
+            order=order,
+            denoised_fn=None,
+            schedule=source.schedule,
+            device=device,
+            dtype=computation.torch_dtype,
+            impl=computation.impl,
+            graph="auto",
+            progress=shows_progress(computation.progress),
+            callback=None,
+            check_finite=check_finite,
+            model_kwargs=None,
+            **arguments,
+        )
+    try:
+        generation.run()
+    except ManifestMismatchError as error:
+        raise click.UsageError(str(error)) from error
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(out if merged is None else f"{out}\n{merged}")
+
+
+@click.command(
+    "merge",
+    epilog="""\b
+Example:
+  fastddim merge first/ second/ --out samples.npz""",
+)
+@click.argument("folders", nargs=-1, required=True)
+@click.option("--out", required=True, show_default="none", help="The .npz file to write.")
+def merge(folders: tuple[str, ...], out: str) -> None:
+    """Join the runs of 'fastddim generate' in FOLDERS into one .npz file.
+
+    It holds arr_0, uint8 [N, H, W, 3], as the evaluators of sample quality read it. The ranges of
+    samples must follow one another.
+    """
+    click.echo(shards.merge(folders, out))
+
+
+@click.command(
+    "digest",
+    epilog="""\b
+Example:
+  fastddim digest run/""",
+)
+@click.argument("folders", nargs=-1, required=True)
+def digest(folders: tuple[str, ...]) -> None:
+    """Print one SHA-256 for all samples of each run in FOLDERS, after checking every file.
+
+    Without the checks, 'cat FOLDER/*.sha256 | sha256sum' prints the same.
+    """
+    for folder in folders:
+        click.echo(f"{shards.digest(folder)}  {folder}")
+
+
+def _own_device(computation: Computation) -> torch.device:
+    """The device asked for; under torchrun a GPU for each process of a machine."""
+    local = os.environ.get("LOCAL_RANK", "")
+    several = computation.device in ("auto", "cuda") and local.isdecimal()
+    if not several or not torch.cuda.is_available():
+        return computation.torch_device
+    device = working_device(f"cuda:{local}")
+    torch.cuda.set_device(device)
+    return device
