@@ -222,7 +222,7 @@ PAPER_RECONSTRUCTION = {
 
 
 def quality_as_markdown(result: dict[str, Any]) -> str:
-    """Table 1 of the paper in each feature space, and the paper's own."""
+    """Table 1 of the paper in each feature space."""
     blocks = []
     for space, title in (
         ("classifier", "features of a classifier of the data"),
@@ -242,17 +242,11 @@ def quality_as_markdown(result: dict[str, Any]) -> str:
             f"standard deviation. Real against real, {floor['count']:,} images: "
             f"{_three(floor['distance'])}."
         )
-    paper = {
-        kind: {steps: f"{value:g}" for steps, value in cells.items()}
-        for kind, cells in PAPER.items()
-    }
-    blocks.append(_by_steps("the paper: FID of CIFAR10", paper))
     record, machine = result["classifier"], result["machine"]
     blocks.append(
         f"The classifier finds the class of {record['test_accuracy']:.1%} of "
         f"{record['test_images']:,} held-out images. "
-        f"torch {machine['torch']}, fastddim {machine['fastddim']} at "
-        f"{machine['commit']}, the network in bfloat16."
+        f"torch {machine['torch']}, fastddim {machine['fastddim']}, the network in bfloat16."
     )
     return "\n\n".join(blocks)
 
@@ -281,6 +275,31 @@ def reconstruction_as_markdown(result: dict[str, Any]) -> str:
 def _two(value: float) -> str:
     """At most two significant digits, never in scientific notation."""
     return format(Decimal(f"{value:.2g}"), "f")
+
+
+def paper_as_markdown(_: dict[str, Any]) -> str:
+    """Table 1 of the paper itself."""
+    paper = {
+        kind: {steps: f"{value:g}" for steps, value in cells.items()}
+        for kind, cells in PAPER.items()
+    }
+    return _by_steps("the paper: FID of CIFAR10", paper)
+
+
+def training_as_markdown(earlier: dict[str, Any]) -> str:
+    """Distances of the weights halfway through training, and of the bundled ones."""
+    bundled = quality_of(earlier["data"])
+    assert bundled is not None
+    wanted = [row["steps"] for row in earlier["rows"] if row["eta"] == 1]
+    found: dict[str, dict[int, str]] = {}
+    for when, result in (("halfway", earlier), ("at the end", bundled)):
+        for eta in (0.0, 1.0):
+            for steps in wanted:
+                distance = distance_of(result, steps, eta)
+                if distance is not None:
+                    cell = f"{_three(distance[0])} ± {_error(distance[1])}"
+                    found.setdefault(f"η = {eta:g}, {when}", {})[steps] = cell
+    return _by_steps(f"{earlier['data']}, by training", found)
 
 
 def _kind(row: dict[str, Any]) -> str:
@@ -325,6 +344,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 SUMMARIES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "headline": ("sampling-cpu", headline_as_markdown),
+    "quality-paper": ("quality-digits", paper_as_markdown),
+    "quality-training": ("quality-fashion-earlier", training_as_markdown),
 }
 """Further places in the README, the result file that each is of, and what makes them."""
 
