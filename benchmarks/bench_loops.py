@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import compare
+from harness import SETTLED, compare
 from loops import MODELS, compiled_loop, diffusers_loop, make, official_loop, step_noise
 
 import fastddim
@@ -47,7 +47,7 @@ def test_loop(name: str, eta: float, rows: list[dict[str, Any]], benchmark: Any)
         got = fused(x_T=x_T, noise=noise) if contender == "fastddim, compiled model" else run()
         if contender != "fastddim":
             torch.testing.assert_close(got, expected, rtol=0, atol=2e-3 * scale, msg=contender)
-    timings = compare(contenders, "fastddim", budget=5)
+    timings = compare(contenders, "fastddim", budget=3, shortest=SETTLED)
     rows.append(
         {
             "case": name,

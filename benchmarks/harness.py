@@ -29,8 +29,10 @@ class Timing:
     ratio_high: float
 
 
-# Against this the clock's own cost does not count.
+# Seconds against which the clock's own cost does not count.
 SHORTEST = 5e-4
+# And what the contender before left behind does not: threads that still spin, other caches.
+SETTLED = 1e-2
 
 
 def compare(
@@ -39,13 +41,14 @@ def compare(
     *,
     budget: float = 1.5,
     least: int = 7,
+    shortest: float = SHORTEST,
 ) -> dict[str, Timing]:
     """Time all contenders in turn for about `budget` seconds each, `least` rounds or more.
 
-    A round calls a contender as often as fills half a millisecond.
+    A round calls a contender as often as fills `shortest` seconds.
     """
     once = {name: _once(contender) for name, contender in contenders.items()}
-    calls = {name: max(1, min(500, int(SHORTEST / once[name]))) for name in contenders}
+    calls = {name: max(1, min(500, int(shortest / once[name]))) for name in contenders}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     slowest = max(calls[name] * once[name] for name in contenders)
     rounds = max(least, min(201, int(budget / slowest)))
