@@ -372,10 +372,12 @@ class Loop:
         """Update and advance by the backend's `loop_step`; False where it cannot take `output`."""
         if self._loop_step is None:
             assert self._make_loop_step is not None
-            checked = self._checked(output)
+            like = self._checked(output)
+            if not like.is_contiguous() or not like.data_ptr():
+                like = torch.empty(like.shape, dtype=like.dtype, device=like.device)
             self._loop_step = self._make_loop_step(
                 self.state,
-                torch.empty(checked.shape, dtype=checked.dtype, device=checked.device),
+                like,
                 self.table,
                 self._row,
                 keys=self._keys if self.plan.noisy else None,
