@@ -157,7 +157,7 @@ def headline_as_markdown(result: dict[str, Any]) -> str:
                 f"{data.capitalize()}, order {order}: **{found.steps} steps, "
                 f"{found.speedup:.0f} times faster** than the 1000 steps of DDPM in diffusers' "
                 f"loop, and as good within the error: Fréchet distance {_three(found.distance)} ± "
-                f"{_error(found.error)}, DDPM's {_three(baseline[0])} ± {_error(baseline[1])}. "
+                f"{found.error:.2f}, DDPM's {_three(baseline[0])} ± {baseline[1]:.2f}. "
                 + (
                     "No number of steps measured comes within 5 % of it."
                     if close is None

@@ -133,6 +133,8 @@ def generate(
     ends with the same bytes as one call of one process: for the same batch size, device, threads
     and versions, which the folder's manifest holds. Damaged files are found and drawn again.
 
+    Arguments not named here are those of `sample`; coefficients are numbers or sequences of them.
+
     Args:
         model: as for `sample`, in eval mode.
         out: the folder; a new or empty one, or that of an earlier call with the same arguments.
@@ -154,8 +156,6 @@ def generate(
         callback: as for `sample`, in each batch.
         check_finite: as for `sample`. Without it NaN and infinity are still refused in the results.
         model_kwargs: the same for every batch.
-
-        The other arguments are those of `sample`; coefficients are numbers or sequences of them.
 
     Returns:
         The complete run, on every rank.

@@ -203,6 +203,8 @@ class Stream:
         check_finite: bool = False,
     ) -> None:
         """
+        Arguments not named here are those of `fastddim.sample`.
+
         Args:
             batch_size: B, how many requests have a slot at once.
             shape: (B, …) of the state; by default B samples of the shape that the model tells.
@@ -215,8 +217,6 @@ class Stream:
             graph: "auto", True or False, as in `fastddim.sample`.
             check_finite: fail a request, and it alone, at the step where the model returns NaN or
                 infinity for it. This waits for the device at every step.
-
-            The other arguments are those of `fastddim.sample`.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type, shape or range; the message
@@ -283,6 +283,8 @@ class Stream:
     ) -> Ticket:
         """Queue a request for one sample.
 
+        Arguments not named here are those of `fastddim.sample`. Tensors are copied.
+
         Args:
             guidance_scale: a number or one a step where the stream is guided, else None.
             seed: int in [0, 2⁶⁴).
@@ -294,8 +296,6 @@ class Stream:
                 Names, shapes, dtypes and all that is not a tensor must be those of the stream's
                 first request; what all requests share belongs into the model, as by
                 `functools.partial`.
-
-            The other arguments are those of `fastddim.sample`. Tensors are copied.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type, shape or range; the message
