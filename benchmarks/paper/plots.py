@@ -227,11 +227,11 @@ def _plot(ax: Axes, panel: Plot) -> None:
         ax.axhline(level.y, color=level.color, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
         ax.annotate(
             level.label,
-            (1, level.y),
+            (0, level.y),
             xycoords=("axes fraction", "data"),
-            xytext=(0, 8),
+            xytext=(4, 3),
             textcoords="offset points",
-            ha="right",
+            ha="left",
             va="bottom",
             color=level.color,
             size="small",
