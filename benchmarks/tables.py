@@ -153,8 +153,8 @@ def headline_as_markdown(result: dict[str, Any]) -> str:
             found, close = (equal_quality(data, order, within=w) for w in ("error", "5 %"))
             if found is None or found.speedup is None:
                 sentences.append(
-                    f"{data.capitalize()}, order {order}: no number of steps measured is as good as "
-                    f"the 1000 steps of DDPM within the error ({_three(baseline[0])} ± "
+                    f"{data.capitalize()}, order {order}: no number of steps measured is as good "
+                    f"as the 1000 steps of DDPM within the error ({_three(baseline[0])} ± "
                     f"{baseline[1]:.2g})."
                 )
                 continue
