@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import threading
 import types
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -90,6 +91,23 @@ def capture(
     # Casts that autocast made before the capture would be read from memory that it frees.
     with _capturing, _random_states_kept(device, generators), _uncached_autocast():
         return record(body, warm_up, device, generators)
+
+
+def capture_if_possible(mode: bool | str, capture: Callable[[], Value]) -> Value | None:
+    """What `capture` gives; None, with a warning, where it fails and `mode` is "auto".
+
+    Raises:
+        ValueError: it fails and the caller asked for a graph.
+    """
+    try:
+        return capture()
+    except CaptureError as error:
+        if mode != "auto":
+            raise ValueError(
+                f"graph: expected 'auto' or False where capture fails ({error}), got {mode!r}"
+            ) from error
+        warnings.warn(f"fastddim: graph='auto' runs without a CUDA graph: {error}", stacklevel=2)
+        return None
 
 
 def record(

@@ -10,7 +10,6 @@ captured as one CUDA graph a step, or as one for all steps.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -555,27 +554,13 @@ class Loop:
         )
         program = self._programs.get(kind)
         if kind not in self._programs:
-            program = self._try_capture(noise, with_x_0, return_trajectory, masked)
+            program = graph.capture_if_possible(
+                self._graph, lambda: self._capture(noise, with_x_0, return_trajectory, masked)
+            )
         self._programs.put(kind, program)
         if program is not None:
             program.inputs.load(self.model_kwargs)
         return program
-
-    def _try_capture(
-        self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool, masked: bool
-    ) -> Program | None:
-        try:
-            return self._capture(noise, with_x_0, return_trajectory, masked)
-        except graph.CaptureError as error:
-            if self._graph != "auto":
-                raise ValueError(
-                    f"graph: expected 'auto' or False where capture fails ({error}), "
-                    f"got {self._graph!r}"
-                ) from error
-            warnings.warn(
-                f"fastddim: graph='auto' runs without a CUDA graph: {error}", stacklevel=2
-            )
-            return None
 
     def _capture(
         self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool, masked: bool

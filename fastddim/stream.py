@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -667,17 +666,10 @@ class Stream:
             restore()
 
         try:
-            return graph.capture(body, warm_up=warm_up, device=self.device)
-        except graph.CaptureError as error:
-            if self._graph != "auto":
-                raise ValueError(
-                    f"graph: expected 'auto' or False where capture fails ({error}), "
-                    f"got {self._graph!r}"
-                ) from error
-            warnings.warn(
-                f"fastddim: graph='auto' runs without a CUDA graph: {error}", stacklevel=2
+            return graph.capture_if_possible(
+                self._graph,
+                lambda: graph.capture(body, warm_up=warm_up, device=self.device),
             )
-            return None
         finally:
             restore()
 
