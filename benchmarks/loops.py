@@ -18,6 +18,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 Loop = Callable[[], Tensor]
 
+# Of the noise of a loop's steps.
+SEED = 3
+
 
 class Policy(nn.Module):
     """A policy head of three layers on 112 numbers."""
@@ -72,43 +75,32 @@ def make(name: str, device: str = "cpu") -> tuple[Any, tuple[int, ...]]:
     return (model.to(device).eval() if isinstance(model, nn.Module) else model), shape
 
 
-def diffusers_loop(
-    model: Any, x_T: Tensor, steps: int, eta: float, *, seed: int = 3, scheduler: Any = None
-) -> Loop:
-    """The loop of diffusers' pipelines, by `DDIMScheduler` or the one given."""
-    scheduler = scheduler or DDIMScheduler(clip_sample=False)
-    scheduler.set_timesteps(steps, device=x_T.device)
-    generator = torch.Generator(x_T.device)
-
-    def loop() -> Tensor:
-        generator.manual_seed(seed)
-        x = x_T
-        for t in scheduler.timesteps:
-            output = model(x, t.expand(len(x)))
-            x = scheduler.step(output, t, x, eta=eta, generator=generator).prev_sample
-        return x
-
-    return loop
+def diffusers_loop(model: Any, x_T: Tensor, steps: int, eta: float) -> Loop:
+    """The loop of diffusers' pipelines by `DDIMScheduler`."""
+    return _scheduler_loop(model, x_T, DDIMScheduler(clip_sample=False), steps, eta=eta)
 
 
 def ddpm_loop(model: Any, x_T: Tensor) -> Loop:
     """DDPM's 1000 steps by `diffusers.DDPMScheduler`, whose step takes no η."""
-    scheduler = DDPMScheduler(clip_sample=False)
-    scheduler.set_timesteps(1000, device=x_T.device)
+    return _scheduler_loop(model, x_T, DDPMScheduler(clip_sample=False), 1000)
+
+
+def _scheduler_loop(model: Any, x_T: Tensor, scheduler: Any, steps: int, **options: Any) -> Loop:
+    scheduler.set_timesteps(steps, device=x_T.device)
     generator = torch.Generator(x_T.device)
 
     def loop() -> Tensor:
-        generator.manual_seed(3)
+        generator.manual_seed(SEED)
         x = x_T
         for t in scheduler.timesteps:
             output = model(x, t.expand(len(x)))
-            x = scheduler.step(output, t, x, generator=generator).prev_sample
+            x = scheduler.step(output, t, x, generator=generator, **options).prev_sample
         return x
 
     return loop
 
 
-def official_loop(model: Any, x_T: Tensor, steps: int, eta: float, *, seed: int = 3) -> Loop:
+def official_loop(model: Any, x_T: Tensor, steps: int, eta: float) -> Loop:
     """`generalized_steps` of ermongroup/ddim."""
     written_out = importlib.import_module("tests.integrations.test_ermongroup")
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).float()
@@ -119,7 +111,7 @@ def official_loop(model: Any, x_T: Tensor, steps: int, eta: float, *, seed: int 
         return model(x, t.long())
 
     def loop() -> Tensor:
-        torch.manual_seed(seed)
+        torch.manual_seed(SEED)
         states, _ = written_out.peer_generalized(x_T, timesteps, with_integers, betas, eta=eta)
         last: Tensor = states[-1]
         return last
@@ -127,7 +119,7 @@ def official_loop(model: Any, x_T: Tensor, steps: int, eta: float, *, seed: int 
     return loop
 
 
-def compiled_loop(model: Any, x_T: Tensor, steps: int, eta: float, *, seed: int = 3) -> Loop:
+def compiled_loop(model: Any, x_T: Tensor, steps: int, eta: float) -> Loop:
     """Model and equation 12 in one function under `torch.compile`."""
     alphas = fastddim.Schedule.linear().alphas_cumprod.float()
     timesteps = torch.arange(0, 1000, 1000 // steps).flip(0)
@@ -144,7 +136,7 @@ def compiled_loop(model: Any, x_T: Tensor, steps: int, eta: float, *, seed: int 
         return x if z is None else x + sigma * z
 
     def loop() -> Tensor:
-        generator.manual_seed(seed)
+        generator.manual_seed(SEED)
         x = x_T
         for t, pair in zip(timesteps, pairs, strict=True):
             z = torch.randn(x.shape, generator=generator) if eta else None
@@ -154,7 +146,7 @@ def compiled_loop(model: Any, x_T: Tensor, steps: int, eta: float, *, seed: int 
     return loop
 
 
-def step_noise(shape: tuple[int, ...], steps: int, *, seed: int = 3) -> Tensor:
+def step_noise(shape: tuple[int, ...], steps: int) -> Tensor:
     """The noise `[S, B, …]` that a loop here draws from torch's generator."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     return torch.stack([torch.randn(shape, generator=generator) for _ in range(steps)])
