@@ -2,7 +2,7 @@
 
 The baseline is the loop of 1000 steps of `diffusers.DDPMScheduler` on the same model and batch. Its
 ratio to the loop of `diffusers.DDIMScheduler` with S steps is what fewer steps gain; the ratio of
-that to fastddim's is what the faster loop gains.
+that to fastddim's is what the faster loop gains. At η = 1 fastddim draws noise too, as DDPM does.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from harness import compare
-from loops import ddpm_loop, diffusers_loop, make
+from harness import against, in_turn
+from loops import SEED, Loop, ddpm_loop, diffusers_loop, make, step_noise
+from torch import Tensor
 
 import fastddim
 
 RESULTS = "sampling-cpu"
 STEPS = (5, 10, 20, 50, 100, 1000)
 BASELINE = "DDPM, 1000 steps"
+NOISY = "fastddim, η = 1"
 
 
 @pytest.mark.parametrize("name", ["policy head", "digits U-Net", "fashion U-Net"])
@@ -28,28 +30,43 @@ def test_sampling(name: str, rows: list[dict[str, Any]], benchmark: Any) -> None
     torch.set_num_threads(2)
     model, shape = make(name)
     x_T = fastddim.philox.initial_latents(shape, 0)
-    schedule = fastddim.Schedule.linear()
-    contenders: dict[str, Any] = {BASELINE: ddpm_loop(model, x_T)}
+    contenders: dict[str, Loop] = {BASELINE: ddpm_loop(model, x_T)}
     for steps in STEPS:
-        sampler = fastddim.Sampler(model, steps, shape=shape, schedule=schedule)
-        contenders[f"fastddim, {steps}"] = partial(sampler, x_T=x_T)
-        contenders[f"diffusers, {steps}"] = diffusers_loop(model, x_T, steps, 0.0)
-        expected = sampler(x_T=x_T)
-        assert isinstance(expected, torch.Tensor)
-        tolerance = 2e-3 * expected.abs().max().item()
-        got = contenders[f"diffusers, {steps}"]()
-        torch.testing.assert_close(got, expected, rtol=0, atol=tolerance, msg=f"{steps} steps")
-    timings = compare(contenders, BASELINE, budget=3, least=3)
+        contenders |= {f"{n}, {steps}": loop for n, loop in agreeing(model, x_T, steps).items()}
+    seconds = in_turn(contenders, budget=3, least=5, shortest=0.1)
     for steps in STEPS:
-        names = (BASELINE, f"fastddim, {steps}", f"diffusers, {steps}")
-        keys = ("DDPM", "fastddim", "diffusers")
+        of = {n: seconds[f"{n}, {steps}"] for n in ("fastddim", NOISY, "diffusers")}
+        timings = {n: against(values, seconds[BASELINE]) for n, values in of.items()}
+        timings["DDPM"] = against(seconds[BASELINE], seconds[BASELINE])
+        timings["diffusers against fastddim"] = against(of["diffusers"], of["fastddim"])
         rows.append(
             {
                 "case": name,
                 "shape": shape,
                 "steps": steps,
-                "timings": {key: asdict(timings[n]) for key, n in zip(keys, names, strict=True)},
+                "timings": {n: asdict(timing) for n, timing in timings.items()},
             }
         )
-    benchmark.extra_info["DDPM's 1000 steps"] = timings[BASELINE].seconds
+    benchmark.extra_info["DDPM's 1000 steps"] = timings["DDPM"].seconds
     benchmark.pedantic(contenders["fastddim, 20"], rounds=5, iterations=1, warmup_rounds=1)
+
+
+def agreeing(model: Any, x_T: Tensor, steps: int) -> dict[str, Loop]:
+    """Loops of as many steps, after those of fastddim have given what diffusers' give."""
+    loops: dict[str, Loop] = {"diffusers": diffusers_loop(model, x_T, steps, 0.0)}
+    for name, eta in (("fastddim", 0.0), (NOISY, 1.0)):
+        sampler = fastddim.Sampler(
+            model, steps, shape=tuple(x_T.shape), schedule=fastddim.Schedule.linear(), eta=eta
+        )
+        noise = step_noise(tuple(x_T.shape), steps) if eta else None
+        own = sampler(x_T=x_T, noise=noise)
+        assert isinstance(own, Tensor)
+        torch.testing.assert_close(
+            own,
+            diffusers_loop(model, x_T, steps, eta)(),
+            rtol=0,
+            atol=2e-3 * own.abs().max().item(),
+            msg=lambda m, name=name: f"{name}, {steps} steps: {m}",
+        )
+        loops[name] = partial(sampler, x_T=x_T, seed=SEED)
+    return loops

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Work:
     names: Sequence[str] = ("digits", "fashion")
     consistency_steps: Sequence[int] = (10, 20, 50, 100, 1000)
     consistency_counts: Mapping[str, int] = field(
-        default_factory=lambda: {"digits": 32, "fashion": 8}
+        default_factory=lambda: {"digits": 64, "fashion": 32}
     )
     between_steps: int = 50
     frames: int = 11
@@ -65,7 +66,7 @@ class Work:
         }
     )
     reconstruction_counts: Mapping[str, int] = field(
-        default_factory=lambda: {"digits": 16, "fashion": 8}
+        default_factory=lambda: {"digits": 64, "fashion": 32}
     )
     refine: int = 2
     shown: int = 5
@@ -264,8 +265,8 @@ def _quality(result: dict[str, Any], space: str, title: str) -> Plot:
             row
             for row in rows
             if (row["eta"], row["variance"], row["order"]) == (eta, variance, order)
-            and row["steps"] < longest
         ]
+        own.sort(key=itemgetter("steps"))
         lines.append(
             Line(
                 label,

@@ -43,9 +43,18 @@ def compare(
     least: int = 7,
     shortest: float = SHORTEST,
 ) -> dict[str, Timing]:
-    """Time all contenders in turn for about `budget` seconds each, `least` rounds or more.
+    """Time all contenders in turn, as `in_turn` does, and set them against one of them."""
+    seconds = in_turn(contenders, budget=budget, least=least, shortest=shortest)
+    return {name: against(values, seconds[baseline]) for name, values in seconds.items()}
 
-    A round calls a contender as often as fills `shortest` seconds.
+
+def in_turn(
+    contenders: dict[str, Callable[[], Any]], *, budget: float, least: int, shortest: float
+) -> dict[str, list[float]]:
+    """Seconds a call of each contender in each round.
+
+    Each gets about `budget` seconds, but `least` rounds or more; a round calls a contender as often
+    as fills `shortest` seconds.
     """
     once = {name: _once(contender) for name, contender in contenders.items()}
     calls = {name: max(1, min(500, int(shortest / once[name]))) for name in contenders}
@@ -55,7 +64,14 @@ def compare(
     for _ in range(rounds):
         for name, contender in contenders.items():
             seconds[name].append(_timed(contender, calls[name]))
-    return {name: _timing(values, seconds[baseline]) for name, values in seconds.items()}
+    return seconds
+
+
+def against(values: list[float], baseline: list[float]) -> Timing:
+    """The rounds of one contender against those of another."""
+    ratios = [mine / base for mine, base in zip(values, baseline, strict=True)]
+    low, *_, high = statistics.quantiles(ratios, n=5)
+    return Timing(statistics.median(values), statistics.median(ratios), low, high)
 
 
 def machine() -> dict[str, Any]:
@@ -85,12 +101,6 @@ def _timed(contender: Callable[[], Any], calls: int) -> float:
     for _ in range(calls):
         contender()
     return (time.perf_counter() - start) / calls
-
-
-def _timing(values: list[float], baseline: list[float]) -> Timing:
-    ratios = [mine / base for mine, base in zip(values, baseline, strict=True)]
-    low, *_, high = statistics.quantiles(ratios, n=5)
-    return Timing(statistics.median(values), statistics.median(ratios), low, high)
 
 
 def _cpu_name() -> str:
