@@ -176,10 +176,10 @@ def headline_as_markdown(result: dict[str, Any]) -> str:
     assert best is not None
     return "\n".join(
         [
-            f"**As good as DDPM's 1000 steps in {best.steps}, and {_gain(best.speedup)} times "
-            "faster** than they are in diffusers' loop, with the same model and batch. The fewest "
-            "steps whose distance exceeds DDPM's by no more than the bootstrap's error, bold where "
-            "it is within 5 % as well:",
+            f"**Digits as good as DDPM's of 1000 steps in {best.steps} steps, "
+            f"{_gain(best.speedup)} times faster** than those in diffusers' loop, with the same "
+            "model and batch. The fewest steps whose distance exceeds DDPM's by no more than the "
+            "bootstrap's error, bold where it is within 5 % as well:",
             "",
             *lines,
             "",
