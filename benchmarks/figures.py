@@ -278,7 +278,7 @@ def _quality(result: dict[str, Any], space: str, title: str) -> Plot:
             )
         )
     levels = [
-        Level(f"η = 1, S = {longest}", row[space]["distance"], ORANGE)
+        Level(f"η = 1, S = {longest}", row[space]["distance"], ORANGE, below=True)
         for row in rows
         if (row["eta"], row["variance"], row["steps"]) == (1.0, "small", longest)
     ]

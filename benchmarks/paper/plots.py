@@ -69,11 +69,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Level:
-    """A horizontal line to read the others against, labelled above its right end."""
+    """A horizontal line to read the others against, labelled above or below its left end."""
 
     label: str
     y: float
     color: str = GREY
+    below: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,10 +230,10 @@ def _plot(ax: Axes, panel: Plot) -> None:
             level.label,
             (0, level.y),
             xycoords=("axes fraction", "data"),
-            xytext=(4, 3),
+            xytext=(4, -3 if level.below else 3),
             textcoords="offset points",
             ha="left",
-            va="bottom",
+            va="top" if level.below else "bottom",
             color=level.color,
             size="small",
         )
