@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 from harness import SETTLED, compare
-from loops import MODELS, compiled_loop, diffusers_loop, make, official_loop, step_noise
+from loops import (
+    MODELS,
+    assert_agree,
+    compiled_loop,
+    diffusers_loop,
+    make,
+    official_loop,
+    step_noise,
+)
 
 import fastddim
 
@@ -42,11 +50,10 @@ def test_loop(name: str, eta: float, rows: list[dict[str, Any]], benchmark: Any)
     noise = step_noise(shape, STEPS) if eta else None
     expected = sampler(x_T=x_T, noise=noise)
     assert isinstance(expected, torch.Tensor)
-    scale = expected.abs().max().item()
     for contender, run in contenders.items():
         got = fused(x_T=x_T, noise=noise) if contender == "fastddim, compiled model" else run()
         if contender != "fastddim":
-            torch.testing.assert_close(got, expected, rtol=0, atol=2e-3 * scale, msg=contender)
+            assert_agree(got, expected, contender)
     timings = compare(contenders, "fastddim", budget=3, shortest=SETTLED)
     rows.append(
         {

@@ -253,6 +253,7 @@ def plot_sampling(work: Work) -> None:
 
 def _quality(result: dict[str, Any], space: str, title: str) -> Plot:
     rows = [row for row in result["rows"] if row["spacing"] == "uniform" and space in row]
+    rows.sort(key=itemgetter("steps"))
     longest = 1000
     lines = []
     for label, eta, variance, order, color, marker in (
@@ -266,7 +267,6 @@ def _quality(result: dict[str, Any], space: str, title: str) -> Plot:
             for row in rows
             if (row["eta"], row["variance"], row["order"]) == (eta, variance, order)
         ]
-        own.sort(key=itemgetter("steps"))
         lines.append(
             Line(
                 label,

@@ -146,6 +146,14 @@ def compiled_loop(model: Any, x_T: Tensor, steps: int, eta: float) -> Loop:
     return loop
 
 
+def assert_agree(got: Tensor, expected: Tensor, name: str) -> None:
+    """Two loops gave the same, as far as fifty to a thousand steps round differently."""
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(
+        got, expected, rtol=0, atol=2e-3 * scale, msg=lambda details: f"{name}: {details}"
+    )
+
+
 def step_noise(shape: tuple[int, ...], steps: int) -> Tensor:
     """The noise `[S, B, …]` that a loop here draws from torch's generator."""
     generator = torch.Generator().manual_seed(SEED)

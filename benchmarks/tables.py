@@ -88,10 +88,10 @@ def quality_of(data: str) -> dict[str, Any]:
     return result
 
 
-def baseline_of(data: str) -> tuple[float, float]:
+def baseline_of(quality: dict[str, Any]) -> tuple[float, float]:
     """Distance and error of DDPM's 1000 steps."""
-    found = distance_of(quality_of(data), 1000, 1.0)
-    assert found is not None, f"quality-{data}.json: the cell of 1000 steps at η = 1 is missing"
+    found = distance_of(quality, 1000, 1.0)
+    assert found is not None, "quality: the cell of 1000 steps at η = 1 is missing"
     return found
 
 
@@ -111,11 +111,8 @@ def _distances(case: str, steps: int) -> list[str]:
     if network != "U-Net":
         return ["–"] * 3
     quality = quality_of(data)
-    cells = []
-    for wanted in ((steps, 0.0, 1), (steps, 0.0, 2), (1000, 1.0, 1)):
-        found = distance_of(quality, *wanted)
-        cells.append("–" if found is None else f"{_three(found[0])} ± {_error(found[1])}")
-    return cells
+    found = [distance_of(quality, steps, 0.0, order) for order in (1, 2)]
+    return ["–" if cell is None else _cell(*cell) for cell in (*found, baseline_of(quality))]
 
 
 @dataclass(frozen=True)
@@ -130,15 +127,20 @@ class EqualQuality:
     speedup: float  # over diffusers' loop of DDPM
 
 
-def equal_quality(data: str, order: int, etas: Sequence[float]) -> EqualQuality | None:
-    """Of the model "digits" or "fashion", or None where no measured number of steps is enough.
+def equal_quality(
+    quality: dict[str, Any], timed: Sequence[dict[str, Any]], order: int, etas: Sequence[float]
+) -> EqualQuality | None:
+    """None where no number of steps that was timed is enough.
 
     Enough is a distance that is larger by no more than the bootstrap's error of the difference; of
     several η with as many steps, the one with the smallest distance counts.
+
+    Args:
+        quality: the quality results of a model.
+        timed: the rows of `bench_sampling.py` of the same model, fewest steps first.
     """
-    quality, baseline = quality_of(data), baseline_of(data)
-    timed = json.loads((RESULTS / "sampling-cpu.json").read_text())["rows"]
-    for row in (row for row in timed if row["case"] == f"{data} U-Net"):
+    baseline = baseline_of(quality)
+    for row in timed:
         found = [
             (*cell, eta)
             for eta in etas
@@ -148,8 +150,7 @@ def equal_quality(data: str, order: int, etas: Sequence[float]) -> EqualQuality 
         if found:
             distance, error, eta = min(found)
             close = distance <= 1.05 * baseline[0]
-            noisy = 1 / row["timings"]["fastddim, η = 1"]["ratio"]
-            speedup = noisy if eta else gains(row)[2]
+            speedup = 1 / row["timings"]["fastddim, η = 1"]["ratio"] if eta else gains(row)[2]
             return EqualQuality(row["steps"], eta, distance, error, close, speedup)
     return None
 
@@ -166,13 +167,17 @@ def headline_as_markdown(result: dict[str, Any]) -> str:
     """What the results say, in the README's first lines."""
     header = ["", "steps", "faster", "Fréchet distance", "DDPM's, 1000 steps"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    bests = []
     for data in ("digits", "fashion"):
+        quality = quality_of(data)
+        timed = [row for row in result["rows"] if row["case"] == f"{data} U-Net"]
         for label, order, etas in EQUAL_QUALITY:
-            cells = [f"{data}, {label}", *_equal_quality(equal_quality(data, order, etas))]
-            lines.append("| " + " | ".join([*cells, _spread(*baseline_of(data))]) + " |")
+            bests.append(equal_quality(quality, timed, order, etas))
+            cells = [f"{data}, {label}", *_equal_quality(bests[-1])]
+            lines.append("| " + " | ".join([*cells, _spread(*baseline_of(quality))]) + " |")
     loops = json.loads((RESULTS / "loops-cpu.json").read_text())["rows"]
     ratios = {row["case"]: row["timings"]["diffusers"]["ratio"] for row in loops if row["eta"] == 0}
-    best = equal_quality("digits", *EQUAL_QUALITY[0][1:])
+    best = bests[0]
     assert best is not None
     return "\n".join(
         [
@@ -263,8 +268,7 @@ def quality_as_markdown(result: dict[str, Any]) -> str:
         for row in result["rows"]:
             if space in row:
                 distance, error = row[space]["distance"], row[space]["error"]
-                cell = f"{_three(distance)} ± {_error(error)}"
-                found.setdefault(_kind(row), {})[row["steps"]] = cell
+                found.setdefault(_kind(row), {})[row["steps"]] = _cell(distance, error)
         counts = sorted({row[space]["count"] for row in result["rows"] if space in row})
         floor = result["floors"][space]
         blocks.append(_by_steps(f"{result['data']}: {title}", found))
@@ -327,8 +331,7 @@ def training_as_markdown(earlier: dict[str, Any]) -> str:
             for steps in wanted:
                 distance = distance_of(result, steps, eta)
                 if distance is not None:
-                    cell = f"{_three(distance[0])} ± {_error(distance[1])}"
-                    found.setdefault(f"η = {eta:g}, {when}", {})[steps] = cell
+                    found.setdefault(f"η = {eta:g}, {when}", {})[steps] = _cell(*distance)
     return _by_steps(f"{earlier['data']}, by training", found)
 
 
@@ -350,6 +353,10 @@ def _by_steps(title: str, found: dict[str, dict[int, str]]) -> str:
 
 def _gain(value: float) -> str:
     return f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
+
+
+def _cell(distance: float, error: float) -> str:
+    return f"{_three(distance)} ± {_error(error)}"
 
 
 def _error(value: float) -> str:

@@ -52,9 +52,7 @@ def test_quality_is_that_of_the_bundled_model(name: str) -> None:
         assert row["classifier"]["distance"] > 0 < row["classifier"]["error"]
 
 
-def test_equal_quality_is_the_fewest_steps_within_the_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_quality_is_the_fewest_steps_within_the_error() -> None:
     def quality(steps: int, eta: float, distance: float, order: int = 1) -> dict[str, Any]:
         cell = {"distance": distance, "error": 0.3}
         plan = {"steps": steps, "eta": eta, "order": order, "classifier": cell}
@@ -78,19 +76,14 @@ def test_equal_quality_is_the_fewest_steps_within_the_error(
         quality(20, 0.2, 2.2),
         quality(10, 0.0, 3.0, order=2),
     ]
-    for name, rows in (
-        ("quality-digits", distances),
-        ("sampling-cpu", [timings(steps) for steps in (5, 10, 20, 50)]),
-    ):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    measured = {"rows": distances}, [timings(steps) for steps in (5, 10, 20, 50)]
     # √(0.3² + 0.3²) is 0.424.
-    plain = tables.equal_quality("digits", 1, [0.0])
+    plain = tables.equal_quality(*measured, 1, [0.0])
     assert plain is not None
     assert (plain.steps, plain.eta, plain.close) == (20, 0.0, False)
     assert plain.speedup == pytest.approx(50 * 1.25)
-    noisy = tables.equal_quality("digits", 1, [0.0, 0.2, 0.5])
+    noisy = tables.equal_quality(*measured, 1, [0.0, 0.2, 0.5])
     assert noisy is not None
     assert (noisy.steps, noisy.eta, noisy.close) == (20, 0.5, True)
     assert noisy.speedup == pytest.approx(25)
-    assert tables.equal_quality("digits", 2, [0.0]) is None
+    assert tables.equal_quality(*measured, 2, [0.0]) is None
