@@ -2,7 +2,8 @@
 
 The baseline is the loop of 1000 steps of `diffusers.DDPMScheduler` on the same model and batch. Its
 ratio to the loop of `diffusers.DDIMScheduler` with S steps is what fewer steps gain; the ratio of
-that to fastddim's is what the faster loop gains. At η = 1 fastddim draws noise too, as DDPM does.
+that to fastddim's is what the faster loop gains. fastddim runs with noise too, at η = 1 as DDPM
+does, and with order 2.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ import fastddim
 RESULTS = "sampling-cpu"
 STEPS = (5, 10, 20, 50, 100, 1000)
 BASELINE = "DDPM, 1000 steps"
-NOISY = "fastddim, η = 1"
+OWN: dict[str, dict[str, Any]] = {
+    "fastddim": {},
+    "fastddim, η = 1": {"eta": 1.0},
+    "fastddim, order 2": {"order": 2},
+}
+"""The contenders of fastddim, and what they pass to `Sampler`."""
 
 
 @pytest.mark.parametrize("name", ["policy head", "digits U-Net", "fashion U-Net"])
@@ -37,7 +43,7 @@ def test_sampling(name: str, rows: list[dict[str, Any]], benchmark: Any) -> None
     baseline = seconds[BASELINE]
     ddpm = against(baseline, baseline)
     for steps in STEPS:
-        of = {n: seconds[f"{n}, {steps}"] for n in ("fastddim", NOISY, "diffusers")}
+        of = {n: seconds[f"{n}, {steps}"] for n in (*OWN, "diffusers")}
         timings = {n: against(values, baseline) for n, values in of.items()}
         timings["DDPM"] = ddpm
         timings["diffusers against fastddim"] = against(of["diffusers"], of["fastddim"])
@@ -54,14 +60,28 @@ def test_sampling(name: str, rows: list[dict[str, Any]], benchmark: Any) -> None
 
 
 def agreeing(model: Any, x_T: Tensor, steps: int) -> dict[str, Loop]:
-    """Loops of as many steps, after those of fastddim have given what diffusers' give."""
-    shape, schedule = tuple(x_T.shape), fastddim.Schedule.linear()
+    """Loops of as many steps, after those of fastddim have given what they should.
+
+    That is what diffusers' loop gives, and with order 2, which diffusers lacks, what the reference
+    path gives.
+    """
     loops: dict[str, Loop] = {"diffusers": diffusers_loop(model, x_T, steps, 0.0)}
-    for name, eta in (("fastddim", 0.0), (NOISY, 1.0)):
-        sampler = fastddim.Sampler(model, steps, shape=shape, schedule=schedule, eta=eta)
-        noise = step_noise(shape, steps) if eta else None
+    for name, options in OWN.items():
+        sampler = _sampler(model, x_T, steps, **options)
+        eta = options.get("eta", 0.0)
+        noise = step_noise(tuple(x_T.shape), steps) if eta else None
         own = sampler(x_T=x_T, noise=noise)
+        if options.get("order") == 2:
+            expected = _sampler(model, x_T, steps, impl="reference", **options)(x_T=x_T)
+        else:
+            expected = diffusers_loop(model, x_T, steps, eta)()
         assert isinstance(own, Tensor)
-        assert_agree(diffusers_loop(model, x_T, steps, eta)(), own, f"{name}, {steps} steps")
+        assert isinstance(expected, Tensor)
+        assert_agree(own, expected, f"{name}, {steps} steps")
         loops[name] = partial(sampler, x_T=x_T, seed=SEED)
     return loops
+
+
+def _sampler(model: Any, x_T: Tensor, steps: int, **options: Any) -> fastddim.Sampler:
+    schedule = fastddim.Schedule.linear()
+    return fastddim.Sampler(model, steps, shape=tuple(x_T.shape), schedule=schedule, **options)

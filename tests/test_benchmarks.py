@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 import tables
 from quality import grid
@@ -62,7 +64,9 @@ def test_equal_quality_is_the_fewest_steps_within_the_error() -> None:
         ratios = {
             "diffusers": steps / 1000,
             "diffusers against fastddim": 1.25,
+            "fastddim": steps / 1250,
             "fastddim, η = 1": steps / 500,
+            "fastddim, order 2": steps / 1000,
         }
         row = {name: {"ratio": ratio} for name, ratio in ratios.items()}
         return {"case": "digits U-Net", "steps": steps, "timings": row}
@@ -75,6 +79,7 @@ def test_equal_quality_is_the_fewest_steps_within_the_error() -> None:
         quality(20, 0.5, 2.1),
         quality(20, 0.2, 2.2),
         quality(10, 0.0, 3.0, order=2),
+        quality(50, 0.0, 2.0, order=2),
     ]
     measured = {"rows": distances}, [timings(steps) for steps in (5, 10, 20, 50)]
     # √(0.3² + 0.3²) is 0.424.
@@ -86,4 +91,39 @@ def test_equal_quality_is_the_fewest_steps_within_the_error() -> None:
     assert noisy is not None
     assert (noisy.steps, noisy.eta, noisy.close) == (20, 0.5, True)
     assert noisy.speedup == pytest.approx(25)
-    assert tables.equal_quality(*measured, 2, [0.0]) is None
+    second = tables.equal_quality(*measured, 2, [0.0])
+    assert second is not None
+    assert (second.steps, second.speedup) == (50, pytest.approx(20))
+    few = measured[0], measured[1][:3]
+    assert tables.equal_quality(*few, 2, [0.0]) is None
+
+
+def test_gains_are_those_measured() -> None:
+    ratios = {"diffusers": 0.1, "diffusers against fastddim": 1.2, "fastddim": 0.08}
+    row = {"timings": {name: {"ratio": ratio} for name, ratio in ratios.items()}}
+    assert tables.gains(row) == pytest.approx((10, 1.2, 12.5))
+
+
+def test_results_are_of_modified_code_only_if_code_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report writes results one after the other, into the tree that it measures."""
+
+    def git(*arguments: str) -> None:
+        author = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    code, result = tmp_path / "csrc" / "a.cpp", tmp_path / "benchmarks" / "results" / "a.json"
+    for file in (code, result, tmp_path / "README.md"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    assert harness.machine()["modified"] is False
+    result.write_text("2")
+    (tmp_path / "README.md").write_text("2")
+    assert harness.machine()["modified"] is False
+    code.write_text("2")
+    assert harness.machine()["modified"] is True
