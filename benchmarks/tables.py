@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CONTENDERS = ("fastddim", "fastddim in place", "diffusers", "eager", "torch.compile")
+PAIRED = "Median of the ratios taken round by round in one process."
 
 
 def steps_as_markdown(result: dict[str, Any]) -> str:
@@ -26,7 +27,7 @@ def steps_as_markdown(result: dict[str, Any]) -> str:
         cells = [row["case"], _duration(row["timings"]["floor"]["seconds"])]
         cells += [_ratio(row["timings"].get(name)) for name in CONTENDERS]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _provenance(result["machine"])])
+    return "\n".join([*lines, "", f"{_provenance(result['machine'])} {PAIRED}"])
 
 
 def dropins_as_markdown(result: dict[str, Any]) -> str:
@@ -41,7 +42,7 @@ def dropins_as_markdown(result: dict[str, Any]) -> str:
         cells += [*map(_duration, seconds), _ratio(timings["original"])]
         cells += [_duration(timings["draw"]["seconds"]) if noisy else "–"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _provenance(result["machine"])])
+    return "\n".join([*lines, "", f"{_provenance(result['machine'])} {PAIRED}"])
 
 
 LOOP_CONTENDERS = ("diffusers", "official", "fastddim, compiled model", "torch.compile")
@@ -57,7 +58,7 @@ def loops_as_markdown(result: dict[str, Any]) -> str:
         cells = [row["case"], case, _duration(timings["fastddim"]["seconds"] / row["steps"])]
         cells += [_ratio(timings[name]) for name in LOOP_CONTENDERS]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _provenance(result["machine"])])
+    return "\n".join([*lines, "", f"{_provenance(result['machine'])} {PAIRED}"])
 
 
 def sampling_as_markdown(result: dict[str, Any]) -> str:
@@ -72,7 +73,7 @@ def sampling_as_markdown(result: dict[str, Any]) -> str:
         cells += [f"{_gain(value)}×" for value in gains(row)]
         cells += [_duration(timings[f"fastddim, {how}"]["seconds"]) for how in ("η = 1", "order 2")]
         lines.append("| " + " | ".join([*cells, *_distances(row["case"], steps)]) + " |")
-    return "\n".join([*lines, "", _provenance(result["machine"])])
+    return "\n".join([*lines, "", f"{_provenance(result['machine'])} {PAIRED}"])
 
 
 def gains(row: dict[str, Any]) -> tuple[float, float, float]:
@@ -201,7 +202,7 @@ def headline_as_markdown(result: dict[str, Any]) -> str:
             f"{_gain(ratios['digits U-Net'])} times around the digits' U-Net: there the model "
             "decides.",
             "",
-            _provenance(result["machine"]).partition(" Median")[0],
+            _provenance(result["machine"]),
         ]
     )
 
@@ -230,17 +231,12 @@ def stream_as_markdown(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         cells = [row["case"], f"{row['load']:g}"]
         timings = [row["timings"][name] for name in ("one after the other", "stream")]
-        cells += [f"{timing['requests_per_second']:.3g}" for timing in timings]
+        cells += [_three(timing["requests_per_second"]) for timing in timings]
         for name in ("latency_median", "latency_95"):
             cells += [_duration(timing[name]) for timing in timings]
         lines.append("| " + " | ".join(cells) + " |")
-    machine = result["machine"]
-    provenance = (
-        f"{machine['cpu']} ({machine['instruction_set']}), {machine['threads']} threads, "
-        f"torch {machine['torch']}, fastddim {machine['fastddim']} at {machine['commit']}. "
-        f"{result['rows'][0]['slots']} slots."
-    )
-    return "\n".join([*lines, "", provenance])
+    slots = f"{result['rows'][0]['slots']} slots."
+    return "\n".join([*lines, "", f"{_provenance(result['machine'])} {slots}"])
 
 
 # Table 1 of arXiv 2010.02502: FID of CIFAR10, by steps.
@@ -411,21 +407,21 @@ def update_readme(readme: str, name: str, table: str) -> str:
 
 
 def _ratio(timing: dict[str, float] | None) -> str:
-    if timing is None:
-        return "–"
-    return f"{timing['ratio']:.2f}×" if timing["ratio"] < 9.95 else f"{timing['ratio']:.0f}×"
+    return "–" if timing is None else f"{_gain(timing['ratio'])}×"
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} µs"
+    for unit, of_a_second in (("s", 1), ("ms", 1e3)):
+        if seconds * of_a_second >= 1:
+            return f"{_three(seconds * of_a_second)} {unit}"
+    return f"{_three(seconds * 1e6)} µs"
 
 
 def _provenance(machine: dict[str, Any]) -> str:
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     return (
-        f"{machine['cpu']} ({machine['instruction_set']}), {machine['threads']} threads, "
-        f"torch {machine['torch']}, diffusers {machine['diffusers']}, "
-        f"fastddim {machine['fastddim']} at {machine['commit']}. "
-        "Median of the ratios taken round by round in one process."
+        f"{machine['cpu']} ({machine['instruction_set']}), {threads}, torch {machine['torch']}, "
+        f"diffusers {machine['diffusers']}, fastddim {machine['fastddim']} at {machine['commit']}."
     )
 
 
