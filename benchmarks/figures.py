@@ -246,7 +246,7 @@ def plot_sampling(work: Work) -> None:
         level = Level("diffusers' DDPM, S = 1000", own[0]["timings"]["DDPM"]["seconds"], GREY)
         batch = own[0]["shape"][0]
         panels.append(Plot(f"{case}, batch of {batch}", lines, "steps S", "seconds", [level]))
-    plots(work.figures / "sampling.png", panels)
+    plots(work.figures / "sampling.png", panels, columns=3)
 
 
 def _quality(result: dict[str, Any], space: str, title: str) -> Plot:
