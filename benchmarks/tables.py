@@ -10,30 +10,36 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CONTENDERS = ("fastddim", "fastddim in place", "diffusers", "eager", "torch.compile")
-PAIRED = "Median of the ratios taken round by round in one process."
+
+
+@cache
+def result_of(name: str) -> Any:
+    """What a result file holds, read once."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def steps_as_markdown(result: dict[str, Any]) -> str:
     """Time of one step as a multiple of the floor, `torch.add(x, e, out=o)`."""
     header = ["case", "floor", *CONTENDERS]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    rows = []
     for row in result["rows"]:
         cells = [row["case"], _duration(row["timings"]["floor"]["seconds"])]
         cells += [_ratio(row["timings"].get(name)) for name in CONTENDERS]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"{_provenance(result['machine'])} {PAIRED}"])
+        rows.append(cells)
+    return f"{_table(header, rows)}\n\n{_paired(result['machine'])}"
 
 
 def dropins_as_markdown(result: dict[str, Any]) -> str:
     """Time of a step of the original and of the drop-in, and of the draw they have in common."""
     header = ["", "case", "original", "fastddim", "faster", "the draw"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    rows = []
     for row in result["rows"]:
         timings, steps = row["timings"], row["steps"]
         seconds = [timings[name]["seconds"] / steps for name in ("original", "fastddim")]
@@ -41,8 +47,8 @@ def dropins_as_markdown(result: dict[str, Any]) -> str:
         cells = [row["case"], f"η = {row['eta']:g}, {'×'.join(map(str, row['shape']))}"]
         cells += [*map(_duration, seconds), _ratio(timings["original"])]
         cells += [_duration(timings["draw"]["seconds"]) if noisy else "–"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"{_provenance(result['machine'])} {PAIRED}"])
+        rows.append(cells)
+    return f"{_table(header, rows)}\n\n{_paired(result['machine'])}"
 
 
 LOOP_CONTENDERS = ("diffusers", "official", "fastddim, compiled model", "torch.compile")
@@ -51,29 +57,29 @@ LOOP_CONTENDERS = ("diffusers", "official", "fastddim, compiled model", "torch.c
 def loops_as_markdown(result: dict[str, Any]) -> str:
     """Time of a loop, and how many times longer the others take."""
     header = ["model", "", "fastddim, a step", *LOOP_CONTENDERS]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    rows = []
     for row in result["rows"]:
         timings = row["timings"]
         case = f"η = {row['eta']:g}, {'×'.join(map(str, row['shape']))}"
         cells = [row["case"], case, _duration(timings["fastddim"]["seconds"] / row["steps"])]
         cells += [_ratio(timings[name]) for name in LOOP_CONTENDERS]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"{_provenance(result['machine'])} {PAIRED}"])
+        rows.append(cells)
+    return f"{_table(header, rows)}\n\n{_paired(result['machine'])}"
 
 
 def sampling_as_markdown(result: dict[str, Any]) -> str:
     """Gains over 1000 steps of DDPM, those of fewer steps and of the loop apart; and quality."""
     header = ["model", "S", "fastddim", "diffusers' DDIM", "fewer steps", "faster loop", "together"]
     header += ["η = 1", "order 2", "distance", "of order 2", "of DDPM, S = 1000"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    rows = []
     for row in result["rows"]:
         timings, steps = row["timings"], row["steps"]
         cells = [row["case"], str(steps)]
         cells += [_duration(timings[name]["seconds"]) for name in ("fastddim", "diffusers")]
         cells += [f"{_gain(value)}×" for value in gains(row)]
         cells += [_duration(timings[f"fastddim, {how}"]["seconds"]) for how in ("η = 1", "order 2")]
-        lines.append("| " + " | ".join([*cells, *_distances(row["case"], steps)]) + " |")
-    return "\n".join([*lines, "", f"{_provenance(result['machine'])} {PAIRED}"])
+        rows.append([*cells, *_distances(row["case"], steps)])
+    return f"{_table(header, rows)}\n\n{_paired(result['machine'])}"
 
 
 def gains(row: dict[str, Any]) -> tuple[float, float, float]:
@@ -85,8 +91,8 @@ def gains(row: dict[str, Any]) -> tuple[float, float, float]:
 
 def quality_of(data: str) -> dict[str, Any]:
     """The quality results of the bundled model "digits" or "fashion"."""
-    result: dict[str, Any] = json.loads((RESULTS / f"quality-{data}.json").read_text())
-    return result
+    quality: dict[str, Any] = result_of(f"quality-{data}")
+    return quality
 
 
 def baseline_of(quality: dict[str, Any]) -> tuple[float, float]:
@@ -174,16 +180,15 @@ EQUAL_QUALITY: tuple[tuple[str, int, tuple[float, ...]], ...] = (
 def headline_as_markdown(result: dict[str, Any]) -> str:
     """What the results say, in the README's first lines."""
     header = ["", "steps", "faster", "Fréchet distance", "DDPM's, 1000 steps"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    bests = []
+    rows, bests = [], []
     for data in ("digits", "fashion"):
         quality = quality_of(data)
         timed = [row for row in result["rows"] if row["case"] == f"{data} U-Net"]
         for label, order, etas in EQUAL_QUALITY:
             bests.append(equal_quality(quality, timed, order, etas))
             cells = [f"{data}, {label}", *_equal_quality(bests[-1])]
-            lines.append("| " + " | ".join([*cells, _spread(*baseline_of(quality))]) + " |")
-    loops = json.loads((RESULTS / "loops-cpu.json").read_text())["rows"]
+            rows.append([*cells, _spread(*baseline_of(quality))])
+    loops = result_of("loops-cpu")["rows"]
     ratios = {row["case"]: row["timings"]["diffusers"]["ratio"] for row in loops if row["eta"] == 0}
     best = bests[0]
     assert best is not None
@@ -194,7 +199,7 @@ def headline_as_markdown(result: dict[str, Any]) -> str:
             "model and batch. The fewest steps whose distance exceeds DDPM's by no more than the "
             "bootstrap's error, bold where it is within 5 % as well:",
             "",
-            *lines,
+            _table(header, rows),
             "",
             "With the same number of steps, diffusers' loop takes "
             f"{_gain(ratios['null model'])} times as long around a model that costs nothing, "
@@ -226,17 +231,16 @@ def _spread(distance: float, error: float) -> str:
 def stream_as_markdown(result: dict[str, Any]) -> str:
     """Throughput and latency of requests one after the other, and of those that share a batch."""
     header = ["model", "load", "requests/s", "", "median", "", "95 %", ""]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines.append("| " + " | ".join(["", "", *["one by one", "stream"] * 3]) + " |")
+    rows = [["", "", *["one by one", "stream"] * 3]]
     for row in result["rows"]:
         cells = [row["case"], f"{row['load']:g}"]
         timings = [row["timings"][name] for name in ("one after the other", "stream")]
         cells += [_three(timing["requests_per_second"]) for timing in timings]
         for name in ("latency_median", "latency_95"):
             cells += [_duration(timing[name]) for timing in timings]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     slots = f"{result['rows'][0]['slots']} slots."
-    return "\n".join([*lines, "", f"{_provenance(result['machine'])} {slots}"])
+    return f"{_table(header, rows)}\n\n{_provenance(result['machine'])} {slots}"
 
 
 # Table 1 of arXiv 2010.02502: FID of CIFAR10, by steps.
@@ -346,11 +350,16 @@ def _kind(row: dict[str, Any]) -> str:
 
 def _by_steps(title: str, found: dict[str, dict[int, str]]) -> str:
     columns = sorted({steps for cells in found.values() for steps in cells})
-    lines = ["| " + " | ".join([title, *(f"S = {steps}" for steps in columns)]) + " |"]
-    lines.append("|" + "---|" * (len(columns) + 1))
-    for kind in sorted(found, key=lambda kind: ("σ" in kind, kind)):
-        cells = [found[kind].get(steps, "–") for steps in columns]
-        lines.append("| " + " | ".join([kind, *cells]) + " |")
+    rows = [
+        [kind, *(found[kind].get(steps, "–") for steps in columns)]
+        for kind in sorted(found, key=lambda kind: ("σ" in kind, kind))
+    ]
+    return _table([title, *(f"S = {steps}" for steps in columns)], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    lines.insert(1, "|" + "---|" * len(header))
     return "\n".join(lines)
 
 
@@ -394,7 +403,7 @@ def blocks() -> dict[str, str]:
     """What stands in each marked place of the README."""
     made = {name: (name, as_markdown) for name, as_markdown in TABLES.items()}
     return {
-        place: as_markdown(json.loads((RESULTS / f"{name}.json").read_text()))
+        place: as_markdown(result_of(name))
         for place, (name, as_markdown) in {**made, **SUMMARIES}.items()
     }
 
@@ -415,6 +424,10 @@ def _duration(seconds: float) -> str:
         if seconds * of_a_second >= 1:
             return f"{_three(seconds * of_a_second)} {unit}"
     return f"{_three(seconds * 1e6)} µs"
+
+
+def _paired(machine: dict[str, Any]) -> str:
+    return f"{_provenance(machine)} Median of the ratios taken round by round in one process."
 
 
 def _provenance(machine: dict[str, Any]) -> str:
