@@ -43,15 +43,15 @@ class Function(NamedTuple):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The extension with the CUDA kernels, as setup.py builds it."""
+    """The extension with the CUDA kernels, as setup.py builds it where nvcc is a script that calls
+    the one of a toolkit elsewhere.
+    """
     folder = tmp_path_factory.mktemp("build")
-    compiler = nvcc()
-    assert compiler is not None
-    environment = {
-        **os.environ,
-        "FASTDDIM_BUILD_CUDA": "1",
-        "CUDA_HOME": str(compiler.resolve().parent.parent),
-    }
+    script = folder / "cuda/bin/nvcc"
+    script.parent.mkdir(parents=True)
+    script.write_text(f'#!/bin/sh\nexec "{nvcc()}" "$@"\n')
+    script.chmod(0o755)
+    environment = {**os.environ, "FASTDDIM_BUILD_CUDA": "1", "CUDA_HOME": str(folder / "cuda")}
     arguments = ["build_ext", "--build-temp", str(folder / "objects"), "--build-lib", str(folder)]
     result = subprocess.run(
         [sys.executable, "setup.py", "-q", *arguments],
@@ -245,7 +245,7 @@ print(fastddim.step(torch.ones(1, 4), torch.zeros(1, 4), 0.25, 1.0).tolist())
 
 
 def test_the_library_loads_beside_any_torch(library: Path, tmp_path: Path) -> None:
-    """Also beside one without CUDA: the runtime is linked in, the stream's symbols are weak."""
+    """Also beside one without CUDA: the runtime is linked in, the stream is looked up when used."""
     result = subprocess.run(
         [sys.executable, "-c", IMPORTED, str(library)],
         cwd=tmp_path,
@@ -257,9 +257,8 @@ def test_the_library_loads_beside_any_torch(library: Path, tmp_path: Path) -> No
     assert result.stdout.strip() == "[[2.0, 2.0, 2.0, 2.0]]"
     dynamic = output_of(["nm", "-D", "--undefined-only", "--demangle", str(library)], tmp_path)
     assert not [line for line in dynamic.splitlines() if "c10::" in line or "at::" in line]
-    assert "cuda" not in dynamic.replace("aoti_torch_device_type_cuda", "").replace(
-        "w aoti_torch_get_current_cuda_stream", ""
-    )
+    assert "cuda" not in dynamic.replace("aoti_torch_device_type_cuda", "")
+    assert {"dlopen", "dlsym"} <= set(re.findall(r"U (\w+)", dynamic))
 
 
 def test_the_launcher_can_neither_wait_nor_allocate(library: Path) -> None:
@@ -280,18 +279,3 @@ def test_the_launcher_can_neither_wait_nor_allocate(library: Path) -> None:
         "cudaGetErrorString",
         "cudaGetLastError",
     }
-
-
-def test_a_missing_compiler_is_an_error_where_cuda_was_asked_for(tmp_path: Path) -> None:
-    """FASTDDIM_BUILD_CUDA=1 is not quietly ignored."""
-    environment = {**os.environ, "FASTDDIM_BUILD_CUDA": "1", "CUDA_HOME": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode != 0
-    assert "FASTDDIM_BUILD_CUDA=1: expected nvcc on PATH or in CUDA_HOME" in result.stderr
