@@ -1,7 +1,7 @@
-"""What the predictions take for granted about an H100 and its host, each with its source.
+"""Assumptions of the predictions about an H100 and its host, each with its source.
 
-Nothing here was measured for this package. `prior` is experience without a document to cite: the
-first measurement will say how good it is.
+None was measured on a GPU for this package. A `prior` is an estimate without a document to cite:
+the first measurement will say how good it is.
 """
 
 from __future__ import annotations
@@ -9,12 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 GUIDE = "CUDA C++ Programming Guide, throughput of native arithmetic instructions, 9.0"
-REHEARSAL = "timed on a CPU, the launches replaced by stand-ins"
-HOST = (
-    "prior; a public account of PyTorch's dispatch gives 5 to 25 µs an operation, "
-    "facebookresearch/HolisticTraceAnalysis 5 to 20 µs a launch"
-)
-DEVICE = "prior for small kernels that follow one another in a CUDA graph on an H100"
+REHEARSAL = "timed without a GPU, launches replaced by stand-ins"
+HOST = "prior; public accounts give 5 to 25 µs for an operation that launches a kernel"
+DEVICE = "prior, the gap to the next kernel of a CUDA graph included"
 GRAPHS = "NVIDIA, Constant Time Launch for Straight-Line CUDA Graphs: 2.5 µs and 1 ns a node"
 
 
@@ -92,19 +89,19 @@ ASSUMPTIONS: dict[str, Assumption] = {
         18e-6,
         "s",
         "for update and advance, the C++ operators called from Python",
-        f"13 µs {REHEARSAL}, and two launches",
+        f"13 µs {REHEARSAL}, and two launches of 2.5 µs",
     ),
     "host_call": Assumption(
         150e-6,
         "s",
         "for a call of a Sampler beside its steps: checks, keys, x_T in, samples out",
-        f"60 µs {REHEARSAL}, and copies that wait",
+        "60 µs timed on an AMD EPYC for samples on the CPU, and copies that wait",
     ),
     "host_state": Assumption(
-        4e-6,
+        2.5e-6,
         "s",
         "for each parameter, whose address a captured loop compares once a call",
-        f"360 µs for 87 of them {REHEARSAL}",
+        "2.1 to 2.6 µs timed on an AMD EPYC",
     ),
     "host_replay": Assumption(
         10e-6, "s", "to launch a graph from Python", f"{GRAPHS}; the rest is Python's, a prior"

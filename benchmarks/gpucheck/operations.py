@@ -6,7 +6,7 @@ there what it sees on a GPU. An operation is one kernel, or the few that its CUD
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from .assumptions import assumed
 
 
 class Kind(NamedTuple):
-    """What an operation costs; each field names assumptions."""
+    """Cost of an operation, as names of assumptions."""
 
     host: str
     kernels: tuple[str, ...]
@@ -49,7 +49,7 @@ NAMES = {
     "convolution": "convolution",
     **dict.fromkeys(("addmm", "mm", "bmm", "baddbmm"), "product"),
 }
-# The CPU's own has no formula of its own.
+# The attention of CPUs has none in torch.
 FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         torch.ops.aten._scaled_dot_product_flash_attention
@@ -79,7 +79,7 @@ class Operations(TorchDispatchMode):
     """Sees every operation that runs inside."""
 
     kinds: Counter[str] = field(default_factory=Counter)
-    device: Counter[str] = field(default_factory=Counter)
+    device: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     flops: int = 0
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class Operations(TorchDispatchMode):
         return result
 
     def tally(self, calls: int = 1) -> Tally:
-        """What one of several equal calls took."""
+        """Counts and times of one of several equal calls."""
         kinds = {kind: round(n / calls) for kind, n in sorted(self.kinds.items())}
         return Tally(
             operations=kinds,
@@ -112,7 +112,8 @@ class Operations(TorchDispatchMode):
 
 
 def counted(run: Callable[[], Any], calls: int = 1) -> Tally:
-    with torch.no_grad(), Operations() as operations:
+    operations = Operations()
+    with torch.no_grad(), operations:
         run()
     return operations.tally(calls)
 
@@ -122,7 +123,7 @@ def _tensors(*values: Any) -> Iterator[Tensor]:
 
 
 def _kind(func: Any, inputs: Any, result: Any) -> str | None:
-    """None for what asks something of a tensor and computes nothing."""
+    """The kind of an operation; None where it only asks something of a tensor."""
     name = func._overloadpacket.__name__
     if name in NAMES:
         return NAMES[name]
@@ -147,7 +148,7 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
 
 
 def _device_seconds(kind: Kind, flops: int, inputs: Any, result: Any) -> tuple[str, float]:
-    """What bounds an operation on the device, and its time."""
+    """The bound of an operation on the device, and its time."""
     results = list(_tensors(result))
     if not kind.kernels or not results:
         return "launches", 0.0

@@ -1,4 +1,4 @@
-"""What the GPU check should measure on an H100, worked out before it has.
+"""Predicts what the GPU check will measure on an H100.
 
     python benchmarks/gpucheck/predict.py
 
@@ -10,7 +10,6 @@ and no GPU.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +21,8 @@ if __name__ == "__main__":
 from harness import machine
 
 from gpucheck.assumptions import ASSUMPTIONS
-from gpucheck.machine_code import nvcc, output_of
+from gpucheck.machine_code import nvcc_version
+from gpucheck.operations import Tally
 from gpucheck.predict_loops import Counted, count_models, count_schedulers, predicted_loops
 from gpucheck.predict_updates import cuda_counts, predicted_updates, triton_counts
 
@@ -38,31 +38,24 @@ def prediction() -> dict[str, Any]:
         "machine": provenance(),
         "assumptions": {name: found._asdict() for name, found in ASSUMPTIONS.items()},
         "instructions": instructions,
-        "operations": {
-            **{name: _operations(model) for name, model in models.items()},
-            **{f"diffusers, {name}": tally.operations for name, tally in schedulers.items()},
-        },
-        "rows": rounded([*predicted_updates(instructions), *predicted_loops(models, schedulers)]),
+        "operations": operations_of(models, schedulers),
+        "rows": [*predicted_updates(instructions), *predicted_loops(models, schedulers)],
     }
 
 
-def _operations(model: Counted) -> dict[str, int]:
-    tally = model.tally
-    extra = {"kernels": tally.kernels, "flops": tally.flops, "parameters": model.parameters}
-    return {**tally.operations, **extra}
-
-
-def rounded(value: Any) -> Any:
-    """Numbers with four digits, which is more than they are worth."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    return [rounded(inner) for inner in value] if isinstance(value, list) else value
+def operations_of(
+    models: dict[str, Counted], schedulers: dict[str, Tally]
+) -> dict[str, dict[str, int]]:
+    """Counts of a call of each model and of a step of each of diffusers' loops around none."""
+    found = {f"diffusers, {name}": tally.operations for name, tally in schedulers.items()}
+    for name, (tally, parameters) in models.items():
+        extra = {"kernels": tally.kernels, "flops": tally.flops, "parameters": parameters}
+        found[name] = {**tally.operations, **extra}
+    return found
 
 
 def provenance() -> dict[str, Any]:
-    """What the counts depend on, and that they are of no GPU."""
+    """The code and the tools that the counts depend on, and the GPU that is predicted."""
     here = machine()
     kept = ("python", "torch", "diffusers", "fastddim", "commit", "modified")
     return {
@@ -71,12 +64,6 @@ def provenance() -> dict[str, Any]:
         "nvcc": nvcc_version(),
         "triton": version("triton"),
     }
-
-
-def nvcc_version() -> str:
-    release = re.search(r"V([\d.]+)", output_of([nvcc(), "--version"], Path.cwd()))
-    assert release is not None
-    return release[1]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Times of loops: what the host asks for, or what the device has to do, whichever takes longer."""
+"""Times of loops: those of the host or those of the device, whichever are longer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import measures
 from .assumptions import assumed
 from .operations import Tally, counted
+from .rows import row
 
 LATENT = "latent U-Net"
 # Steps over which the operations of a scheduler are averaged: the first does without some.
@@ -68,7 +69,7 @@ def count_schedulers() -> dict[str, Tally]:
 
 
 def guided(x: Tensor, t: Tensor) -> Tensor:
-    """What a loop with guidance does around its model."""
+    """Arithmetic of a loop with guidance, around a model that does nothing."""
     unconditional, conditional = torch.cat([x, x]).chunk(2)
     return unconditional + 3.0 * (conditional - unconditional)
 
@@ -90,7 +91,7 @@ def _count_scheduler(
 
 
 class Step(NamedTuple):
-    """Seconds a step and what they are made of."""
+    """Seconds of a step, their bound and their parts."""
 
     seconds: float
     bound: str
@@ -157,10 +158,7 @@ def predicted_loops(
         models: by the names of `loops.MODELS`, and `LATENT`.
         schedulers: as `count_schedulers` gives them.
     """
-    return [
-        {"measure": measure, "seconds": step.seconds, "bound": step.bound, "parts": step.parts}
-        for measure, step in _steps(models, schedulers)
-    ]
+    return [row(measure, *step) for measure, step in _steps(models, schedulers)]
 
 
 def _steps(models: dict[str, Counted], schedulers: dict[str, Tally]) -> Iterator[tuple[str, Step]]:

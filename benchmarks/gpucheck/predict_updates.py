@@ -16,6 +16,7 @@ from . import measures
 from .assumptions import assumed
 from .machine_code import nvcc, output_of, sections, short, tool
 from .main_path import main_path
+from .rows import row
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_TYPES = {"float32": "float", "bfloat16": "Brain"}
@@ -118,7 +119,7 @@ def cycles(counts: dict[str, int]) -> float:
 def predicted_updates(counts: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
     """A row for each measured update, from the instructions of each variant."""
     return [
-        _row(impl, dtype, eta, mib, counts[variant(impl, dtype, eta)])
+        _predicted(impl, dtype, eta, mib, counts[variant(impl, dtype, eta)])
         for impl in measures.IMPLEMENTATIONS
         for dtype in measures.DTYPES
         for eta in measures.UPDATE_ETAS
@@ -126,7 +127,9 @@ def predicted_updates(counts: dict[str, dict[str, int]]) -> list[dict[str, Any]]
     ]
 
 
-def _row(impl: str, dtype: str, eta: float, mib: int, counts: dict[str, int]) -> dict[str, Any]:
+def _predicted(
+    impl: str, dtype: str, eta: float, mib: int, counts: dict[str, int]
+) -> dict[str, Any]:
     size = mib * measures.MEBIBYTE
     moved = TENSORS * size
     schedulers = assumed("multiprocessors") * assumed("schedulers")
@@ -137,11 +140,11 @@ def _row(impl: str, dtype: str, eta: float, mib: int, counts: dict[str, int]) ->
     parts = {"launch": fixed, "bytes": of_bytes, "instructions": of_instructions}
     seconds = fixed + max(of_bytes, of_instructions)
     copy = 2 * size / (2 * size / assumed("copy_bandwidth") + assumed("kernel"))
-    return {
-        "measure": measures.update(impl, dtype, eta, mib),
-        "seconds": seconds,
-        "bound": max(parts, key=lambda part: parts[part]),
-        "bytes": moved,
-        "share_of_copy_bandwidth": moved / seconds / copy,
-        "parts": parts,
-    }
+    return row(
+        measures.update(impl, dtype, eta, mib),
+        seconds,
+        bound=max(parts, key=lambda part: parts[part]),
+        parts=parts,
+        bytes=moved,
+        share_of_copy_bandwidth=moved / seconds / copy,
+    )
