@@ -24,7 +24,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from gpucheck import triton_jit
 
-from .gpuless.triton_interpreter import Interpreter
+from .gpuless.triton_on_ptx import Interpreter
 
 TRITON = backends.BACKENDS["triton"]
 

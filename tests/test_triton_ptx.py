@@ -36,7 +36,7 @@ from gpucheck import triton_jit
 
 from .gpuless import ptx
 from .gpuless.cases import UPDATES, assert_bits_of_cpu, run_bare, same_bits, update_case
-from .gpuless.triton_interpreter import Interpreter
+from .gpuless.triton_on_ptx import Interpreter
 from .test_cuda_ptx import DIGITS, recorded_digits
 
 pytestmark = needs_extension

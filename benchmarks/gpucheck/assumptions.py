@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 GUIDE = "CUDA C++ Programming Guide, throughput of native arithmetic instructions, 9.0"
 REHEARSAL = "timed without a GPU, launches replaced by stand-ins"
-HOST = "prior; public accounts give 5 to 25 µs for an operation that launches a kernel"
+HOST = "prior; facebookresearch/HolisticTraceAnalysis documents 5 to 20 µs for a launch"
 DEVICE = "prior, the gap to the next kernel of a CUDA graph included"
 GRAPHS = "NVIDIA, Constant Time Launch for Straight-Line CUDA Graphs: 2.5 µs and 1 ns a node"
 
@@ -33,7 +33,7 @@ ASSUMPTIONS: dict[str, Assumption] = {
         0.95,
         "",
         "of the copy's bandwidth, what a kernel with three streams reaches",
-        "prior; two reads to a write are no harder on memory than one to one",
+        "prior; two reads to a write should be no harder on memory than one to one",
     ),
     "multiprocessors": Assumption(132, "", "of the H100 SXM", "NVIDIA's data sheet"),
     "schedulers": Assumption(
@@ -43,7 +43,7 @@ ASSUMPTIONS: dict[str, Assumption] = {
         1.755e9,
         "Hz",
         "at which every scheduler is taken to issue in every cycle",
-        "the boost clock that drivers report for the H100 PCIe; the SXM part is seen at 1.98e9, "
+        "the boost clock of the H100 PCIe (chipsandcheese.com); SXM parts report 1.98e9, "
         "where this amounts to issuing in 89 % of the cycles",
     ),
     "logic_cycles": Assumption(
@@ -62,7 +62,7 @@ ASSUMPTIONS: dict[str, Assumption] = {
         4.0e-7,
         "s",
         "a read that another waits for: the row, the coefficients, the key",
-        "public microbenchmarks of the H100 give 290 ns for an idle memory",
+        "690 cycles on a GH200 in github.com/markdewing/AI_kernels",
     ),
     "dependent_reads": Assumption(3, "", "of an update, one after the other", "the kernel"),
     "tensor_float16": Assumption(989e12, "FLOP/s", "peak, dense", "NVIDIA's data sheet"),
