@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from gpucheck.machine_code import count, nvcc, output_of, sass_of, short, tool
 
-from .gpuless.toolchain import compile_ptx, nvcc, tool
+from .gpuless.toolchain import compile_ptx
 from .test_native import ROOT, needs_compiler
 
 # Architecture, registers a thread at full occupancy, and at three quarters of it: 65,536 registers
@@ -84,38 +85,6 @@ def functions(library: Path) -> dict[int, dict[str, Function]]:
             short(name): Function(*map(int, numbers), sass[name]) for name, *numbers in resources
         }
     return found
-
-
-def output_of(command: list[object], folder: Path) -> str:
-    return subprocess.run(
-        list(map(str, command)), cwd=folder, check=True, capture_output=True, text=True
-    ).stdout
-
-
-def short(name: str) -> str:
-    """`update<float, __half, plain, false>` from a mangled name, with our names for the types."""
-    demangled = subprocess.run(
-        ["c++filt", name], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    demangled = demangled.replace("fastddim_default::", "").removeprefix("void ")
-    for value, kind in enumerate(("plain", "guided", "any")):
-        demangled = demangled.replace(f"(Kind){value}", kind)
-    return demangled.partition("(")[0]
-
-
-def sass_of(listing: str) -> dict[str, Counter[str]]:
-    """Instructions of each function by opcode with its modifiers."""
-    found = {}
-    for section in re.split(r"\.section\s+\.text\.", listing)[1:]:
-        name = re.match(r"\w+", section)
-        assert name is not None
-        instruction = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
-        found[name[0]] = Counter(re.findall(instruction, section, re.MULTILINE))
-    return found
-
-
-def count(sass: Counter[str], opcode: str) -> int:
-    return sum(n for name, n in sass.items() if name.split(".")[0] == opcode)
 
 
 def test_every_target_is_there(functions: dict[int, dict[str, Function]], library: Path) -> None:

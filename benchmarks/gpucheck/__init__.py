@@ -1,0 +1,1 @@
+"""The GPU check: what it measures, and the times predicted for it."""
