@@ -222,6 +222,7 @@ class Loop:
         self.model_kwargs = setup.model_kwargs
         self.denoised_fn = setup.denoised_fn
         self.check_finite = setup.check_finite
+        self._model_state = graph.ModelState(setup.model, setup.denoised_fn)
         timesteps = setup.plan.timesteps
         self._timestep_list = timesteps.tolist()
         with self._turns.turn(self._tensors):
@@ -232,7 +233,7 @@ class Loop:
 
     def unload(self) -> None:
         """Let go of what is the caller's; `load` comes before the next run."""
-        del self.model, self.plan, self.model_kwargs, self.denoised_fn
+        del self.model, self.plan, self.model_kwargs, self.denoised_fn, self._model_state
 
     def sample(
         self,
@@ -538,7 +539,7 @@ class Loop:
         """The graph for this run, loaded with the caller's values; None where the run is eager."""
         if not self._captures:
             return None
-        parameters, training = graph.model_state(self.model, self.denoised_fn)
+        parameters, training = self._model_state.read()
         if parameters != self._parameters:
             # Their graphs read memory that is no longer the model's.
             self._programs.clear()

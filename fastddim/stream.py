@@ -404,6 +404,7 @@ class Stream:
         self._composed = False
         captures = graph.available(self.device) and not self._check_finite
         self._static = captures if self._graph == "auto" else bool(self._graph)
+        self._model_state = graph.ModelState(self._model)
         self._parameters: Any = None
         # None: cannot be captured.
         self._programs: graph.Recent[graph.Graph | None] = graph.Recent()
@@ -638,7 +639,7 @@ class Stream:
         """The captured step; None where steps are eager."""
         if not self._static:
             return None
-        parameters, training = graph.model_state(self._model)
+        parameters, training = self._model_state.read()
         if parameters != self._parameters:
             # Their graphs read memory that is no longer the model's.
             self._programs.clear()

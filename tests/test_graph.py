@@ -25,7 +25,7 @@ import fastddim
 from fastddim import Sampler, Schedule, graph, ops, philox
 from fastddim.graph import CaptureError
 
-from .helpers import CPU_IMPLS, RecordedGraph, SmallNet, elementwise_model
+from .helpers import CPU_IMPLS, NoSync, RecordedGraph, SmallNet, elementwise_model
 
 SHAPE = (2, 3, 6, 6)
 CPU = torch.device("cpu")
@@ -634,6 +634,160 @@ class TestKey:
         """Noise that no step adds is not part of anything."""
         calls = [{}, {"noise": latents((4, *SHAPE))}]
         assert self.count(captures, calls) == [1, 1]
+
+
+class Nested(nn.Module):
+    """Modules in modules, buffers, and what is registered as nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2))])
+        self.register_parameter("none", None)
+        self.register_module("no_module", None)
+        self.register_buffer("shift", torch.zeros(2))
+
+
+def swapped(net):
+    torch.utils.swap_tensors(net.blocks[0].weight, nn.Parameter(torch.ones(2, 2)))
+
+
+def reborn(net):
+    vars(net.blocks[0]).update(vars(nn.Linear(2, 2)))
+
+
+MOVED = {
+    "data": lambda net: setattr(net.blocks[0].weight, "data", torch.ones(2, 2)),
+    "parameter": lambda net: setattr(net.blocks[0], "bias", nn.Parameter(torch.ones(2))),
+    "a parameter in place of none": lambda net: setattr(net, "none", nn.Parameter(torch.ones(2))),
+    "no parameter any more": lambda net: setattr(net.blocks[0], "bias", None),
+    "buffer": lambda net: setattr(net, "shift", torch.ones(2)),
+    "inner buffer": lambda net: setattr(net.blocks[1][0], "running_mean", torch.ones(2)),
+    "another buffer": lambda net: net.blocks[0].register_buffer("scale", torch.ones(2)),
+    "dtype": lambda net: net.double(),
+    "dtype alone": lambda net: setattr(net.shift, "data", net.shift.data.view(torch.int32)),
+    "assigned state": lambda net: net.load_state_dict(
+        {name: value.clone() for name, value in net.state_dict().items()}, assign=True
+    ),
+    "module": lambda net: net.blocks.__setitem__(0, nn.Linear(2, 2)),
+    "inner module": lambda net: net.blocks[1].__setitem__(0, nn.BatchNorm1d(2)),
+    "another module": lambda net: net.blocks.append(nn.Linear(2, 2)),
+    "a module in place of none": lambda net: setattr(net, "no_module", nn.Linear(2, 2)),
+    "a module in a leaf": lambda net: net.blocks[0].add_module("inner", nn.Linear(2, 2)),
+    "one module less": lambda net: net.blocks.pop(0),
+    "parametrization": lambda net: nn.utils.parametrizations.weight_norm(net.blocks[0]),
+    "swapped": swapped,
+    "everything of a module": reborn,
+}
+
+TRAINING = {
+    "all": lambda net: net.eval(),
+    "one": lambda net: net.blocks[1][0].eval(),
+    "a list": lambda net: setattr(net.blocks, "training", False),
+}
+
+UNCHANGED = {
+    "nothing": lambda net: None,
+    "values": lambda net: net.blocks[0].weight.data.mul_(0.5),
+    "loaded state": lambda net: net.load_state_dict(net.state_dict()),
+    "the same dtype": lambda net: net.float().train(),
+    "gradients": lambda net: net.requires_grad_(False),
+}
+
+
+class TestModelState:
+    """What drops a graph is seen without walking the model again."""
+
+    @pytest.mark.parametrize("change", MOVED)
+    def test_what_moves(self, change):
+        net = Nested()
+        state = graph.ModelState(net)
+        before = state.read()
+        MOVED[change](net)
+        after = state.read()
+        assert after[0] != before[0]
+        assert state.read() == after == graph.ModelState(net).read()
+
+    @pytest.mark.parametrize("change", TRAINING)
+    def test_what_trains(self, change):
+        net = Nested()
+        state = graph.ModelState(net)
+        before = state.read()
+        TRAINING[change](net)
+        assert state.read()[0] == before[0]
+        assert state.read()[1] != before[1]
+
+    @pytest.mark.parametrize("change", UNCHANGED)
+    def test_what_stays(self, change):
+        net = Nested()
+        state = graph.ModelState(net)
+        before = state.read()
+        UNCHANGED[change](net)
+        assert state.read() == before
+        assert hash(state.read()) == hash(before)
+
+    def test_models_that_show_others(self):
+        """A cell, an attribute or the arguments of a partial may get another module."""
+
+        class Holder:
+            def __call__(self, x, t):
+                return self.net(x)
+
+        holder, cell = Holder(), nn.Linear(2, 2)
+        holder.net = nn.Linear(2, 2)
+        state = graph.ModelState(holder, lambda x, t: cell(x), None)
+        seen = [state.read()]
+        holder.net = nn.Linear(2, 2)
+        seen.append(state.read())
+        cell = nn.Linear(2, 2)
+        seen.append(state.read())
+        assert len(set(seen)) == 3
+        assert state.read() == seen[-1]
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+    def test_a_scripted_model(self):
+        net = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
+        state = graph.ModelState(net)
+        before = state.read()
+        assert state.read() == before
+        net.double()
+        assert state.read()[0] != before[0]
+        assert len(before[0][0]) == 2
+
+    def test_tensors_without_an_address(self):
+        """They count by identity."""
+        net = nn.LazyLinear(2)
+        state = graph.ModelState(net, nn.Linear(2, 2, device="meta"))
+        before = state.read()
+        assert state.read() == before
+        net(torch.zeros(1, 2))
+        assert state.read()[0] != before[0]
+
+    def test_the_model_is_walked_once(self, monkeypatch):
+        net = Nested()
+        state = graph.ModelState(net)
+        before = state.read()
+
+        def walked(*args, **kwargs):
+            raise AssertionError("the model is walked again")
+
+        for name in ("named_modules", "named_parameters", "named_buffers", "children"):
+            monkeypatch.setattr(nn.Module, name, walked)
+        with NoSync() as mode:
+            assert state.read() == before
+        assert mode.calls == 0
+        net.shift = torch.ones(2)
+        assert state.read() != before
+        net.blocks = nn.ModuleList()
+        with pytest.raises(AssertionError, match="walked again"):
+            state.read()
+
+    def test_replaced_parameters_are_not_held(self):
+        net = Nested()
+        state = graph.ModelState(net)
+        state.read()
+        ref = weakref.ref(net.blocks[0].weight)
+        net.blocks[0].weight = nn.Parameter(torch.ones(2, 2))
+        assert ref() is None
 
 
 class TestShelf:
