@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from fastddim import transfer
 from fastddim.adapter import Model
 from fastddim.validation import check_choice
 
@@ -53,6 +54,7 @@ def available(device: torch.device) -> bool:
 
 def check_graph(graph: Any, device: torch.device, check_finite: bool) -> None:
     check_choice("graph", graph, GRAPH_MODES)
+    check_outer_capture(graph, device, check_finite)
     if graph in ("auto", False):
         return
     if not available(device):
@@ -61,6 +63,22 @@ def check_graph(graph: Any, device: torch.device, check_finite: bool) -> None:
         raise ValueError(
             "graph: expected 'auto' or False with check_finite=True, which waits for the device at "
             f"every step, got {graph!r}"
+        )
+
+
+def check_outer_capture(graph: bool | str, device: torch.device, check_finite: bool) -> None:
+    """Refuse what cannot go into a graph that the caller is capturing."""
+    if not transfer.captured(device):
+        return
+    if graph not in ("auto", False):
+        raise ValueError(
+            "graph: expected 'auto' or False while a CUDA graph is being captured, which cannot "
+            f"hold the capture of another, got {graph!r}"
+        )
+    if check_finite:
+        raise ValueError(
+            "check_finite: expected False while a CUDA graph is being captured, since it waits for "
+            "the device at every step, got True"
         )
 
 
@@ -378,18 +396,24 @@ def ambient(device: torch.device) -> Hashable:
 
 
 class Turns:
-    """Uses of the same buffers, one after the other whatever streams they are on."""
+    """Uses of the same buffers, one after the other whatever streams they are on.
+
+    While the caller captures a graph there are no turns: a graph can wait for nothing outside it,
+    nor can anything outside wait for a part of it. The caller orders its replays.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         if device.type == "cuda":
             self._stream = torch.cuda.current_stream(device)
+            # Nobody waits for an event that was never recorded.
             self._done = torch.cuda.Event()
-            self._done.record(self._stream)
+            if not transfer.captured(device):
+                self._done.record(self._stream)
 
     @contextmanager
     def turn(self, buffers: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
-        if self._device.type != "cuda":
+        if self._device.type != "cuda" or transfer.captured(self._device):
             yield
             return
         stream = torch.cuda.current_stream(self._device)

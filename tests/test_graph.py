@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import fastddim
-from fastddim import Sampler, Schedule, graph, ops, philox
+from fastddim import Sampler, Schedule, graph, ops, philox, transfer
 from fastddim.graph import CaptureError
 
 from .helpers import CPU_IMPLS, NoSync, RecordedGraph, SmallNet, elementwise_model
@@ -1213,6 +1213,8 @@ class Driver:
                 raising=False,
             )
         monkeypatch.setattr(graph, "_side_streams", {})
+        self.captured = False
+        monkeypatch.setattr(transfer, "captured", lambda device: self.captured)
 
     def record(self, body=None, warm_up=None, generators=()):
         log = self.log
@@ -1319,6 +1321,22 @@ class TestDriver:
         with pytest.raises(KeyboardInterrupt), turns.turn(lambda: []):
             raise KeyboardInterrupt
         assert driver.log[-1] == "event on current"
+
+    def test_no_turns_in_a_capture_of_the_callers(self, monkeypatch):
+        """Whose stream may neither wait for an event from outside nor record one for outside."""
+        driver = Driver(monkeypatch)
+        before = graph.Turns(torch.device("cuda", 0))
+        driver.captured, driver.streams = True, ["captured"]
+        inside = graph.Turns(torch.device("cuda", 0))
+        for turns in (before, inside):
+            with turns.turn(lambda: pytest.fail("a graph's replays are on any stream")):
+                driver.log.append("work")
+        assert driver.log == ["event on current", "work", "work"]
+        driver.captured, driver.streams = False, ["other"]
+        driver.log.clear()
+        with before.turn(lambda: []):
+            driver.log.append("work")
+        assert driver.log == ["other waits for the event on current", "work", "event on other"]
 
 
 def test_auto_is_eager_on_the_cpu():
@@ -1431,6 +1449,27 @@ class TestFakeCuda:
         assert said.keys() == DEFECTS.keys()
         for name, words in DEFECTS.items():
             assert words in said[name], (name, said[name])
+
+    @pytest.mark.parametrize("mode", [False, *CAPTURED])
+    def test_whole_calls_do_not_wait(self, probed, mode):
+        """Seeds, keys, tables and the numbers of a stream reach the device without the host waiting
+        for it.
+        """
+        said = {k: v for k, v in probed.items() if k.startswith(f"whole/{mode}/")}
+        assert len(said) == (7 if mode == "loop" else 9)
+        assert not any(said.values()), said
+
+    def test_nothing_of_the_host_goes_into_a_graph_of_the_callers(self, probed):
+        """A replay would find other values there. Nor is anything captured, or waited for."""
+        said = {k: v for k, v in probed.items() if k.startswith("captured/")}
+        assert len(said) == 9
+        assert not any(said.values()), said
+
+    def test_the_probe_catches_copies_that_wait(self, probed):
+        for kind in ("from memory of the host", "without a stream's order"):
+            assert probed[f"waiting/{kind}"] == (
+                "waits for the device: aten._to_copy.default from memory of the host"
+            )
 
     @pytest.mark.parametrize("mode", CAPTURED)
     def test_frozen_arguments_are_refused(self, probed, mode):
