@@ -998,6 +998,227 @@ class TestSamplerObject:
         assert torch.equal(sampler(seed=1), expected)
 
 
+@pytest.fixture
+def outer(captures, monkeypatch):
+    """Captures what the caller calls, as `torch.cuda.graph` would."""
+
+    def capture(body):
+        with monkeypatch.context() as patch:
+            patch.setattr(transfer, "captured", lambda device: True)
+            return RecordedGraph(body)
+
+    return capture
+
+
+class TestInACaptureOfTheCallers:
+    """Everything runs eagerly, into the caller's graph."""
+
+    @pytest.mark.parametrize("impl", CPU_IMPLS)
+    @pytest.mark.parametrize(
+        ("used_before", "call"),
+        [
+            (False, {"seed": 3}),
+            (True, {"x_T": latents()}),
+            (True, {"noise": latents((4, *SHAPE)), "sample_offset": 7}),
+        ],
+        ids=["seed", "x_T", "noise"],
+    )
+    def test_a_sampler(self, impl, used_before, call, captures, outer):
+        model = SmallNet()
+        kind = {"shape": SHAPE, "eta": 1.0, "impl": impl}
+        sampler, results = Sampler(model, 4, **kind), []
+        if used_before:
+            sampler(seed=1, return_trajectory=True)
+        expected = Sampler(model, 4, graph=False, **kind)(**call, return_trajectory=True)
+        theirs = outer(lambda: results.extend(sampler(**call, return_trajectory=True)))
+        assert len(captures) == used_before
+        assert all(result.isnan().all() for result in results)
+        for seed in (5, 6):
+            theirs.replay()
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+            assert not torch.equal(sampler(seed=seed), expected[0])
+        assert len(captures) <= 2
+
+    def test_follows_what_is_written_in_place(self, captures, outer):
+        model, x_T, results = SmallNet(), latents(), []
+        sampler = Sampler(model, 4, shape=SHAPE)
+        theirs = outer(lambda: results.append(sampler(x_T=x_T)))
+        for factor in (1.0, 0.5):
+            x_T.mul_(factor)
+            model.weight.data.mul_(factor)
+            theirs.replay()
+            assert torch.equal(results[0], sample(model, False, x_T=x_T))
+
+    def test_sample(self, captures, monkeypatch):
+        """It takes no loop from between the calls: a later call would load other values into it."""
+        model = SmallNet()
+        sample(model, "auto")
+        (kept,) = graph.SHELF._entries.values()
+        for call in ({}, {"seed": 3}, {"seed": [1, 2]}):
+            expected = sample(model, False, **call)
+            with monkeypatch.context() as patch:
+                patch.setattr(transfer, "captured", lambda device: True)
+                patch.setattr(RecordedGraph, "replay", None)
+                assert torch.equal(sample(model, "auto", **call), expected)
+                inverted = fastddim.invert(model, expected, 4)
+            assert torch.equal(inverted, fastddim.invert(model, expected, 4, graph=False))
+        assert list(graph.SHELF._entries.values()) == [kept]
+        assert len(captures) == 1
+
+    def test_a_stream(self, captures, monkeypatch):
+        stream = fastddim.Stream(elementwise_model, shape=(2, *SHAPE[1:]))
+        stream.submit(4, seed=9)
+        stream.run()
+        assert len(captures) == 1
+        monkeypatch.setattr(transfer, "captured", lambda device: True)
+        monkeypatch.setattr(RecordedGraph, "replay", None)
+        tickets = [stream.submit(4, seed=s, eta=1.0) for s in range(3)]
+        stream.run()
+        for s, ticket in enumerate(tickets):
+            expected = sample(elementwise_model, False, shape=(1, *SHAPE[1:]), seed=s, eta=1.0)
+            assert torch.equal(ticket.result(0), expected)
+        assert len(captures) == 1
+
+    @pytest.mark.parametrize("mode", CAPTURED)
+    def test_a_graph_of_our_own_is_refused(self, mode, captures, monkeypatch):
+        def untouched(x, t):
+            raise AssertionError("called")
+
+        sampler = Sampler(untouched, 4, shape=SHAPE, graph=mode)
+        stream = fastddim.Stream(untouched, shape=SHAPE, graph=True)
+        ticket = stream.submit(4)
+        monkeypatch.setattr(transfer, "captured", lambda device: True)
+        for call in (
+            lambda: sample(untouched, mode),
+            lambda: fastddim.invert(untouched, latents(), 4, graph=mode),
+            lambda: Sampler(untouched, 4, shape=SHAPE, graph=mode),
+            sampler,
+        ):
+            with NoSync() as probe, pytest.raises(ValueError, match=r"^graph: ") as caught:
+                call()
+            assert probe.calls <= 1  # on which device is asked
+            assert str(caught.value) == (
+                "graph: expected 'auto' or False while a CUDA graph is being captured, which "
+                f"cannot hold the capture of another, got {mode!r}"
+            )
+        for call in (lambda: fastddim.Stream(untouched, shape=SHAPE, graph=True), stream.step):
+            with pytest.raises(ValueError, match=r"^graph: expected 'auto' or False while"):
+                call()
+        assert not ticket.done()
+        assert (stream.pending, stream.running) == (1, 0)
+
+    def test_waiting_is_refused(self, captures, monkeypatch):
+        sampler = Sampler(elementwise_model, 4, shape=SHAPE, check_finite=True)
+        stream = fastddim.Stream(elementwise_model, shape=SHAPE, check_finite=True)
+        monkeypatch.setattr(transfer, "captured", lambda device: True)
+        for call in (
+            lambda: sample(elementwise_model, "auto", check_finite=True),
+            lambda: fastddim.Stream(elementwise_model, shape=SHAPE, check_finite=True),
+            sampler,
+            stream.step,
+        ):
+            with pytest.raises(ValueError, match=r"^check_finite: expected False while a CUDA gr"):
+                call()
+        for noise in (generator(1), [generator(1), generator(2)]):
+            with pytest.raises(ValueError, match=r"^noise: .*cannot draw on the host, got one on"):
+                sample(elementwise_model, "auto", eta=1.0, noise=noise)
+            with pytest.raises(ValueError, match=r"^noise: "):
+                fastddim.step(latents(), latents(), 0.5, 0.75, eta=1.0, noise=noise)
+
+    def test_a_step_keeps_nothing_for_later_calls(self, captures, monkeypatch):
+        from fastddim import api
+
+        x = latents()
+        expected = fastddim.step(x, x, 0.375, 0.75, eta=1.0, seed=3)
+        api._remembered_step.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(transfer, "captured", lambda device: True)
+            assert torch.equal(fastddim.step(x, x, 0.375, 0.75, eta=1.0, seed=3), expected)
+        assert api._remembered_step.cache_info().currsize == 0
+
+
+def doubled(x, t):
+    return torch.cat([x, x], 1)
+
+
+ODD = {
+    "a step's noise": {"eta": 1.0, "make_noise": True},
+    "rows": {"eta": torch.tensor([0.0, 1.0, 0.5]), "make_noise": True},
+    "drawn": {"eta": 1.0, "guidance_scale": 2.0},
+    "guided": {"guidance_scale": torch.tensor([1.0, 2.0, 3.0]), "guidance_rescale": 0.5},
+    "order 2": {"order": 2},
+    "thresholding": {"dynamic_thresholding_ratio": 0.9, "eta": 0.5, "make_noise": True},
+    "x_0 hook": {"denoised_fn": lambda x_0, t: x_0 * 0.5},
+    "mask": {"mask": torch.ones(1)},
+    "learned variance": {"model": doubled, "eta": 1.0, "make_noise": True},
+}
+
+
+def draw_odd(kind, inner, dtype, mode, impl):
+    kind = dict(kind)
+    shape = (3, *inner)
+    if kind.pop("make_noise", False):
+        kind["noise"] = latents((4, *shape), dtype=dtype)
+    if "mask" in kind:
+        kind["known"] = latents(shape, dtype=dtype)
+    model = kind.pop("model", same)
+    return sample(model, mode, shape=shape, dtype=dtype, impl=impl, **kind)
+
+
+@pytest.mark.parametrize("mode", CAPTURED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inner", [(1,), (3, 5, 7), (3, 2, 2)], ids=str)
+class TestAlignment:
+    """No step of a graph asks for other kernels than the warm-up had compiled."""
+
+    @pytest.mark.parametrize("kind", ODD)
+    def test_kernels_of_triton(self, kind, inner, dtype, mode, monkeypatch):
+        pytest.importorskip("triton", reason="Triton is not installed")
+        from fastddim.backends import triton
+
+        from .gpuless import triton_jit
+
+        launched, warm, captured = [], [], []
+
+        def record(body, warm_up, device, generators):
+            warm_up()
+            warm.extend(launched)
+            launched.clear()
+            recorded = RecordedGraph(body)
+            captured.extend(launched)
+            return recorded
+
+        monkeypatch.setattr(graph, "record", record)
+        monkeypatch.setattr(graph, "available", lambda device: True)
+        monkeypatch.setattr(triton, "unavailable", lambda device: None)
+        # Counters do not advance here.
+        monkeypatch.setattr(triton, "fit_rows", lambda *_: None)
+        with triton_jit.compiled_for(
+            triton_jit.SM_90, launched.append, stand_in=triton_jit.Specializer
+        ):
+            draw_odd(ODD[kind], inner, dtype, mode, "triton")
+        assert {name for name, *_ in captured} == {"update_kernel", "advance_kernel"}
+        assert set(captured) <= set(warm)
+
+    @pytest.mark.parametrize("impl", CPU_IMPLS)
+    def test_given_noise(self, impl, inner, dtype, mode, captures, monkeypatch):
+        """Its rows begin where tensors of their own would, and hold what was given."""
+        backend = fastddim.backends.BACKENDS[impl]
+        original, addresses = backend.update_out, []
+
+        def update_out(*args, noise, **rest):
+            addresses.append(noise.data_ptr() % 16)
+            assert noise.is_contiguous()
+            return original(*args, noise=noise, **rest)
+
+        expected = draw_odd(ODD["a step's noise"], inner, dtype, False, impl)
+        monkeypatch.setattr(backend, "update_out", update_out)
+        own = draw_odd(ODD["a step's noise"], inner, dtype, mode, impl)
+        assert torch.equal(own, expected)
+        assert len(addresses) > graph.WARM_UPS
+        assert not any(addresses)
+
+
 def uncapturable(x, t, **kwargs):
     return x * 0.5 + x.sum().item() * 0
 
@@ -1600,6 +1821,78 @@ class TestOnCuda:
             sampler._loop.run(x_T, noise=noise)
         finally:
             torch.cuda.set_sync_debug_mode(before)
+
+    @pytest.mark.parametrize("mode", [False, *CAPTURED])
+    def test_whole_calls_do_not_synchronise(self, device, mode):
+        model = self.net(device)
+        sampler = Sampler(model, 10, shape=SHAPE, eta=1.0, device=device, graph=mode)
+        stream = fastddim.Stream(model, shape=SHAPE, device=device, graph=bool(mode))
+        x = latents(device=device)
+
+        def everything():
+            for seed in (3, [5, 2**64 - 1]):
+                sampler(seed=seed)
+                fastddim.step(x, x, 0.5, 0.75, eta=1.0, seed=seed)
+            tickets = [stream.submit(3, seed=seed, eta=1.0) for seed in (3, 2**64 - 1)]
+            stream.run()
+            return [sampler(seed=7), *(ticket.result(0) for ticket in tickets)]
+
+        expected = everything()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            own = everything()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+
+    @pytest.mark.parametrize("impl", ["cuda", "triton"])
+    @pytest.mark.parametrize("inner", [(1,), (3, 5, 7)], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_given_noise_of_odd_size(self, device, impl, inner, dtype):
+        shape = (3, *inner)
+        noise = latents((10, *shape), dtype=dtype, device=device)
+        kind = {"eta": 1.0, "dtype": dtype, "shape": shape, "noise": noise, "impl": impl}
+        own, eager = (
+            sample(self.net(device), mode, 10, device=device, **kind) for mode in ("loop", False)
+        )
+        assert torch.equal(own, eager)
+
+    @pytest.mark.parametrize("capture_error_mode", ["global", "thread_local", "relaxed"])
+    @pytest.mark.parametrize("what", ["Sampler", "sample", "step", "Stream"])
+    def test_in_a_capture_of_the_callers(self, device, what, capture_error_mode):
+        model, x = self.net(device), latents(device=device)
+        kind = {"shape": SHAPE, "eta": 1.0, "device": device}
+        sampler = Sampler(model, 10, **kind)
+        stream = fastddim.Stream(model, shape=SHAPE, device=device)
+
+        def stepped():
+            tickets = [stream.submit(5, seed=seed, eta=1.0) for seed in range(3)]
+            stream.run()
+            return torch.cat([ticket.result(0) for ticket in tickets])
+
+        draw = {
+            "Sampler": lambda: sampler(seed=[3, 2**64 - 1]),
+            "sample": lambda: fastddim.sample(model, 10, seed=3, **kind),
+            "step": lambda: fastddim.step(x, x, 0.5, 0.75, eta=1.0, seed=[3, 4]),
+            "Stream": stepped,
+        }[what]
+        expected = draw()
+        theirs, stream_of_theirs = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        how = {"stream": stream_of_theirs, "capture_error_mode": capture_error_mode}
+        with torch.cuda.graph(theirs, **how):
+            own = draw()
+        for _ in range(2):
+            own.fill_(torch.nan)
+            theirs.replay()
+            assert torch.equal(own, expected)
+            # Between the replays, of other values in the same buffers.
+            sampler(seed=9)
+        assert torch.equal(draw(), expected)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), **how):
+            with pytest.raises(ValueError, match=r"^graph: expected 'auto' or False while"):
+                fastddim.sample(model, 10, graph=True, **kind)
+            x.add(1)
 
     @pytest.mark.parametrize("mode", [False, *CAPTURED])
     def test_streams(self, device, mode):
