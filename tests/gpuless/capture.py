@@ -263,6 +263,7 @@ ZERO = torch.tensor(0.0)
 
 DEFECTS: dict[str, dict[str, Any]] = {
     "item": {"make_model": spoilt(lambda x, t: x.mean().item())},
+    "tolist": {"make_model": spoilt(lambda x, t: (x.mean().tolist(), None)[1])},
     "int of t": {"make_model": spoilt(lambda x, t: range(int(t[0])))},
     "branch on a value": {"make_model": spoilt(lambda x, t: 1 if x.isfinite().all() else 0)},
     "index by a 0-dim tensor": {"make_model": spoilt(lambda x, t: x[t[0] * 0])},
