@@ -549,7 +549,7 @@ def _prepare_step(
 @lru_cache(maxsize=4096, typed=True)
 def _remembered_step(dtype: torch.dtype, device: torch.device, *arguments: Any) -> _Step:
     step = _prepare_step(dtype, device, *arguments)
-    transfer.wait(device)
+    transfer.wait(device)  # Another stream may use it.
     return step
 
 

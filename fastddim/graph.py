@@ -406,7 +406,7 @@ class Turns:
         self._device = device
         if device.type == "cuda":
             self._stream = torch.cuda.current_stream(device)
-            # Nobody waits for an event that was never recorded.
+            # To wait for an event that was never recorded is not to wait.
             self._done = torch.cuda.Event()
             if not transfer.captured(device):
                 self._done.record(self._stream)

@@ -24,7 +24,7 @@ def filled(value: int, count: int, device: torch.device) -> Tensor:
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`."""
+    """`values` on `device`, there for what is launched on the current stream from now on."""
     if device.type != "cuda" or not values.is_cpu or torch.compiler.is_compiling():
         return values.to(device)
     if captured(device):
