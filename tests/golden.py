@@ -7,6 +7,7 @@ writes them to `tests/data/golden.json`. They change only where a formula is cha
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -143,7 +144,7 @@ def digests() -> dict[str, str]:
     groups: Mapping[str, Callable[[], Iterator[Tensor]]] = {
         "schedules": schedules,
         "timesteps": timesteps,
-        **{f"plans, {name}": lambda name=name: plans(name) for name in PREDICTIONS},  # type: ignore[misc]
+        **{f"plans, {name}": functools.partial(plans, name) for name in PREDICTIONS},
         "inversions": inversions,
         "known data": lambda: iter([known_rows(make_plan(LINEAR, 50, Update()).alphas_cumprod)]),
         "rows of tensors": tables,
