@@ -40,8 +40,10 @@ def sqrt(value: float | Tensor) -> float | Tensor:
         return math.sqrt(value)
     if not readable(value):
         return value.sqrt()
+    root = torch.empty_like(value)
     with np.errstate(invalid="ignore"):
-        return torch.from_numpy(np.asarray(np.sqrt(value.numpy())))
+        np.sqrt(value.numpy(), out=root.numpy())
+    return root
 
 
 def exp(values: np.ndarray) -> np.ndarray:

@@ -99,7 +99,8 @@ def test_diffusers_ddpm(variance: str, processor: Any) -> None:
 
 @pytest.mark.parametrize("objective", ["pred_x0", "pred_v"])
 def test_lucidrains(objective: str, processor: Any) -> None:
-    for steps in (2, 5, 20):
+    # Loops are short, since the model magnifies a rounding from step to step. Some are NaN in both.
+    for steps in (2, 5, 8):
         diffusion = of_lucidrains.make(
             torch.float32,
             objective=objective,
