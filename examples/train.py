@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from fastddim.files import atomic_file
 from fastddim.models import UNet, UNetConfig, load, locate, save
+from fastddim.processor import has_bfloat16
 from fastddim.schedule import Schedule
 
 SCHEDULE = {"T": 1000, "beta_start": 1e-4, "beta_end": 0.02}
@@ -82,7 +83,7 @@ RECIPES = {
         steps=13500,
         batch=64,
         learning_rate=1.5e-3,
-        bfloat16=True,
+        bfloat16=has_bfloat16(),
     ),
 }
 

@@ -100,7 +100,8 @@ def uniform(word: Tensor) -> Tensor:
 
 def box_muller(u_0: Tensor, u_1: Tensor) -> tuple[Tensor, Tensor]:
     """Two float32 normals from two float32 uniforms in (0, 1]."""
-    # By way of float64, since torch's float32 square root is not correctly rounded on every CPU.
+    # By way of float64, since torch's square root is not correctly rounded on every CPU: the root
+    # of a float32 lies at least 4 ulp of float64 from where its rounding to float32 changes.
     radius = (ln(u_0) * -2.0).double().sqrt().to(torch.float32)
     sine, cosine = sincos_2pi(u_1)
     return radius * cosine, radius * sine

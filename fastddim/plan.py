@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastddim.elementary import sqrt
 from fastddim.schedule import Schedule
 from fastddim.validation import (
     check_bool,
@@ -82,6 +83,24 @@ class Row(NamedTuple):
     e0: Coefficient = 0.0
     ex: Coefficient = 0.0
     em: Coefficient = 0.0
+
+
+class Scales(NamedTuple):
+    """The roots that the coefficients of one step are made of; numbers or tensors `[B]`.
+
+    Attributes:
+        signal: √ᾱ_t.
+        sigma: √(1 − ᾱ_t).
+        next_signal: √ᾱ_prev.
+        direction: √(1 − ᾱ_prev − σ²).
+        noise: σ.
+    """
+
+    signal: Coefficient
+    sigma: Coefficient
+    next_signal: Coefficient
+    direction: Coefficient
+    noise: Coefficient
 
 
 class Fit(NamedTuple):
@@ -379,8 +398,8 @@ def select_timesteps(
     if spacing == "uniform":
         increasing = i * T // S
     elif spacing == "quadratic":
-        squares = (np.linspace(0, math.sqrt(0.8 * T), S) ** 2).astype(np.int64)
-        increasing = np.maximum.accumulate(squares - i) + i
+        roots = np.linspace(0, math.sqrt(0.8 * T), S)
+        increasing = np.maximum.accumulate((roots * roots).astype(np.int64) - i) + i
     elif spacing == "leading":
         increasing = i * (T // S) + steps_offset
     elif spacing == "trailing":
@@ -412,6 +431,7 @@ def coefficient_row(
         ValueError: epsilon prediction at ᾱ_t = 0, noise on a step that does not go down, or an η so
             large that 1 − ᾱ_prev − σ² < 0.
     """
+    a, p = _alike(a, p)
     _refuse_epsilon_at_zero(a, update.prediction, where)
     if _any(a == 1) and (update.noisy or update.rederive_eps or update.prediction == "sample"):
         raise ValueError(
@@ -423,7 +443,7 @@ def coefficient_row(
             f"eta: expected 0 where alpha_prev < alpha_t, got eta = {_shown(update.eta)}{where}"
         )
     if update.noisy:
-        direction = 1 - p - update.eta**2 * _variances(a, p)[0]
+        direction = 1 - p - update.eta * update.eta * _variances(a, p)[0]
         if _any(direction < -_ROUNDING):
             raise ValueError(
                 f"eta: expected 1 - alpha_prev - sigma**2 >= 0, got {_shown(_least(direction))} "
@@ -436,26 +456,43 @@ def unchecked_row(
     a: Coefficient, p: Coefficient, update: Update, extrapolation: float = 0.0
 ) -> Row:
     """`coefficient_row` for tensors of any steps: what is refused there gives infinity or NaN."""
-    cx, cm, ex, em = _prediction_coefficients(a, update.prediction)
+    direction, noise = _deviations(a, p, update)
+    return row_of(Scales(sqrt(a), sqrt(1 - a), sqrt(p), direction, noise), update, extrapolation)
+
+
+def row_of(scales: Scales, update: Update, extrapolation: float = 0.0) -> Row:
+    """The coefficients of the step with these roots."""
+    signal, sigma, next_signal, direction, noise = scales
+    cx, cm, ex, em = prediction_coefficients(signal, sigma, update.prediction)
     e0: Coefficient = 0.0
     if update.rederive_eps:
-        e0, ex, em = -((a / (1 - a)) ** 0.5), (1 - a) ** -0.5, 0.0
-    pe, pn = _deviations(a, p, update)
-    pe = pe + extrapolation
+        e0, ex, em = -signal / sigma, 1 / sigma, 0.0
+    pe = direction + extrapolation
     return Row(
         cx=cx,
         cm=cm,
         r=math.inf if update.clip is None else update.clip,
-        k0=p**0.5 + pe * e0,
+        k0=next_signal + pe * e0,
         kx=pe * ex,
         km=pe * em,
-        pn=pn * update.temperature,
+        pn=noise * update.temperature,
         g=1.0 if update.guidance_scale is None else update.guidance_scale,
         ph=-extrapolation,
         e0=e0,
         ex=ex,
         em=em,
     )
+
+
+def prediction_coefficients(
+    signal: Coefficient, sigma: Coefficient, prediction: str
+) -> tuple[Coefficient, Coefficient, Coefficient, Coefficient]:
+    """(cx, cm, ex, em) of √ᾱ_t and √(1 − ᾱ_t): x0 = cx·x + cm·m and eps = ex·x + em·m."""
+    if prediction == "epsilon":
+        return 1 / signal, -sigma / signal, 0.0, 1.0
+    if prediction == "sample":
+        return 0.0, 1.0, 1 / sigma, -signal / sigma
+    return signal, -sigma, sigma, signal
 
 
 def predicting_row(row: Row) -> Row:
@@ -475,7 +512,7 @@ def concluding_row(
         given = replace(update, prediction="sample", guidance_scale=None)
         return unchecked_row(a, p, given, extrapolation)
     pe = _deviations(a, p, update)[0] + extrapolation
-    return row._replace(cx=0.0, cm=1.0, k0=p**0.5, kx=pe, km=0.0, g=1.0, e0=0.0, ex=1.0, em=0.0)
+    return row._replace(cx=0.0, cm=1.0, k0=sqrt(p), kx=pe, km=0.0, g=1.0, e0=0.0, ex=1.0, em=0.0)
 
 
 def mixing_row(x: Coefficient, m: Coefficient) -> Row:
@@ -491,8 +528,8 @@ def known_rows(alphas_cumprod: Tensor) -> Tensor:
         alphas_cumprod: of a `Plan`, below 1 at first.
     """
     first, rest = alphas_cumprod[0], alphas_cumprod[1:]
-    of_x_T = ((1 - rest) / (1 - first)) ** 0.5
-    return stack_row(mixing_row(rest**0.5 - of_x_T * first**0.5, of_x_T))
+    of_x_T = sqrt((1 - rest) / (1 - first))
+    return stack_row(mixing_row(sqrt(rest) - of_x_T * sqrt(first), of_x_T))
 
 
 def inversion_row(a: Coefficient, p: Coefficient, update: Update, *, where: str = "") -> Row:
@@ -506,9 +543,10 @@ def inversion_row(a: Coefficient, p: Coefficient, update: Update, *, where: str 
         ValueError: A = 0 (sample prediction from ᾱ = 1), or epsilon prediction at ᾱ_t = 0.
     """
     _refuse_epsilon_at_zero(a, update.prediction, where)
-    cx, cm, ex, em = _prediction_coefficients(a, update.prediction)
-    A = p**0.5 * cx + (1 - p) ** 0.5 * ex
-    B = p**0.5 * cm + (1 - p) ** 0.5 * em
+    signal, sigma = sqrt(a), sqrt(1 - a)
+    cx, cm, ex, em = prediction_coefficients(signal, sigma, update.prediction)
+    A = sqrt(p) * cx + sqrt(1 - p) * ex
+    B = sqrt(p) * cm + sqrt(1 - p) * em
     if _any(A == 0):
         raise ValueError(
             f"prediction: expected epsilon or v_prediction to invert from alpha_cumprod = 1, "
@@ -519,9 +557,9 @@ def inversion_row(a: Coefficient, p: Coefficient, update: Update, *, where: str 
         cx=cx / A,
         cm=cm - cx * B / A,
         r=math.inf,
-        k0=a**0.5,
-        kx=(1 - a) ** 0.5 * ex,
-        km=(1 - a) ** 0.5 * em,
+        k0=signal,
+        kx=sigma * ex,
+        km=sigma * em,
         pn=0.0,
         g=1.0 if update.guidance_scale is None else update.guidance_scale,
         ex=ex,
@@ -574,34 +612,32 @@ def _explicit_timesteps(T: int, steps: Sequence[Any]) -> Tensor:
     return torch.tensor(timesteps, device="cpu")
 
 
-def _prediction_coefficients(
-    a: Coefficient, prediction: str
-) -> tuple[Coefficient, Coefficient, Coefficient, Coefficient]:
-    """(cx, cm, ex, em): x0 = cx·x + cm·m and eps = ex·x + em·m."""
-    signal, sigma = a**0.5, (1 - a) ** 0.5
-    if prediction == "epsilon":
-        return 1 / signal, -sigma / signal, 0.0, 1.0
-    if prediction == "sample":
-        return 0.0, 1.0, 1 / sigma, -signal / sigma
-    return signal, -sigma, sigma, signal
-
-
 def _deviations(a: Coefficient, p: Coefficient, update: Update) -> tuple[Coefficient, Coefficient]:
     """(coefficient of eps, coefficient of the noise); eq. 16 and, for `variance="large"`, appendix
     D.3.
     """
     if not update.noisy:
-        return (1 - p) ** 0.5, 0.0
+        return sqrt(1 - p), 0.0
     small, large = _variances(a, p)
-    direction = 1 - p - update.eta**2 * small
+    direction = 1 - p - update.eta * update.eta * small
     variance = small if update.variance == "small" else large * (p < 1)
-    return _root(direction), update.eta * variance**0.5
+    return sqrt(settled(direction)), update.eta * sqrt(variance)
 
 
 def _variances(a: Coefficient, p: Coefficient) -> tuple[Any, Any]:
     """σ(1)² of eq. 16 and DDPM's larger one."""
     large = _floored(1 - a / _nonzero(p))
     return (1 - p) / (1 - a) * large, large
+
+
+def settled(value: Any) -> Any:
+    """A difference of numbers below 1: 0 where only rounding has taken it below 0, NaN where more
+    than that has.
+    """
+    if not isinstance(value, Tensor):
+        return max(value, 0.0)
+    rounding = 64 * torch.finfo(value.dtype).eps
+    return torch.where(value < -rounding, math.nan, value.clamp_min(0.0))
 
 
 def _extrapolation(b: float, a: float, p: float) -> float:
@@ -613,9 +649,9 @@ def _extrapolation(b: float, a: float, p: float) -> float:
     """
     if 0 in (a, b, p):
         return 0.0  # σ is infinite there: no line goes through it
-    sigma_b, sigma_a, sigma_p = (((1 - v) / v) ** 0.5 for v in (b, a, p))
+    sigma_b, sigma_a, sigma_p = (sqrt((1 - v) / v) for v in (b, a, p))
     h, h_b = sigma_p - sigma_a, sigma_a - sigma_b
-    return float(p**0.5 * h * h / (2 * h_b))
+    return float(sqrt(p) * h * h / (2 * h_b))
 
 
 def _refuse_epsilon_at_zero(a: Coefficient, prediction: str, where: str) -> None:
@@ -643,14 +679,13 @@ def _floored(value: Any) -> Any:
     return value.clamp_min(0.0) if isinstance(value, Tensor) else max(value, 0.0)
 
 
-def _root(value: Any) -> Any:
-    """√ of a difference of numbers below 1. Below 0 it is 0 where only rounding has taken it there,
-    and else NaN.
-    """
-    if not isinstance(value, Tensor):
-        return max(value, 0.0) ** 0.5
-    rounding = 64 * torch.finfo(value.dtype).eps
-    return torch.where(value < -rounding, math.nan, value.clamp_min(0.0)) ** 0.5
+def _alike(a: Coefficient, p: Coefficient) -> tuple[Coefficient, Coefficient]:
+    """Two numbers or two tensors: torch divides a number by a tensor with two roundings."""
+    if isinstance(a, Tensor) and not isinstance(p, Tensor):
+        return a, torch.full_like(a, p)
+    if isinstance(p, Tensor) and not isinstance(a, Tensor):
+        return torch.full_like(p, a), p
+    return a, p
 
 
 def _nonzero(value: Any) -> Any:

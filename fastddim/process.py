@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fastddim.adapter import Model, output_tensor
+from fastddim.elementary import sqrt
 from fastddim.plan import Coefficient
 from fastddim.sampler import check_model
 from fastddim.schedule import Schedule
@@ -61,7 +62,7 @@ def marginal(x_0: Tensor, alpha_t: Coefficient) -> Gaussian:
     """q(x_t | x_0) = N(√α_t·x_0, (1 − α_t)·I), for every σ (lemma 1)."""
     check_state("x_0", x_0)
     a = _column(_vector("alpha_t", alpha_t, len(x_0), 1.0), x_0)
-    return Gaussian((a.sqrt() * x_0).to(x_0.dtype), 1 - a)
+    return Gaussian((sqrt(a) * x_0).to(x_0.dtype), 1 - a)
 
 
 def sigma(alpha_t: Coefficient, alpha_prev: Coefficient, eta: Coefficient) -> Tensor:
@@ -71,7 +72,7 @@ def sigma(alpha_t: Coefficient, alpha_prev: Coefficient, eta: Coefficient) -> Te
     """
     batch = _batch(alpha_t, alpha_prev, eta)
     a, p = _alphas(alpha_t, alpha_prev, batch)
-    return _vector("eta", eta, batch) * ((1 - p) / (1 - a)).sqrt() * sigma_hat(a, p)
+    return _vector("eta", eta, batch) * sqrt((1 - p) / (1 - a)) * sigma_hat(a, p)
 
 
 def sigma_hat(alpha_t: Coefficient, alpha_prev: Coefficient) -> Tensor:
@@ -80,7 +81,7 @@ def sigma_hat(alpha_t: Coefficient, alpha_prev: Coefficient) -> Tensor:
     It is for the noise alone: the mean keeps the direction term of `sigma(…, eta=1)`.
     """
     a, p = _alphas(alpha_t, alpha_prev, _batch(alpha_t, alpha_prev))
-    return (1 - a / p).sqrt()
+    return sqrt(1 - a / p)
 
 
 def posterior(
@@ -89,8 +90,8 @@ def posterior(
     """q_σ(x_{t−1} | x_t, x_0) of eq. 7; needs α_t < α_{t−1} and σ² ≤ 1 − α_{t−1}."""
     _check_states("x_t", x_t, "x_0", x_0)
     a, p, s = _step(x_t, alpha_t, alpha_prev, sigma)
-    mean = p.sqrt() * x_0 + _direction(p, s) * (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
-    return Gaussian(mean.to(x_t.dtype), s**2)
+    mean = sqrt(p) * x_0 + _direction(p, s) * (x_t - sqrt(a) * x_0) / sqrt(1 - a)
+    return Gaussian(mean.to(x_t.dtype), s * s)
 
 
 def forward_kernel(
@@ -107,9 +108,9 @@ def forward_kernel(
     _check_states("x_prev", x_prev, "x_0", x_0)
     a, p, s = _step(x_prev, alpha_t, alpha_prev, sigma)
     _refuse(p == 1, "alpha_prev: expected a value below 1 (from x_0 use marginal)", alpha_prev=p)
-    covariance = _direction(p, s) * (1 - a).sqrt()
-    mean = a.sqrt() * x_0 + covariance / (1 - p) * (x_prev - p.sqrt() * x_0)
-    return Gaussian(mean.to(x_prev.dtype), s**2 * (1 - a) / (1 - p))
+    covariance = _direction(p, s) * sqrt(1 - a)
+    mean = sqrt(a) * x_0 + covariance / (1 - p) * (x_prev - sqrt(p) * x_0)
+    return Gaussian(mean.to(x_prev.dtype), s * s * (1 - a) / (1 - p))
 
 
 def predicted_x_0(x_t: Tensor, epsilon: Tensor, alpha_t: Coefficient) -> Tensor:
@@ -117,7 +118,7 @@ def predicted_x_0(x_t: Tensor, epsilon: Tensor, alpha_t: Coefficient) -> Tensor:
     _check_states("x_t", x_t, "epsilon", epsilon)
     a = _column(_vector("alpha_t", alpha_t, len(x_t), 1.0), x_t)
     _refuse(a == 0, "alpha_t: expected a value above 0 to predict x_0 from epsilon", alpha_t=a)
-    return ((x_t - (1 - a).sqrt() * epsilon) / a.sqrt()).to(x_t.dtype)
+    return ((x_t - sqrt(1 - a) * epsilon) / sqrt(a)).to(x_t.dtype)
 
 
 def generative(
@@ -133,7 +134,7 @@ def generative(
     s = _vector("sigma", sigma, len(x_t))
     x_0 = predicted_x_0(x_t.double(), epsilon, alpha_t)
     mean = posterior(x_t.double(), x_0, alpha_t, alpha_prev, _direction_sigma(p, s)).mean
-    return Gaussian(mean.to(x_t.dtype), _column(s**2, x_t))
+    return Gaussian(mean.to(x_t.dtype), _column(s * s, x_t))
 
 
 def training_loss(
@@ -191,15 +192,15 @@ def gamma(schedule: Schedule, sigma: Coefficient) -> Tensor:
     p = torch.cat([a.new_ones(1), a[:-1]])
     s = _vector("sigma", sigma, schedule.T).expand_as(a)
     _refuse(s == 0, "sigma: expected values above 0", sigma=s)
-    direction = _direction(p, _direction_sigma(p, s))
-    return ((p * (1 - a) / a).sqrt() - direction) ** 2 / (2 * s**2)
+    apart = sqrt(p * (1 - a) / a) - _direction(p, _direction_sigma(p, s))
+    return apart * apart / (2 * s * s)
 
 
 def _direction(p: Tensor, s: Tensor) -> Tensor:
     """√(1 − α_{t−1} − σ²)."""
-    rest = 1 - p - s**2
+    rest = 1 - p - s * s
     _refuse(rest < -_ROUNDING, "sigma: expected sigma**2 <= 1 - alpha_prev", sigma=s, alpha_prev=p)
-    return rest.clamp_min(0).sqrt()
+    return sqrt(rest.clamp_min(0))
 
 
 def _direction_sigma(p: Tensor, s: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastddim import elementary
 from fastddim.validation import (
     check_int,
     check_noise,
@@ -65,14 +66,16 @@ class Schedule:
     ) -> Schedule:
         """√β linear between √`beta_start` and √`beta_end`: latent diffusion's choice."""
         start, end = _beta_range(beta_start, beta_end)
-        return cls.from_betas(np.linspace(math.sqrt(start), math.sqrt(end), _length(T)) ** 2)
+        roots = np.linspace(math.sqrt(start), math.sqrt(end), _length(T))
+        return cls.from_betas(roots * roots)
 
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
         """ᾱ(u) = cos²((u + s)/(1 + s)·π/2), β capped at `max_beta` (arXiv 2102.09672, eq. 17)."""
         check_number("s", s, 0.0)
         u = np.arange(_length(T) + 1, dtype=np.float64) / T
-        return cls._from_curve(np.cos((u + s) / (1 + s) * math.pi / 2) ** 2, max_beta)
+        root = elementary.cos((u + s) / (1 + s) * math.pi / 2)
+        return cls._from_curve(root * root, max_beta)
 
     @classmethod
     def sigmoid(
@@ -90,14 +93,9 @@ class Schedule:
         check_number("end", end, start, open_low=True)
         check_number("tau", tau, 0.0, open_low=True)
         u = np.arange(_length(T) + 1, dtype=np.float64) / T
-
-        def logistic(v: Any) -> Any:
-            return 1.0 / (1.0 + np.exp(-v / tau))
-
-        low, high = logistic(start), logistic(end)
-        return cls._from_curve(
-            (high - logistic(u * (end - start) + start)) / (high - low), max_beta
-        )
+        low, high = _logistic(np.array([start, end]) / tau)
+        falling = high - _logistic((u * (end - start) + start) / tau)
+        return cls._from_curve(falling / (high - low), max_beta)
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float] | np.ndarray) -> Schedule:
@@ -114,7 +112,7 @@ class Schedule:
             raise ValueError(
                 f"betas: expected values in (0, 1], got betas[{t}] = {values[t].item()}"
             )
-        return cls(torch.cumprod(1.0 - values, 0))
+        return cls(torch.from_numpy(np.cumprod(1.0 - values.numpy())))
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor | Sequence[float] | np.ndarray) -> Schedule:
@@ -164,8 +162,7 @@ class Schedule:
         elif name == "sigmoid":
             # diffusers' "sigmoid" is a logistic curve in β, unlike `Schedule.sigmoid`, which is one
             # in ᾱ.
-            logistic = 1.0 / (1.0 + np.exp(-np.linspace(-6, 6, T)))
-            schedule = cls.from_betas(logistic * (end - start) + start)
+            schedule = cls.from_betas(_logistic(np.linspace(-6, 6, T)) * (end - start) + start)
         else:
             raise ValueError(
                 "beta_schedule: expected linear, scaled_linear, squaredcos_cap_v2 or sigmoid, "
@@ -180,11 +177,11 @@ class Schedule:
 
     def zero_terminal_snr(self) -> Schedule:
         """√ᾱ shifted and scaled: ᾱ_{T−1} = 0, ᾱ_0 stays (arXiv 2305.08891, algorithm 1)."""
-        root = self.alphas_cumprod.sqrt()
         if self.T < 2:
             raise ValueError("zero_terminal_snr: expected a schedule with T >= 2, got T = 1")
+        root = elementary.sqrt(self.alphas_cumprod)
         root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-        return Schedule(root**2)
+        return Schedule(root * root)
 
     def add_noise(
         self,
@@ -224,8 +221,13 @@ class Schedule:
         dtype = torch.float64 if x_0.dtype == torch.float64 else torch.float32
         shape = (-1,) + (1,) * (x_0.ndim - 1)
         a = self.alphas_cumprod[index].reshape(shape)
-        signal, sigma = (c.to(x_0.device, dtype) for c in (a.sqrt(), (1 - a).sqrt()))
+        signal, sigma = (elementary.sqrt(v).to(x_0.device, dtype) for v in (a, 1 - a))
         return (signal * x_0.to(dtype) + sigma * noise.to(dtype)).to(x_0.dtype)
+
+
+def _logistic(values: np.ndarray) -> np.ndarray:
+    result: np.ndarray = 1.0 / (1.0 + elementary.exp(-values))
+    return result
 
 
 def _length(T: int) -> int:

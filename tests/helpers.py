@@ -204,8 +204,13 @@ class NoSync(TorchDispatchMode):
         }
     )
 
-    def __init__(self) -> None:
+    def __init__(self, shortest: int = 2) -> None:
+        """
+        Args:
+            shortest: the number of elements from which it differs.
+        """
         super().__init__()
+        self.shortest = shortest
         self.calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -287,3 +292,35 @@ class RecordedGraph(NoSync):
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [v for v in tree_flatten(tree)[0] if isinstance(v, Tensor)]
+
+
+class OtherProcessor(TorchDispatchMode):
+    """A CPU on which torch's vector library rounds the last bit of a root, power, exponential,
+    logarithm, sine or cosine differently.
+
+    Intel's and AMD's are such, of which a test machine is only one. Some differ in long vectors and
+    not in short ones.
+    """
+
+    FUNCTIONS = frozenset({"sqrt", "rsqrt", "pow", "exp", "log", "sin", "cos"})
+
+    def __init__(self, shortest: int = 2) -> None:
+        """
+        Args:
+            shortest: the number of elements from which it differs.
+        """
+        super().__init__()
+        self.shortest = shortest
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__.rstrip("_")
+        # Squares are products, which every processor rounds correctly.
+        exact = name not in self.FUNCTIONS or (name == "pow" and args[1] not in (0.5, -0.5))
+        if exact or result.numel() < self.shortest:
+            return result
+        self.calls += 1
+        bits = result.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[result.element_size()])
+        kept = (result == 0) | (result == 1) | ~result.isfinite()
+        return result.copy_(torch.where(kept, bits, bits ^ 1).view(result.dtype))

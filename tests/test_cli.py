@@ -24,6 +24,7 @@ from PIL import Image
 import fastddim
 from fastddim import backends, images
 from fastddim.cli import main
+from fastddim.processor import has_bfloat16
 
 SHAPE = (1, 8, 8)
 
@@ -480,6 +481,7 @@ class TestEnv:
         assert report["packages"]["torch"] == torch.__version__
         assert report["models"] == list(fastddim.models.available())
         assert report["devices"][0]["device"] == "cpu"
+        assert report["devices"][0]["bfloat16"] == has_bfloat16()
         assert len(report["devices"]) == 1 + torch.cuda.device_count()
         told = {(b["backend"], b["device"]): b for b in report["backends"]}
         assert told.keys() == {

@@ -12,6 +12,8 @@ import scipy.linalg
 import torch
 from quality import classifier, data, features, frechet, grid
 
+import fastddim
+
 
 def gaussian(seed: int, count: int, size: int) -> np.ndarray:
     """Correlated normal features `[count, size]`."""
@@ -85,6 +87,17 @@ def test_a_new_classifier_learns() -> None:
     digits = data.load("digits")
     model = classifier.fit(digits.images, digits.classes, epochs=3)
     assert classifier.accuracy(model, digits.held_out_images, digits.held_out_classes) > 0.8
+
+
+def test_bfloat16_is_for_cpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastddim.models.load("digits")
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    for has, precision in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(grid, "has_bfloat16", lambda has=has: has)
+        network = grid.Network("digits", compiled=False)
+        assert network.precision == precision
+        assert network(x, t).dtype == torch.float32
+        assert torch.equal(network(x, t), model(x, t)) != has
 
 
 @pytest.fixture(scope="module")

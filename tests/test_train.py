@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fastddim import models
+from fastddim.processor import has_bfloat16
 
 TRAIN = Path(__file__).parents[1] / "examples" / "train.py"
 
@@ -36,7 +37,9 @@ def train() -> ModuleType:
 def tiny(train: ModuleType) -> Any:
     """A recipe with the parts of the real ones: autocast, channels-last weights, several epochs."""
     config = models.UNetConfig(sample_shape=(1, 8, 8), channels=(8, 16))
-    return train.Recipe(config, steps=6, batch=8, learning_rate=1e-2, warmup=2, bfloat16=True)
+    return train.Recipe(
+        config, steps=6, batch=8, learning_rate=1e-2, warmup=2, bfloat16=has_bfloat16()
+    )
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from harness import machine
 
 import fastddim
 from fastddim.files import atomic_file
+from fastddim.processor import has_bfloat16
 from quality import classifier
 from quality.features import SPACES, features, floor, reference
 from quality.frechet import bootstrap, distance, statistics
@@ -99,16 +100,17 @@ def cells(count: int, *, long: bool) -> Iterator[Cell]:
 
 
 class Network(torch.nn.Module):
-    """The bundled model computing in bfloat16; it takes and returns float32."""
+    """The bundled model, computing in bfloat16 where the CPU does; it takes and returns float32."""
 
     def __init__(self, name_or_path: str, *, compiled: bool) -> None:
         super().__init__()
         model = fastddim.models.load(name_or_path)
         self.sample_shape, self.schedule = model.sample_shape, model.schedule
         self.model = torch.compile(model, dynamic=False) if compiled else model
+        self.precision = "bfloat16" if has_bfloat16() else "float32"
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
             output: Tensor = self.model(x, t)
         return output.float()
 
@@ -174,7 +176,8 @@ def run(
             continue
         if time.monotonic() - began > seconds:
             break
-        entry |= {**measure(cell, network, name, spaces), "commit": provenance["commit"]}
+        entry |= measure(cell, network, name, spaces)
+        entry |= {"network": network.precision, "commit": provenance["commit"]}
         result["rows"].append(entry)
         result |= {"data": name, "machine": provenance, **_context(name)}
         with atomic_file(path) as file:

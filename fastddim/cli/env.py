@@ -12,6 +12,7 @@ import torch
 
 import fastddim
 from fastddim import backends, models
+from fastddim.processor import has_bfloat16
 
 PACKAGES = ("torch", "numpy", "safetensors", "pillow", "click", "tqdm", "triton", "diffusers")
 
@@ -64,6 +65,7 @@ def _devices() -> list[dict[str, Any]]:
         "device": "cpu",
         "name": platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": has_bfloat16(),
         "threads": torch.get_num_threads(),
     }
     return [cpu, *(_cuda_device(i) for i in range(torch.cuda.device_count()))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +86,8 @@ def command(
 
 def mixed(ends: Tensor, frames: int) -> Tensor:
     """Latents `[frames, …]` between two ends, or row by row `[frames·frames, …]` between four."""
-    weights = torch.linspace(0, 1, frames, dtype=torch.float64)
+    # NumPy's rounds the same on every CPU, which torch's does not.
+    weights = torch.from_numpy(np.linspace(0, 1, frames))
     if len(ends) == STRIP:
         return slerp(ends[:1], ends[1:], weights).flatten(0, 1)
     left = slerp(ends[0:1], ends[2:3], weights).flatten(0, 1)

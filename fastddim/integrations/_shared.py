@@ -8,6 +8,9 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+from torch import Tensor
+
 
 def give_methods(target: Any, methods: Sequence[Callable[..., Any]]) -> None:
     """Set functions as methods, under their own names, of a class or of one object."""
@@ -45,3 +48,20 @@ class Kept:
                 values.clear()
             values[key] = make()
         return values[key]
+
+
+def each(function: Callable[[Tensor], Tensor], values: Tensor, count: int | None = None) -> Tensor:
+    """A function of each value, given alone as a 0-dim tensor or, with `count`, as `[count]` equal
+    ones.
+
+    torch takes roots and logarithms from a vector library, in which the last bit of one may depend
+    on the length of the vector. Where numbers cancel afterwards, as in 1 − ᾱ_prev − σ², only the
+    shape that a peer gives to its function leads to the numbers of the peer.
+    """
+    distinct, place = values.unique(return_inverse=True)
+    if count is None:
+        results = [function(value) for value in distinct.unbind()]
+    else:
+        rows = distinct[:, None].repeat(1, max(count, 1))
+        results = [function(row)[0] for row in rows.unbind()]
+    return torch.stack(results)[place] if results else values

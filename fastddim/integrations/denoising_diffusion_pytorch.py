@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fastddim.integrations._shared import each
 from fastddim.plan import Row, stack_row
 from fastddim.steptable import StepTable
 
@@ -124,8 +125,9 @@ class _Steps(NamedTuple):
         # What cancels is rounded to the dtype of the buffers, as in the original.
         a = diffusion.alphas_cumprod.cpu()[timesteps]
         p = torch.cat([a[1:], a.new_ones(1)])
-        sigma = diffusion.ddim_sampling_eta * ((1 - a / p) * (1 - p) / (1 - a)) ** 0.5
-        signal, direction = p**0.5, (1 - p - sigma**2) ** 0.5
+        variance = (1 - a / p) * (1 - p) / (1 - a)
+        sigma = diffusion.ddim_sampling_eta * each(torch.sqrt, variance)
+        signal, direction = each(torch.sqrt, p), each(torch.sqrt, 1 - p - sigma**2)
         return cls(timesteps, a.dtype, signal.double(), direction.double(), sigma.double())
 
     @property

@@ -9,9 +9,9 @@ image = pipe(num_inference_steps=2).images[0]
 ```
 
 Every class is a subclass of the one that it is named after, takes what that takes and gives what
-that gives, to rounding: noise is drawn with the same calls from the same generators, coefficients
-are worked out in the dtype of `alphas_cumprod`, and what diffusers does against the paper is done
-here too:
+that gives, to rounding: noise is drawn with the same calls from the same generators, roots are
+those that diffusers takes, one timestep at a time in the dtype of `alphas_cumprod`, and what
+diffusers does against the paper is done here too:
 
 - the timestep before is `t - T // N`, whatever timesteps are visited next;
 - `set_alpha_to_one=False` adds noise in the last step where that does not end at t = 0;
@@ -56,8 +56,20 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastddim import transfer
+from fastddim.integrations._shared import each
 from fastddim.philox import Keys, make_keys
-from fastddim.plan import PREDICTIONS, Fit, Row, Update, mixing_row, stack_row, unchecked_row
+from fastddim.plan import (
+    PREDICTIONS,
+    Fit,
+    Row,
+    Scales,
+    Update,
+    mixing_row,
+    prediction_coefficients,
+    row_of,
+    settled,
+    stack_row,
+)
 from fastddim.steptable import StepTable
 from fastddim.validation import STATE_DTYPES, check_choice
 
@@ -309,7 +321,7 @@ class _Noising(_Fused):
         table: StepTable | None = tables.get(kind)
         if table is None:
             alphas = self.alphas_cumprod.to("cpu")
-            signal, sigma = alphas**0.5, (1 - alphas) ** 0.5
+            signal, sigma = _roots(alphas), _roots(1 - alphas)
             of_x, of_noise = (signal, sigma) if kind == "add_noise" else (-sigma, signal)
             table = tables[kind] = StepTable(stack_row(mixing_row(of_x, of_noise)).double())
         row = timesteps.reshape(-1).to(x.device, torch.int64)
@@ -327,6 +339,22 @@ def _doubled(at_t: Tensor, before: Tensor, past_the_end: Tensor) -> tuple[Tensor
     that reads ᾱ from the end, and has nothing before it.
     """
     return torch.cat([at_t, at_t]), torch.cat([before, past_the_end.expand_as(before)])
+
+
+def _roots(values: Tensor) -> Tensor:
+    # To the power of 0.5, as diffusers writes it, is torch's square root.
+    return each(torch.sqrt, values)
+
+
+def _scales(a: Tensor, p: Tensor, eta: float = 0.0) -> Scales:
+    """Steps from ᾱ = a to ᾱ = p by the operations of diffusers, in the dtype of a; then float64."""
+    signal, next_signal = _roots(torch.stack([a, p]))
+    sigma, direction = _roots(torch.stack([1 - a, 1 - p]))
+    noise = torch.zeros_like(a)
+    if eta > 0:
+        noise = eta * _roots((1 - p) / (1 - a) * (1 - a / p))
+        direction = _roots(settled(1 - p - noise**2))
+    return Scales(*(v.double() for v in (signal, sigma, next_signal, direction, noise)))
 
 
 class _BothSigns(StepTable):
@@ -498,8 +526,8 @@ class _Ddim(_Noising):
             clip=clip,
             rederive_eps=bool(rederive_eps),
         )
-        row = unchecked_row(*_doubled(alphas, previous, last), update)
-        return _BothSigns(stack_row(_finite(row)).double(), fit=fit)
+        scales = _scales(*_doubled(alphas, previous, last), update.eta)
+        return _BothSigns(stack_row(_finite(row_of(scales, update))), fit=fit)
 
 
 class DDIMScheduler(_Ddim, _ddim.DDIMScheduler):  # type: ignore[misc]
@@ -624,8 +652,8 @@ class DDIMInverseScheduler(_Fused, _ddim_inverse.DDIMInverseScheduler):  # type:
             clip = config["clip_sample_range"] if config["clip_sample"] else None
             update = Update(prediction=config["prediction_type"], clip=clip)
             ends, starts = _doubled(alphas, at_start, initial)
-            rows = stack_row(_finite(unchecked_row(starts, ends, update)))
-            tables["step"] = _BothSigns(rows.double())
+            row = row_of(_scales(starts, ends), update)
+            tables["step"] = _BothSigns(stack_row(_finite(row)))
         table: StepTable = tables["step"]
         return table
 
@@ -737,21 +765,24 @@ class DDPMScheduler(_Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
                 before[t] = alphas[earlier]
         a, p = alphas.repeat(2), before
         k0, kx, variance, large = _posterior(a, p)
-        predicted = unchecked_row(a, p, Update(prediction=config["prediction_type"]))
+        signal, sigma = _roots(a).double(), _roots(1 - a).double()
+        cx, cm, _, _ = prediction_coefficients(signal, sigma, config["prediction_type"])
         clip, fit = _limits(config)
         row = Row(
-            cx=predicted.cx,
-            cm=predicted.cm,
+            cx=cx,
+            cm=cm,
             r=float("inf") if clip is None else clip,
-            k0=k0,
-            kx=kx,
+            k0=k0.double(),
+            kx=kx.double(),
             km=0.0,
-            pn=_fixed_deviation(config["variance_type"], variance, large),
+            pn=_fixed_deviation(config["variance_type"], variance, large).double(),
             g=1.0,
         )
-        table = _Ancestral(stack_row(_finite(row)).double(), fit=fit)
+        table = _Ancestral(stack_row(_finite(row)), fit=fit)
         table.visited = frozenset(previous)
-        table.log_variances = torch.stack([variance.log(), large.log()], dim=1).tolist()
+        if config["variance_type"] == "learned_range":
+            logs = [each(torch.log, v[:count]) for v in (variance, large)]
+            table.log_variances = torch.stack(logs, dim=1).tolist()
         return table
 
 
@@ -760,7 +791,7 @@ class _Ancestral(_BothSigns):
 
     visited: frozenset[int]
     log_variances: list[list[float]]
-    """(smallest, largest) of each timestep."""
+    """(smallest, largest) of each timestep, where the variance is learned between them."""
 
 
 def _posterior(a: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -769,18 +800,20 @@ def _posterior(a: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     ratio = a / p
     large = 1 - ratio
-    k0 = p**0.5 * large / (1 - a)
-    kx = ratio**0.5 * (1 - p) / (1 - a)
+    k0 = _roots(p) * large / (1 - a)
+    kx = _roots(ratio) * (1 - p) / (1 - a)
     variance = ((1 - p) / (1 - a) * large).clamp(min=1e-20)
     return k0, kx, variance, large
 
 
 def _fixed_deviation(variance_type: str, variance: Tensor, large: Tensor) -> Tensor:
     """Standard deviation of the noise of each timestep; 1 where the noise is scaled before."""
-    if variance_type.startswith("fixed_small"):
-        return variance**0.5
+    if variance_type == "fixed_small":
+        return _roots(variance)
+    if variance_type == "fixed_small_log":
+        return each(lambda v: torch.exp(0.5 * torch.log(v)), variance)
     if variance_type == "fixed_large":
-        return large**0.5
+        return _roots(large)
     if variance_type == "fixed_large_log":
-        return large.log() ** 0.5
+        return _roots(each(torch.log, large))
     return torch.ones_like(variance)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastddim.integrations._shared import each
 from fastddim.plan import Row, stack_row
 from fastddim.steptable import StepTable
 
@@ -51,10 +52,9 @@ def generalized_steps(
         step, on the CPU. An η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
     """
     timesteps, a, p = _visited(seq, b)
-    sigma = kwargs.get("eta", 0) * ((1 - a / p) * (1 - p) / (1 - a)) ** 0.5
-    direction = (1 - p - sigma**2) ** 0.5
-    signal, deviation = _wide(a**0.5, (1 - a) ** 0.5)
-    k0, km, pn = _wide(p**0.5, direction, sigma)
+    sigma = kwargs.get("eta", 0) * _root((1 - a / p) * (1 - p) / (1 - a), x)
+    signal, deviation = _wide(_root(a, x), _root(1 - a, x))
+    k0, km, pn = _wide(_root(p, x), _root(1 - p - sigma**2, x), sigma)
     row = Row(cx=1 / signal, cm=-deviation / signal, r=math.inf, k0=k0, kx=0.0, km=km, pn=pn, g=1.0)
     return _run(row, timesteps, x, model, b.dtype, lambda _: torch.randn_like(x))
 
@@ -67,9 +67,10 @@ def ddpm_steps(x: Tensor, seq: Iterable[int], model: Model, b: Tensor, **kwargs:
     """
     timesteps, a, p = _visited(seq, b)
     beta = 1 - a / p
-    cx, cm = _wide((1 / a) ** 0.5, -((1 / a - 1) ** 0.5))
-    k0, kx = _wide(p**0.5 * beta / (1 - a), (1 - beta) ** 0.5 * (1 - p) / (1 - a))
-    (pn,) = _wide(beta**0.5 * (torch.tensor(timesteps) != 0))
+    cx, cm = _wide(_root(1 / a, x), -_root(1 / a - 1, x))
+    k0, kx = _wide(_root(p, x) * beta / (1 - a), _root(1 - beta, x) * (1 - p) / (1 - a))
+    deviation = each(lambda v: torch.exp(0.5 * torch.log(v)), beta, len(x))
+    (pn,) = _wide(deviation * (torch.tensor(timesteps) != 0))
     row = Row(cx=cx, cm=cm, r=1.0, k0=k0, kx=kx, km=0.0, pn=pn, g=1.0)
     return _run(row, timesteps, x, model, b.dtype, torch.randn_like)
 
@@ -82,6 +83,11 @@ def _visited(seq: Iterable[int], b: Tensor) -> tuple[list[int], Tensor, Tensor]:
     timesteps = [int(t) for t in seq][::-1]
     alphas = (1 - b.detach().cpu()).cumprod(0)[timesteps]
     return timesteps, alphas, torch.cat([alphas, alphas.new_ones(1)])[1:]
+
+
+def _root(values: Tensor, x: Tensor) -> Tensor:
+    """√, which the original takes of one value for each sample."""
+    return each(torch.sqrt, values, len(x))
 
 
 def _wide(*coefficients: Tensor) -> tuple[Tensor, ...]:

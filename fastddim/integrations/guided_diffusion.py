@@ -260,6 +260,7 @@ def _basis(diffusion: Any) -> tuple[Any, ...]:
 
 
 def _row_down(diffusion: Any, kind: str, clip: float | None, eta: float) -> Row:
+    # Roots are taken of vectors, since the original has a coefficient for each element of x.
     a, p = _narrow(diffusion.alphas_cumprod), _narrow(diffusion.alphas_cumprod_prev)
     sigma = eta * ((1 - p) / (1 - a)) ** 0.5 * (1 - a / p) ** 0.5
     return _row(diffusion, p, sigma, kind, clip)

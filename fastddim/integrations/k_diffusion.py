@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fastddim.integrations._shared import each
 from fastddim.plan import Row, stack_row
 from fastddim.steptable import StepTable
 
@@ -85,10 +86,10 @@ def _table(sigmas: Tensor, eta: float, s_noise: float) -> StepTable:
     sigma, after = levels[:-1], levels[1:]
     down, up = after, torch.zeros_like(after)
     if eta:
-        up = eta * (after**2 * (sigma**2 - after**2) / sigma**2) ** 0.5
+        up = eta * each(torch.sqrt, after**2 * (sigma**2 - after**2) / sigma**2)
         # Where η asks for more noise than there is, or for any on the way up.
         up = torch.where(up < after, up, after)
-        down = (after**2 - up**2) ** 0.5
+        down = each(torch.sqrt, after**2 - up**2)
     moved = (down - sigma).double() / sigma.double()
     row = Row(
         cx=0.0,

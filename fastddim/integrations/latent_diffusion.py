@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastddim.integrations._shared import Kept, give_methods
+from fastddim.integrations._shared import Kept, each, give_methods
 from fastddim.plan import Row, mixing_row, predicting_row, stack_row
 from fastddim.steptable import StepTable
 
@@ -106,15 +106,16 @@ def p_sample_ddim(
         assert self.model.parameterization == "eps", "score_corrector: expected a model of epsilon"
         output = score_corrector.modify_score(self.model, output, x, t, c, **corrector_kwargs)
     if quantize_denoised:
-        x_0, _ = _table(self, _predicting_row, original)(state, output, index, return_x0=False)
+        predicting = _table(self, _predicting_row, original, len(x))
+        x_0, _ = predicting(state, output, index, return_x0=False)
         x_0 = self.model.first_stage_model.quantize(x_0)[0]
         if self.model.parameterization == "v":
-            epsilon = _table(self, _epsilon_row, original)
+            epsilon = _table(self, _epsilon_row, original, len(x))
             output, _ = epsilon(state, output, index, return_x0=False)
         state, output = output.to(state.dtype), x_0
-        table = _table(self, _concluding_row, original, temperature)
+        table = _table(self, _concluding_row, original, len(x), temperature)
     else:
-        table = _table(self, _row, original, temperature, scale=scale)
+        table = _table(self, _row, original, len(x), temperature, scale=scale)
     noise = _noise_like(x, repeat_noise)
     if noise_dropout > 0.0:
         noise = torch.nn.functional.dropout(noise, p=noise_dropout)
@@ -380,9 +381,9 @@ def _table(
     return table
 
 
-def _row(sampler: Any, original: bool, temperature: float) -> Row:
-    cx, cm, ex, em = _prediction(sampler, original)
-    signal, direction, sigma = _destination(sampler, original)
+def _row(sampler: Any, original: bool, batch: int, temperature: float) -> Row:
+    cx, cm, ex, em = _prediction(sampler, original, batch)
+    signal, direction, sigma = _destination(sampler, original, batch)
     return Row(
         cx=cx,
         cm=cm,
@@ -395,19 +396,19 @@ def _row(sampler: Any, original: bool, temperature: float) -> Row:
     )
 
 
-def _predicting_row(sampler: Any, original: bool) -> Row:
+def _predicting_row(sampler: Any, original: bool, batch: int) -> Row:
     """x_0 as the new state."""
-    return predicting_row(_row(sampler, original, 1.0))
+    return predicting_row(_row(sampler, original, batch, 1.0))
 
 
-def _epsilon_row(sampler: Any, original: bool) -> Row:
-    _, _, ex, em = _prediction(sampler, original)
+def _epsilon_row(sampler: Any, original: bool, batch: int) -> Row:
+    _, _, ex, em = _prediction(sampler, original, batch)
     return mixing_row(ex, em)
 
 
-def _concluding_row(sampler: Any, original: bool, temperature: float) -> Row:
+def _concluding_row(sampler: Any, original: bool, batch: int, temperature: float) -> Row:
     """The step from epsilon as the state and x_0 as the model output."""
-    signal, direction, sigma = _destination(sampler, original)
+    signal, direction, sigma = _destination(sampler, original, batch)
     return Row(
         cx=0.0,
         cm=1.0,
@@ -430,7 +431,8 @@ def _encoding_row(sampler: Any, original: bool) -> Row:
     """Eq. 13 upwards, multiplied by √ᾱ of where it goes."""
     name = "alphas_cumprod" if original else "ddim_alphas"
     a, p = _host(getattr(sampler, name)), _host(getattr(sampler, f"{name}_prev"))
-    kept, added = (a / p) ** 0.5, a**0.5 * ((1 / a - 1) ** 0.5 - (1 / p - 1) ** 0.5)
+    kept, signal = each(torch.sqrt, a / p), each(torch.sqrt, a)
+    added = signal * (each(torch.sqrt, 1 / a - 1) - each(torch.sqrt, 1 / p - 1))
     return mixing_row(kept.double(), added.double())
 
 
@@ -438,11 +440,11 @@ def _noising_row(sampler: Any, original: bool) -> Row:
     if original:
         signal, noise = sampler.sqrt_alphas_cumprod, sampler.sqrt_one_minus_alphas_cumprod
     else:
-        signal, noise = sampler.ddim_alphas**0.5, sampler.ddim_sqrt_one_minus_alphas
+        signal, noise = torch.sqrt(sampler.ddim_alphas), sampler.ddim_sqrt_one_minus_alphas
     return mixing_row(_host(signal).double(), _host(noise).double())
 
 
-def _prediction(sampler: Any, original: bool) -> tuple[Any, Any, Any, Any]:
+def _prediction(sampler: Any, original: bool, batch: int) -> tuple[Any, Any, Any, Any]:
     """(cx, cm, ex, em): x_0 = cx·x + cm·m and eps = ex·x + em·m."""
     model = sampler.model
     if model.parameterization == "v":
@@ -455,19 +457,20 @@ def _prediction(sampler: Any, original: bool) -> tuple[Any, Any, Any, Any]:
         if original
         else (sampler.ddim_alphas, sampler.ddim_sqrt_one_minus_alphas)
     )
-    signal, noise = (_narrow(a) ** 0.5).double(), _narrow(noise).double()
+    signal, noise = each(torch.sqrt, _narrow(a), batch).double(), _narrow(noise).double()
     return 1 / signal, -noise / signal, 0.0, 1.0
 
 
-def _destination(sampler: Any, original: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """√ᾱ_prev, √(1 − ᾱ_prev − σ²) and σ."""
+def _destination(sampler: Any, original: bool, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """√ᾱ_prev, √(1 − ᾱ_prev − σ²) and σ; the original takes roots of `[batch, 1, 1, 1]`."""
     name, model = "ddim_sigmas_for_original_num_steps", sampler.model
     if original:
         p, sigma = model.alphas_cumprod_prev, getattr(model, name, getattr(sampler, name))
     else:
         p, sigma = sampler.ddim_alphas_prev, sampler.ddim_sigmas
     p, sigma = _narrow(p), _narrow(sigma)
-    return (p**0.5).double(), ((1 - p - sigma**2) ** 0.5).double(), sigma.double()
+    signal, direction = (each(torch.sqrt, v, batch) for v in (p, 1 - p - sigma**2))
+    return signal.double(), direction.double(), sigma.double()
 
 
 def _narrow(values: Any) -> Tensor:

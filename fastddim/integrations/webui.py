@@ -21,7 +21,9 @@ import torch
 import tqdm
 from torch import Tensor
 
-from fastddim.plan import Update
+from fastddim import elementary
+from fastddim.integrations._shared import each
+from fastddim.plan import Row, Scales, Update, row_of, stack_row
 from fastddim.steptable import StepTable
 
 
@@ -54,9 +56,9 @@ def ddim(
         The state at `timesteps[0]`, in the dtype to which x and epsilon promote. An η for which
         1 − ᾱ_prev − σ² < 0 gives NaN.
     """
-    alphas = model.inner_model.inner_model.alphas_cumprod[timesteps].cpu().double()
+    alphas = model.inner_model.inner_model.alphas_cumprod[timesteps].cpu()
     visited = timesteps.tolist()[:0:-1]
-    table = StepTable.of(alphas[1:].flip(0), alphas[:-1].flip(0), Update(eta=eta))
+    table = StepTable(stack_row(_row(alphas, eta, x)))
     extra_args = {} if extra_args is None else extra_args
     s_in = x.new_ones(x.shape[0])
     for i, timestep in enumerate(tqdm.tqdm(visited, disable=disable)):
@@ -66,6 +68,21 @@ def ddim(
         if callback is not None:
             callback({"x": x, "i": i, "sigma": 0, "sigma_hat": 0, "denoised": x_0})
     return x
+
+
+def _row(alphas: Tensor, eta: float, x: Tensor) -> Row:
+    """The steps by the operations of the original: σ in float64, √(1 − ᾱ) of all steps at once, and
+    the other roots of one value for each sample, in the dtype of the state.
+    """
+    a, p = alphas[1:].flip(0), alphas[:-1].flip(0).double()
+    # The original divides arrays of NumPy by tensors, which Tensor does by way of the reciprocal.
+    sigma = eta * elementary.sqrt((1 - a).reciprocal() * (1 - p) * (1 - a / p))
+    deviation = (1 - alphas).sqrt()[1:].flip(0)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    a, p, sigma, deviation = (v.to(dtype) for v in (a, p, sigma, deviation))
+    signal, after, direction = (each(torch.sqrt, v, len(x)) for v in (a, p, 1 - p - sigma**2))
+    roots = (signal, deviation, after, direction, sigma)
+    return row_of(Scales(*(root.double() for root in roots)), Update())
 
 
 def _randn_like(x: Tensor) -> Tensor:

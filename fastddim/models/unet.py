@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastddim.elementary import sqrt
 from fastddim.schedule import Schedule
 
 
@@ -92,7 +93,7 @@ class UNet(nn.Module):
         self.sample_shape = config.sample_shape
 
         a = schedule.alphas_cumprod
-        coefficients = torch.stack([(1 - a).sqrt(), a.sqrt()]).float()
+        coefficients = torch.stack([sqrt(1 - a), sqrt(a)]).float()
         # Kept as integers, because `.to(dtype)` would narrow any floating-point buffer.
         bits = coefficients.view(torch.int32)
         self.register_buffer("coefficient_bits", bits, persistent=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -167,15 +168,26 @@ class WebuiModel:
 
 
 def peer_webui(model, x, timesteps, extra_args=None, callback=None, disable=None, eta=0.0):
-    alphas = model.inner_model.inner_model.alphas_cumprod
+    alphas = model.inner_model.inner_model.alphas_cumprod[timesteps]
+    before = torch.cat([alphas[:1], alphas[:-1]]).double()
+    # It divides arrays of NumPy by tensors, which Tensor does by way of the reciprocal.
+    variances = (1 - before) * (1 - alphas).reciprocal() * (1 - alphas / before)
+    sigmas = eta * np.sqrt(variances.numpy())
+    deviations = torch.sqrt(1 - alphas)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    ones = torch.ones(x.shape[0], dtype=dtype)
     for i, index in enumerate(range(len(timesteps) - 1, 0, -1)):
-        a, p = (alphas[timesteps[j]].item() for j in (index, index - 1))
+        a, p, sigma, deviation = (
+            v[index].item() * ones for v in (alphas, before, sigmas, deviations)
+        )
         epsilon = model(x, x.new_ones(x.shape[0]) * timesteps[index], **(extra_args or {}))
-        sigma = eta * ((1 - p) / (1 - a) * (1 - a / p)) ** 0.5
-        direction = 1 - p - sigma**2
-        x_0 = (x - (1 - a) ** 0.5 * epsilon) / a**0.5
-        direction = direction**0.5 if direction >= 0 else float("nan")
-        x = p**0.5 * x_0 + direction * epsilon + sigma * torch.randn_like(x)
+        root, next_root, direction = a.sqrt(), p.sqrt(), (1 - p - sigma**2).sqrt()
+        root, next_root, direction, sigma, deviation = (
+            v.reshape(-1, *[1] * (x.ndim - 1))
+            for v in (root, next_root, direction, sigma, deviation)
+        )
+        x_0 = (x - deviation * epsilon) / root
+        x = next_root * x_0 + direction * epsilon + sigma * torch.randn_like(x)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": 0, "sigma_hat": 0, "denoised": x_0})
     return x
