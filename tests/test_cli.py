@@ -13,7 +13,6 @@ import warnings
 from pathlib import Path
 
 import click
-import diffusers
 import numpy as np
 import pytest
 import safetensors.torch
@@ -24,6 +23,10 @@ from PIL import Image
 import fastddim
 from fastddim import backends, images
 from fastddim.cli import main
+
+from .optional import optional
+
+diffusers = optional("diffusers")
 
 SHAPE = (1, 8, 8)
 

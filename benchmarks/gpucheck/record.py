@@ -21,7 +21,7 @@ RUNNER = "runner"
 """The stage of lines that say how stages ended, and on which machine."""
 
 OK, FAILED, LACKING = 0, 1, 3
-"""How a stage ends: exit codes of its process."""
+"""Ends of a stage: exit codes of its process."""
 
 
 class Record:

@@ -58,13 +58,15 @@ def merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
             ends[end["name"]] = end
     replaced = {end["name"] for end in later["stages"] if end["result"] != "not begun"}
     kept = [row for row in earlier["rows"] if row["stage"] not in replaced]
-    place = {stage.name: i for i, stage in enumerate(STAGES)}
+    order = {stage.name: i for i, stage in enumerate(STAGES)}
+
+    def place(name: str) -> int:
+        return order.get(name, len(order))
+
     return {
         "machine": {**earlier["machine"], **later["machine"]},
-        "stages": sorted(ends.values(), key=lambda end: place.get(end["name"], len(place))),
-        "rows": sorted(
-            [*kept, *later["rows"]], key=lambda row: place.get(row["stage"], len(place))
-        ),
+        "stages": sorted(ends.values(), key=lambda end: place(end["name"])),
+        "rows": sorted([*kept, *later["rows"]], key=lambda row: place(row["stage"])),
     }
 
 

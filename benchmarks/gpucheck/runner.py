@@ -40,7 +40,10 @@ REAP = 2.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a stage: "ok", "failed", "lacking", "out of time", "not begun" or "killed by …"."""
+    """The end of a stage.
+
+    `result` is "ok", "failed", "lacking", "out of time", "not begun" or "killed by SIG…".
+    """
 
     name: str
     result: str

@@ -57,8 +57,8 @@ def _package(record: Record, settings: Settings) -> None:
     kit = provenance.kit()
     if kit is None:
         return
-    if tested.is_relative_to(settings.root):
-        record.problem(tested=f"expected the package of the kit, got the checkout's, {tested}")
+    if not tested.is_relative_to(settings.work):
+        record.problem(tested=f"expected the package of the kit, got {tested}")
     for package in ("torch", "triton"):
         here = provenance.version(package)
         if here is None or here.partition("+")[0] != kit[package].partition("+")[0]:

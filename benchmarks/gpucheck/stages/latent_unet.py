@@ -17,7 +17,7 @@ from gpucheck.stages.loops import agreeing
 from gpucheck.timing import in_turn, spread, wait
 
 STEPS, ROUNDS = 20, 5
-DRY_STEPS, DRY_ROUNDS = 2, 2
+DRY_STEPS, DRY_ROUNDS = 2, 1
 GUIDANCE = 3.0
 TOKENS = 77
 

@@ -18,7 +18,7 @@ from gpucheck.timing import difference, full_precision, in_turn, spread
 # Where noise is a part of the cost that shows.
 NOISY = ("null model", "digits U-Net")
 STEPS, ROUNDS = 50, 9
-DRY_STEPS, DRY_ROUNDS = 4, 2
+DRY_STEPS, DRY_ROUNDS = 2, 1
 
 
 @torch.no_grad()
