@@ -28,11 +28,7 @@ def begin(settings: Settings) -> subprocess.Popen[bytes]:
     """Begin to install a copy of the sources into `target(settings.work)`."""
     folder = settings.work / "build"
     folder.mkdir()
-    for name in SOURCES:
-        ignored = shutil.ignore_patterns("*.so", "__pycache__")
-        shutil.copytree(settings.root / name, folder / name, ignore=ignored)
-    for name in FILES:
-        shutil.copy(settings.root / name, folder)
+    copy_sources(settings.root, folder)
     # A rehearsal does not compile.
     extra = {"FASTDDIM_BUILD_EXT": "0"} if settings.dry else {}
     return subprocess.Popen(
@@ -41,6 +37,15 @@ def begin(settings: Settings) -> subprocess.Popen[bytes]:
         env={**os.environ, **extra},
         start_new_session=True,
     )
+
+
+def copy_sources(root: Path, folder: Path) -> None:
+    """Copy what an installation needs, without anything that was built before."""
+    for name in SOURCES:
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(root / name, folder / name, ignore=ignored)
+    for name in FILES:
+        shutil.copy(root / name, folder)
 
 
 def end(build: subprocess.Popen[bytes]) -> None:

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,13 @@ def import_all(stages: tuple[Stage, ...]) -> None:
     """Import what the stages use, as far as it is there; a stage says itself what it lacks."""
     for stage in stages:
         if not stage.fresh:
-            _attempt(lambda name=stage.name: importlib.import_module(f"{runner.PACKAGE}.{name}"))
+            _attempt(partial(importlib.import_module, f"{runner.PACKAGE}.{stage.name}"))
     for name in DIFFUSERS:
-        _attempt(lambda name=name: getattr(importlib.import_module("diffusers"), name))
+        _attempt(partial(_part_of_diffusers, name))
+
+
+def _part_of_diffusers(name: str) -> Any:
+    return getattr(importlib.import_module("diffusers"), name)
 
 
 def _attempt(load: Callable[..., Any]) -> None:
