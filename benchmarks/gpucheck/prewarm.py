@@ -138,10 +138,10 @@ def main() -> None:
     from fastddim.backends import triton as backend
 
     root, capability = Path(sys.argv[1]), int(sys.argv[2])
-    counts = {"launches": 0, "compiled": 0}
+    counts = {"kernels": 0, "compiled": 0}
 
     def listen(*, cache_hit: bool, **_: Any) -> None:
-        counts["launches"] += 1
+        counts["kernels"] += 1
         counts["compiled"] += not cache_hit
 
     knobs.compilation.listener = listen

@@ -61,10 +61,20 @@ class Record:
         self._lacking = True
         self.show(lacks=what)
 
+    def lacks_module(self, error: ModuleNotFoundError) -> None:
+        traceback.print_exc()
+        self.lacks(f"the Python package {error.name}")
+
     def attempt(self, function: Callable[[], T], **about: Any) -> T | None:
-        """The result of a call; None, and a problem that says `about`, where it raises."""
+        """The result of a call; None, and a problem that says `about`, where it raises.
+
+        A Python package that is not there is not a problem, but lacking.
+        """
         try:
             return function()
+        except ModuleNotFoundError as error:
+            self.lacks_module(error)
+            return None
         except Exception as error:
             traceback.print_exc()
             self.problem(**about, error=f"{type(error).__name__}: {str(error)[:600]}")

@@ -140,8 +140,7 @@ def run_here(module: str, name: str, settings: Settings) -> int:
     try:
         importlib.import_module(module).run(record, settings)
     except ModuleNotFoundError as error:
-        traceback.print_exc()
-        record.lacks(f"the Python package {error.name}")
+        record.lacks_module(error)
     except BaseException as error:
         traceback.print_exc()
         record.problem(error=f"{type(error).__name__}: {str(error)[:600]}")

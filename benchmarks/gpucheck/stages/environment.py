@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import sys
@@ -39,8 +40,7 @@ def run(record: Record, settings: Settings) -> None:
     record.row(variables={k: v for k, v in os.environ.items() if k.startswith(VARIABLES)})
     for words in (("nvcc", "--version"), ("c++", "--version"), ("lscpu",)):
         record.row(command=" ".join(words), says=output(*words)[:1500])
-    if provenance.version("diffusers") is None:
-        record.lacks("the Python package diffusers")
+    record.attempt(lambda: importlib.import_module("diffusers"))
     _package(record, settings)
     if not settings.dry:
         record.attempt(lambda: _device(record, settings), what="device")
@@ -61,11 +61,16 @@ def _package(record: Record, settings: Settings) -> None:
         record.problem(tested=f"expected the package of the kit, got {tested}")
     for package in ("torch", "triton"):
         here = provenance.version(package)
-        if here is None or here.partition("+")[0] != kit[package].partition("+")[0]:
+        if release(here) != release(kit[package]):
             record.problem(package=package, expected=kit[package], got=here)
     commit = machine()["commit"]
     if commit not in (None, kit["commit"]):
         record.problem(expected=f"a kit of this checkout, {commit}", got=kit["commit"])
+
+
+def release(version: str | None) -> str | None:
+    """A version without its local part, which says what torch was built for."""
+    return version and version.partition("+")[0]
 
 
 def _device(record: Record, settings: Settings) -> None:
