@@ -24,6 +24,11 @@ SEED = 3
 AGREEMENT = 2e-3
 
 
+def diffusers() -> Any:
+    """The package, for those who have it: only some models and loops need it."""
+    return importlib.import_module("diffusers")
+
+
 class Policy(nn.Module):
     """A policy head of three layers on 112 numbers."""
 
@@ -34,17 +39,16 @@ class Policy(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.layers(x) * (t[:, None] * 1e-3 + 1)
+        output: Tensor = self.layers(x)
+        return output * (t[:, None] * 1e-3 + 1)
 
 
 class Unet(nn.Module):
     """A U-Net of diffusers with a million parameters, untrained."""
 
     def __init__(self) -> None:
-        from diffusers import UNet2DModel
-
         super().__init__()
-        self.unet = UNet2DModel(
+        self.unet = diffusers().UNet2DModel(
             sample_size=32,
             layers_per_block=1,
             block_out_channels=(32, 64, 64),
@@ -81,16 +85,13 @@ def make(name: str, device: str = "cpu") -> tuple[Any, tuple[int, ...]]:
 
 def diffusers_loop(model: Any, x_T: Tensor, steps: int, eta: float) -> Loop:
     """The loop of diffusers' pipelines by `DDIMScheduler`."""
-    from diffusers import DDIMScheduler
-
-    return _scheduler_loop(model, x_T, DDIMScheduler(clip_sample=False), steps, eta=eta)
+    scheduler = diffusers().DDIMScheduler(clip_sample=False)
+    return _scheduler_loop(model, x_T, scheduler, steps, eta=eta)
 
 
 def ddpm_loop(model: Any, x_T: Tensor, steps: int = 1000) -> Loop:
     """DDPM's steps by `diffusers.DDPMScheduler`, whose step takes no η."""
-    from diffusers import DDPMScheduler
-
-    return _scheduler_loop(model, x_T, DDPMScheduler(clip_sample=False), steps)
+    return _scheduler_loop(model, x_T, diffusers().DDPMScheduler(clip_sample=False), steps)
 
 
 def _scheduler_loop(model: Any, x_T: Tensor, scheduler: Any, steps: int, **options: Any) -> Loop:

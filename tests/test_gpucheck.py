@@ -549,7 +549,13 @@ def run_check(
     return subprocess.run(
         [*under, "bash", str(RUN), str(out), *words],
         cwd=out.parent,
-        env={**inherited, "GPUCHECK_PYTHON": sys.executable, "GPUCHECK_DRY": "1", **variables},
+        env={
+            **inherited,
+            "GPUCHECK_PYTHON": sys.executable,
+            "GPUCHECK_DRY": "1",
+            "OMP_NUM_THREADS": "1",
+            **variables,
+        },
         capture_output=True,
         text=True,
         check=False,

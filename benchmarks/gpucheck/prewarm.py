@@ -78,7 +78,7 @@ def check_launches(backend: Any) -> Iterator[Launch]:
     update_out = on_device(backend.update_out, torch.device("cpu"))
     for case in CASES.values():
         yield partial(results, update_out, case)
-    options = {**LOOP, "device": "cpu", "impl": "triton", "graph": False}
+    options: dict[str, Any] = {**LOOP, "device": "cpu", "impl": "triton", "graph": False}
     yield partial(fastddim.sample, correctly_rounded, STEPS, **options)
     table, row = torch.zeros(1, 12), torch.zeros(1, dtype=torch.int64)
     for dtype in DTYPES:
@@ -108,7 +108,13 @@ def test_launches(backend: Any) -> Iterator[Launch]:
         for function in (backend.update_out, backend.normal_out, backend.advance)
     )
     for shape, eta in (((3, 3, 16, 16), 0.0), ((3, 3, 16, 16), 1.0), ((2, 3, 8, 8), 1.0)):
-        options = {"shape": shape, "eta": eta, "device": "cpu", "impl": "triton", "graph": False}
+        options: dict[str, Any] = {
+            "shape": shape,
+            "eta": eta,
+            "device": "cpu",
+            "impl": "triton",
+            "graph": False,
+        }
         yield partial(fastddim.sample, helpers.elementwise_model, STEPS, **options)
     for dtype in updates.DTYPES:
         for layout in updates.LAYOUTS[:-1]:

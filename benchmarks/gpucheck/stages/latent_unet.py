@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from loops import Loop
+from loops import Loop, diffusers
 from torch import Tensor
 
 import fastddim
@@ -38,9 +38,9 @@ def run(record: Record, settings: Settings) -> None:
     record.row(parameters=sum(p.numel() for p in problem.unet.parameters()))
     contenders: dict[str, Loop] = {"diffusers": partial(their_loop, problem)}
     for mode in settings.modes:
-        sampler = record.attempt(partial(our_sampler, settings, problem, mode), graph=mode)
-        if sampler is not None:
-            contenders[f"graph={mode}"] = partial(sampler, x_T=problem.x_T)
+        loop = record.attempt(partial(our_loop, settings, problem, mode), graph=mode)
+        if loop is not None:
+            contenders[f"graph={mode}"] = loop
     alive = agreeing(record, contenders, base="diffusers")
     for contender, loop in alive.items():
         start = time.perf_counter()
@@ -61,8 +61,6 @@ def run(record: Record, settings: Settings) -> None:
 
 
 def make(settings: Settings) -> Problem:
-    from diffusers import DDIMScheduler, UNet2DConditionModel
-
     channels = (32, 64) if settings.dry else (320, 640, 1280, 1280)
     width = 32 if settings.dry else 768
     size = 8 if settings.dry else 64
@@ -70,7 +68,7 @@ def make(settings: Settings) -> Problem:
     down = ("CrossAttnDownBlock2D",) * (len(channels) - 1) + ("DownBlock2D",)
     torch.manual_seed(0)
     with settings.device:
-        unet = UNet2DConditionModel(
+        unet = diffusers().UNet2DConditionModel(
             sample_size=size,
             block_out_channels=channels,
             cross_attention_dim=width,
@@ -80,7 +78,7 @@ def make(settings: Settings) -> Problem:
         )
         text = torch.randn(2, TOKENS, width).to(dtype)
         x_T = torch.randn(1, 4, size, size).to(dtype)
-    scheduler = DDIMScheduler(
+    scheduler = diffusers().DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -105,8 +103,9 @@ def their_loop(problem: Problem) -> Tensor:
     return x
 
 
-def our_sampler(settings: Settings, problem: Problem, mode: bool | str) -> fastddim.Sampler:
-    return fastddim.Sampler(
+def our_loop(settings: Settings, problem: Problem, mode: bool | str) -> Loop:
+    """The loop of a prepared `fastddim.Sampler` with one kind of graph."""
+    prepared = fastddim.Sampler(
         problem.unet,
         problem.steps,
         shape=tuple(problem.x_T.shape),
@@ -119,3 +118,10 @@ def our_sampler(settings: Settings, problem: Problem, mode: bool | str) -> fastd
         graph=mode,
         model_kwargs={"encoder_hidden_states": problem.text},
     )
+
+    def loop() -> Tensor:
+        x = prepared(x_T=problem.x_T)
+        assert isinstance(x, Tensor)
+        return x
+
+    return loop

@@ -72,7 +72,13 @@ def sampler(model: Any, x_T: Tensor, steps: int, eta: float, mode: bool | str) -
         device=x_T.device,
         graph=mode,
     )
-    return partial(prepared, x_T=x_T, seed=SEED)
+
+    def loop() -> Tensor:
+        x = prepared(x_T=x_T, seed=SEED)
+        assert isinstance(x, Tensor)
+        return x
+
+    return loop
 
 
 def agreeing(
