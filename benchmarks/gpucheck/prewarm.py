@@ -29,6 +29,8 @@ from gpucheck.update import BATCH
 SHARED_BYTES = 232448
 WARP = 32
 
+ON_TRITON: dict[str, Any] = {"device": "cpu", "impl": "triton", "graph": False}
+
 Launch = Callable[[], Any]
 
 
@@ -74,13 +76,13 @@ def check_launches(backend: Any) -> Iterator[Launch]:
     """Launches of the stages "smoke" and "bandwidth"."""
     import fastddim
     from fastddim import philox
+    from fastddim.plan import Row
 
     update_out = on_device(backend.update_out, torch.device("cpu"))
     for case in CASES.values():
         yield partial(results, update_out, case)
-    options: dict[str, Any] = {**LOOP, "device": "cpu", "impl": "triton", "graph": False}
-    yield partial(fastddim.sample, correctly_rounded, STEPS, **options)
-    table, row = torch.zeros(1, 12), torch.zeros(1, dtype=torch.int64)
+    yield partial(fastddim.sample, correctly_rounded, STEPS, **LOOP, **ON_TRITON)
+    table, row = torch.zeros(1, len(Row._fields)), torch.zeros(1, dtype=torch.int64)
     for dtype in DTYPES:
         for mebibytes in MEBIBYTES:
             size = torch.empty(0, dtype=dtype).element_size()
@@ -89,8 +91,16 @@ def check_launches(backend: Any) -> Iterator[Launch]:
                 # Never touched, so that they take no memory.
                 x, model_output, out = (torch.empty(shape, dtype=dtype) for _ in range(3))
                 yield partial(
-                    *(backend.update_out, x, model_output, table, row),
-                    **{"noise": None, "keys": keys, "out": out, "x_0": None, "model_input": None},
+                    backend.update_out,
+                    x,
+                    model_output,
+                    table,
+                    row,
+                    noise=None,
+                    keys=keys,
+                    out=out,
+                    x_0=None,
+                    model_input=None,
                 )
 
 
@@ -108,14 +118,9 @@ def test_launches(backend: Any) -> Iterator[Launch]:
         for function in (backend.update_out, backend.normal_out, backend.advance)
     )
     for shape, eta in (((3, 3, 16, 16), 0.0), ((3, 3, 16, 16), 1.0), ((2, 3, 8, 8), 1.0)):
-        options: dict[str, Any] = {
-            "shape": shape,
-            "eta": eta,
-            "device": "cpu",
-            "impl": "triton",
-            "graph": False,
-        }
-        yield partial(fastddim.sample, helpers.elementwise_model, STEPS, **options)
+        yield partial(
+            fastddim.sample, helpers.elementwise_model, STEPS, shape=shape, eta=eta, **ON_TRITON
+        )
     for dtype in updates.DTYPES:
         for layout in updates.LAYOUTS[:-1]:
             generator = torch.Generator().manual_seed(1)

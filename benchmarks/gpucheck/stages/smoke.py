@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastddim
 from fastddim import backends
@@ -47,14 +48,20 @@ def compare(record: Record, implementation: str, update_out: Callable[..., None]
 
 def compare_loops(record: Record, implementation: str, settings: Settings) -> None:
     """Record for each kind of graph whether the image is the one of the CPU."""
-    expected = fastddim.sample(correctly_rounded, STEPS, device="cpu", **LOOP)
+    expected = image(device="cpu")
     for mode in settings.modes:
         about = {"impl": implementation, "graph": mode}
-        options = {**LOOP, **about, "device": settings.device}
-        got = record.attempt(partial(fastddim.sample, correctly_rounded, STEPS, **options), **about)
+        got = record.attempt(partial(image, device=settings.device, **about), **about)
         if got is not None:
             equal = torch.equal(got.cpu(), expected)
             (record.show if equal else record.problem)(**about, loop_equal_to_cpu=equal)
+
+
+def image(**options: Any) -> Tensor:
+    """A sample by a model that gives the same bits on every device."""
+    x = fastddim.sample(correctly_rounded, STEPS, **LOOP, **options)
+    assert isinstance(x, Tensor)
+    return x
 
 
 def _count_triton_cache(record: Record) -> dict[str, int]:
