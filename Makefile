@@ -3,12 +3,17 @@
 PYTHON ?= python3
 # The build of torch that a new .venv gets. A GPU machine may want another: `make demo TORCH=torch`.
 TORCH ?= torch==2.13.0
+# The Triton of the tests where torch brings none, as its CPU build does not.
+TRITON ?= triton==3.7.1
 
 VENV := .venv
+EDITABLE := -e
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 RESULTS := benchmarks/results
+# The file that `make test` writes versions and counts into, if any.
+RECORD :=
 # `make report` begins no cell of a quality table later than this; cells of earlier runs are kept.
 REPORT_SECONDS ?= 600
 
@@ -23,7 +28,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CXX_FILES := $(shell find csrc tests/native tests/gpuless benchmarks/gpucheck -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help report demo test test-gpu test-sanitize test-faults lint docs bench gpucheck gpucheck-prepare format clean
+.PHONY: help report demo test test-oldest test-newest test-gpu test-sanitize test-faults lint docs bench gpucheck gpucheck-prepare format clean
 # Two targets at once would run two pips in the same environment.
 .NOTPARALLEL:
 
@@ -34,7 +39,13 @@ demo: $(VENV)/.installed ## Draw digits and fashion items with the bundled model
 	$(BIN)/fastddim demo --out demo
 
 test: $(VENV)/.installed-dev ## Run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest $(if $(RECORD),--record $(RECORD))
+
+test-oldest: ## Run the tests with the oldest torch that is supported, in .venv-oldest
+	$(call test-with,.venv-oldest,3.12 3.10,torch==2.11.0)
+
+test-newest: ## Run the tests with the newest torch that has been tried, in .venv-newest
+	$(call test-with,.venv-newest,3.13 3.12,torch==2.14.1)
 
 test-gpu: $(VENV)/.installed-dev ## Run the tests that need a GPU
 	$(BIN)/pytest -m gpu
@@ -88,6 +99,17 @@ report: $(VENV)/.installed-report ## Measure all that the README shows, and fill
 	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python benchmarks/tables.py
 
+# The tests in an environment of their own, with a Python that is there of the versions named. The
+# package is installed there and not linked to, since a checkout holds one build of the extension.
+define test-with
+	rm -rf $(1)/.installed-dev build/lib*
+	$(MAKE) test VENV=$(1) EDITABLE= PYTHON=$(or $(call python-of,$(2)),$(PYTHON)) TORCH=$(3)
+endef
+python-of = $(shell for version in $(1); do \
+	for python in python$$version "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python; do \
+		"$$python" -c "" 2> /dev/null && echo "$$python" && exit; \
+	done; done)
+
 clean: ## Remove build products and caches, but not .venv
 	rm -rf build dist demo *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -exec rm -rf {} +
@@ -100,19 +122,20 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)
-	$(PIP) install --no-build-isolation -e .
+	$(PIP) install --no-build-isolation $(EDITABLE) .
 	touch $@
 
 $(VENV)/.installed-report: $(VENV)/.installed-dev
-	$(PIP) install --no-build-isolation -e ".[quality,report]"
+	$(PIP) install --no-build-isolation $(EDITABLE) ".[quality,report]"
 	touch $@
 
 # The peers come without what they require: it is for training, and would bring another torch along.
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py tests/integrations/peers.txt $(CXX_FILES)
-	$(PIP) install --no-build-isolation -e ".[test,lint]"
+	$(BIN)/python -c "import triton" 2> /dev/null || $(PIP) install "$(TRITON)"
+	$(PIP) install --no-build-isolation $(EDITABLE) ".[test,lint]"
 	$(PIP) install --no-deps -r tests/integrations/peers.txt
 	touch $(VENV)/.installed $@
 
 $(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)
-	$(PIP) install --no-build-isolation -e ".[docs]"
+	$(PIP) install --no-build-isolation $(EDITABLE) ".[docs]"
 	touch $(VENV)/.installed $@

@@ -4,15 +4,18 @@ The list of packages is explicit because `fastddim.kernels` lives in `kernels/`,
 
 Without torch, without a C++ compiler, or with FASTDDIM_BUILD_EXT=0 in the environment, the package
 is built without the extension. The CUDA kernels are part of it where torch is a CUDA build and nvcc
-is found; FASTDDIM_BUILD_CUDA=1 asks for them beside any torch (they then fail to build rather than
-be left out), FASTDDIM_BUILD_CUDA=0 leaves them out.
+is found with its static runtime; FASTDDIM_BUILD_CUDA=1 asks for them beside any torch (they then
+fail to build rather than be left out), FASTDDIM_BUILD_CUDA=0 leaves them out. FASTDDIM_WERROR=1
+turns compilers' warnings into errors: another release of a compiler may warn of what ours does not.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import find_packages, setup
 
@@ -22,6 +25,8 @@ packages += [f"fastddim.{name}" for name in find_packages(include=["kernels", "k
 # Machine code for these, as far as nvcc knows them, and PTX of one that every newer GPU can run.
 CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 CUDA_PTX = 100
+
+WARNINGS_ARE_ERRORS = os.environ.get("FASTDDIM_WERROR") == "1"
 
 
 def missing_for_extension() -> str | None:
@@ -36,29 +41,55 @@ def missing_for_extension() -> str | None:
     return None if shutil.which(compiler.split()[0]) else f"there is no C++ compiler ({compiler})"
 
 
-def find_nvcc() -> Path | None:
+class Toolkit(NamedTuple):
+    """What the CUDA kernels are built with."""
+
+    nvcc: Path
+    libraries: Path  # where libcudart_static.a is
+
+
+def cuda_toolkit() -> Toolkit | None:
+    """The toolkit in use; None, with a line that says why, where the CUDA kernels are left out."""
+    import torch
+
+    asked = os.environ.get("FASTDDIM_BUILD_CUDA")
+    try:
+        if asked == "0":
+            raise LookupError("FASTDDIM_BUILD_CUDA=0")
+        if asked != "1" and torch.version.cuda is None:
+            raise LookupError("torch is not a CUDA build")
+        return find_toolkit()
+    except LookupError as error:
+        if asked == "1":
+            raise SystemExit(f"FASTDDIM_BUILD_CUDA=1: {error}") from None
+        print(f"fastddim: building without the CUDA kernels: {error}", file=sys.stderr)
+        return None
+
+
+def find_toolkit() -> Toolkit:
+    """Raises LookupError where a part of it is missing."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     # torch looks for a toolkit only where it is a CUDA build itself.
     home = os.environ.get("CUDA_HOME") or CUDA_HOME
     found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
-    return Path(found) if found else None
+    if found is None:
+        raise LookupError("expected nvcc on PATH or in CUDA_HOME, found none")
+    for folder in library_folders(found):
+        if (folder / "libcudart_static.a").is_file():
+            return Toolkit(Path(found), folder)
+    raise LookupError(f"expected libcudart_static.a in the toolkit of {found}, found none")
 
 
-def missing_for_cuda() -> str | None:
-    """What keeps the CUDA kernels from being built, or None."""
-    import torch
-
-    asked = os.environ.get("FASTDDIM_BUILD_CUDA")
-    if asked == "0":
-        return "FASTDDIM_BUILD_CUDA=0"
-    if asked != "1" and torch.version.cuda is None:
-        return "torch is not a CUDA build"
-    if find_nvcc() is None:
-        if asked == "1":
-            raise SystemExit("FASTDDIM_BUILD_CUDA=1: expected nvcc on PATH or in CUDA_HOME")
-        return "there is no nvcc on PATH or in CUDA_HOME"
-    return None
+def library_folders(nvcc: str) -> list[Path]:
+    """Where nvcc says that its libraries are: the file found may be a script that calls it from
+    elsewhere. Toolkits have them in a folder that it links with, the packages from PyPI in `lib`.
+    """
+    asked = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    said = subprocess.run(asked, check=False, capture_output=True, text=True).stderr
+    linked = re.findall(r'"-L([^"]+)"', said)
+    tops = re.findall(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return [Path(folder) for folder in (*linked, *(f"{top}/lib" for top in tops))]
 
 
 def cuda_targets(nvcc: Path) -> list[str]:
@@ -70,35 +101,28 @@ def cuda_targets(nvcc: Path) -> list[str]:
     return [f"-gencode={target}" for target in [*targets, f"arch=compute_{ptx},code=compute_{ptx}"]]
 
 
-def compile_cuda(folder: Path) -> Path:
+def compile_cuda(nvcc: Path, folder: Path) -> Path:
     """The object file of the CUDA kernels and their launchers."""
-    nvcc = find_nvcc()
-    assert nvcc is not None
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / "update.o"
     # -fmad=false for the same reason as -ffp-contract=off below. torch asks for C++20.
-    flags = ["-std=c++20", "-O3", "-fmad=false", "--threads=0", "-Werror=all-warnings"]
+    flags = ["-std=c++20", "-O3", "-fmad=false", "--threads=0"]
     flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", *cuda_targets(nvcc)]
+    flags += ["-Werror=all-warnings"] if WARNINGS_ARE_ERRORS else []
     subprocess.run([nvcc, *flags, "-c", "csrc/cuda/update.cu", "-o", output], check=True)
     return output
-
-
-def cuda_libraries() -> list[str]:
-    """Folders of the static CUDA runtime: toolkits have lib64, the packages from PyPI lib."""
-    nvcc = find_nvcc()
-    assert nvcc is not None
-    home = nvcc.resolve().parent.parent
-    return [str(home / name) for name in ("lib64", "lib") if (home / name).is_dir()]
 
 
 def extension_arguments() -> dict[str, object]:
     """One abi3 library on libtorch's stable ABI, for every Python >= 3.10 and torch >= 2.11."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
+    toolkit = cuda_toolkit()
+
     class Build(BuildExtension):  # type: ignore[misc]
         def build_extensions(self) -> None:
-            if missing_for_cuda() is None:
-                built = compile_cuda(Path(self.build_temp).resolve())
+            if toolkit is not None:
+                built = compile_cuda(toolkit.nvcc, Path(self.build_temp).resolve())
                 self.extensions[0].extra_objects.append(str(built))
             super().build_extensions()
 
@@ -111,16 +135,13 @@ def extension_arguments() -> dict[str, object]:
         "-fno-math-errno",
         "-Wall",
         "-Wextra",
-        "-Werror",
-        # Warnings are errors in our own code only.
+        *(["-Werror"] if WARNINGS_ARE_ERRORS else []),
+        # Warnings are about our own code only.
         *(f"-isystem{path}" for path in include_paths()),
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
     ]
-    without_cuda = missing_for_cuda()
-    if without_cuda is not None:
-        print(f"fastddim: building without the CUDA kernels: {without_cuda}", file=sys.stderr)
     sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
-    if without_cuda is None:
+    if toolkit is not None:
         sources.append(Path("csrc/cuda/binding.cpp"))
     headers = [path for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cu")]
     extension = CppExtension(
@@ -128,8 +149,8 @@ def extension_arguments() -> dict[str, object]:
         sorted(map(str, sources)),
         depends=sorted(map(str, headers)),
         extra_compile_args=flags,
-        library_dirs=[] if without_cuda else cuda_libraries(),
-        libraries=[] if without_cuda else ["cudart_static", "dl", "rt", "pthread"],
+        library_dirs=[] if toolkit is None else [str(toolkit.libraries)],
+        libraries=[] if toolkit is None else ["cudart_static", "dl", "rt", "pthread"],
         py_limited_api=True,
     )
     return {

@@ -1,6 +1,7 @@
 """Markdown tables from result files, and their places in the README.
 
-`python benchmarks/tables.py` rewrites the README's tables from the committed results.
+`python benchmarks/tables.py` rewrites the tables of the README and of docs/gpu.md from the
+committed results.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import gpu_tables
+from markdown_cells import duration, gain, table, three, two
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,10 +33,10 @@ def steps_as_markdown(result: dict[str, Any]) -> str:
     header = ["case", "floor", *CONTENDERS]
     rows = []
     for row in result["rows"]:
-        cells = [row["case"], _duration(row["timings"]["floor"]["seconds"])]
+        cells = [row["case"], duration(row["timings"]["floor"]["seconds"])]
         cells += [_ratio(row["timings"].get(name)) for name in CONTENDERS]
         rows.append(cells)
-    return f"{_table(header, rows)}\n\n{_paired(result['machine'])}"
+    return f"{table(header, rows)}\n\n{_paired(result['machine'])}"
 
 
 def dropins_as_markdown(result: dict[str, Any]) -> str:
@@ -45,10 +48,10 @@ def dropins_as_markdown(result: dict[str, Any]) -> str:
         seconds = [timings[name]["seconds"] / steps for name in ("original", "fastddim")]
         noisy = row["eta"] > 0
         cells = [row["case"], f"η = {row['eta']:g}, {'×'.join(map(str, row['shape']))}"]
-        cells += [*map(_duration, seconds), _ratio(timings["original"])]
-        cells += [_duration(timings["draw"]["seconds"]) if noisy else "–"]
+        cells += [*map(duration, seconds), _ratio(timings["original"])]
+        cells += [duration(timings["draw"]["seconds"]) if noisy else "–"]
         rows.append(cells)
-    return f"{_table(header, rows)}\n\n{_paired(result['machine'])}"
+    return f"{table(header, rows)}\n\n{_paired(result['machine'])}"
 
 
 LOOP_CONTENDERS = ("diffusers", "official", "fastddim, compiled model", "torch.compile")
@@ -61,10 +64,10 @@ def loops_as_markdown(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         timings = row["timings"]
         case = f"η = {row['eta']:g}, {'×'.join(map(str, row['shape']))}"
-        cells = [row["case"], case, _duration(timings["fastddim"]["seconds"] / row["steps"])]
+        cells = [row["case"], case, duration(timings["fastddim"]["seconds"] / row["steps"])]
         cells += [_ratio(timings[name]) for name in LOOP_CONTENDERS]
         rows.append(cells)
-    return f"{_table(header, rows)}\n\n{_paired(result['machine'])}"
+    return f"{table(header, rows)}\n\n{_paired(result['machine'])}"
 
 
 def sampling_as_markdown(result: dict[str, Any]) -> str:
@@ -75,11 +78,11 @@ def sampling_as_markdown(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         timings, steps = row["timings"], row["steps"]
         cells = [row["case"], str(steps)]
-        cells += [_duration(timings[name]["seconds"]) for name in ("fastddim", "diffusers")]
-        cells += [f"{_gain(value)}×" for value in gains(row)]
-        cells += [_duration(timings[f"fastddim, {how}"]["seconds"]) for how in ("η = 1", "order 2")]
+        cells += [duration(timings[name]["seconds"]) for name in ("fastddim", "diffusers")]
+        cells += [f"{gain(value)}×" for value in gains(row)]
+        cells += [duration(timings[f"fastddim, {how}"]["seconds"]) for how in ("η = 1", "order 2")]
         rows.append([*cells, *_distances(row["case"], steps)])
-    return f"{_table(header, rows)}\n\n{_paired(result['machine'])}"
+    return f"{table(header, rows)}\n\n{_paired(result['machine'])}"
 
 
 def gains(row: dict[str, Any]) -> tuple[float, float, float]:
@@ -195,16 +198,16 @@ def headline_as_markdown(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"**Digits as good as DDPM's of 1000 steps in {best.steps} steps, "
-            f"{_gain(best.speedup)} times faster** than those in diffusers' loop, with the same "
+            f"{gain(best.speedup)} times faster** than those in diffusers' loop, with the same "
             "model and batch. The fewest steps whose distance exceeds DDPM's by no more than the "
             "bootstrap's error, bold where it is within 5 % as well:",
             "",
-            _table(header, rows),
+            table(header, rows),
             "",
             "With the same number of steps, diffusers' loop takes "
-            f"{_gain(ratios['null model'])} times as long around a model that costs nothing, "
-            f"{_gain(ratios['policy head'])} times around a policy head of 112 numbers, and "
-            f"{_gain(ratios['digits U-Net'])} times around the digits' U-Net: there the model "
+            f"{gain(ratios['null model'])} times as long around a model that costs nothing, "
+            f"{gain(ratios['policy head'])} times around a policy head of 112 numbers, and "
+            f"{gain(ratios['digits U-Net'])} times around the digits' U-Net: there the model "
             "decides.",
             "",
             _provenance(result["machine"]),
@@ -219,13 +222,13 @@ def _equal_quality(found: EqualQuality | None) -> list[str]:
     noise = f" at η = {found.eta:g}" if found.eta else ""
     return [
         f"{found.steps}{noise}",
-        f"{_gain(found.speedup)}×",
+        f"{gain(found.speedup)}×",
         f"**{distance}**" if found.close else distance,
     ]
 
 
 def _spread(distance: float, error: float) -> str:
-    return f"{_three(distance)} ± {error:.2g}"
+    return f"{three(distance)} ± {error:.2g}"
 
 
 def stream_as_markdown(result: dict[str, Any]) -> str:
@@ -235,12 +238,12 @@ def stream_as_markdown(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         cells = [row["case"], f"{row['load']:g}"]
         timings = [row["timings"][name] for name in ("one after the other", "stream")]
-        cells += [_three(timing["requests_per_second"]) for timing in timings]
+        cells += [three(timing["requests_per_second"]) for timing in timings]
         for name in ("latency_median", "latency_95"):
-            cells += [_duration(timing[name]) for timing in timings]
+            cells += [duration(timing[name]) for timing in timings]
         rows.append(cells)
     slots = f"{result['rows'][0]['slots']} slots."
-    return f"{_table(header, rows)}\n\n{_provenance(result['machine'])} {slots}"
+    return f"{table(header, rows)}\n\n{_provenance(result['machine'])} {slots}"
 
 
 # Table 1 of arXiv 2010.02502: FID of CIFAR10, by steps.
@@ -282,7 +285,7 @@ def quality_as_markdown(result: dict[str, Any]) -> str:
         blocks.append(
             f"{' or '.join(f'{count:,}' for count in counts)} samples a cell, ± the bootstrap's "
             f"standard deviation. Real against real, {floor['count']:,} images: "
-            f"{_three(floor['distance'])}."
+            f"{three(floor['distance'])}."
         )
     record, machine = result["classifier"], result["machine"]
     blocks.append(
@@ -299,11 +302,11 @@ def reconstruction_as_markdown(result: dict[str, Any]) -> str:
     counts = {}
     for row in result["rows"]:
         kind = row["data"] + (f", `refine={row['refine']}`" if row["refine"] else "")
-        found.setdefault(kind, {})[row["steps"]] = _two(row["mse"])
+        found.setdefault(kind, {})[row["steps"]] = two(row["mse"])
         counts[row["data"]] = row["count"]
     shown = {steps for cells in found.values() for steps in cells}
     found["the paper: CIFAR10"] = {
-        steps: _two(error) for steps, error in PAPER_RECONSTRUCTION.items() if steps in shown
+        steps: two(error) for steps, error in PAPER_RECONSTRUCTION.items() if steps in shown
     }
     machine = result["machine"]
     images = " and ".join(f"{count} of {name}" for name, count in counts.items())
@@ -312,11 +315,6 @@ def reconstruction_as_markdown(result: dict[str, Any]) -> str:
         f"torch {machine['torch']}, fastddim {machine['fastddim']} at {machine['commit']}."
     )
     return _by_steps("encoded and decoded", found) + "\n\n" + note
-
-
-def _two(value: float) -> str:
-    """At most two significant digits, never in scientific notation."""
-    return format(Decimal(f"{value:.2g}"), "f")
 
 
 def paper_as_markdown(_: dict[str, Any]) -> str:
@@ -354,29 +352,15 @@ def _by_steps(title: str, found: dict[str, dict[int, str]]) -> str:
         [kind, *(found[kind].get(steps, "–") for steps in columns)]
         for kind in sorted(found, key=lambda kind: ("σ" in kind, kind))
     ]
-    return _table([title, *(f"S = {steps}" for steps in columns)], rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
-    lines.insert(1, "|" + "---|" * len(header))
-    return "\n".join(lines)
-
-
-def _gain(value: float) -> str:
-    return f"{value:.2f}" if value < 9.95 else f"{value:.0f}"
+    return table([title, *(f"S = {steps}" for steps in columns)], rows)
 
 
 def _cell(distance: float, error: float) -> str:
-    return f"{_three(distance)} ± {_error(error)}"
+    return f"{three(distance)} ± {_error(error)}"
 
 
 def _error(value: float) -> str:
     return f"{value:.0f}" if value >= 1 else f"{value:.1f}"
-
-
-def _three(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -408,22 +392,25 @@ def blocks() -> dict[str, str]:
     }
 
 
-def update_readme(readme: str, name: str, table: str) -> str:
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, rest = readme.split(begin)
-    _, after = rest.split(end)
-    return f"{before}{begin}\n{table}\n{end}{after}"
+PAGES: dict[str, Callable[[], dict[str, str]]] = {
+    "README.md": blocks,
+    "docs/gpu.md": gpu_tables.blocks,
+}
+"""Files with marked places, and what stands in them."""
+
+
+def updated(text: str, made: dict[str, str]) -> str:
+    """The text of a page with `made` in its marked places."""
+    for place, content in made.items():
+        begin, end = f"<!-- {place}:begin -->", f"<!-- {place}:end -->"
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = f"{before}{begin}\n{content}\n{end}{after}"
+    return text
 
 
 def _ratio(timing: dict[str, float] | None) -> str:
-    return "–" if timing is None else f"{_gain(timing['ratio'])}×"
-
-
-def _duration(seconds: float) -> str:
-    for unit, of_a_second in (("s", 1), ("ms", 1e3)):
-        if seconds * of_a_second >= 1:
-            return f"{_three(seconds * of_a_second)} {unit}"
-    return f"{_three(seconds * 1e6)} µs"
+    return "–" if timing is None else f"{gain(timing['ratio'])}×"
 
 
 def _paired(machine: dict[str, Any]) -> str:
@@ -439,8 +426,6 @@ def _provenance(machine: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    readme = path.read_text()
-    for place, text in blocks().items():
-        readme = update_readme(readme, place, text)
-    path.write_text(readme)
+    for name, made in PAGES.items():
+        page = ROOT / name
+        page.write_text(updated(page.read_text(), made()))

@@ -926,11 +926,14 @@ def resolve_device(
     model: Model, device: torch.device | str | None, x: Tensor | None = None
 ) -> torch.device:
     if device is not None:
+        if not isinstance(device, torch.device | str | int):
+            raise TypeError(f"device: expected a torch.device or its name, got {device!r}")
         try:
             return torch.empty(0, device=device).device
-        except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        except (AssertionError, NotImplementedError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"device: expected a device that works here, got {device!r}: {error}"
+                f"device: expected a device that works here, got {device!r}: {reason}"
             ) from error
     if x is not None:
         return x.device

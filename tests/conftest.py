@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +16,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from harness import machine
 
 # The same examples in every run, and no time asserted: a slow machine is not a failure.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -24,6 +27,24 @@ class RunPython(Protocol):
     def __call__(
         self, *arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]: ...
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record", type=Path, help="the file that the versions and the number of tests go into"
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path: Path | None = session.config.getoption("--record")
+    if path is None:
+        return
+    outcomes = session.config.pluginmanager.getplugin("terminalreporter").stats
+    counts = {
+        name: len(outcomes.get(name, [])) for name in ("passed", "skipped", "failed", "error")
+    }
+    result = {"machine": {**machine(), "triton": version("triton")}, "tests": counts}
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -187,7 +187,7 @@ SHARED = {
     "impl type": ({"impl": None}, ValueError, "impl", "'reference'", "None"),
     "graph": ({"graph": "always"}, ValueError, "graph", "'auto', True, False, 'loop'", "'always'"),
     "device name": ({"device": "gpu"}, ValueError, "device", "device", "'gpu'"),
-    "device type": ({"device": 1.5}, ValueError, "device", "device", "1.5"),
+    "device type": ({"device": 1.5}, TypeError, "device", "torch.device", "1.5"),
     "dtype name": ({"dtype": "float32"}, TypeError, "dtype", "torch.dtype", "'float32'"),
     "dtype integer": ({"dtype": torch.int64}, ValueError, "dtype", "torch.float32", "torch.int64"),
     "dtype complex": (

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize("place", [*tables.TABLES, *tables.SUMMARIES])
 def test_readme_shows_the_committed_results(place: str) -> None:
     readme = (ROOT / "README.md").read_text()
-    assert tables.update_readme(readme, place, tables.blocks()[place]) == readme
+    assert tables.updated(readme, {place: tables.blocks()[place]}) == readme
 
 
 @pytest.mark.parametrize("name", tables.TABLES)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from gpucheck.machine_code import count, nvcc, output_of, sass_of, short, tool
 
-from .gpuless.toolchain import compile_ptx, nvcc, tool
+from .gpuless.toolchain import compile_ptx
 from .test_native import ROOT, needs_compiler
 
 # Architecture, registers a thread at full occupancy, and at three quarters of it: 65,536 registers
@@ -43,15 +44,15 @@ class Function(NamedTuple):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The extension with the CUDA kernels, as setup.py builds it."""
+    """The extension with the CUDA kernels, as setup.py builds it where nvcc is a script that calls
+    the one of a toolkit elsewhere.
+    """
     folder = tmp_path_factory.mktemp("build")
-    compiler = nvcc()
-    assert compiler is not None
-    environment = {
-        **os.environ,
-        "FASTDDIM_BUILD_CUDA": "1",
-        "CUDA_HOME": str(compiler.resolve().parent.parent),
-    }
+    script = folder / "cuda/bin/nvcc"
+    script.parent.mkdir(parents=True)
+    script.write_text(f'#!/bin/sh\nexec "{nvcc()}" "$@"\n')
+    script.chmod(0o755)
+    environment = {**os.environ, "FASTDDIM_BUILD_CUDA": "1", "CUDA_HOME": str(folder / "cuda")}
     arguments = ["build_ext", "--build-temp", str(folder / "objects"), "--build-lib", str(folder)]
     result = subprocess.run(
         [sys.executable, "setup.py", "-q", *arguments],
@@ -84,38 +85,6 @@ def functions(library: Path) -> dict[int, dict[str, Function]]:
             short(name): Function(*map(int, numbers), sass[name]) for name, *numbers in resources
         }
     return found
-
-
-def output_of(command: list[object], folder: Path) -> str:
-    return subprocess.run(
-        list(map(str, command)), cwd=folder, check=True, capture_output=True, text=True
-    ).stdout
-
-
-def short(name: str) -> str:
-    """`update<float, __half, plain, false>` from a mangled name, with our names for the types."""
-    demangled = subprocess.run(
-        ["c++filt", name], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    demangled = demangled.replace("fastddim_default::", "").removeprefix("void ")
-    for value, kind in enumerate(("plain", "guided", "any")):
-        demangled = demangled.replace(f"(Kind){value}", kind)
-    return demangled.partition("(")[0]
-
-
-def sass_of(listing: str) -> dict[str, Counter[str]]:
-    """Instructions of each function by opcode with its modifiers."""
-    found = {}
-    for section in re.split(r"\.section\s+\.text\.", listing)[1:]:
-        name = re.match(r"\w+", section)
-        assert name is not None
-        instruction = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
-        found[name[0]] = Counter(re.findall(instruction, section, re.MULTILINE))
-    return found
-
-
-def count(sass: Counter[str], opcode: str) -> int:
-    return sum(n for name, n in sass.items() if name.split(".")[0] == opcode)
 
 
 def test_every_target_is_there(functions: dict[int, dict[str, Function]], library: Path) -> None:
@@ -245,7 +214,7 @@ print(fastddim.step(torch.ones(1, 4), torch.zeros(1, 4), 0.25, 1.0).tolist())
 
 
 def test_the_library_loads_beside_any_torch(library: Path, tmp_path: Path) -> None:
-    """Also beside one without CUDA: the runtime is linked in, the stream's symbols are weak."""
+    """Also beside one without CUDA: the runtime is linked in, the stream is looked up when used."""
     result = subprocess.run(
         [sys.executable, "-c", IMPORTED, str(library)],
         cwd=tmp_path,
@@ -257,9 +226,8 @@ def test_the_library_loads_beside_any_torch(library: Path, tmp_path: Path) -> No
     assert result.stdout.strip() == "[[2.0, 2.0, 2.0, 2.0]]"
     dynamic = output_of(["nm", "-D", "--undefined-only", "--demangle", str(library)], tmp_path)
     assert not [line for line in dynamic.splitlines() if "c10::" in line or "at::" in line]
-    assert "cuda" not in dynamic.replace("aoti_torch_device_type_cuda", "").replace(
-        "w aoti_torch_get_current_cuda_stream", ""
-    )
+    assert "cuda" not in dynamic.replace("aoti_torch_device_type_cuda", "")
+    assert {"dlopen", "dlsym"} <= set(re.findall(r"U (\w+)", dynamic))
 
 
 def test_the_launcher_can_neither_wait_nor_allocate(library: Path) -> None:
@@ -280,18 +248,3 @@ def test_the_launcher_can_neither_wait_nor_allocate(library: Path) -> None:
         "cudaGetErrorString",
         "cudaGetLastError",
     }
-
-
-def test_a_missing_compiler_is_an_error_where_cuda_was_asked_for(tmp_path: Path) -> None:
-    """FASTDDIM_BUILD_CUDA=1 is not quietly ignored."""
-    environment = {**os.environ, "FASTDDIM_BUILD_CUDA": "1", "CUDA_HOME": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode != 0
-    assert "FASTDDIM_BUILD_CUDA=1: expected nvcc on PATH or in CUDA_HOME" in result.stderr

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpucheck.machine_code import nvcc
 from torch import Tensor
 
 import fastddim
@@ -27,7 +28,7 @@ from .gpuless.cases import (
     update_case,
 )
 from .gpuless.gpu import FakeGpu
-from .gpuless.toolchain import compile_ptx, nvcc
+from .gpuless.toolchain import compile_ptx
 from .test_native import ROOT, needs_compiler, needs_extension
 from .test_update import DTYPES, Case, make_case, run, written_only_inside
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -24,6 +27,31 @@ for name in ("digits", "fashion"):
     model = fastddim.models.load(name)
     assert fastddim.sample(model, 2, impl=sys.argv[1]).isfinite().all()
 print(json.dumps([fastddim.__file__, fastddim.kernels.__file__]))
+"""
+
+DIGEST = """
+import hashlib
+import sys
+
+import torch
+
+import fastddim
+from fastddim import ops
+
+assert fastddim.__file__.startswith(sys.argv[1]), fastddim.__file__
+assert ops.EXTENSION_ERROR is None, ops.EXTENSION_ERROR
+
+
+def model(x, t):
+    return x * 0.75 / (1 + x * x) + t.reshape(-1, 1, 1, 1).to(x.dtype) * (1 / 1024)
+
+
+digest = hashlib.sha256()
+for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    for arguments in ({"eta": 1.0}, {"order": 2}, {"clip": 1.0, "prediction": "v_prediction"}):
+        x = fastddim.sample(model, 5, shape=(3, 3, 7, 5), dtype=dtype, impl="cpu", **arguments)
+        digest.update(x.double().numpy().tobytes())
+print(torch.__version__, digest.hexdigest())
 """
 
 IMPORTED_BY_PYTEST = """
@@ -159,6 +187,31 @@ def test_installed_wheel_works(installed, draw_with_each_model):
 def test_installed_pure_wheel_works(install, pure_wheel, draw_with_each_model):
     imported = draw_with_each_model(install(pure_wheel), "reference")
     assert imported == ["fastddim/__init__.py", "fastddim/kernels/__init__.py"]
+
+
+def test_one_wheel_serves_every_torch(installed, tmp_path):
+    """Built beside this torch, it gives the same bits beside those that other environments of this
+    checkout have.
+    """
+
+    def digest(python):
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        result = subprocess.run(
+            [python, "-c", DIGEST, installed],
+            cwd=tmp_path,
+            env={**inherited, "PYTHONPATH": str(installed)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, f"{python}: {result.stderr}"
+        version, found = result.stdout.split()
+        return version.partition("+")[0], found
+
+    digests = dict(digest(python) for python in (sys.executable, *ROOT.glob(".venv*/bin/python")))
+    if len(digests) == 1:
+        pytest.skip("needs another torch: make test-oldest and make test-newest install them")
+    assert len(set(digests.values())) == 1, digests
 
 
 def test_installed_command_runs(installed, run_python, tmp_path):

@@ -20,10 +20,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from gpucheck.machine_code import nvcc
 
 from .gpuless import ptx
 from .gpuless.gpu import FakeGpu
-from .gpuless.toolchain import compile_ptx, compile_shared, nvcc
+from .gpuless.toolchain import compile_ptx, compile_shared
 
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="there is no nvcc")
 needs_compiler = pytest.mark.skipif(

@@ -9,18 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from gpucheck.machine_code import count, output_of, sass_of, tool
 
 from .gpuless.cases import run_bare
-from .gpuless.toolchain import tool
-from .test_cuda_build import count, output_of, sass_of
 from .test_update import make_case, run
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
-
-from .gpuless import triton_jit
+from gpucheck import triton_jit
 
 BF16 = torch.bfloat16
 VARIANTS: dict[str, dict[str, Any]] = {

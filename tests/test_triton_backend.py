@@ -22,14 +22,16 @@ from .test_update import Case, make_case
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from .gpuless import triton_jit
+from gpucheck import triton_jit
+
+from .gpuless.triton_on_ptx import Interpreter
 
 TRITON = backends.BACKENDS["triton"]
 
 
 @pytest.fixture
 def _on_ptx() -> Iterator[None]:
-    with triton_jit.compiled_for(triton_jit.SM_90, triton_jit.Interpreter()):
+    with triton_jit.compiled_for(triton_jit.SM_90, Interpreter()):
         yield
 
 

@@ -32,9 +32,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 from fastddim.kernels import noise
+from gpucheck import triton_jit
 
-from .gpuless import ptx, triton_jit
+from .gpuless import ptx
 from .gpuless.cases import UPDATES, assert_bits_of_cpu, run_bare, same_bits, update_case
+from .gpuless.triton_on_ptx import Interpreter
 from .test_cuda_ptx import DIGITS, recorded_digits
 
 pytestmark = needs_extension
@@ -42,14 +44,14 @@ OTHER_TARGETS = [target for target in triton_jit.CUDA_TARGETS if target != trito
 
 
 @pytest.fixture
-def interpreter() -> Iterator[triton_jit.Interpreter]:
-    interpreter = triton_jit.Interpreter()
+def interpreter() -> Iterator[Interpreter]:
+    interpreter = Interpreter()
     with triton_jit.compiled_for(triton_jit.SM_90, interpreter):
         yield interpreter
 
 
 @pytest.mark.parametrize("name", UPDATES)
-def test_updates(interpreter: triton_jit.Interpreter, name: str) -> None:
+def test_updates(interpreter: Interpreter, name: str) -> None:
     in_place = list(UPDATES).index(name) % 2 == 1
     assert_bits_of_cpu(triton_jit.update.update_out, update_case(name), in_place=in_place)
     assert all(launch.bytes_written for launch in interpreter.launches)
@@ -58,7 +60,7 @@ def test_updates(interpreter: triton_jit.Interpreter, name: str) -> None:
 @pytest.mark.parametrize("target", OTHER_TARGETS, ids=lambda target: f"sm_{target.arch}")
 def test_other_targets(target: Any) -> None:
     """What ptxas gets for other GPUs, with operations on pairs from sm_100 on."""
-    interpreter = triton_jit.Interpreter()
+    interpreter = Interpreter()
     with triton_jit.compiled_for(target, interpreter):
         for name in list(UPDATES)[::23]:
             assert_bits_of_cpu(triton_jit.update.update_out, update_case(name))
@@ -80,7 +82,7 @@ def aligned_case(dtype: torch.dtype, **arguments: Any) -> Case:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("noise", ["none", "given", "keyed"])
-def test_vectors(interpreter: triton_jit.Interpreter, dtype: torch.dtype, noise: str) -> None:
+def test_vectors(interpreter: Interpreter, dtype: torch.dtype, noise: str) -> None:
     """Where everything is aligned, every tensor is moved 16 bytes at a time."""
     case = aligned_case(dtype, noise=noise, clip=0.5, per_sample=True)
     for got, expected in zip(
@@ -101,7 +103,7 @@ def test_vectors(interpreter: triton_jit.Interpreter, dtype: torch.dtype, noise:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_alignments(interpreter: triton_jit.Interpreter, dtype: torch.dtype) -> None:
+def test_alignments(interpreter: Interpreter, dtype: torch.dtype) -> None:
     """Views that begin at any element; nothing outside of them is touched."""
     case = aligned_case(dtype, model_input=None)
     expected = run(backends.BACKENDS["cpu"].update_out, case).out
@@ -126,11 +128,11 @@ def test_alignments(interpreter: triton_jit.Interpreter, dtype: torch.dtype) -> 
         test_update.test_noise_has_the_specified_bits,
     ],
 )
-def test_special_values(interpreter: triton_jit.Interpreter, check: Callable[..., None]) -> None:
+def test_special_values(interpreter: Interpreter, check: Callable[..., None]) -> None:
     check(triton_jit.update, torch.Generator().manual_seed(20))
 
 
-def test_no_noise_is_read_in_vain(interpreter: triton_jit.Interpreter) -> None:
+def test_no_noise_is_read_in_vain(interpreter: Interpreter) -> None:
     case = aligned_case(torch.float32, noise="given")
     case.rows[:, Row._fields.index("pn")] = 0
     run_bare(triton_jit.update.update_out, case)
@@ -153,7 +155,7 @@ def test_the_last_quads(vector: int, seed: int) -> None:
         step=torch.tensor([0, largest]), sample=torch.tensor([0, largest - 1])
     )
     first, out = 2**34 - 1024, torch.empty(1024)
-    compiler = triton_jit.Compiler(some_normals, triton_jit.SM_90, triton_jit.Interpreter())
+    compiler = triton_jit.Compiler(some_normals, triton_jit.SM_90, Interpreter())
     compiler[(1,)](out, keys, first, TILE=1024, VECTOR=vector, num_warps=4, enable_fp_fusion=False)
     quads = torch.arange(first // 4, 2**32)
     counter = [quads, *(torch.full_like(quads, n) for n in (largest, largest - 1, 1))]
@@ -164,7 +166,7 @@ def test_the_last_quads(vector: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_normals(interpreter: triton_jit.Interpreter, dtype: torch.dtype) -> None:
+def test_normals(interpreter: Interpreter, dtype: torch.dtype) -> None:
     for layout, shape in itertools.product(LAYOUTS[:-1], ((3, 5, 7, 3), (1, 1501))):
         generator = torch.Generator().manual_seed(1)
         case = make_case(generator, shape, dtype=dtype, layout=layout, noise="keyed")
@@ -176,7 +178,7 @@ def test_normals(interpreter: triton_jit.Interpreter, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("count", [1, 31, 256, 700])
-def test_advance(interpreter: triton_jit.Interpreter, count: int) -> None:
+def test_advance(interpreter: Interpreter, count: int) -> None:
     timesteps = torch.randint(0, 1000, (9,))
     counters = torch.randint(0, 8, (count + 3,))
     before, t = counters.clone(), torch.zeros(count, dtype=torch.int64)
@@ -189,7 +191,7 @@ def test_advance(interpreter: triton_jit.Interpreter, count: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("noise", ["none", "keyed"])
 def test_bytes_moved_are_the_floor(
-    interpreter: triton_jit.Interpreter, dtype: torch.dtype, noise: str
+    interpreter: Interpreter, dtype: torch.dtype, noise: str
 ) -> None:
     """Each input is read once, each output written once; coefficients are not part of it."""
     case = aligned_case(dtype, noise=noise)
@@ -201,9 +203,7 @@ def test_bytes_moved_are_the_floor(
     assert dict(launch.bytes_written) == written
 
 
-def test_the_same_digits(
-    interpreter: triton_jit.Interpreter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_digits(interpreter: Interpreter, monkeypatch: pytest.MonkeyPatch) -> None:
     """The images of the CPU, from its recorded model outputs: latents, updates and counters."""
     outputs, images = recorded_digits()
     answers = iter(outputs)
@@ -282,7 +282,7 @@ def is_right(update_out: Callable[..., None], case: Case) -> bool:
     return True
 
 
-def test_the_kernels_are_right_where_faults_show(interpreter: triton_jit.Interpreter) -> None:
+def test_the_kernels_are_right_where_faults_show(interpreter: Interpreter) -> None:
     assert all(is_right(triton_jit.update.update_out, case) for case in revealing_cases())
 
 
@@ -290,7 +290,7 @@ def test_the_kernels_are_right_where_faults_show(interpreter: triton_jit.Interpr
 def test_a_broken_kernel_is_caught(fault: str, tmp_path: Path) -> None:
     """Each fault in the source is seen by the comparison of bits or by the checks of memory."""
     broken = changed_kernels(tmp_path, *BROKEN[fault])
-    with triton_jit.compiled_for(triton_jit.SM_90, triton_jit.Interpreter(), broken):
+    with triton_jit.compiled_for(triton_jit.SM_90, Interpreter(), broken):
         assert not all(is_right(broken.update_out, case) for case in revealing_cases())
 
 
@@ -345,7 +345,7 @@ CHECKS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_tensor_that_does_not_fit(name: str, interpreter: triton_jit.Interpreter) -> None:
+def test_a_tensor_that_does_not_fit(name: str, interpreter: Interpreter) -> None:
     changed, error, message = CHECKS[name]
     arguments = {
         **{name: torch.zeros(2, 4) for name in ("x", "model_output", "out")},

@@ -51,6 +51,8 @@ def collect() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # which names the build, as its metadata need not
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,30 +1,14 @@
-"""Where the compilers and disassemblers for GPUs are: in packages from PyPI, or on PATH."""
+"""The CUDA compiler as tests call it."""
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
+from gpucheck.machine_code import nvcc
+
 from .gpu import FakeGpu
-
-
-def nvcc() -> Path | None:
-    return tool("nvcc")
-
-
-def tool(name: str) -> Path | None:
-    """nvcc and ptxas come with nvidia-cuda-nvcc, nvdisasm and cuobjdump with Triton."""
-    for package, folder in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
-        spec = importlib.util.find_spec(package)
-        for place in spec.submodule_search_locations or [] if spec else []:
-            found = Path(place) / folder / name
-            if found.exists():
-                return found
-    found_on_path = shutil.which(name)
-    return Path(found_on_path) if found_on_path else None
 
 
 def compile_ptx(source: Path, arch: str, *flags: str) -> str:

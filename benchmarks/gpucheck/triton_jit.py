@@ -1,12 +1,10 @@
-"""Triton's just-in-time functions without a GPU: compiled for any target exactly as a launch would,
-and executed on CPU tensors by the interpreter of PTX.
-"""
+"""Triton's just-in-time functions compiled without a GPU, for any target and as a launch would."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -18,10 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from . import ptx
-
 KERNELS = ("update_kernel", "normal_kernel", "advance_kernel")
-OUTPUTS = ("out", "x_0", "model_input", "epsilon", "counters", "t")
 SM_90 = GPUTarget("cuda", 90, 32)
 CUDA_TARGETS = tuple(GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120))
 HIP_TARGETS = (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32))
@@ -116,47 +111,3 @@ def compiled_for(
 def _forget_launches(module: Any) -> None:
     module._prepare_update.cache_clear()
     module._prepare_normal.cache_clear()
-
-
-@dataclass
-class Interpreter:
-    """Executes what is launched on CPU tensors, and keeps the counts of each launch."""
-
-    edit: Callable[[str], str] = lambda text: text
-    """Applied to the PTX of each kernel before it runs."""
-    launches: list[ptx.Launch] = field(default_factory=list)
-    _modules: dict[str, ptx.Module] = field(default_factory=dict)
-
-    def __call__(self, binary: Binary) -> None:
-        text = self.edit(binary.kernel.asm["ptx"])
-        if text not in self._modules:
-            self._modules[text] = ptx.parse(text)
-        arguments: list[int] = []
-        memory = ptx.Memory()
-        tensors: dict[int, tuple[torch.Tensor, list[str]]] = {}
-        for name, kind, value in binary.parameters():
-            if not kind.startswith("*"):
-                arguments.append(value)
-                continue
-            arguments.append(value.data_ptr())
-            # The row and the steps of a loop may begin at one address: the longer counts.
-            known, names = tensors.get(value.data_ptr(), (value, []))
-            longer = max(known, value, key=lambda tensor: tensor.numel())
-            tensors[value.data_ptr()] = (longer, [*names, name])
-        for tensor, names in tensors.values():
-            writable = any(name in OUTPUTS for name in names)
-            memory.add_tensor(tensor, "=".join(names), writable)
-        # Scratch memory, which these kernels do not use.
-        arguments += [0, 0]
-        grid = (*binary.grid, 1, 1)[:3]
-        self.launches.append(
-            ptx.run(
-                self._modules[text],
-                binary.name,
-                grid=grid,
-                block=(binary.threads, 1, 1),
-                arguments=arguments,
-                memory=memory,
-                shared_bytes=binary.kernel.metadata.shared,
-            )
-        )

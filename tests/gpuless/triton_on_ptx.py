@@ -1,0 +1,57 @@
+"""Kernels of Triton executed on CPU tensors by the interpreter of PTX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from gpucheck.triton_jit import Binary
+
+from . import ptx
+
+OUTPUTS = ("out", "x_0", "model_input", "epsilon", "counters", "t")
+
+
+@dataclass
+class Interpreter:
+    """Executes what is launched on CPU tensors, and keeps the counts of each launch."""
+
+    edit: Callable[[str], str] = lambda text: text
+    """Applied to the PTX of each kernel before it runs."""
+    launches: list[ptx.Launch] = field(default_factory=list)
+    _modules: dict[str, ptx.Module] = field(default_factory=dict)
+
+    def __call__(self, binary: Binary) -> None:
+        text = self.edit(binary.kernel.asm["ptx"])
+        if text not in self._modules:
+            self._modules[text] = ptx.parse(text)
+        arguments: list[int] = []
+        memory = ptx.Memory()
+        tensors: dict[int, tuple[torch.Tensor, list[str]]] = {}
+        for name, kind, value in binary.parameters():
+            if not kind.startswith("*"):
+                arguments.append(value)
+                continue
+            arguments.append(value.data_ptr())
+            # The row and the steps of a loop may begin at one address: the longer counts.
+            known, names = tensors.get(value.data_ptr(), (value, []))
+            longer = max(known, value, key=lambda tensor: tensor.numel())
+            tensors[value.data_ptr()] = (longer, [*names, name])
+        for tensor, names in tensors.values():
+            writable = any(name in OUTPUTS for name in names)
+            memory.add_tensor(tensor, "=".join(names), writable)
+        # Scratch memory, which these kernels do not use.
+        arguments += [0, 0]
+        grid = (*binary.grid, 1, 1)[:3]
+        self.launches.append(
+            ptx.run(
+                self._modules[text],
+                binary.name,
+                grid=grid,
+                block=(binary.threads, 1, 1),
+                arguments=arguments,
+                memory=memory,
+                shared_bytes=binary.kernel.metadata.shared,
+            )
+        )

@@ -1,0 +1,128 @@
+"""setup.py's decisions: which parts the extension is built with, and what happens where one is
+missing. The compilers here are scripts that note what they were to compile, and fail.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .test_native import COMPILER, ROOT, needs_compiler
+
+# Beside a torch with CUDA, which setup.py looks for by what torch says of itself.
+WITH_CUDA = """
+import runpy, sys, torch
+torch.version.cuda = "13.0"
+sys.argv = ["setup.py", *sys.argv[1:]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+CXX = f"""#!/bin/sh
+case "$*" in
+  *.cpp*) echo "$@" >> {{calls}}; exit 1 ;;
+esac
+exec {COMPILER} "$@"
+"""
+
+NVCC = """#!/bin/sh
+case "$*" in
+  --list-gpu-arch) echo compute_90 ;;
+  *--dryrun*) echo '#$ TOP={top}' >&2; echo '#$ LIBRARIES= "-L{top}/none"' >&2 ;;
+  *) echo "$@" >> {calls}; exit 1 ;;
+esac
+"""
+
+
+class Machine:
+    """Compilers in a folder of their own, and what they were asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._calls = folder / "calls"
+        self._calls.touch()
+        self.compiler = self._script(folder / "c++", CXX)
+        self._script(folder / "cuda/bin/nvcc", NVCC)
+        self.runtime = folder / "cuda/lib/libcudart_static.a"
+
+    @property
+    def calls(self) -> list[str]:
+        return self._calls.read_text().splitlines()
+
+    def setup(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTDDIM")}
+        environment |= {"CXX": str(self.compiler), "CUDA_HOME": str(self.folder / "cuda")}
+        return subprocess.run(
+            [sys.executable, "-c", WITH_CUDA, *arguments],
+            cwd=ROOT,
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def build(self, **variables: str) -> subprocess.CompletedProcess[str]:
+        folders = ("--build-temp", str(self.folder / "objects"), "--build-lib", str(self.folder))
+        return self.setup("-q", "build_ext", *folders, **variables)
+
+    def _script(self, path: Path, text: str) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.format(calls=self._calls, top=self.folder / "cuda"))
+        path.chmod(0o755)
+        return path
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_without_nvcc_the_cuda_kernels_are_left_out(machine: Machine) -> None:
+    (machine.folder / "cuda/bin/nvcc").unlink()
+    result = machine.setup("--name")
+    assert result.returncode == 0, result.stderr
+    assert (
+        "building without the CUDA kernels: expected nvcc on PATH or in CUDA_HOME, found none"
+        in result.stderr
+    )
+
+
+def test_without_the_static_runtime_the_cuda_kernels_are_left_out(machine: Machine) -> None:
+    result = machine.setup("--name")
+    assert result.returncode == 0, result.stderr
+    expected = f"libcudart_static.a in the toolkit of {machine.folder}/cuda/bin/nvcc, found none"
+    assert f"building without the CUDA kernels: expected {expected}" in result.stderr
+
+
+@pytest.mark.parametrize("missing", ["nvcc", "libcudart_static.a"])
+def test_what_cuda_needs_is_an_error_where_cuda_was_asked_for(
+    machine: Machine, missing: str
+) -> None:
+    """FASTDDIM_BUILD_CUDA=1 is not quietly ignored."""
+    if missing == "nvcc":
+        (machine.folder / "cuda/bin/nvcc").unlink()
+    result = machine.setup("--name", FASTDDIM_BUILD_CUDA="1")
+    assert result.returncode != 0
+    assert f"FASTDDIM_BUILD_CUDA=1: expected {missing}" in result.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_warnings_are_errors_only_where_asked_for(machine: Machine, asked: str) -> None:
+    """A compiler that we have not seen may warn of anything, and the package still installs."""
+    machine.runtime.parent.mkdir()
+    machine.runtime.touch()
+    assert machine.build(FASTDDIM_WERROR=asked).returncode != 0
+    (nvcc,) = machine.calls
+    assert "csrc/cuda/update.cu" in nvcc
+    assert ("-Werror=all-warnings" in nvcc) == (asked == "1")
+    machine.runtime.unlink()
+    assert machine.build(FASTDDIM_WERROR=asked).returncode != 0
+    compiled = machine.calls[1:]
+    assert compiled
+    for call in compiled:
+        assert "-Wall -Wextra" in call
+        assert ("-Werror" in call.split()) == (asked == "1")
