@@ -19,13 +19,14 @@ from typing import Any
 import harness
 import pytest
 import torch
-from gpucheck import kit, memcheck, prepare, provenance, record, results, suite, table
+from gpucheck import kit, measures, memcheck, prepare, provenance, record, results, suite, table
 from gpucheck.cases import CASES, OUTPUTS, differing
 from gpucheck.device import Moved, on_device
 from gpucheck.record import Record
 from gpucheck.settings import Settings
-from gpucheck.stages import counters, loops, smoke
+from gpucheck.stages import counters, ddpm, loops, smoke
 from gpucheck.timing import difference, full_precision, spread
+from loops import MODELS
 from torch import Tensor
 
 import fastddim
@@ -504,6 +505,16 @@ class TestMemcheck:
         words = (tmp_path / "words").read_text()
         assert words.startswith("1 1 --tool memcheck --error-exitcode 9 --log-file ")
         assert words.endswith("-m gpucheck.cases cuda cuda\n")
+
+
+def test_what_a_gpu_would_measure_is_what_is_predicted() -> None:
+    on_gpu = Settings(ROOT, ROOT, ROOT, dry=False, began=0.0)
+    assert on_gpu.implementations == measures.IMPLEMENTATIONS
+    assert [f"graph={mode}" for mode in on_gpu.modes] == list(measures.LOOP_CONTENDERS[:-1])
+    assert ddpm.contenders(None, torch.zeros(1), ddpm.FEW, ddpm.MANY, on_gpu.modes).keys() == set(
+        measures.DDPM_CONTENDERS
+    )
+    assert set(measures.LOOP_ETAS) <= set(MODELS)
 
 
 class TestKit:

@@ -20,9 +20,8 @@ import torch
 
 from gpucheck.cases import CASES, correctly_rounded, results
 from gpucheck.device import on_device
-from gpucheck.stages.bandwidth import DTYPES, MEBIBYTES
+from gpucheck.measures import DTYPES, MEBIBYTE, MEBIBYTES
 from gpucheck.stages.smoke import LOOP, STEPS
-from gpucheck.timing import MEBIBYTE
 from gpucheck.update import BATCH
 
 # H100's; Triton compares what a kernel wants with it.
@@ -83,7 +82,7 @@ def check_launches(backend: Any) -> Iterator[Launch]:
         yield partial(results, update_out, case)
     yield partial(fastddim.sample, correctly_rounded, STEPS, **LOOP, **ON_TRITON)
     table, row = torch.zeros(1, len(Row._fields)), torch.zeros(1, dtype=torch.int64)
-    for dtype in DTYPES:
+    for dtype in (getattr(torch, name) for name in DTYPES):
         for mebibytes in MEBIBYTES:
             size = torch.empty(0, dtype=dtype).element_size()
             shape = (BATCH, mebibytes * MEBIBYTE // size // BATCH)

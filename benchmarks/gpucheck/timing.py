@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-MEBIBYTE = 2**20
+from gpucheck.measures import MEBIBYTE
+
 # More than the last cache of any GPU so far holds.
 FLUSHED = 256 * MEBIBYTE
 

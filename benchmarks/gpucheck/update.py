@@ -6,7 +6,7 @@ import torch
 
 from fastddim import backends, philox
 from fastddim.plan import Update, coefficient_row, stack_row
-from gpucheck.timing import MEBIBYTE
+from gpucheck.measures import MEBIBYTE
 
 BATCH = 4
 # Elements of each sample that are compared: the CPU takes too long for all.
@@ -39,10 +39,6 @@ class PlainUpdate:
         self._table = stack_row(row).float()[None].to(device)
         self._row = torch.zeros(1, dtype=torch.int64, device=device)
         self._keys = philox.make_keys(7, BATCH, step_index=3, device=device) if eta else None
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.x.dtype).removeprefix("torch.")
 
     def __call__(self) -> None:
         backends.BACKENDS[self._implementation].update_out(

@@ -9,23 +9,23 @@ import torch
 from loops import compiled_loop, make
 
 from fastddim import philox
+from gpucheck import measures
 from gpucheck.record import Record
 from gpucheck.settings import Settings
-from gpucheck.stages.loops import DRY_STEPS, STEPS, agreeing, sampler
+from gpucheck.stages.loops import DRY_STEPS, agreeing, sampler
 from gpucheck.timing import host_seconds, spread
 
-NAMES = ("policy head", "digits U-Net")
 ROUNDS, DRY_ROUNDS = 5, 1
 
 
 @torch.no_grad()
 def run(record: Record, settings: Settings) -> None:
-    for name in NAMES:
+    for name in measures.COMPILED_MODELS:
         record.attempt(partial(one_model, record, settings, name), model=name)
 
 
 def one_model(record: Record, settings: Settings, name: str) -> None:
-    steps = DRY_STEPS if settings.dry else STEPS
+    steps = DRY_STEPS if settings.dry else measures.LOOP_STEPS
     model, shape = make(name, str(settings.device))
     x_T = philox.initial_latents(shape, 0, device=settings.device)
     # A rehearsal compiles nothing, which takes a minute on a CPU.
@@ -46,4 +46,4 @@ def one_model(record: Record, settings: Settings, name: str) -> None:
         loop()
     rounds = DRY_ROUNDS if settings.dry else ROUNDS
     seconds = [host_seconds(loop, settings.device) / steps for _ in range(rounds)]
-    record.show(measure=f"compiled, {name}, torch.compile", seconds=spread(seconds), steps=steps)
+    record.show(measure=measures.compiled(name), seconds=spread(seconds), steps=steps)

@@ -11,12 +11,13 @@ from loops import Loop, diffusers
 from torch import Tensor
 
 import fastddim
+from gpucheck import measures
 from gpucheck.record import Record
 from gpucheck.settings import Settings
 from gpucheck.stages.loops import agreeing
 from gpucheck.timing import in_turn, spread, wait
 
-STEPS, ROUNDS = 20, 5
+ROUNDS = 5
 DRY_STEPS, DRY_ROUNDS = 2, 1
 GUIDANCE = 3.0
 TOKENS = 77
@@ -51,7 +52,7 @@ def run(record: Record, settings: Settings) -> None:
     for contender, values in in_turn(alive, settings.device, rounds).items():
         a_step = spread([value / problem.steps for value in values])
         record.show(
-            measure=f"latent U-Net, {contender}",
+            measure=measures.latent(contender),
             seconds=a_step,
             steps=problem.steps,
             dtype=str(problem.x_T.dtype),
@@ -85,7 +86,7 @@ def make(settings: Settings) -> Problem:
         clip_sample=False,
         steps_offset=1,
     )
-    steps = DRY_STEPS if settings.dry else STEPS
+    steps = DRY_STEPS if settings.dry else measures.LATENT_STEPS
     scheduler.set_timesteps(steps, device=settings.device)
     return Problem(unet.to(dtype).eval(), text, x_T, scheduler, steps)
 

@@ -7,18 +7,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from loops import AGREEMENT, MODELS, SEED, Loop, diffusers_loop, make
+from loops import AGREEMENT, SEED, Loop, diffusers_loop, make
 from torch import Tensor
 
 import fastddim
 from fastddim import philox
+from gpucheck import measures
 from gpucheck.record import Record
 from gpucheck.settings import Settings
 from gpucheck.timing import difference, full_precision, in_turn, spread
 
-# Where noise is a part of the cost that shows.
-NOISY = ("null model", "digits U-Net")
-STEPS, ROUNDS = 50, 9
+ROUNDS = 9
 DRY_STEPS, DRY_ROUNDS = 2, 1
 # Of the largest value. TF32 keeps ten bits, and fifty steps add up what it drops.
 TF32_AGREEMENT = 2e-2
@@ -26,15 +25,15 @@ TF32_AGREEMENT = 2e-2
 
 @torch.no_grad()
 def run(record: Record, settings: Settings) -> None:
-    for name in MODELS:
-        for eta in (0.0, 1.0) if name in NOISY else (0.0,):
+    for name, etas in measures.LOOP_ETAS.items():
+        for eta in etas:
             measure = partial(one_loop, record, settings, name, eta)
             record.attempt(measure, model=name, eta=eta)
 
 
 def one_loop(record: Record, settings: Settings, name: str, eta: float) -> None:
     """Time one model's loop in every contender that runs and agrees with the others."""
-    steps = DRY_STEPS if settings.dry else STEPS
+    steps = DRY_STEPS if settings.dry else measures.LOOP_STEPS
     model, shape = make(name, str(settings.device))
     x_T = philox.initial_latents(shape, 0, device=settings.device)
     about: dict[str, Any] = {"model": name, "eta": eta}
@@ -55,7 +54,7 @@ def one_loop(record: Record, settings: Settings, name: str, eta: float) -> None:
     for contender, values in seconds.items():
         a_step = spread([value / steps for value in values])
         record.row(
-            measure=f"loop, {name}, eta {eta:g}, {contender}",
+            measure=measures.loop(name, eta, contender),
             seconds=a_step,
             steps=steps,
             shape=shape,
