@@ -255,6 +255,20 @@ class TestResults:
         with pytest.raises(ValueError, match=f"expected the same {key} in all, got .* 'other'"):
             results.gather([first, second])
 
+    @pytest.mark.parametrize("gpu", [MACHINE["gpu"], "dry run"])
+    def test_dry_runs_are_not_collected(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str
+    ) -> None:
+        out = a_call(tmp_path / "out", {"smoke": "ok"}, gpu=gpu)
+        monkeypatch.setattr(sys, "argv", ["results", str(out), "--into", str(tmp_path)])
+        if gpu == "dry run":
+            with pytest.raises(SystemExit):
+                results.main()
+        else:
+            results.main()
+        written = [file.name for file in tmp_path.glob("gpu-*.json")]
+        assert written == ([] if gpu == "dry run" else ["gpu-h100.json"])
+
     def test_a_folder_without_a_check(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"OUT: expected a folder with results\.jsonl"):
             results.gather([tmp_path])

@@ -13,7 +13,7 @@ from harness import machine
 
 from gpucheck.commands import output
 
-UNKNOWN = "unknown"
+UNKNOWN, DRY = "unknown", "dry run"
 
 
 def kit() -> dict[str, Any] | None:
@@ -36,7 +36,7 @@ def provenance(dry: bool) -> dict[str, Any]:
         **machine(),
         "cuda": torch.version.cuda,
         "triton": version("triton"),
-        **({"gpu": "dry run"} if dry else driver()),
+        **({"gpu": DRY} if dry else driver()),
     }
     prepared = kit()
     if prepared is not None:

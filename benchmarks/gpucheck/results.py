@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpucheck import record
-from gpucheck.provenance import UNKNOWN
+from gpucheck.provenance import DRY, UNKNOWN
 from gpucheck.record import RUNNER
 from gpucheck.table import STAGES
 
@@ -133,6 +133,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         result = gather(options.out)
+        if result["machine"]["gpu"] == DRY:
+            raise ValueError("OUT: expected what a GPU gave, got a dry run")
     except ValueError as error:
         parser.error(str(error))
     print(write(added(result, options.into), options.into))
