@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import version_tables
 from markdown_cells import duration, gain, table, three, two
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -395,6 +396,7 @@ def blocks() -> dict[str, str]:
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "README.md": blocks,
     "docs/gpu.md": gpu_tables.blocks,
+    "docs/versions.md": version_tables.blocks,
 }
 """Files with marked places, and what stands in them."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim import backends, philox
+from fastddim import backends, philox, transfer
 from fastddim.adapter import Model
 from fastddim.graph import check_graph
 from fastddim.plan import (
@@ -511,7 +511,8 @@ def _prepared_step(
     """Everything about a step but its tensors; what follows from plain numbers is remembered."""
     arguments = (x_t.dtype, x_t.device, impl, alpha_t, alpha_prev, *kind)
     plain = not any(isinstance(argument, Tensor) for argument in arguments)
-    if plain and not torch.compiler.is_compiling():
+    # What is made while a graph is captured holds its values only once the graph was replayed.
+    if plain and not torch.compiler.is_compiling() and not transfer.captured(x_t.device):
         try:
             return _remembered_step(*arguments)
         except TypeError:
@@ -540,12 +541,16 @@ def _prepare_step(
         temperature=_on(device, update.temperature),
     )
     rows = stack_row(coefficient_row(_on(device, a), _on(device, p), update))
-    table = to_table(rows, compute_dtype(dtype), device)
+    table = transfer.upload(to_table(rows, compute_dtype(dtype), rows.device), device)
     row = torch.arange(table.shape[0], device=device)
     return _Step(backend, table, row, update.fit, update.noisy, guidance is not None)
 
 
-_remembered_step = lru_cache(maxsize=4096, typed=True)(_prepare_step)
+@lru_cache(maxsize=4096, typed=True)
+def _remembered_step(dtype: torch.dtype, device: torch.device, *arguments: Any) -> _Step:
+    step = _prepare_step(dtype, device, *arguments)
+    transfer.wait(device)  # Another stream may use it.
+    return step
 
 
 def _on(device: torch.device, value: Coefficient) -> Coefficient:

@@ -2,7 +2,7 @@
 
 A graph repeats kernels on addresses. So all that may change between two replays is copied into
 tensors that stay (`Inputs`, and the loop's own buffers), and all that decides which kernels run is
-part of a key (`model_state`, `ambient`, `signature`); what is in neither is as it was at capture.
+part of a key (`ModelState`, `ambient`, `signature`); what is in neither is as it was at capture.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
+from operator import attrgetter, methodcaller
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from fastddim import transfer
 from fastddim.adapter import Model
 from fastddim.validation import check_choice
 
@@ -52,6 +54,7 @@ def available(device: torch.device) -> bool:
 
 def check_graph(graph: Any, device: torch.device, check_finite: bool) -> None:
     check_choice("graph", graph, GRAPH_MODES)
+    check_outer_capture(graph, device, check_finite)
     if graph in ("auto", False):
         return
     if not available(device):
@@ -60,6 +63,22 @@ def check_graph(graph: Any, device: torch.device, check_finite: bool) -> None:
         raise ValueError(
             "graph: expected 'auto' or False with check_finite=True, which waits for the device at "
             f"every step, got {graph!r}"
+        )
+
+
+def check_outer_capture(graph: bool | str, device: torch.device, check_finite: bool) -> None:
+    """Refuse what cannot go into a graph that the caller is capturing."""
+    if not transfer.captured(device):
+        return
+    if graph not in ("auto", False):
+        raise ValueError(
+            "graph: expected 'auto' or False while a CUDA graph is being captured, which cannot "
+            f"hold the capture of another, got {graph!r}"
+        )
+    if check_finite:
+        raise ValueError(
+            "check_finite: expected False while a CUDA graph is being captured, since it waits for "
+            "the device at every step, got True"
         )
 
 
@@ -280,16 +299,54 @@ def _leaf_signature(leaf: Any) -> Hashable:
     return (type(leaf), repr(leaf)) if isinstance(leaf, _PLAIN) else id(leaf)
 
 
-def model_state(*models: Any) -> tuple[Hashable, Hashable]:
-    """(where the parameters and buffers are, which modules train), of the modules that models
-    show: themselves, what a method is bound to, what a partial, a closure or an instance holds.
+class ModelState:
+    """What a graph depends on in the modules that models show: themselves, what a method is bound
+    to, what a partial, a closure or an instance holds.
+
+    It is read before every replay. Walking a tree of modules would take as long as the replay of a
+    small model, so the modules are listed once, and again only after one came, went or changed
+    places.
     """
-    modules = [module for model in models for module in _modules(model)]
-    tensors = chain.from_iterable(chain(m.parameters(), m.buffers()) for m in modules)
-    return (
-        tuple((_address(tensor), tensor.dtype) for tensor in tensors),
-        tuple(inner.training for module in modules for inner in module.modules()),
-    )
+
+    def __init__(self, *models: Any) -> None:
+        self._models = models
+        self._modules: list[nn.Module] = []
+        self._links: list[int] = []
+
+    def read(self) -> tuple[Hashable, Hashable]:
+        """(where the parameters and buffers are, which modules train)."""
+        roots = [module for model in self._models for module in _modules(model)]
+        if self._links != _links(roots, self._modules):
+            self._modules = list(dict.fromkeys(chain.from_iterable(m.modules() for m in roots)))
+            self._links = _links(roots, self._modules)
+        modules = self._modules
+        mappings = chain(map(_parameters, modules), map(_buffers, modules))
+        tensors = [tensor for tensor in _values(mappings) if tensor is not None]
+        return (_addresses(tensors), tuple(map(_dtype, tensors))), tuple(map(_training, modules))
+
+
+_parameters, _buffers = attrgetter("_parameters"), attrgetter("_buffers")
+_children, _training, _dtype = map(attrgetter, ("_modules", "training", "dtype"))
+
+
+def _links(roots: Iterable[nn.Module], modules: Iterable[nn.Module]) -> list[int]:
+    """The identities from which a list of modules follows, as long as the list keeps them alive."""
+    return list(map(id, chain(roots, _values(map(_children, modules)))))
+
+
+def _values(mappings: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(_values_of, filter(None, mappings)))
+
+
+_values_of = methodcaller("values")
+
+
+def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    with suppress(NotImplementedError, RuntimeError, ValueError):
+        addresses = tuple(map(Tensor.data_ptr, tensors))
+        if all(addresses):
+            return addresses
+    return tuple(map(_address, tensors))
 
 
 def _address(tensor: Tensor) -> int:
@@ -339,18 +396,24 @@ def ambient(device: torch.device) -> Hashable:
 
 
 class Turns:
-    """Uses of the same buffers, one after the other whatever streams they are on."""
+    """Uses of the same buffers, one after the other whatever streams they are on.
+
+    While the caller captures a graph there are no turns: a graph can wait for nothing outside it,
+    nor can anything outside wait for a part of it. The caller orders its replays.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         if device.type == "cuda":
             self._stream = torch.cuda.current_stream(device)
+            # To wait for an event that was never recorded is not to wait.
             self._done = torch.cuda.Event()
-            self._done.record(self._stream)
+            if not transfer.captured(device):
+                self._done.record(self._stream)
 
     @contextmanager
     def turn(self, buffers: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
-        if self._device.type != "cuda":
+        if self._device.type != "cuda" or transfer.captured(self._device):
             yield
             return
         stream = torch.cuda.current_stream(self._device)

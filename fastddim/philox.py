@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastddim.transfer import filled, upload
+
 LATENTS, STEP_NOISE = 0, 1
 """Streams: the last word of the counter tells initial latents from step noise."""
 
@@ -170,6 +172,7 @@ def make_keys(
         batch: number of samples.
         sample_offset: global index of the first sample; 0 where each sample has its own seed.
         step_index: step in the plan, or an integer tensor `[batch]`.
+        device: where the keys are made, without waiting for it; by default the CPU.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
@@ -177,16 +180,24 @@ def make_keys(
     """
     from fastddim.validation import check_sample_range, check_seed, check_step_index
 
+    place = torch.device("cpu" if device is None else device)
     seeds = check_seed("seed", seed, batch)
-    check_sample_range(sample_offset, batch, per_sample_seed=seeds.ndim == 1)
+    per_sample = isinstance(seeds, Tensor)
+    check_sample_range(sample_offset, batch, per_sample_seed=per_sample)
     steps = check_step_index("step_index", step_index, batch)
-    per_sample = seeds.ndim == 1
-    samples = torch.arange(batch, device="cpu") * (not per_sample)
-    return Keys(
-        seeds.expand(batch).contiguous().to(device),
-        steps.expand(batch).contiguous().to(device),
-        (samples + sample_offset).to(device),
+    first = int(sample_offset)
+    samples = (
+        filled(0, batch, place)
+        if per_sample
+        else torch.arange(first, first + batch, dtype=torch.int64, device=place)
     )
+    return Keys(_on_device(seeds, batch, place), _on_device(steps, batch, place), samples)
+
+
+def _on_device(value: int | Tensor, batch: int, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return upload(value.contiguous(), device)
+    return filled(value, batch, device)
 
 
 def initial_latents(

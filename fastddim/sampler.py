@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from fastddim import adapter, backends, graph, philox
+from fastddim import adapter, backends, graph, philox, transfer
 from fastddim.adapter import Model
 from fastddim.graph import check_graph
 from fastddim.philox import Keys
@@ -66,7 +66,8 @@ class Setup:
     @property
     def captures(self) -> bool:
         if self.graph == "auto":
-            return graph.available(self.device) and not self.check_finite
+            joins = transfer.captured(self.device)
+            return graph.available(self.device) and not (self.check_finite or joins)
         return self.graph is not False
 
     @property
@@ -222,17 +223,19 @@ class Loop:
         self.model_kwargs = setup.model_kwargs
         self.denoised_fn = setup.denoised_fn
         self.check_finite = setup.check_finite
+        self._model_state = graph.ModelState(setup.model, setup.denoised_fn)
         timesteps = setup.plan.timesteps
         self._timestep_list = timesteps.tolist()
         with self._turns.turn(self._tensors):
-            self.table.copy_(setup.table)
+            self.table.copy_(transfer.upload(setup.table, self.table.device))
             if self._predicting is not None and setup.predicting is not None:
-                self._predicting.copy_(setup.predicting)
-            self._timesteps.copy_(torch.cat([timesteps, timesteps[-1:]]))
+                self._predicting.copy_(transfer.upload(setup.predicting, self.table.device))
+            visited = torch.cat([timesteps, timesteps[-1:]])
+            self._timesteps.copy_(transfer.upload(visited, self.table.device))
 
     def unload(self) -> None:
         """Let go of what is the caller's; `load` comes before the next run."""
-        del self.model, self.plan, self.model_kwargs, self.denoised_fn
+        del self.model, self.plan, self.model_kwargs, self.denoised_fn, self._model_state
 
     def sample(
         self,
@@ -249,6 +252,7 @@ class Loop:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draw one batch; see `fastddim.sample` for the arguments."""
         check_watching(progress, callback, return_trajectory, self._graph)
+        graph.check_outer_capture(self._graph, self.state.device, self.check_finite)
         shape, device = tuple(self.state.shape), self.state.device
         keys = philox.make_keys(seed, shape[0], sample_offset=sample_offset, device=device)
         self._check_noise(noise)
@@ -505,7 +509,8 @@ class Loop:
         own.mask.copy_(mask)
         own.data.copy_(known)
         own.x_T.copy_(x_T)
-        own.table.copy_(known_rows(self.plan.alphas_cumprod))
+        rows = known_rows(self.plan.alphas_cumprod)
+        own.table.copy_(transfer.upload(rows, own.table.device))
 
     def _new_trajectory(self) -> Tensor:
         trajectory = self.state.new_empty((self.plan.steps + 1, *self.state.shape))
@@ -536,9 +541,9 @@ class Loop:
         self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool, masked: bool
     ) -> Program | None:
         """The graph for this run, loaded with the caller's values; None where the run is eager."""
-        if not self._captures:
+        if not self._captures or transfer.captured(self.state.device):
             return None
-        parameters, training = graph.model_state(self.model, self.denoised_fn)
+        parameters, training = self._model_state.read()
         if parameters != self._parameters:
             # Their graphs read memory that is no longer the model's.
             self._programs.clear()
@@ -572,7 +577,7 @@ class Loop:
         staged = None
         if noise is not None and not (generators and graph.draws_inside(generators, device)):
             dtype = noise.dtype if isinstance(noise, Tensor) else self.state.dtype
-            staged = torch.zeros((steps, *shape), dtype=dtype, device=device)
+            staged = aligned_rows(steps, shape, dtype, device)
             noise, generators = staged, []
         trajectory = None
         if return_trajectory and self._graph == "loop":
@@ -828,6 +833,22 @@ class Sampler:
         )
 
 
+ALIGNMENT = 16
+"""Bytes of the largest access of a kernel, and what Triton compiles separate kernels by."""
+
+
+def aligned_rows(
+    count: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Zeros `[count, *shape]` whose rows are contiguous and begin at multiples of `ALIGNMENT`, as a
+    tensor of its own does, so that the same kernel takes any of them.
+    """
+    row = torch.empty(tuple(shape), device="meta")
+    items = ALIGNMENT // dtype.itemsize
+    strides = (-(-row.numel() // items) * items, *row.stride())
+    return torch.empty_strided((count, *shape), strides, dtype=dtype, device=device).zero_()
+
+
 def draw(
     generators: torch.Generator | Sequence[torch.Generator],
     like: Tensor,
@@ -842,6 +863,11 @@ def draw(
 
 
 def _randn(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
+    if generator.device.type == "cpu" and transfer.captured(like.device):
+        raise ValueError(
+            f"noise: expected generators on {like.device} while a CUDA graph is being captured, "
+            "which cannot draw on the host, got one on cpu"
+        )
     drawn = torch.randn(
         tuple(shape), generator=generator, dtype=like.dtype, device=generator.device
     )

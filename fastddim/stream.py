@@ -28,7 +28,7 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
-from fastddim import adapter, backends, graph, philox
+from fastddim import adapter, backends, graph, philox, transfer
 from fastddim.adapter import Model
 from fastddim.graph import check_graph
 from fastddim.philox import Keys
@@ -51,7 +51,7 @@ from fastddim.validation import (
     check_int,
     check_model_output,
     check_sample_range,
-    check_seed,
+    signed_bits,
 )
 
 _REMEMBERED_PLANS = 64
@@ -313,7 +313,7 @@ class Stream:
         )
         plain = all(isinstance(v, int | float | str | None) for v in kind)
         walk = (self._remembered_walk if plain else self._walk)(*kind)
-        word = int(check_seed("seed", check_int("seed", seed, 0, 2**64 - 1), 1))
+        word = signed_bits(check_int("seed", seed, 0, 2**64 - 1))
         check_sample_range(sample_offset, 1, per_sample_seed=False)
         if x_T is not None:
             check_initial("x_T", x_T, (1, *self.shape[1:]), self.dtype, self.device)
@@ -342,7 +342,9 @@ class Stream:
 
         Raises:
             RuntimeError: another call is not over.
+            ValueError: the caller is capturing a CUDA graph, which cannot hold one of the stream's.
         """
+        graph.check_outer_capture(self._graph, self.device, self._check_finite)
         with (
             self._alone(),
             self._turns.turn(self._tensors),
@@ -393,7 +395,8 @@ class Stream:
         rows = self._idle_row + self.max_steps + 1
         dtype = compute_dtype(self.dtype)
         self._table = self._state.new_zeros((rows, len(Row._fields)), dtype=dtype)
-        self._table[self._idle_row :] = stack_row(mixing_row(1.0, 0.0)).to(self._table)
+        idle = stack_row(mixing_row(1.0, 0.0))
+        self._table[self._idle_row :].copy_(transfer.upload(idle, self.device))
         self._timesteps = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._numbers = torch.zeros(model_batch + 3 * batch, dtype=torch.int64, device=self.device)
         self._t = torch.zeros(model_batch, dtype=torch.int64, device=self.device)
@@ -404,6 +407,7 @@ class Stream:
         self._composed = False
         captures = graph.available(self.device) and not self._check_finite
         self._static = captures if self._graph == "auto" else bool(self._graph)
+        self._model_state = graph.ModelState(self._model)
         self._parameters: Any = None
         # None: cannot be captured.
         self._programs: graph.Recent[graph.Graph | None] = graph.Recent()
@@ -489,8 +493,8 @@ class Stream:
         request, block = self._running[slot]
         start = self._state[slot : slot + 1]
         if request.x_T is None:
-            words = [[request.seed], [0], [request.sample]]
-            keys = Keys(*torch.tensor(words, device="cpu").to(self.device))
+            words = (request.seed, 0, request.sample)
+            keys = Keys(*(transfer.filled(word, 1, self.device) for word in words))
             self._backend.normal_out(keys, philox.LATENTS, start)
         tensors = [*request.conditions, *([] if request.x_T is None else [request.x_T])]
         with request.ready.turn(lambda: tensors):
@@ -501,8 +505,8 @@ class Stream:
         if self._history is not None:
             self._history[slot].zero_()
         rows = slice(block * self.max_steps, block * self.max_steps + request.ticket.steps)
-        self._table[rows].copy_(request.walk.rows)
-        self._timesteps[rows].copy_(request.walk.timesteps)
+        self._table[rows].copy_(transfer.upload(request.walk.rows, self.device))
+        self._timesteps[rows].copy_(transfer.upload(request.walk.timesteps, self.device))
 
     def _release(self, slot: int) -> None:
         """Free a slot; the last one moves into it, so that those in use are the first ones."""
@@ -538,7 +542,7 @@ class Stream:
             *[request.sample for request, _ in running],
             *[0] * idle,
         ]
-        batch.numbers.copy_(torch.tensor(numbers, device="cpu"))
+        batch.numbers.copy_(transfer.upload(torch.tensor(numbers, device="cpu"), self.device))
         self._backend.advance(batch.counters, self._timesteps, batch.t)
         batch.state[len(running) :].zero_()
         if batch.next_input is not None:
@@ -636,9 +640,9 @@ class Stream:
 
     def _program(self, batch: _Batch) -> graph.Graph | None:
         """The captured step; None where steps are eager."""
-        if not self._static:
+        if not self._static or transfer.captured(self.device):
             return None
-        parameters, training = graph.model_state(self._model)
+        parameters, training = self._model_state.read()
         if parameters != self._parameters:
             # Their graphs read memory that is no longer the model's.
             self._programs.clear()

@@ -198,29 +198,29 @@ def check_timestep(name: str, value: Any, batch: int, T: int) -> Tensor:
     return index
 
 
-def check_seed(name: str, value: Any, batch: int) -> Tensor:
-    """The seed's 64 bits as int64: a 0-dim tensor, or `[batch]` where each sample has its own."""
+def check_seed(name: str, value: Any, batch: int) -> int | Tensor:
+    """The seed's 64 bits, signed: an integer, or int64 `[batch]` where each sample has its own."""
     if isinstance(value, Tensor) and value.ndim == 1:
         if value.dtype != torch.int64:
             raise TypeError(f"{name}: expected an int64 tensor, got dtype {value.dtype}")
         seeds = value
     elif isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes):
         seeds = torch.tensor(
-            [_signed_bits(check_int(f"{name}[{i}]", v, 0, 2**64 - 1)) for i, v in enumerate(value)],
+            [signed_bits(check_int(f"{name}[{i}]", v, 0, 2**64 - 1)) for i, v in enumerate(value)],
             dtype=torch.int64,
             device="cpu",
         )
     elif isinstance(value, Tensor) and value.ndim > 1:
         raise ValueError(f"{name}: expected an int64 tensor [B], got shape {tuple(value.shape)}")
     else:
-        word = _signed_bits(check_int(name, _unwrapped(value), 0, 2**64 - 1))
-        return torch.tensor(word, device="cpu")
+        return signed_bits(check_int(name, _unwrapped(value), 0, 2**64 - 1))
     if seeds.shape[0] != batch:
         raise ValueError(f"{name}: expected one seed per sample, {batch}, got {seeds.shape[0]}")
     return seeds
 
 
-def check_step_index(name: str, value: Any, batch: int) -> Tensor:
+def check_step_index(name: str, value: Any, batch: int) -> int | Tensor:
+    """An integer, or int64 `[batch]`, in [0, 2³²)."""
     if isinstance(value, Tensor) and value.ndim == 1:
         if value.dtype != torch.int64:
             raise TypeError(f"{name}: expected an int64 tensor, got dtype {value.dtype}")
@@ -230,7 +230,7 @@ def check_step_index(name: str, value: Any, batch: int) -> Tensor:
             for i, v in enumerate(value.tolist()):
                 check_int(f"{name}[{i}]", v, 0, 2**32 - 1)
         return value
-    return torch.tensor(check_int(name, _unwrapped(value), 0, 2**32 - 1), device="cpu")
+    return check_int(name, _unwrapped(value), 0, 2**32 - 1)
 
 
 def check_sample_range(sample_offset: Any, batch: int, *, per_sample_seed: bool) -> None:
@@ -249,7 +249,8 @@ def _unwrapped(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
-def _signed_bits(value: int) -> int:
+def signed_bits(value: int) -> int:
+    """64 unsigned bits as torch's int64 holds them."""
     return value - 2**64 if value >= 2**63 else value
 
 

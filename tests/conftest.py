@@ -23,6 +23,11 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
+# Settings that make this processor stand in for others.
+STAND_INS = ("ATEN_CPU_CAPABILITY", "MKL_CBWR")
+OUTCOMES = ("passed", "skipped", "failed", "error")
+
+
 class RunPython(Protocol):
     def __call__(
         self, *arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None
@@ -40,10 +45,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if path is None:
         return
     outcomes = session.config.pluginmanager.getplugin("terminalreporter").stats
-    counts = {
-        name: len(outcomes.get(name, [])) for name in ("passed", "skipped", "failed", "error")
+    result = {
+        "machine": {**machine(), "triton": version("triton")},
+        "settings": {name: os.environ[name] for name in STAND_INS if name in os.environ},
+        "tests": {name: len(outcomes.get(name, [])) for name in OUTCOMES},
     }
-    result = {"machine": {**machine(), "triton": version("triton")}, "tests": counts}
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The numbers in the README are those of the committed results."""
+"""The numbers in the README and the documentation are those of the committed results."""
 
 from __future__ import annotations
 
@@ -9,15 +9,37 @@ from typing import Any
 import harness
 import pytest
 import tables
+import version_tables
 from quality import grid
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Of other processors.
+STAND_INS = (
+    {"ATEN_CPU_CAPABILITY": "default"},
+    {"ATEN_CPU_CAPABILITY": "avx2"},
+    {"MKL_CBWR": "COMPATIBLE"},
+)
 
 
 @pytest.mark.parametrize("place", [*tables.TABLES, *tables.SUMMARIES])
 def test_readme_shows_the_committed_results(place: str) -> None:
     readme = (ROOT / "README.md").read_text()
     assert tables.updated(readme, {place: tables.blocks()[place]}) == readme
+
+
+def test_the_versions_are_those_that_passed() -> None:
+    page = (ROOT / "docs/versions.md").read_text()
+    assert tables.updated(page, version_tables.blocks()) == page
+    recorded = version_tables.results()
+    for result in recorded:
+        assert result["machine"]["modified"] is False, "run with uncommitted code"
+        assert result["tests"]["failed"] == result["tests"]["error"] == 0
+        assert result["tests"]["passed"] > 4000
+    releases = {result["machine"]["torch"].rpartition(".")[0] for result in recorded}
+    assert {"2.11", "2.13", "2.14"} <= releases
+    settings = [result["settings"] for result in recorded]
+    assert all(setting in settings for setting in STAND_INS)
 
 
 @pytest.mark.parametrize("name", tables.TABLES)

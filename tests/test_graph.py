@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 import fastddim
-from fastddim import Sampler, Schedule, graph, ops, philox
+from fastddim import Sampler, Schedule, graph, ops, philox, transfer
 from fastddim.graph import CaptureError
 
-from .helpers import CPU_IMPLS, RecordedGraph, SmallNet, elementwise_model
+from .helpers import CPU_IMPLS, NoSync, RecordedGraph, SmallNet, elementwise_model
 
 SHAPE = (2, 3, 6, 6)
 CPU = torch.device("cpu")
@@ -636,6 +636,160 @@ class TestKey:
         assert self.count(captures, calls) == [1, 1]
 
 
+class Nested(nn.Module):
+    """Modules in modules, buffers, and what is registered as nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2))])
+        self.register_parameter("none", None)
+        self.register_module("no_module", None)
+        self.register_buffer("shift", torch.zeros(2))
+
+
+def swapped(net):
+    torch.utils.swap_tensors(net.blocks[0].weight, nn.Parameter(torch.ones(2, 2)))
+
+
+def reborn(net):
+    vars(net.blocks[0]).update(vars(nn.Linear(2, 2)))
+
+
+MOVED = {
+    "data": lambda net: setattr(net.blocks[0].weight, "data", torch.ones(2, 2)),
+    "parameter": lambda net: setattr(net.blocks[0], "bias", nn.Parameter(torch.ones(2))),
+    "a parameter in place of none": lambda net: setattr(net, "none", nn.Parameter(torch.ones(2))),
+    "no parameter any more": lambda net: setattr(net.blocks[0], "bias", None),
+    "buffer": lambda net: setattr(net, "shift", torch.ones(2)),
+    "inner buffer": lambda net: setattr(net.blocks[1][0], "running_mean", torch.ones(2)),
+    "another buffer": lambda net: net.blocks[0].register_buffer("scale", torch.ones(2)),
+    "dtype": lambda net: net.double(),
+    "dtype alone": lambda net: setattr(net.shift, "data", net.shift.data.view(torch.int32)),
+    "assigned state": lambda net: net.load_state_dict(
+        {name: value.clone() for name, value in net.state_dict().items()}, assign=True
+    ),
+    "module": lambda net: net.blocks.__setitem__(0, nn.Linear(2, 2)),
+    "inner module": lambda net: net.blocks[1].__setitem__(0, nn.BatchNorm1d(2)),
+    "another module": lambda net: net.blocks.append(nn.Linear(2, 2)),
+    "a module in place of none": lambda net: setattr(net, "no_module", nn.Linear(2, 2)),
+    "a module in a leaf": lambda net: net.blocks[0].add_module("inner", nn.Linear(2, 2)),
+    "one module less": lambda net: net.blocks.pop(0),
+    "parametrization": lambda net: nn.utils.parametrizations.weight_norm(net.blocks[0]),
+    "swapped": swapped,
+    "everything of a module": reborn,
+}
+
+TRAINING = {
+    "all": lambda net: net.eval(),
+    "one": lambda net: net.blocks[1][0].eval(),
+    "a list": lambda net: setattr(net.blocks, "training", False),
+}
+
+UNCHANGED = {
+    "nothing": lambda net: None,
+    "values": lambda net: net.blocks[0].weight.data.mul_(0.5),
+    "loaded state": lambda net: net.load_state_dict(net.state_dict()),
+    "the same dtype": lambda net: net.float().train(),
+    "gradients": lambda net: net.requires_grad_(False),
+}
+
+
+class TestModelState:
+    """What drops a graph is seen without walking the model again."""
+
+    @pytest.mark.parametrize("change", MOVED)
+    def test_what_moves(self, change):
+        net = Nested()
+        state = graph.ModelState(net)
+        before = state.read()
+        MOVED[change](net)
+        after = state.read()
+        assert after[0] != before[0]
+        assert state.read() == after == graph.ModelState(net).read()
+
+    @pytest.mark.parametrize("change", TRAINING)
+    def test_what_trains(self, change):
+        net = Nested()
+        state = graph.ModelState(net)
+        before = state.read()
+        TRAINING[change](net)
+        assert state.read()[0] == before[0]
+        assert state.read()[1] != before[1]
+
+    @pytest.mark.parametrize("change", UNCHANGED)
+    def test_what_stays(self, change):
+        net = Nested()
+        state = graph.ModelState(net)
+        before = state.read()
+        UNCHANGED[change](net)
+        assert state.read() == before
+        assert hash(state.read()) == hash(before)
+
+    def test_models_that_show_others(self):
+        """A cell, an attribute or the arguments of a partial may get another module."""
+
+        class Holder:
+            def __call__(self, x, t):
+                return self.net(x)
+
+        holder, cell = Holder(), nn.Linear(2, 2)
+        holder.net = nn.Linear(2, 2)
+        state = graph.ModelState(holder, lambda x, t: cell(x), None)
+        seen = [state.read()]
+        holder.net = nn.Linear(2, 2)
+        seen.append(state.read())
+        cell = nn.Linear(2, 2)
+        seen.append(state.read())
+        assert len(set(seen)) == 3
+        assert state.read() == seen[-1]
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+    def test_a_scripted_model(self):
+        net = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
+        state = graph.ModelState(net)
+        before = state.read()
+        assert state.read() == before
+        net.double()
+        assert state.read()[0] != before[0]
+        assert len(before[0][0]) == 2
+
+    def test_tensors_without_an_address(self):
+        """They count by identity."""
+        net = nn.LazyLinear(2)
+        state = graph.ModelState(net, nn.Linear(2, 2, device="meta"))
+        before = state.read()
+        assert state.read() == before
+        net(torch.zeros(1, 2))
+        assert state.read()[0] != before[0]
+
+    def test_the_model_is_walked_once(self, monkeypatch):
+        net = Nested()
+        state = graph.ModelState(net)
+        before = state.read()
+
+        def walked(*args, **kwargs):
+            raise AssertionError("the model is walked again")
+
+        for name in ("named_modules", "named_parameters", "named_buffers", "children"):
+            monkeypatch.setattr(nn.Module, name, walked)
+        with NoSync() as mode:
+            assert state.read() == before
+        assert mode.calls == 0
+        net.shift = torch.ones(2)
+        assert state.read() != before
+        net.blocks = nn.ModuleList()
+        with pytest.raises(AssertionError, match="walked again"):
+            state.read()
+
+    def test_replaced_parameters_are_not_held(self):
+        net = Nested()
+        state = graph.ModelState(net)
+        state.read()
+        ref = weakref.ref(net.blocks[0].weight)
+        net.blocks[0].weight = nn.Parameter(torch.ones(2, 2))
+        assert ref() is None
+
+
 class TestShelf:
     """Loops that wait for the next call."""
 
@@ -842,6 +996,249 @@ class TestSamplerObject:
         with pytest.raises(RuntimeError, match=r"^Sampler: expected one call at a time"):
             sampler(callback=lambda *_: sampler())
         assert torch.equal(sampler(seed=1), expected)
+
+
+@pytest.fixture
+def outer(captures, monkeypatch):
+    """Captures what the caller calls, as `torch.cuda.graph` would."""
+
+    def capture(body):
+        with monkeypatch.context() as patch:
+            patch.setattr(transfer, "captured", lambda device: True)
+            return RecordedGraph(body)
+
+    return capture
+
+
+class TestInACaptureOfTheCallers:
+    """Everything runs eagerly, into the caller's graph."""
+
+    @pytest.mark.parametrize("impl", CPU_IMPLS)
+    @pytest.mark.parametrize(
+        ("used_before", "call"),
+        [
+            (False, {"seed": 3}),
+            (True, {"x_T": latents()}),
+            (True, {"noise": latents((4, *SHAPE)), "sample_offset": 7}),
+        ],
+        ids=["seed", "x_T", "noise"],
+    )
+    def test_a_sampler(self, impl, used_before, call, captures, outer):
+        model = SmallNet()
+        kind = {"shape": SHAPE, "eta": 1.0, "impl": impl}
+        sampler, results = Sampler(model, 4, **kind), []
+        if used_before:
+            sampler(seed=1, return_trajectory=True)
+        expected = Sampler(model, 4, graph=False, **kind)(**call, return_trajectory=True)
+        theirs = outer(lambda: results.extend(sampler(**call, return_trajectory=True)))
+        assert len(captures) == used_before
+        assert all(result.isnan().all() for result in results)
+        for seed in (5, 6):
+            theirs.replay()
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+            assert not torch.equal(sampler(seed=seed), expected[0])
+        assert len(captures) <= 2
+
+    def test_follows_what_is_written_in_place(self, captures, outer):
+        model, x_T, results = SmallNet(), latents(), []
+        sampler = Sampler(model, 4, shape=SHAPE)
+        theirs = outer(lambda: results.append(sampler(x_T=x_T)))
+        for factor in (1.0, 0.5):
+            x_T.mul_(factor)
+            model.weight.data.mul_(factor)
+            theirs.replay()
+            assert torch.equal(results[0], sample(model, False, x_T=x_T))
+
+    def test_sample(self, captures, monkeypatch):
+        """It takes no loop from between the calls: a later call would load other values into it."""
+        model = SmallNet()
+        sample(model, "auto")
+        (kept,) = graph.SHELF._entries.values()
+        for call in ({}, {"seed": 3}, {"seed": [1, 2]}):
+            expected = sample(model, False, **call)
+            with monkeypatch.context() as patch:
+                patch.setattr(transfer, "captured", lambda device: True)
+                patch.setattr(RecordedGraph, "replay", None)
+                assert torch.equal(sample(model, "auto", **call), expected)
+                inverted = fastddim.invert(model, expected, 4)
+            assert torch.equal(inverted, fastddim.invert(model, expected, 4, graph=False))
+        (left,) = graph.SHELF._entries.values()
+        assert left is kept
+        assert len(captures) == 1
+
+    def test_a_stream(self, captures, monkeypatch):
+        stream = fastddim.Stream(elementwise_model, shape=(2, *SHAPE[1:]))
+        stream.submit(4, seed=9)
+        stream.run()
+        assert len(captures) == 1
+        monkeypatch.setattr(transfer, "captured", lambda device: True)
+        monkeypatch.setattr(RecordedGraph, "replay", None)
+        tickets = [stream.submit(4, seed=s, eta=1.0) for s in range(3)]
+        stream.run()
+        for s, ticket in enumerate(tickets):
+            expected = sample(elementwise_model, False, shape=(1, *SHAPE[1:]), seed=s, eta=1.0)
+            assert torch.equal(ticket.result(0), expected)
+        assert len(captures) == 1
+
+    @pytest.mark.parametrize("mode", CAPTURED)
+    def test_a_graph_of_our_own_is_refused(self, mode, captures, monkeypatch):
+        def untouched(x, t):
+            raise AssertionError("called")
+
+        sampler = Sampler(untouched, 4, shape=SHAPE, graph=mode)
+        stream = fastddim.Stream(untouched, shape=SHAPE, graph=True)
+        ticket = stream.submit(4)
+        monkeypatch.setattr(transfer, "captured", lambda device: True)
+        for call in (
+            lambda: sample(untouched, mode),
+            lambda: fastddim.invert(untouched, latents(), 4, graph=mode),
+            lambda: Sampler(untouched, 4, shape=SHAPE, graph=mode),
+            sampler,
+        ):
+            with NoSync() as probe, pytest.raises(ValueError, match=r"^graph: ") as caught:
+                call()
+            assert probe.calls <= 1  # on which device is asked
+            assert str(caught.value) == (
+                "graph: expected 'auto' or False while a CUDA graph is being captured, which "
+                f"cannot hold the capture of another, got {mode!r}"
+            )
+        for call in (lambda: fastddim.Stream(untouched, shape=SHAPE, graph=True), stream.step):
+            with pytest.raises(ValueError, match=r"^graph: expected 'auto' or False while"):
+                call()
+        assert not ticket.done()
+        assert (stream.pending, stream.running) == (1, 0)
+
+    def test_waiting_is_refused(self, captures, monkeypatch):
+        sampler = Sampler(elementwise_model, 4, shape=SHAPE, check_finite=True)
+        stream = fastddim.Stream(elementwise_model, shape=SHAPE, check_finite=True)
+        monkeypatch.setattr(transfer, "captured", lambda device: True)
+        for call in (
+            lambda: sample(elementwise_model, "auto", check_finite=True),
+            lambda: fastddim.Stream(elementwise_model, shape=SHAPE, check_finite=True),
+            sampler,
+            stream.step,
+        ):
+            with pytest.raises(ValueError, match=r"^check_finite: expected False while a CUDA gr"):
+                call()
+        for noise in (generator(1), [generator(1), generator(2)]):
+            with pytest.raises(ValueError, match=r"^noise: .*cannot draw on the host, got one on"):
+                sample(elementwise_model, "auto", eta=1.0, noise=noise)
+            with pytest.raises(ValueError, match=r"^noise: "):
+                fastddim.step(latents(), latents(), 0.5, 0.75, eta=1.0, noise=noise)
+
+    def test_a_step_keeps_nothing_for_later_calls(self, captures, monkeypatch):
+        from fastddim import api
+
+        x = latents()
+        expected = fastddim.step(x, x, 0.375, 0.75, eta=1.0, seed=3)
+        api._remembered_step.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(transfer, "captured", lambda device: True)
+            assert torch.equal(fastddim.step(x, x, 0.375, 0.75, eta=1.0, seed=3), expected)
+        assert api._remembered_step.cache_info().currsize == 0
+
+
+def doubled(x, t):
+    return torch.cat([x, x], 1)
+
+
+ODD = {
+    "a step's noise": {"eta": 1.0, "make_noise": True},
+    "rows": {"eta": torch.tensor([0.0, 1.0, 0.5]), "make_noise": True},
+    "drawn": {"eta": 1.0, "guidance_scale": 2.0},
+    "guided": {"guidance_scale": torch.tensor([1.0, 2.0, 3.0]), "guidance_rescale": 0.5},
+    "order 2": {"order": 2},
+    "thresholding": {"dynamic_thresholding_ratio": 0.9, "eta": 0.5, "make_noise": True},
+    "x_0 hook": {"denoised_fn": lambda x_0, t: x_0 * 0.5},
+    "mask": {"mask": torch.ones(1)},
+    "learned variance": {"model": doubled, "eta": 1.0, "make_noise": True},
+}
+
+
+def draw_odd(kind, inner, dtype, impl, mode="loop"):
+    kind = dict(kind)
+    shape = (3, *inner)
+    if kind.pop("make_noise", False):
+        kind["noise"] = latents((4, *shape), dtype=dtype)
+    if "mask" in kind:
+        kind["known"] = latents(shape, dtype=dtype)
+    model = kind.pop("model", same)
+    return sample(model, mode, shape=shape, dtype=dtype, impl=impl, **kind)
+
+
+@pytest.fixture
+def specialized(monkeypatch):
+    """Which kernels of Triton a warm-up asks for, and which the body under capture."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from fastddim.backends import triton
+
+    from .gpuless import triton_jit
+
+    launched, warm, captured = [], [], []
+
+    def record(body, warm_up, device, generators):
+        launched.clear()
+        warm_up()
+        warm.extend(launched)
+        launched.clear()
+        recorded = RecordedGraph(body)
+        captured.extend(launched)
+        return recorded
+
+    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(graph, "available", lambda device: True)
+    monkeypatch.setattr(triton, "unavailable", lambda device: None)
+    # Counters do not advance here.
+    monkeypatch.setattr(triton, "fit_rows", lambda *_: None)
+    with triton_jit.compiled_for(
+        triton_jit.SM_90, launched.append, stand_in=triton_jit.Specializer
+    ):
+        yield warm, captured
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inner", [(1,), (3, 5, 7), (3, 2, 2)], ids=str)
+class TestAlignment:
+    """No step of a graph asks for other kernels than the warm-up had compiled."""
+
+    @pytest.mark.parametrize("kind", ODD)
+    def test_loops(self, kind, inner, dtype, specialized):
+        draw_odd(ODD[kind], inner, dtype, "triton")
+        self.check(*specialized)
+
+    @pytest.mark.parametrize("guided", [False, True])
+    def test_streams(self, guided, inner, dtype, specialized):
+        kind = {"guided": guided, "dtype": dtype, "impl": "triton", "graph": True}
+        stream = fastddim.Stream(same, shape=(3, *inner), **kind)
+        tickets = [
+            stream.submit(s, seed=s, eta=1.0, guidance_scale=2.0 if guided else None)
+            for s in (3, 1, 2, 2)
+        ]
+        stream.run()
+        assert [ticket.exception(0) for ticket in tickets] == [None] * 4
+        self.check(*specialized)
+
+    def check(self, warm, captured):
+        assert {name for name, *_ in captured} == {"update_kernel", "advance_kernel"}
+        assert set(captured) <= set(warm)
+
+    @pytest.mark.parametrize("impl", CPU_IMPLS)
+    def test_given_noise(self, impl, inner, dtype, captures, monkeypatch):
+        """Its rows begin where tensors of their own would, and hold what was given."""
+        backend = fastddim.backends.BACKENDS[impl]
+        original, addresses = backend.update_out, []
+
+        def update_out(*args, noise, **rest):
+            addresses.append(noise.data_ptr() % 16)
+            assert noise.is_contiguous()
+            return original(*args, noise=noise, **rest)
+
+        expected = draw_odd(ODD["a step's noise"], inner, dtype, impl, mode=False)
+        monkeypatch.setattr(backend, "update_out", update_out)
+        own = draw_odd(ODD["a step's noise"], inner, dtype, impl)
+        assert torch.equal(own, expected)
+        assert len(addresses) > graph.WARM_UPS
+        assert not any(addresses)
 
 
 def uncapturable(x, t, **kwargs):
@@ -1059,6 +1456,8 @@ class Driver:
                 raising=False,
             )
         monkeypatch.setattr(graph, "_side_streams", {})
+        self.captured = False
+        monkeypatch.setattr(transfer, "captured", lambda device: self.captured)
 
     def record(self, body=None, warm_up=None, generators=()):
         log = self.log
@@ -1166,6 +1565,22 @@ class TestDriver:
             raise KeyboardInterrupt
         assert driver.log[-1] == "event on current"
 
+    def test_no_turns_in_a_capture_of_the_callers(self, monkeypatch):
+        """Whose stream may neither wait for an event from outside nor record one for outside."""
+        driver = Driver(monkeypatch)
+        before = graph.Turns(torch.device("cuda", 0))
+        driver.captured, driver.streams = True, ["captured"]
+        inside = graph.Turns(torch.device("cuda", 0))
+        for turns in (before, inside):
+            with turns.turn(lambda: pytest.fail("a graph's replays are on any stream")):
+                driver.log.append("work")
+        assert driver.log == ["event on current", "work", "work"]
+        driver.captured, driver.streams = False, ["other"]
+        driver.log.clear()
+        with before.turn(lambda: []):
+            driver.log.append("work")
+        assert driver.log == ["other waits for the event on current", "work", "event on other"]
+
 
 def test_auto_is_eager_on_the_cpu():
     graph.clear()
@@ -1244,6 +1659,7 @@ def build_guard(compiler, target):
 # What gives each seeded defect away.
 DEFECTS = {
     "item": "_local_scalar_dense",
+    "tolist": "_local_scalar_dense",
     "int of t": "_local_scalar_dense",
     "branch on a value": "_local_scalar_dense",
     "index by a 0-dim tensor": "_local_scalar_dense",
@@ -1277,6 +1693,27 @@ class TestFakeCuda:
         assert said.keys() == DEFECTS.keys()
         for name, words in DEFECTS.items():
             assert words in said[name], (name, said[name])
+
+    @pytest.mark.parametrize("mode", [False, *CAPTURED])
+    def test_whole_calls_do_not_wait(self, probed, mode):
+        """Seeds, keys, tables and the numbers of a stream reach the device without the host waiting
+        for it.
+        """
+        said = {k: v for k, v in probed.items() if k.startswith(f"whole/{mode}/")}
+        assert len(said) == (7 if mode == "loop" else 9)
+        assert not any(said.values()), said
+
+    def test_nothing_of_the_host_goes_into_a_graph_of_the_callers(self, probed):
+        """A replay would find other values there. Nor is anything captured, or waited for."""
+        said = {k: v for k, v in probed.items() if k.startswith("captured/")}
+        assert len(said) == 9
+        assert not any(said.values()), said
+
+    def test_the_probe_catches_copies_that_wait(self, probed):
+        for kind in ("from memory of the host", "without a stream's order"):
+            assert probed[f"waiting/{kind}"] == (
+                "waits for the device: aten._to_copy.default from memory of the host"
+            )
 
     @pytest.mark.parametrize("mode", CAPTURED)
     def test_frozen_arguments_are_refused(self, probed, mode):
@@ -1407,6 +1844,78 @@ class TestOnCuda:
             sampler._loop.run(x_T, noise=noise)
         finally:
             torch.cuda.set_sync_debug_mode(before)
+
+    @pytest.mark.parametrize("mode", [False, *CAPTURED])
+    def test_whole_calls_do_not_synchronise(self, device, mode):
+        model = self.net(device)
+        sampler = Sampler(model, 10, shape=SHAPE, eta=1.0, device=device, graph=mode)
+        stream = fastddim.Stream(model, shape=SHAPE, device=device, graph=bool(mode))
+        x = latents(device=device)
+
+        def everything():
+            for seed in (3, [5, 2**64 - 1]):
+                sampler(seed=seed)
+                fastddim.step(x, x, 0.5, 0.75, eta=1.0, seed=seed)
+            tickets = [stream.submit(3, seed=seed, eta=1.0) for seed in (3, 2**64 - 1)]
+            stream.run()
+            return [sampler(seed=7), *(ticket.result(0) for ticket in tickets)]
+
+        expected = everything()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            own = everything()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+
+    @pytest.mark.parametrize("impl", ["cuda", "triton"])
+    @pytest.mark.parametrize("inner", [(1,), (3, 5, 7)], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_given_noise_of_odd_size(self, device, impl, inner, dtype):
+        shape = (3, *inner)
+        noise = latents((10, *shape), dtype=dtype, device=device)
+        kind = {"eta": 1.0, "dtype": dtype, "shape": shape, "noise": noise, "impl": impl}
+        own, eager = (
+            sample(self.net(device), mode, 10, device=device, **kind) for mode in ("loop", False)
+        )
+        assert torch.equal(own, eager)
+
+    @pytest.mark.parametrize("capture_error_mode", ["global", "thread_local", "relaxed"])
+    @pytest.mark.parametrize("what", ["Sampler", "sample", "step", "Stream"])
+    def test_in_a_capture_of_the_callers(self, device, what, capture_error_mode):
+        model, x = self.net(device), latents(device=device)
+        kind = {"shape": SHAPE, "eta": 1.0, "device": device}
+        sampler = Sampler(model, 10, **kind)
+        stream = fastddim.Stream(model, shape=SHAPE, device=device)
+
+        def stepped():
+            tickets = [stream.submit(5, seed=seed, eta=1.0) for seed in range(3)]
+            stream.run()
+            return torch.cat([ticket.result(0) for ticket in tickets])
+
+        draw = {
+            "Sampler": lambda: sampler(seed=[3, 2**64 - 1]),
+            "sample": lambda: fastddim.sample(model, 10, seed=3, **kind),
+            "step": lambda: fastddim.step(x, x, 0.5, 0.75, eta=1.0, seed=[3, 4]),
+            "Stream": stepped,
+        }[what]
+        expected = draw()
+        theirs, stream_of_theirs = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        how = {"stream": stream_of_theirs, "capture_error_mode": capture_error_mode}
+        with torch.cuda.graph(theirs, **how):
+            own = draw()
+        for _ in range(2):
+            own.fill_(torch.nan)
+            theirs.replay()
+            assert torch.equal(own, expected)
+            # Between the replays, of other values in the same buffers.
+            sampler(seed=9)
+        assert torch.equal(draw(), expected)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), **how):
+            with pytest.raises(ValueError, match=r"^graph: expected 'auto' or False while"):
+                fastddim.sample(model, 10, graph=True, **kind)
+            x.add(1)
 
     @pytest.mark.parametrize("mode", [False, *CAPTURED])
     def test_streams(self, device, mode):

@@ -927,7 +927,6 @@ class TestNoHostWork:
             lambda x: x.mean().item(),
             lambda x: float(x.sum()),
             lambda x: bool(x.isfinite().all()),
-            lambda x: x[0, 0, 0, 0].tolist(),
             lambda x: x[x > 0],
             lambda x: x.nonzero(),
             lambda x: torch.equal(x, x),
@@ -938,7 +937,6 @@ class TestNoHostWork:
             "item",
             "float",
             "bool",
-            "tolist",
             "mask",
             "nonzero",
             "equal",
@@ -952,14 +950,16 @@ class TestNoHostWork:
             return elementwise_model(x, t)
 
         sampler = Sampler(model, 4, shape=SHAPE, impl=impl)
+        x_T, keys = latents(dtype=torch.float32), philox.make_keys(0, 2)
         with NoSync(), pytest.raises(AssertionError, match="in the loop"):
-            sampler._loop.run(latents(dtype=torch.float32), keys=philox.make_keys(0, 2))
+            sampler._loop.run(x_T, keys=keys)
 
     def test_check_finite_does_synchronise(self, impl):
         """Documented to wait for the device at every step; the default does not."""
         sampler = Sampler(elementwise_model, 4, shape=SHAPE, impl=impl, check_finite=True)
+        x_T, keys = latents(dtype=torch.float32), philox.make_keys(0, 2)
         with NoSync(), pytest.raises(AssertionError, match="in the loop"):
-            sampler._loop.run(latents(dtype=torch.float32), keys=philox.make_keys(0, 2))
+            sampler._loop.run(x_T, keys=keys)
 
     @pytest.mark.parametrize("kind", KINDS, ids=range(len(KINDS)))
     def test_memory_does_not_grow(self, impl, kind):

@@ -181,6 +181,44 @@ class TestIsSample:
         self.check(conditioned, requests, rng, slots=3, **common)
         assert len(captures) == 1
 
+    @pytest.mark.parametrize("impl", CPU_IMPLS)
+    def test_captured_again_where_the_model_changed_between_steps(self, impl, captures):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scale = nn.Parameter(torch.full((5,), 0.5))
+
+            def forward(self, x, t):
+                return elementwise_model(x, t) * self.scale
+
+        net = Model()
+        streams = [
+            fastddim.Stream(net, shape=(2, *SHAPE), impl=impl, graph=mode) for mode in (True, False)
+        ]
+        tickets = [[stream.submit(6, seed=s, eta=1.0) for s in (1, 2)] for stream in streams]
+
+        def in_place():
+            net.scale.data.mul_(0.5)
+
+        def moved():
+            net.scale.data = torch.full((5,), 0.75)
+
+        def replaced():
+            net.scale = nn.Parameter(torch.full((5,), 1.25))
+
+        def evaluated():
+            net.eval()
+
+        counts = []
+        for change in (in_place, moved, replaced, evaluated, net.train, list):
+            change()
+            for stream in streams:
+                stream.step()
+            counts.append(len(captures))
+        assert counts == [1, 2, 3, 4, 4, 4]
+        for own, expected in zip(*tickets, strict=True):
+            assert torch.equal(own.result(0), expected.result(0))
+
     def test_a_network_agrees_to_rounding(self):
         model = fastddim.models.load("digits")
         stream = fastddim.Stream(model, batch_size=4)

@@ -63,7 +63,7 @@ class Compiler:
 
     function: JITFunction
     target: GPUTarget
-    then: Callable[[Binary], None]
+    then: Callable[[Any], None]
 
     def __post_init__(self) -> None:
         self._backend = make_backend(self.target)
@@ -86,15 +86,33 @@ class Compiler:
         return launch
 
 
+class Specializer(Compiler):
+    """Stands where a JITFunction stood: `[grid](...)` tells which of its kernels it would launch.
+
+    Triton compiles one for each, the first time that it is asked for.
+    """
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            kwargs |= {"debug": False, "instrumentation_mode": ""}
+            _, specialization, options = self._bind(*args, **kwargs)
+            self.then((self.function.fn.__name__, repr(specialization), repr(options)))
+
+        return launch
+
+
 @contextmanager
 def compiled_for(
-    target: GPUTarget, then: Callable[[Binary], None], module: Any = update
+    target: GPUTarget,
+    then: Callable[[Any], None],
+    module: Any = update,
+    stand_in: type[Compiler] = Compiler,
 ) -> Iterator[None]:
     """Launches from `fastddim.kernels.update`, or a copy of it, are compiled for `target`, then
     handed to `then`.
     """
     stand_ins: dict[str, Any] = {
-        name: Compiler(getattr(module, name), target, then) for name in KERNELS
+        name: stand_in(getattr(module, name), target, then) for name in KERNELS
     }
     hip = "7.0" if target.backend == "hip" else None
     properties = SimpleNamespace(warp_size=target.warp_size)

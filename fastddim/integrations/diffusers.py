@@ -55,6 +55,7 @@ from diffusers.schedulers import scheduling_ddpm as _ddpm
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from fastddim import transfer
 from fastddim.philox import Keys, make_keys
 from fastddim.plan import PREDICTIONS, Fit, Row, Update, mixing_row, stack_row, unchecked_row
 from fastddim.steptable import StepTable
@@ -264,13 +265,17 @@ class _Fused:
             )
         key = (step, sample.shape[0], sample.device)
         if key not in work.keys:
-            work.keys[key] = make_keys(
+            keys = make_keys(
                 work.seed,
                 sample.shape[0],
                 sample_offset=work.sample_offset,
                 step_index=step,
                 device=sample.device,
             )
+            if transfer.captured(sample.device):
+                return keys
+            transfer.wait(sample.device)  # Another stream may use them.
+            work.keys[key] = keys
         return work.keys[key]
 
 

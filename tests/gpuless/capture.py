@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from torch.utils.weak import WeakIdKeyDictionary
 
-from fastddim import Schedule, backends, graph, philox
-from fastddim.plan import Update, make_inversion_plan, make_plan
+import fastddim
+from fastddim import Schedule, api, backends, graph, philox, transfer
+from fastddim.plan import Update, make_inversion_plan, make_plan, to_table
 from fastddim.sampler import Loop, Setup, make_setup
 
 _spec = importlib.util.spec_from_file_location("helpers", Path(__file__).parents[1] / "helpers.py")
@@ -42,6 +45,47 @@ class OnDevice(helpers.NoSync):
             if isinstance(value, Tensor) and value.device != CUDA:
                 raise AssertionError(f"result on the {value.device.type} in the loop: {func}")
         return result
+
+
+_pinned: Any = WeakIdKeyDictionary()
+
+
+def pin_memory(tensor: Tensor) -> Tensor:
+    """In the place of `Tensor.pin_memory`, which needs a GPU."""
+    pinned = tensor.clone()
+    _pinned[pinned] = True
+    return pinned
+
+
+class Unwaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for the device, and lets the host do what it wants."""
+
+    _COPIES = frozenset({torch.ops.aten._to_copy, torch.ops.aten.copy_})
+    _SHAPE_ALONE = frozenset({torch.ops.aten.zeros_like, torch.ops.aten.empty_like})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched = self.uploads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
+        made = [v for v in tree_flatten(result)[0] if isinstance(v, Tensor)]
+        devices = {v.device for v in (*given, *made)}
+        if func.overloadpacket in helpers.NoSync._FORBIDDEN and CUDA in devices:
+            raise AssertionError(f"waits for the device: {func}")
+        if len(devices) > 1 and func.overloadpacket not in self._SHAPE_ALONE:
+            self._check_copy(func, given, kwargs or {})
+            self.uploads += 1
+        self.launched += CUDA in devices
+        return result
+
+    def _check_copy(self, func: Any, given: list[Tensor], kwargs: dict[str, Any]) -> None:
+        source = given[-1]
+        if func.overloadpacket not in self._COPIES or source.device == CUDA:
+            raise AssertionError(f"waits for the device: {func}")
+        if source not in _pinned or not kwargs.get("non_blocking"):
+            raise AssertionError(f"waits for the device: {func} from memory of the host")
 
 
 class Net(nn.Module):
@@ -219,6 +263,7 @@ ZERO = torch.tensor(0.0)
 
 DEFECTS: dict[str, dict[str, Any]] = {
     "item": {"make_model": spoilt(lambda x, t: x.mean().item())},
+    "tolist": {"make_model": spoilt(lambda x, t: (x.mean().tolist(), None)[1])},
     "int of t": {"make_model": spoilt(lambda x, t: range(int(t[0])))},
     "branch on a value": {"make_model": spoilt(lambda x, t: 1 if x.isfinite().all() else 0)},
     "index by a 0-dim tensor": {"make_model": spoilt(lambda x, t: x[t[0] * 0])},
@@ -234,6 +279,111 @@ DEFECTS: dict[str, dict[str, Any]] = {
     "loop adds a host tensor": {"loop_type": Zeroes},
 }
 
+KEYS = {"seed": 2**64 - 1, "sample_offset": 5}
+SEEDS = {"seed": [1, 2**64 - 1], "sample_offset": 0}
+
+
+def made_loop(mode: bool | str, **update: Any) -> Callable[[], Loop]:
+    prepared = setup(None, mode, **update)
+    return lambda: Loop(Setup(**{**vars(prepared), "model": Net()}))
+
+
+def a_call(mode: bool | str, keys: dict[str, Any]) -> Any:
+    given = dict.fromkeys(("x_T", "noise", "mask", "known", "callback"))
+    return made_loop(mode, eta=1.0), lambda loop: loop.sample(
+        **keys, **given, progress=False, return_trajectory=True
+    )
+
+
+def a_masked_run(mode: bool | str) -> Any:
+    def call(loop: Loop) -> None:
+        mask, known = torch.ones(1, 1, 8, 8, device=CUDA), torch.ones(SHAPE, device=CUDA)
+        loop.run(loop.state.clone(), mask=mask, known=known)
+
+    return made_loop(mode), call
+
+
+def a_loop_taken_over(mode: bool | str) -> Any:
+    """By a call with other coefficients."""
+    other = setup(None, mode, eta=0.5, denoised_fn=lambda x_0, t: x_0)
+    other = Setup(**{**vars(other), "model": same})
+    return made_loop(mode, eta=1.0, denoised_fn=lambda x_0, t: x_0), lambda loop: loop.load(other)
+
+
+def a_step(mode: bool | str, keys: dict[str, Any]) -> Any:
+    def take(x: Tensor) -> None:
+        fastddim.step(x, x, 0.5, 0.75, eta=1.0, **keys, step_index=3)
+
+    return lambda: torch.zeros(SHAPE, device=CUDA), take
+
+
+def steps_of_a_stream(mode: bool | str, guided: bool = False) -> Any:
+    kind = {"shape": (3, *SHAPE[1:]), "schedule": Schedule.linear(), "graph": mode}
+
+    def make() -> fastddim.Stream:
+        return fastddim.Stream(Net(), guided=guided, **kind)
+
+    def serve(stream: fastddim.Stream) -> None:
+        done = [stream.step() for _ in range(2)][-1]
+        assert [ticket.exception(0) for ticket in done] == [None, None]
+
+    return make, serve
+
+
+def submit(stream: fastddim.Stream) -> None:
+    guidance_scale = 2.0 if stream._parts == 2 else None
+    for seed in (3, 2**64 - 1):
+        stream.submit(2, eta=1.0, seed=seed, guidance_scale=guidance_scale)
+
+
+def same(x: Tensor, t: Tensor) -> Tensor:
+    return x
+
+
+def a_new_loop(mode: bool | str) -> Any:
+    make, call = a_call(mode, SEEDS)
+    return lambda: None, lambda _: call(make())
+
+
+CALLS: dict[str, Callable[[bool | str], Any]] = {
+    "a call": lambda mode: a_call(mode, KEYS),
+    "a call, seeds": lambda mode: a_call(mode, SEEDS),
+    "a masked run": a_masked_run,
+    "a new loop": a_new_loop,
+    "a loop taken over": a_loop_taken_over,
+    "a step": lambda mode: a_step(mode, KEYS),
+    "a step, seeds": lambda mode: a_step(mode, SEEDS),
+    "a stream": steps_of_a_stream,
+    "a guided stream": lambda mode: steps_of_a_stream(mode, guided=True),
+}
+
+
+def whole(case: Callable[[bool | str], Any], mode: bool | str) -> str:
+    """What the probe says of a whole call, with all that the host does in it."""
+    make, call = case(mode)
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with fakes:
+            made = make()
+        if isinstance(made, fastddim.Stream):
+            # Plans are made on the host, from values.
+            submit(made)
+        with fakes, Unwaiting() as probe:
+            call(made)
+        assert probe.launched
+        if transfer.captured(CUDA) and probe.uploads:
+            return f"a graph would read memory of the host at {probe.uploads} copies"
+    except (AssertionError, ValueError) as error:
+        return str(error) or "assertion"
+    return ""
+
+
+WAITING: dict[str, Callable[..., Tensor]] = {
+    "from memory of the host": lambda values, device: values.to(device),
+    "without a stream's order": lambda values, device: pin_memory(values).to(device),
+}
+
+
 # Refused before the capture, in words for the caller.
 REFUSED: dict[str, dict[str, Any]] = {
     "kwargs on the host": {"make_kwargs": lambda: {"scale": torch.ones(2, 1, 1, 1)}},
@@ -248,6 +398,14 @@ def main() -> None:
     graph.capture = capture
     in_order = graph.Turns
     graph.Turns = lambda device: in_order(torch.device("cpu"))
+    transfer.captured = lambda device: False
+    transfer.wait = lambda device: None
+    Tensor.pin_memory = pin_memory
+    # The values of fakes can be neither read nor checked.
+    transfer._by_arguments = lambda values, device: torch.ones(
+        values.shape, dtype=values.dtype, device=device
+    )
+    api.to_table = lambda *rows: to_table(*rows, checked=False)
     results: dict[str, str] = {}
     for mode in (False, True, "loop"):
         groups = {"clean": CLEAN, "defect": DEFECTS}
@@ -256,6 +414,16 @@ def main() -> None:
         for group, cases in groups.items():
             for name, case in cases.items():
                 results[f"{group}/{mode}/{name}"] = run(mode, **case)
+        for name, case in CALLS.items():
+            if mode != "loop" or "stream" not in name:
+                results[f"whole/{mode}/{name}"] = whole(case, mode)
+    transfer.captured = lambda device: True
+    for name, case in CALLS.items():
+        results[f"captured/{name}"] = whole(case, "auto")
+    transfer.captured = lambda device: False
+    for name, upload in WAITING.items():
+        philox.upload = upload
+        results[f"waiting/{name}"] = whole(CALLS["a call, seeds"], False)
     print(json.dumps(results))
 
 

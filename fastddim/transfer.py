@@ -1,0 +1,51 @@
+"""Numbers of the host on a device, without the host waiting for the device.
+
+A copy from ordinary host memory waits until all work queued before it is done. One value is filled
+in by a kernel that has it as an argument; many are copied from page-locked memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def captured(device: torch.device) -> bool:
+    """Whether the work that is now launched on `device` goes into a CUDA graph under capture."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_current_stream_capturing())
+
+
+def filled(value: int, count: int, device: torch.device) -> Tensor:
+    """int64 `[count]`, each the same value."""
+    return torch.full((count,), value, dtype=torch.int64, device=device)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`, there for what is launched on the current stream from now on."""
+    if device.type != "cuda" or not values.is_cpu or torch.compiler.is_compiling():
+        return values.to(device)
+    if captured(device):
+        return _by_arguments(values, device)
+    # torch gives page-locked memory to another tensor only after the copy is done.
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def wait(device: torch.device) -> None:
+    """Let all work of the current stream be done, so that any stream may use its results."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _by_arguments(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`, put there by kernels that have them as arguments.
+
+    A captured copy would read host memory at every replay, when something else may lie there.
+    """
+    made = torch.ones(values.shape, dtype=values.dtype, device=device)
+    if values.numel():
+        # Times one keeps every value, and the sign of zero, which plus zero would not.
+        torch._foreach_mul_(list(made.view(-1).unbind()), values.reshape(-1).tolist())
+    return made
