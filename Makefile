@@ -17,17 +17,23 @@ RECORD :=
 # `make report` begins no cell of a quality table later than this; cells of earlier runs are kept.
 REPORT_SECONDS ?= 600
 
+# The Python, the results, the time limit and the stages (all, where none is named) of the GPU check.
+GPUCHECK_PYTHON ?= python3
+GPUCHECK_OUT ?= build/gpucheck
+GPUCHECK_SECONDS ?= 540
+GPUCHECK_STAGES ?=
+
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-CXX_FILES := $(shell find csrc tests/native tests/gpuless -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+CXX_FILES := $(shell find csrc tests/native tests/gpuless benchmarks/gpucheck -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help report demo test test-oldest test-newest test-gpu test-sanitize test-faults lint docs bench bench-gpu format clean
+.PHONY: help report demo test test-oldest test-newest test-gpu test-sanitize test-faults lint docs bench gpucheck gpucheck-prepare format clean
 # Two targets at once would run two pips in the same environment.
 .NOTPARALLEL:
 
 help: ## List the targets
-	@awk -F ': .*## ' '/^[a-z-]+:.* ## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ': .*## ' '/^[a-z-]+:.* ## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## Draw digits and fashion items with the bundled models into demo/
 	$(BIN)/fastddim demo --out demo
@@ -77,8 +83,14 @@ docs: $(VENV)/.installed-docs ## Build the documentation into build/site
 bench: $(VENV)/.installed-dev ## Run the benchmarks
 	$(BIN)/pytest benchmarks -s --results $(RESULTS)
 
-bench-gpu: $(VENV)/.installed-dev ## Measure bandwidth and loops on a GPU
-	$(BIN)/pytest benchmarks/bench_gpu.py -s --results $(RESULTS)
+# Neither target makes an environment: the one is for a Python like that of the GPU machine, the other
+# for that machine, which may have no network. docs/gpu.md says more.
+gpucheck-prepare: ## Prepare the GPU check, on a machine with network
+	PYTHONPATH=benchmarks $(GPUCHECK_PYTHON) -m gpucheck.prepare
+
+gpucheck: ## Run the GPU check, on a machine with a GPU
+	GPUCHECK_PYTHON=$(GPUCHECK_PYTHON) bash benchmarks/gpucheck/run.sh \
+		$(GPUCHECK_OUT) $(GPUCHECK_SECONDS) "$(GPUCHECK_STAGES)"
 
 report: $(VENV)/.installed-report ## Measure all that the README shows, and fill its tables and pictures
 	$(BIN)/python benchmarks/quality/grid.py digits --count 10000 --long --seconds $(REPORT_SECONDS)

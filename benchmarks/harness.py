@@ -78,7 +78,11 @@ def against(values: list[float], baseline: list[float]) -> Timing:
 
 
 def machine() -> dict[str, Any]:
-    """What a result depends on beside the code, and which code it was."""
+    """What a result depends on beside the code, and which code it was.
+
+    `commit` and `modified` are None where git cannot tell.
+    """
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED)
     return {
         "cpu": _cpu_name(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
@@ -89,7 +93,7 @@ def machine() -> dict[str, Any]:
         "diffusers": _version("diffusers"),
         "fastddim": _version("fastddim"),
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED)),
+        "modified": None if changes is None else bool(changes),
     }
 
 
@@ -120,8 +124,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str:
-    result = subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip()
+def _git(*arguments: str) -> str | None:
+    """What git prints; None where there is no git, or ROOT is no repository."""
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

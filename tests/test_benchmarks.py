@@ -144,3 +144,10 @@ def test_results_are_of_modified_code_only_if_code_is(
     assert harness.machine()["modified"] is False
     code.write_text("2")
     assert harness.machine()["modified"] is True
+
+
+def test_machines_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    assert (harness.machine()["commit"], harness.machine()["modified"]) == (None, None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert (harness.machine()["commit"], harness.machine()["modified"]) == (None, None)

@@ -13,7 +13,6 @@ import warnings
 from pathlib import Path
 
 import click
-import diffusers
 import numpy as np
 import pytest
 import safetensors.torch
@@ -25,6 +24,10 @@ import fastddim
 from fastddim import backends, images
 from fastddim.cli import main
 from fastddim.processor import has_bfloat16
+
+from .optional import optional
+
+diffusers = optional("diffusers")
 
 SHAPE = (1, 8, 8)
 

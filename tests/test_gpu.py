@@ -6,22 +6,20 @@ tests of captured loops.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from gpucheck import memcheck
+from gpucheck.device import on_device
 
 import fastddim
 from fastddim import backends, philox
 
 from .gpuless.cases import UPDATES, assert_advance, assert_bits_of_cpu, assert_normals, update_case
 from .helpers import elementwise_model
-from .test_native import ROOT
 from .test_update import DTYPES, make_case
 
 pytestmark = pytest.mark.gpu
@@ -29,39 +27,18 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(params=["cuda", "triton"])
 def impl(request: pytest.FixtureRequest) -> str:
+    """Each implementation. One that cannot be used on a GPU that it is made for is a failure."""
+    if request.param == "cuda" and torch.version.hip is not None:
+        pytest.skip("cuda: it runs on NVIDIA GPUs only")
     device = torch.device("cuda", torch.cuda.current_device())
     reason = backends.BACKENDS[request.param].unavailable(device)
     if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
+        pytest.fail(f"{request.param}: {reason}")
     return str(request.param)
 
 
-def moved(value: Any, device: torch.device, places: dict[int, Tensor]) -> Any:
-    """A tensor with the same strides on the device; a tensor given twice stays one tensor."""
-    if isinstance(value, philox.Keys):
-        return philox.Keys(*(moved(key, device, places) for key in value))
-    if not isinstance(value, Tensor):
-        return value
-    if id(value) not in places:
-        copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-        places[id(value)] = copy.copy_(value) if value.numel() else copy
-    return places[id(value)]
-
-
-def on_gpu(function: Callable[..., None], device: torch.device | None = None) -> Any:
-    """A backend's function for CPU tensors: they go there and what was written comes back."""
-
-    def call(*arguments: Any, **named: Any) -> None:
-        target = device or torch.device("cuda")
-        places: dict[int, Tensor] = {}
-        there = [moved(value, target, places) for value in arguments]
-        function(*there, **{k: moved(v, target, places) for k, v in named.items()})
-        for value in (*arguments, *named.values()):
-            # An expanded input has places that several elements share.
-            if isinstance(value, Tensor) and value.numel() and 0 not in value.stride():
-                value.copy_(places[id(value)])
-
-    return call
+def on_gpu(function: Callable[..., None], device: str = "cuda") -> Callable[..., None]:
+    return on_device(function, torch.device(device))
 
 
 @pytest.mark.parametrize("name", UPDATES)
@@ -133,25 +110,13 @@ def test_the_current_stream_is_used(impl: str) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_the_second_device(impl: str) -> None:
     """The tensors' device counts, not the current one."""
-    update_out = on_gpu(backends.BACKENDS[impl].update_out, torch.device("cuda:1"))
+    update_out = on_gpu(backends.BACKENDS[impl].update_out, "cuda:1")
     for name in list(UPDATES)[::9]:
         assert_bits_of_cpu(update_out, update_case(name))
 
 
-def test_under_compute_sanitizer(impl: str) -> None:
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
+def test_under_compute_sanitizer(impl: str, tmp_path: Path) -> None:
+    if memcheck.tool() is None:
         pytest.skip("there is no compute-sanitizer on PATH")
-    tests = [f"{ROOT}/tests/test_gpu.py", "-k", f"test_updates and {impl}"]
-    for checks in ("memcheck", "racecheck", "initcheck"):
-        result = subprocess.run(
-            [
-                *(tool, "--tool", checks, "--error-exitcode", "9"),
-                *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests),
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stdout[-3000:]
+    device = torch.device("cuda:0")
+    assert memcheck.memcheck([impl], device, tmp_path / "memcheck.txt", limit=300) is None

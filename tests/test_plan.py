@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -25,6 +24,9 @@ from fastddim.plan import (
 )
 
 from .helpers import ddim_step, linear_alphas
+from .optional import optional
+
+diffusers = optional("diffusers")
 
 T = 1000
 LINEAR = Schedule.linear()

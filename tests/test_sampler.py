@@ -6,7 +6,6 @@ import inspect
 import itertools
 import types
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -28,6 +27,9 @@ from .helpers import (
     linear_alphas,
     torch_threads,
 )
+from .optional import optional
+
+diffusers = optional("diffusers")
 
 SHAPE = (2, 3, 6, 6)
 LINEAR = Schedule.linear()

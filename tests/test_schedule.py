@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.schedulers.scheduling_ddim import betas_for_alpha_bar
 
 from fastddim import Schedule, philox
 
 from .helpers import linear_alphas
+from .optional import optional
+
+diffusers = optional("diffusers")
 
 
 def product(betas):
@@ -203,7 +204,8 @@ def test_from_diffusers_does_not_follow_the_scheduler():
 def test_cosine_betas_are_diffusers():
     alphas = np.append(1.0, Schedule.cosine().alphas_cumprod.numpy())
     own = 1 - alphas[1:] / alphas[:-1]
-    np.testing.assert_allclose(own, betas_for_alpha_bar(1000).numpy(), rtol=2e-7, atol=1e-12)
+    peer = diffusers.schedulers.scheduling_ddim.betas_for_alpha_bar(1000)
+    np.testing.assert_allclose(own, peer.numpy(), rtol=2e-7, atol=1e-12)
 
 
 class TestAddNoise:

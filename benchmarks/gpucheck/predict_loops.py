@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-from loops import MODELS, make
+from loops import MODELS, diffusers, make
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -41,9 +40,11 @@ def count_latent_unet() -> Counted:
     torch.set_default_dtype(torch.float16)
     try:
         with FakeTensorMode():
-            unet = UNet2DConditionModel(
-                sample_size=64, cross_attention_dim=768, attention_head_dim=8
-            ).eval()
+            unet = (
+                diffusers()
+                .UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+                .eval()
+            )
             x, text = torch.zeros(2, 4, 64, 64), torch.zeros(2, 77, 768)
             t = torch.full((2,), 500)
             tally = counted(lambda: unet(x, t, encoder_hidden_states=text, return_dict=False))
@@ -61,10 +62,10 @@ def _parameters(model: Any) -> int:
 def count_schedulers() -> dict[str, Tally]:
     """Operations of a step of diffusers' loops around a model that does nothing."""
     return {
-        "DDIM, eta 0": _count_scheduler(DDIMScheduler(clip_sample=False), eta=0.0),
-        "DDIM, eta 1": _count_scheduler(DDIMScheduler(clip_sample=False), eta=1.0),
-        "DDPM": _count_scheduler(DDPMScheduler(clip_sample=False)),
-        "DDIM, guided": _count_scheduler(DDIMScheduler(clip_sample=False), guided),
+        "DDIM, eta 0": _count_scheduler(diffusers().DDIMScheduler(clip_sample=False), eta=0.0),
+        "DDIM, eta 1": _count_scheduler(diffusers().DDIMScheduler(clip_sample=False), eta=1.0),
+        "DDPM": _count_scheduler(diffusers().DDPMScheduler(clip_sample=False)),
+        "DDIM, guided": _count_scheduler(diffusers().DDIMScheduler(clip_sample=False), guided),
     }
 
 

@@ -62,6 +62,8 @@ def cuda_counts() -> dict[str, dict[str, int]]:
 
 def triton_counts() -> dict[str, dict[str, int]]:
     """The same for Triton's kernels, as a large update launches them."""
+    from fastddim.kernels import update
+
     from . import triton_jit
 
     found = {}
@@ -69,7 +71,7 @@ def triton_counts() -> dict[str, dict[str, int]]:
         for eta in measures.UPDATE_ETAS:
             binaries: list[triton_jit.Binary] = []
             with triton_jit.compiled_for(triton_jit.SM_90, binaries.append):
-                _launch(triton_jit.update.update_out, getattr(torch, dtype), eta)
+                _launch(update.update_out, getattr(torch, dtype), eta)
             (binary,) = binaries
             found[variant("triton", dtype, eta)] = _counted(_listing(binary))
     return found

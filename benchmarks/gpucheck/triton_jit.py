@@ -111,7 +111,9 @@ def compiled_for(
     """Launches from `fastddim.kernels.update`, or a copy of it, are compiled for `target`, then
     handed to `then`.
     """
-    stand_ins = {name: stand_in(getattr(module, name), target, then) for name in KERNELS}
+    stand_ins: dict[str, Any] = {
+        name: stand_in(getattr(module, name), target, then) for name in KERNELS
+    }
     hip = "7.0" if target.backend == "hip" else None
     properties = SimpleNamespace(warp_size=target.warp_size)
     _forget_launches(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import itertools
 import pickle
@@ -10,18 +11,18 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 import fastddim
-import fastddim.integrations.diffusers as ours
 
 from ..helpers import NoSync
 from .peers import run_example
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+ours = importlib.import_module("fastddim.integrations.diffusers")
 
 SHAPE = (2, 3, 4, 5)
 CLASSES = ("DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler", "DDPMScheduler")
@@ -379,7 +380,9 @@ def test_config_is_read_when_used(name: str) -> None:
         {"clip_sample": True, "clip_sample_range": 0.3},
     ):
         for scheduler in (theirs, own):
-            scheduler._internal_dict = FrozenDict({**scheduler._internal_dict, **change})
+            scheduler._internal_dict = diffusers.configuration_utils.FrozenDict(
+                {**scheduler._internal_dict, **change}
+            )
         seen.append(compare())
     for scheduler in (theirs, own):
         scheduler.register_to_config(prediction_type="sample")

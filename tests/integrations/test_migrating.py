@@ -6,12 +6,12 @@ import re
 import types
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 
 import fastddim
 
+from ..optional import optional
 from .peers import (
     TOLERANCE,
     assert_same,
@@ -29,6 +29,8 @@ from .test_guided_diffusion import Model as GuidedModel
 from .test_guided_diffusion import make as make_guided
 from .test_k_diffusion import LINEAR, WebuiModel, denoiser, levels, peer_webui
 from .test_latent_diffusion import Latent
+
+diffusers = optional("diffusers")
 
 PAGE = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))

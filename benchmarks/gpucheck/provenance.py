@@ -1,0 +1,54 @@
+"""Where a result comes from: the machine, the versions and the code."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import machine
+
+from gpucheck.commands import output
+
+UNKNOWN, DRY = "unknown", "dry run"
+
+
+def kit() -> dict[str, Any] | None:
+    """What `prepare.py` noted about the package under test; None where the installed one is."""
+    path = Path(os.environ.get("GPUCHECK_KIT", "")) / "kit.json"
+    known: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return known
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def provenance(dry: bool) -> dict[str, Any]:
+    """What every result of this machine depends on; CUDA is not touched."""
+    facts = {
+        **machine(),
+        "cuda": torch.version.cuda,
+        "triton": version("triton"),
+        **({"gpu": DRY} if dry else driver()),
+    }
+    prepared = kit()
+    if prepared is not None:
+        facts |= {key: prepared[key] for key in ("commit", "modified", "fastddim", "nvcc")}
+    return facts
+
+
+def driver() -> dict[str, Any]:
+    """The GPU and its driver as nvidia-smi tells them."""
+    query = "--query-gpu=name,driver_version,memory.total"
+    line = output("nvidia-smi", query, "--format=csv,noheader").splitlines()[:1]
+    values = [value.strip() for value in line[0].split(",")] if line else []
+    if len(values) != 3:
+        return {"gpu": UNKNOWN, "driver": None, "gpu_memory": None}
+    return dict(zip(("gpu", "driver", "gpu_memory"), values, strict=True))

@@ -1,0 +1,1 @@
+"""One module for each stage of `gpucheck.table`, with `run(record, settings)`."""

@@ -1,0 +1,128 @@
+"""A U-Net of the size of Stable Diffusion 1.5 with random weights, guided."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from loops import Loop, diffusers
+from torch import Tensor
+
+import fastddim
+from gpucheck import measures
+from gpucheck.record import Record
+from gpucheck.settings import Settings
+from gpucheck.stages.loops import agreeing
+from gpucheck.timing import in_turn, spread, wait
+
+ROUNDS = 5
+DRY_STEPS, DRY_ROUNDS = 2, 1
+GUIDANCE = 3.0
+TOKENS = 77
+
+
+class Problem(NamedTuple):
+    """A U-Net, the hidden states of a prompt (unconditional first), latents, a scheduler."""
+
+    unet: Any
+    text: Tensor
+    x_T: Tensor
+    scheduler: Any
+    steps: int
+
+
+@torch.no_grad()
+def run(record: Record, settings: Settings) -> None:
+    problem = make(settings)
+    record.row(parameters=sum(p.numel() for p in problem.unet.parameters()))
+    contenders: dict[str, Loop] = {"diffusers": partial(their_loop, problem)}
+    for mode in settings.modes:
+        loop = record.attempt(partial(our_loop, settings, problem, mode), graph=mode)
+        if loop is not None:
+            contenders[f"graph={mode}"] = loop
+    alive = agreeing(record, contenders, base="diffusers")
+    for contender, loop in alive.items():
+        start = time.perf_counter()
+        loop()
+        wait(settings.device)
+        record.row(contender=contender, first_call_seconds=round(time.perf_counter() - start, 3))
+    rounds = DRY_ROUNDS if settings.dry else ROUNDS
+    for contender, values in in_turn(alive, settings.device, rounds).items():
+        a_step = spread([value / problem.steps for value in values])
+        record.show(
+            measure=measures.latent(contender),
+            seconds=a_step,
+            steps=problem.steps,
+            dtype=str(problem.x_T.dtype),
+        )
+    if settings.device.type == "cuda":
+        record.row(most_bytes_allocated=torch.cuda.max_memory_allocated())
+
+
+def make(settings: Settings) -> Problem:
+    channels = (32, 64) if settings.dry else (320, 640, 1280, 1280)
+    width = 32 if settings.dry else 768
+    size = 8 if settings.dry else 64
+    dtype = torch.float32 if settings.dry else torch.float16
+    down = ("CrossAttnDownBlock2D",) * (len(channels) - 1) + ("DownBlock2D",)
+    torch.manual_seed(0)
+    with settings.device:
+        unet = diffusers().UNet2DConditionModel(
+            sample_size=size,
+            block_out_channels=channels,
+            cross_attention_dim=width,
+            attention_head_dim=8,
+            down_block_types=down,
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (len(channels) - 1),
+        )
+        text = torch.randn(2, TOKENS, width).to(dtype)
+        x_T = torch.randn(1, 4, size, size).to(dtype)
+    scheduler = diffusers().DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
+    )
+    steps = DRY_STEPS if settings.dry else measures.LATENT_STEPS
+    scheduler.set_timesteps(steps, device=settings.device)
+    return Problem(unet.to(dtype).eval(), text, x_T, scheduler, steps)
+
+
+def their_loop(problem: Problem) -> Tensor:
+    """The loop of diffusers' Stable Diffusion pipelines."""
+    x = problem.x_T
+    for t in problem.scheduler.timesteps:
+        output = problem.unet(
+            torch.cat([x, x]), t, encoder_hidden_states=problem.text, return_dict=False
+        )[0]
+        unconditional, conditional = output.chunk(2)
+        guided = unconditional + GUIDANCE * (conditional - unconditional)
+        x = problem.scheduler.step(guided, t, x, return_dict=False)[0]
+    return x
+
+
+def our_loop(settings: Settings, problem: Problem, mode: bool | str) -> Loop:
+    """The loop of a prepared `fastddim.Sampler` with one kind of graph."""
+    prepared = fastddim.Sampler(
+        problem.unet,
+        problem.steps,
+        shape=tuple(problem.x_T.shape),
+        schedule=fastddim.Schedule.from_diffusers(problem.scheduler),
+        spacing="leading",
+        steps_offset=1,
+        guidance_scale=GUIDANCE,
+        dtype=problem.x_T.dtype,
+        device=settings.device,
+        graph=mode,
+        model_kwargs={"encoder_hidden_states": problem.text},
+    )
+
+    def loop() -> Tensor:
+        x = prepared(x_T=problem.x_T)
+        assert isinstance(x, Tensor)
+        return x
+
+    return loop

@@ -1,0 +1,115 @@
+"""Whole loops around models from free to heavy, as the host sees them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from loops import AGREEMENT, SEED, Loop, diffusers_loop, make
+from torch import Tensor
+
+import fastddim
+from fastddim import philox
+from gpucheck import measures
+from gpucheck.record import Record
+from gpucheck.settings import Settings
+from gpucheck.timing import difference, full_precision, in_turn, spread
+
+ROUNDS = 9
+DRY_STEPS, DRY_ROUNDS = 2, 1
+# Of the largest value. TF32 keeps ten bits, and fifty steps add up what it drops.
+TF32_AGREEMENT = 2e-2
+
+
+@torch.no_grad()
+def run(record: Record, settings: Settings) -> None:
+    for name, etas in measures.LOOP_ETAS.items():
+        for eta in etas:
+            measure = partial(one_loop, record, settings, name, eta)
+            record.attempt(measure, model=name, eta=eta)
+
+
+def one_loop(record: Record, settings: Settings, name: str, eta: float) -> None:
+    """Time one model's loop in every contender that runs and agrees with the others."""
+    steps = DRY_STEPS if settings.dry else measures.LOOP_STEPS
+    model, shape = make(name, str(settings.device))
+    x_T = philox.initial_latents(shape, 0, device=settings.device)
+    about: dict[str, Any] = {"model": name, "eta": eta}
+    prepare = {
+        f"graph={mode}": partial(sampler, model, x_T, steps, eta, mode) for mode in settings.modes
+    }
+    prepare["diffusers"] = partial(diffusers_loop, model, x_T, steps, eta)
+    contenders = {}
+    for contender, make_loop in prepare.items():
+        loop = record.attempt(make_loop, **about, contender=contender)
+        if loop is not None:
+            contenders[contender] = loop
+    alive = agreeing(record, contenders, base="graph=False", other_noise=eta > 0, **about)
+    for run in alive.values():
+        run()
+    rounds = DRY_ROUNDS if settings.dry else ROUNDS
+    seconds = in_turn(alive, settings.device, rounds)
+    for contender, values in seconds.items():
+        a_step = spread([value / steps for value in values])
+        record.row(
+            measure=measures.loop(name, eta, contender),
+            seconds=a_step,
+            steps=steps,
+            shape=shape,
+        )
+    microseconds = {c: round(spread(v)["median"] / steps * 1e6, 2) for c, v in seconds.items()}
+    record.show(**about, microseconds_a_step=microseconds)
+
+
+def sampler(model: Any, x_T: Tensor, steps: int, eta: float, mode: bool | str) -> Loop:
+    """The loop of a prepared `fastddim.Sampler` with one kind of graph."""
+    prepared = fastddim.Sampler(
+        model,
+        steps,
+        shape=tuple(x_T.shape),
+        schedule=fastddim.Schedule.linear(),
+        eta=eta,
+        device=x_T.device,
+        graph=mode,
+    )
+
+    def loop() -> Tensor:
+        x = prepared(x_T=x_T, seed=SEED)
+        assert isinstance(x, Tensor)
+        return x
+
+    return loop
+
+
+def agreeing(
+    record: Record,
+    contenders: dict[str, Loop],
+    *,
+    base: str,
+    other_noise: bool = False,
+    precise: bool = True,
+    **about: Any,
+) -> dict[str, Loop]:
+    """The contenders that run; one whose result differs from that of `base` is a problem.
+
+    Args:
+        other_noise: diffusers draws its own, so it is run and not compared.
+        precise: compare without TF32. Timed, they run with torch's own settings.
+    """
+    results: dict[str, Tensor] = {}
+    most = AGREEMENT if precise else TF32_AGREEMENT
+    with full_precision() if precise else nullcontext():
+        for contender, run in contenders.items():
+            result = record.attempt(run, **about, contender=contender)
+            if result is not None:
+                results[contender] = result
+    for contender, result in results.items():
+        if base not in results or (other_noise and contender == "diffusers"):
+            continue
+        differs = difference(result, results[base])
+        # Not `>`, so that NaN counts as a difference.
+        say = record.row if differs <= most else record.problem
+        say(**about, contender=contender, differs_from=base, difference=differs)
+    return {contender: contenders[contender] for contender in results}
