@@ -98,10 +98,10 @@ ASSUMPTIONS: dict[str, Assumption] = {
         "60 µs timed on an AMD EPYC for samples on the CPU, and copies that wait",
     ),
     "host_state": Assumption(
-        2.5e-6,
+        0.6e-6,
         "s",
         "for each parameter, whose address a captured loop compares once a call",
-        "2.1 to 2.6 µs timed on an AMD EPYC",
+        "0.4 to 0.7 µs timed on an AMD EPYC",
     ),
     "host_replay": Assumption(
         10e-6, "s", "to launch a graph from Python", f"{GRAPHS}; the rest is Python's, a prior"
