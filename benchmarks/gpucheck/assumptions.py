@@ -95,7 +95,7 @@ ASSUMPTIONS: dict[str, Assumption] = {
         150e-6,
         "s",
         "for a call of a Sampler beside its steps: checks, keys, x_T in, samples out",
-        "60 µs timed on an AMD EPYC for samples on the CPU; fills and copies to the device, a prior",
+        "60 µs timed on an AMD EPYC for samples on the CPU; the rest is a prior",
     ),
     "host_state": Assumption(
         0.6e-6,
