@@ -170,9 +170,10 @@ def update_kernel(
         write_step(inputs, z, tensors, second_input, coefficients, span, WIDE)
     else:
         quad: tl.constexpr = TILE // _QUAD
-        z = (None,) * _QUAD
+        z = (None, None, None, None)
         if keys is not None:
-            z = (tl.zeros([quad], tl.float32),) * _QUAD
+            none = tl.zeros([quad], tl.float32)
+            z = (none, none, none, none)
             if noisy:
                 z = normals_of_quads(keys, sample, quads(first, TILE), _STEP_NOISE)
         coefficients = coefficients_at(fields)

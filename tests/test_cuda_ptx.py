@@ -5,7 +5,6 @@ on an interpreter, bit for bit against the C++ kernel on the CPU.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +96,17 @@ def extent(tensor: Tensor) -> int:
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
     folder = tmp_path_factory.mktemp("ptx")
     gpu = FakeGpu(folder)
     built = folder / "update.o"
     flags = ["-std=c++20", "-O3", "-fmad=false", "-gencode=arch=compute_90,code=compute_90"]
     host = ["-Werror=all-warnings", "-Xcompiler=-fPIC,-Wall,-Wextra"]
     subprocess.run([nvcc(), *flags, *host, "-c", SOURCE, "-o", built], check=True)
-    operators = launcher.define(NAMESPACE)
+    launcher.define(NAMESPACE)
     library = launcher.build_library(NAMESPACE, folder, [str(built)], gpu.link_flags)
     gpu.load(library, ptx_of("sm_90"))
-    yield Device(gpu)
-    del operators
+    return Device(gpu)
 
 
 def ptx_of(arch: str, source: Path = SOURCE) -> str:

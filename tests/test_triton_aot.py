@@ -58,6 +58,12 @@ FULL, THREE_QUARTERS = 32, 40
 UNBOUNDED = ("everything", "float64, noise")
 FULLY_OCCUPIED = ("float32", "guided", "float32, bfloat16")
 HALF_PRECISION = ("bfloat16", "float16")
+# On Blackwell the ptxas of Triton 3.6 has not enough registers, which costs time there.
+SPILLED = (
+    {(100, "bfloat16, noise"), (100, "guided, bfloat16, noise")}
+    if triton.__version__.startswith("3.6.")
+    else set()
+)
 
 
 def built(target: Any, variant: str) -> triton_jit.Binary:
@@ -130,8 +136,9 @@ def test_nvidia(target: Any, variant: str, tmp_path: Path) -> None:
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     assert resources is not None
     registers, stack, _, local = map(int, resources.groups())
-    assert (stack, local) == (0, 0)
-    assert count(sass, "LDL") == count(sass, "STL") == 0
+    spills = (target.arch, variant) in SPILLED
+    assert (stack > 0, local) == (spills, 0)
+    assert (count(sass, "LDL") > 0) == (count(sass, "STL") > 0) == spills
     # Values stay in the thread that read them.
     assert binary.kernel.metadata.shared == 0
     assert count(sass, "BAR") == count(sass, "SHFL") == count(sass, "STS") == 0

@@ -39,13 +39,18 @@ def build_library(namespace: str, folder: Path, objects: list[str], flags: list[
     return library
 
 
-def define(namespace: str) -> torch.library.Library:
-    """Operators with the schemas of fastddim's; they last as long as what is returned."""
+_defined: list[torch.library.Library] = []
+
+
+def define(namespace: str) -> None:
+    """Define operators with the schemas of fastddim's, as long as the process lives: torch 2.11
+    lists operators that are gone, and opcheck then fails on them.
+    """
     library = torch.library.Library(namespace, "DEF")
     for name in OPERATORS:
         schema = str(getattr(torch.ops.fastddim, name).default._schema)
         library.define(schema.removeprefix("fastddim::"))
-    return library
+    _defined.append(library)
 
 
 def backend(namespace: str) -> Any:

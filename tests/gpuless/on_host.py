@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,11 +17,10 @@ from .cases import UPDATES, assert_advance, assert_bits_of_cpu, assert_normals, 
 
 
 @pytest.fixture(scope="module")
-def host() -> Iterator[Any]:
-    operators = launcher.define("fastddim_on_host")
+def host() -> Any:
+    launcher.define("fastddim_on_host")
     ctypes.CDLL(os.environ["FASTDDIM_ON_HOST"])
-    yield launcher.backend("fastddim_on_host")
-    del operators
+    return launcher.backend("fastddim_on_host")
 
 
 @pytest.mark.parametrize("name", UPDATES)

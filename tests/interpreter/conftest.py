@@ -39,8 +39,18 @@ def computed(self: Any, x: Any, y: Any, operation: Any) -> Any:
     return _binary_op(self, x, y, operation)
 
 
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def indexed(tensor: Any, scope: Any) -> None:
+    """Triton 3.6 takes a Python integer from an array of one dimension, which NumPy now refuses."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
 _COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 
 interpreter.InterpreterBuilder.binary_op = computed
 interpreter.InterpreterBuilder.create_fma = fused
 interpreter._convert_float = converted
+interpreter._patch_lang_tensor = indexed
