@@ -33,8 +33,8 @@ def sqrt(value: Tensor) -> Tensor: ...
 def sqrt(value: float | Tensor) -> float | Tensor:
     """√ of a number, or of each element of a tensor, where below 0 it is NaN.
 
-    A tensor on an accelerator or under tracing cannot be read, and torch takes its root: CUDA's
-    square root of float64 is correctly rounded.
+    Of a tensor that cannot be read, as on an accelerator or under tracing, torch takes the root:
+    CUDA's square root of float64 is correctly rounded.
     """
     if not isinstance(value, Tensor):
         return math.sqrt(value)
