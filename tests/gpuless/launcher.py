@@ -39,18 +39,19 @@ def build_library(namespace: str, folder: Path, objects: list[str], flags: list[
     return library
 
 
-_defined: list[torch.library.Library] = []
+_defined: dict[str, torch.library.Library] = {}
 
 
 def define(namespace: str) -> None:
-    """Define operators with the schemas of fastddim's, as long as the process lives: torch 2.11
-    lists operators that are gone, and opcheck then fails on them.
+    """Define operators with the schemas of fastddim's, once and as long as the process lives: torch
+    2.11 lists operators that are gone, and opcheck then fails on them.
     """
-    library = torch.library.Library(namespace, "DEF")
+    if namespace in _defined:
+        return
+    library = _defined[namespace] = torch.library.Library(namespace, "DEF")
     for name in OPERATORS:
         schema = str(getattr(torch.ops.fastddim, name).default._schema)
         library.define(schema.removeprefix("fastddim::"))
-    _defined.append(library)
 
 
 def backend(namespace: str) -> Any:
