@@ -91,8 +91,8 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "diffusers": _version("diffusers"),
-        "fastddim": _version("fastddim"),
+        "diffusers": version_of("diffusers"),
+        "fastddim": version_of("fastddim"),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "modified": None if changes is None else bool(changes),
     }
@@ -118,7 +118,8 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

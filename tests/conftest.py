@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +15,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from harness import machine
+from harness import machine, version_of
 
 # The same examples in every run, and no time asserted: a slow machine is not a failure.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -46,7 +45,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     outcomes = session.config.pluginmanager.getplugin("terminalreporter").stats
     result = {
-        "machine": {**machine(), "triton": version("triton")},
+        "machine": {**machine(), "triton": version_of("triton")},
         "settings": {name: os.environ[name] for name in STAND_INS if name in os.environ},
         "tests": {name: len(outcomes.get(name, [])) for name in OUTCOMES},
     }

@@ -204,13 +204,8 @@ class NoSync(TorchDispatchMode):
         }
     )
 
-    def __init__(self, shortest: int = 2) -> None:
-        """
-        Args:
-            shortest: the number of elements from which it differs.
-        """
+    def __init__(self) -> None:
         super().__init__()
-        self.shortest = shortest
         self.calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

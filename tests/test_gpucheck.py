@@ -19,7 +19,7 @@ from typing import Any
 import harness
 import pytest
 import torch
-from gpucheck import kit, measures, memcheck, prepare, provenance, record, results, suite, table
+from gpucheck import kit, measures, memcheck, prepare, record, results, suite, table
 from gpucheck.cases import CASES, OUTPUTS, differing
 from gpucheck.device import Moved, on_device
 from gpucheck.record import Record
@@ -616,7 +616,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(Path(kernels.__file__).parent, package / "kernels", dirs_exist_ok=True)
     facts = {
         **{key: harness.machine()[key] for key in ("commit", "modified", "fastddim")},
-        **{name: provenance.version(name) for name in ("torch", "triton")},
+        **{name: harness.version_of(name) for name in ("torch", "triton")},
         "nvcc": "13.0",
     }
     (folder / "kit.json").write_text(json.dumps(facts))

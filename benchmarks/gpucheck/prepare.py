@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import machine
+from harness import machine, version_of
 
 from gpucheck import building
 from gpucheck.commands import output
 from gpucheck.kit import KERNELS, SITE, WHEELS
-from gpucheck.provenance import version
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -71,7 +70,7 @@ def mismatches(options: argparse.Namespace, home: Path | None) -> Iterator[str]:
     for name, expected, got in (
         ("python", options.python, python),
         ("torch", options.torch, plain_torch),
-        ("triton", options.triton, version("triton")),
+        ("triton", options.triton, version_of("triton")),
         ("nvcc", options.nvcc, nvcc_release(home)),
     ):
         if got != expected:

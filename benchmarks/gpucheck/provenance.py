@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import machine
+from harness import machine, version_of
 
 from gpucheck.commands import output
 
@@ -23,19 +22,12 @@ def kit() -> dict[str, Any] | None:
     return known
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def provenance(dry: bool) -> dict[str, Any]:
     """What every result of this machine depends on; CUDA is not touched."""
     facts = {
         **machine(),
         "cuda": torch.version.cuda,
-        "triton": version("triton"),
+        "triton": version_of("triton"),
         **({"gpu": DRY} if dry else driver()),
     }
     prepared = kit()

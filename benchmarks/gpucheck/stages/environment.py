@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from harness import machine
+from harness import machine, version_of
 
 import fastddim
 from gpucheck import provenance
@@ -35,7 +35,7 @@ VARIABLES = ("CUDA", "TRITON", "TORCH", "LD_")
 
 
 def run(record: Record, settings: Settings) -> None:
-    record.show(packages={name: provenance.version(name) for name in PACKAGES}, python=sys.version)
+    record.show(packages={name: version_of(name) for name in PACKAGES}, python=sys.version)
     record.show(tools={name: shutil.which(name) for name in TOOLS})
     record.row(variables={k: v for k, v in os.environ.items() if k.startswith(VARIABLES)})
     for words in (("nvcc", "--version"), ("c++", "--version"), ("lscpu",)):
@@ -60,7 +60,7 @@ def _package(record: Record, settings: Settings) -> None:
     if not tested.is_relative_to(settings.work):
         record.problem(tested=f"expected the package of the kit, got {tested}")
     for package in ("torch", "triton"):
-        here = provenance.version(package)
+        here = version_of(package)
         if release(here) != release(kit[package]):
             record.problem(package=package, expected=kit[package], got=here)
     commit = machine()["commit"]
