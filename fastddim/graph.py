@@ -265,6 +265,8 @@ class Inputs:
 
     def load(self, model_kwargs: Mapping[str, Any]) -> None:
         """Take over the values of tensors with the same `signature`."""
+        if not self._leaves:
+            return
         for own, given in zip(self._leaves, tree_leaves(dict(model_kwargs)), strict=True):
             if isinstance(own, Tensor):
                 own.copy_(given)
@@ -288,6 +290,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 
 def signature(model_kwargs: Mapping[str, Any]) -> Hashable:
     """All of `model_kwargs` but the values of tensors: what a graph of the model depends on."""
+    if not model_kwargs:
+        return None
     leaves, structure = tree_flatten(dict(model_kwargs))
     return repr(structure), tuple(_leaf_signature(leaf) for leaf in leaves)
 

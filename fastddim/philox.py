@@ -156,6 +156,48 @@ def normal(keys: Keys, sample_shape: Sequence[int], stream: int) -> Tensor:
     return z.flatten(1)[:, :count].reshape(len(keys.seed), *sample_shape)
 
 
+class Samples(NamedTuple):
+    """The samples of a batch, as their noise is keyed.
+
+    Attributes:
+        seed: 64 bits as a signed integer, or int64 `[B]` where each sample has its own.
+        first: index of the first sample, from which the others follow; None where each has its own
+            seed, and index 0.
+    """
+
+    seed: int | Tensor
+    first: int | None
+
+
+def check_samples(
+    seed: int | Sequence[int] | Tensor, batch: int, *, sample_offset: int = 0
+) -> Samples:
+    """Samples by the arguments of `make_keys`.
+
+    Raises:
+        TypeError, ValueError: see `make_keys`.
+    """
+    from fastddim.validation import check_sample_range, check_seed
+
+    seeds = check_seed("seed", seed, batch)
+    per_sample = isinstance(seeds, Tensor)
+    check_sample_range(sample_offset, batch, per_sample_seed=per_sample)
+    return Samples(seeds, None if per_sample else int(sample_offset))
+
+
+def write_keys(samples: Samples, keys: Keys) -> None:
+    """Write seeds and sample indices into keys, without waiting for their device."""
+    seed, first = samples
+    if isinstance(seed, Tensor):
+        keys.seed.copy_(upload(seed.contiguous(), keys.seed.device))
+    else:
+        keys.seed.fill_(seed)
+    if first is None:
+        keys.sample.zero_()
+    else:
+        torch.arange(first, first + len(keys.sample), out=keys.sample)
+
+
 def make_keys(
     seed: int | Sequence[int] | Tensor,
     batch: int,
@@ -179,17 +221,14 @@ def make_keys(
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
             it.
     """
-    from fastddim.validation import check_sample_range, check_seed, check_step_index
+    from fastddim.validation import check_step_index
 
     place = torch.device("cpu" if device is None else device)
-    seeds = check_seed("seed", seed, batch)
-    per_sample = isinstance(seeds, Tensor)
-    check_sample_range(sample_offset, batch, per_sample_seed=per_sample)
+    seeds, first = check_samples(seed, batch, sample_offset=sample_offset)
     steps = check_step_index("step_index", step_index, batch)
-    first = int(sample_offset)
     samples = (
         filled(0, batch, place)
-        if per_sample
+        if first is None
         else torch.arange(first, first + batch, dtype=torch.int64, device=place)
     )
     return Keys(_on_device(seeds, batch, place), _on_device(steps, batch, place), samples)

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from fastddim import adapter, backends, graph, philox, transfer
 from fastddim.adapter import Model
+from fastddim.buffers import aligned_rows
+from fastddim.counters import Counters, Position
 from fastddim.graph import check_graph
-from fastddim.philox import Keys
+from fastddim.philox import Samples
 from fastddim.plan import Fit, PerStep, Plan, Update, known_rows, make_plan, to_table
 from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
@@ -159,6 +161,7 @@ class Loop:
         self._backend = setup.backend
         self._graph = setup.graph
         self._captures = setup.captures
+        self._whole = setup.captures and setup.graph == "loop"
         self._idle = threading.Lock()
         batch = shape[0]
         model_batch = 2 * batch if plan.guided else batch
@@ -173,25 +176,7 @@ class Loop:
         )
         self.table = torch.zeros_like(setup.table, device=device)
         self._allocate_extras(setup)
-        # The counters run one past the last step, where the repeated timestep keeps the read in
-        # bounds.
-        self._timesteps = torch.zeros(plan.steps + 1, dtype=torch.int64, device=device)
-        self.t = torch.zeros(model_batch, dtype=torch.int64, device=device)
-
-        first_rows = (
-            torch.arange(batch, device=device) * plan.steps
-            if plan.table.ndim == 3
-            else torch.zeros(0, dtype=torch.int64, device=device)
-        )
-        self._before_first = torch.cat([torch.zeros_like(self.t), first_rows]) - 1
-        self._counters = self._before_first.clone()
-        self._step = self._counters[:model_batch]
-        self._row = self._counters[model_batch:] if plan.table.ndim == 3 else self._step[:1]
-        self._keys = Keys(
-            seed=torch.zeros(batch, dtype=torch.int64, device=device),
-            step=self._step[:batch],
-            sample=torch.zeros(batch, dtype=torch.int64, device=device),
-        )
+        self._counters = Counters(plan, batch, device, unrolled=self._whole)
         self._parameters: Any = None
         # None: cannot be captured.
         self._programs: graph.Recent[Program | None] = graph.Recent()
@@ -230,8 +215,7 @@ class Loop:
             self.table.copy_(transfer.upload(setup.table, self.table.device))
             if self._predicting is not None and setup.predicting is not None:
                 self._predicting.copy_(transfer.upload(setup.predicting, self.table.device))
-            visited = torch.cat([timesteps, timesteps[-1:]])
-            self._timesteps.copy_(transfer.upload(visited, self.table.device))
+            self._counters.load(timesteps)
 
     def unload(self) -> None:
         """Let go of what is the caller's; `load` comes before the next run."""
@@ -254,19 +238,17 @@ class Loop:
         check_watching(progress, callback, return_trajectory, self._graph)
         graph.check_outer_capture(self._graph, self.state.device, self.check_finite)
         shape, device = tuple(self.state.shape), self.state.device
-        keys = philox.make_keys(seed, shape[0], sample_offset=sample_offset, device=device)
+        samples = philox.check_samples(seed, shape[0], sample_offset=sample_offset)
         self._check_noise(noise)
         if mask is not None or known is not None:
             self._check_known(mask, known)
         if x_T is not None:
             check_initial("x_T", x_T, shape, self.state.dtype, device)
-        elif noise is None or isinstance(noise, Tensor):
-            x_T = self.latents(keys)
-        else:
+        elif noise is not None and not isinstance(noise, Tensor):
             x_T = draw(noise, self.state)
         return self.run(
             x_T,
-            keys=keys,
+            samples=samples,
             noise=noise,
             mask=mask,
             known=known,
@@ -277,9 +259,9 @@ class Loop:
 
     def run(
         self,
-        x: Tensor,
+        x: Tensor | None,
         *,
-        keys: Keys | None = None,
+        samples: Samples | None = None,
         noise: NoiseSource = None,
         mask: Tensor | None = None,
         known: Tensor | None = None,
@@ -287,7 +269,9 @@ class Loop:
         callback: Callback | None = None,
         return_trajectory: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Walk the plan from `x`, step by step or by the graph of all steps."""
+        """Walk the plan from `x`, or from the latents of `samples`, step by step or by the graph of
+        all steps.
+        """
         noise = noise if self.plan.noisy else None
         with (
             self._alone(),
@@ -299,11 +283,12 @@ class Loop:
             if masked and self._inpainting is None:
                 self._inpainting = self._new_inpainting()
             program = self._program(noise, callback is not None, return_trajectory, masked)
-            self._reset(x, keys)
+            whole = program is not None and self._whole
+            self._begin(x, samples, whole)
             if mask is not None and known is not None:
-                self._load_known(mask, known, x)
+                self._load_known(mask, known)
             trajectory = self._new_trajectory() if return_trajectory else None
-            if program is not None and self._graph == "loop":
+            if program is not None and whole:
                 self._replay(program, noise, 0)
                 if trajectory is not None and program.trajectory is not None:
                     trajectory[1:].copy_(program.trajectory)
@@ -314,8 +299,8 @@ class Loop:
                     if program is not None:
                         self._replay(program, noise, s)
                     else:
-                        z = self._noise_of(noise, s)
-                        self.step(z, with_x_0=callback is not None, masked=masked)
+                        at, z = self._counters.now, self._noise_of(noise, s)
+                        self.step(at, z, with_x_0=callback is not None, masked=masked)
                     if trajectory is not None:
                         trajectory[s + 1].copy_(self.state)
                     if callback is not None:
@@ -334,36 +319,34 @@ class Loop:
         finally:
             self._idle.release()
 
-    def latents(self, keys: Keys) -> Tensor:
-        """x_T of the keys, as `philox.initial_latents` specifies it."""
-        x_T = torch.empty_like(self.state)
-        self._backend.normal_out(keys, philox.LATENTS, x_T)
-        return x_T
-
     def step(
         self,
+        at: Position,
         noise: Tensor | None,
         *,
         with_x_0: bool,
         masked: bool,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """The step program: all that runs, or is captured, between two steps."""
+        """Take one step, and move on where `at` is the position that moves: the step program, all
+        that runs or is captured between two steps.
+        """
         kwargs = self.model_kwargs if model_kwargs is None else model_kwargs
         start = self.state
         if self._base is not None:
             start = self._base.copy_(self.state)
             for _ in range(self.plan.refine):
-                self._update(start, self._checked(self._evaluate(kwargs)), None)
-        output = self._evaluate(kwargs)
+                self._update(at, start, self._checked(self._evaluate(at, kwargs)), None)
+        output = self._evaluate(at, kwargs)
         bare = noise is None and not (with_x_0 or masked or self.check_finite)
         if bare and self._make_loop_step is not None and self._take_in_one_call(output):
             return
-        self._update(start, self._checked(output), noise, with_x_0=with_x_0, masked=masked)
-        self._advance()
+        self._update(at, start, self._checked(output), noise, with_x_0=with_x_0, masked=masked)
+        if at is self._counters.now:
+            self._counters.advance(self._backend)
 
-    def _evaluate(self, model_kwargs: Mapping[str, Any]) -> Any:
-        return adapter.output_tensor(self.model(self._model_input, self.t, **model_kwargs))
+    def _evaluate(self, at: Position, model_kwargs: Mapping[str, Any]) -> Any:
+        return adapter.output_tensor(self.model(self._model_input, at.t, **model_kwargs))
 
     def _checked(self, output: Any) -> Tensor:
         check_model_output("model output", output, self.state, guided=self.plan.guided)
@@ -378,22 +361,24 @@ class Loop:
             like = self._checked(output)
             if not like.is_contiguous() or not like.data_ptr():
                 like = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+            counters = self._counters
             self._loop_step = self._make_loop_step(
                 self.state,
                 like,
                 self.table,
-                self._row,
-                keys=self._keys if self.plan.noisy else None,
+                counters.now.row,
+                keys=counters.now.keys if self.plan.noisy else None,
                 history=self._history,
                 model_input=self._next_input,
-                counters=self._counters,
-                timesteps=self._timesteps,
-                t=self.t,
+                counters=counters.counting,
+                timesteps=counters.timesteps,
+                t=counters.now.t,
             )
         return self._loop_step(output)
 
     def _update(
         self,
+        at: Position,
         x: Tensor,
         output: Tensor,
         noise: Tensor | None,
@@ -404,17 +389,17 @@ class Loop:
         """The fused update of `x` into the state, and what some kinds of steps do before it."""
         fit, table = self.plan.fit, self.table
         if self._predicting is not None:
-            x, output = self._predict(x, output, self._predicting)
+            x, output = self._predict(at, x, output, self._predicting)
             fit = None if fit is None else fit._replace(rescale=0.0)
-        table, row = self._fitted(x, output, table, fit)
-        known = self._mix_known() if masked else None
+        table, row = self._fitted(at, x, output, table, fit)
+        known = self._mix_known(at) if masked else None
         self._backend.update_out(
             x,
             output,
             table,
             row,
             noise=noise,
-            keys=self._keys if self.plan.noisy and noise is None else None,
+            keys=at.keys if self.plan.noisy and noise is None else None,
             history=self._history,
             mask=None if known is None else known.mask,
             known=None if known is None else known.known,
@@ -424,32 +409,34 @@ class Loop:
             epsilon=self._history,
         )
 
-    def _predict(self, x: Tensor, output: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(
+        self, at: Position, x: Tensor, output: Tensor, table: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What the second half of a step reads as state and model output, with the user's function
         between the halves.
         """
         assert self.denoised_fn is not None
         fit = self.plan.fit
-        table, row = self._fitted(x, output, table, fit and fit._replace(ratio=0.0))
+        table, row = self._fitted(at, x, output, table, fit and fit._replace(ratio=0.0))
         self._write(x, output, table, row, self.x_0, epsilon=self._epsilon)
-        x_0 = self.denoised_fn(self.x_0, self.t[: len(self.x_0)])
+        x_0 = self.denoised_fn(self.x_0, at.t[: len(self.x_0)])
         check_like("denoised_fn's result", x_0, "the state", self.state)
         return (x if self._epsilon is None else self._epsilon), x_0
 
     def _fitted(
-        self, x: Tensor, output: Tensor, table: Tensor, fit: Fit | None
+        self, at: Position, x: Tensor, output: Tensor, table: Tensor, fit: Fit | None
     ) -> tuple[Tensor, Tensor]:
         """The table and the rows in it of this step."""
         if self._rows is None or fit is None or (fit.rescale == 0 and fit.ratio == 0):
-            return table, self._row
-        self._backend.fit_rows(x, output, table, self._row, fit, self._rows)
+            return table, at.row
+        self._backend.fit_rows(x, output, table, at.row, fit, self._rows)
         return self._rows, self._each
 
-    def _mix_known(self) -> Inpainting:
+    def _mix_known(self, at: Position) -> Inpainting:
         """Known data as they are after this step."""
         own = self._inpainting
         assert own is not None
-        self._write(own.data, own.x_T, own.table, self._step[:1], own.known)
+        self._write(own.data, own.x_T, own.table, at.step, own.known)
         return own
 
     def _write(
@@ -479,36 +466,40 @@ class Loop:
     def _model_input(self) -> Tensor:
         return self.state if self._next_input is None else self._next_input
 
-    def _advance(self) -> None:
-        self._backend.advance(self._counters, self._timesteps, self.t)
+    def _begin(self, x: Tensor | None, samples: Samples | None, whole: bool) -> None:
+        """Write what a run begins with and the graph of the whole loop does not write."""
+        counters = self._counters
+        if not whole:
+            counters.rewind()
+        if samples is not None and (x is None or self.plan.noisy):
+            counters.load_samples(samples)
+        if x is None:
+            keys = (counters.each[0] if whole else counters.now).keys
+            self._backend.normal_out(keys, philox.LATENTS, self.state)
+        else:
+            self.state.copy_(x)
+        if not whole:
+            self._follow_state()
 
-    def _rewind(self) -> None:
-        self._counters.copy_(self._before_first)
-        self._advance()
-
-    def _reset(self, x: Tensor, keys: Keys | None) -> None:
-        self._rewind()
-        self.state.copy_(x)
+    def _follow_state(self) -> None:
+        """Write what goes before the first step besides the state, from the state."""
         if self._history is not None:
             self._history.zero_()
         if self._next_input is not None:
             for part in self._next_input.chunk(2 if self.plan.guided else 1):
-                part.copy_(x)
-        if keys is not None:
-            self._keys.seed.copy_(keys.seed)
-            self._keys.sample.copy_(keys.sample)
+                part.copy_(self.state)
 
     def _new_inpainting(self) -> Inpainting:
         mask, data, x_T, known = (torch.zeros_like(self.state) for _ in range(4))
         table = self.table.new_zeros((self.plan.steps, self.table.shape[1]))
         return Inpainting(mask, data, x_T, known, table)
 
-    def _load_known(self, mask: Tensor, known: Tensor, x_T: Tensor) -> None:
+    def _load_known(self, mask: Tensor, known: Tensor) -> None:
         own = self._inpainting
         assert own is not None
         own.mask.copy_(mask)
         own.data.copy_(known)
-        own.x_T.copy_(x_T)
+        own.x_T.copy_(self.state)
         rows = known_rows(self.plan.alphas_cumprod)
         own.table.copy_(transfer.upload(rows, own.table.device))
 
@@ -531,7 +522,7 @@ class Loop:
 
     def _refuse_nonfinite(self, output: Tensor) -> None:
         if not bool(output.isfinite().all()):
-            s = int(self._step[0])
+            s = int(self._counters.now.step)
             raise ValueError(
                 "model output: expected finite values, got NaN or infinity "
                 f"at step {s} (timestep {self._timestep_list[s]})"
@@ -554,7 +545,7 @@ class Loop:
             graph.signature(self.model_kwargs),
             noise.dtype if isinstance(noise, Tensor) else _listed(noise),
             with_x_0,
-            return_trajectory and self._graph == "loop",
+            return_trajectory and self._whole,
             masked,
         )
         program = self._programs.get(kind)
@@ -571,7 +562,7 @@ class Loop:
         self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool, masked: bool
     ) -> Program:
         device, shape = self.state.device, tuple(self.state.shape)
-        steps = self.plan.steps if self._graph == "loop" else 1
+        steps = self.plan.steps if self._whole else 1
         inputs = graph.Inputs(self.model_kwargs, device)
         generators = [] if isinstance(noise, Tensor) else _listed(noise)
         staged = None
@@ -580,24 +571,28 @@ class Loop:
             staged = aligned_rows(steps, shape, dtype, device)
             noise, generators = staged, []
         trajectory = None
-        if return_trajectory and self._graph == "loop":
+        if return_trajectory and self._whole:
             trajectory = torch.zeros((steps, *shape), dtype=self.state.dtype, device=device)
 
-        def take_step(s: int) -> None:
-            z = self._noise_of(noise, s)
-            self.step(z, with_x_0=with_x_0, masked=masked, model_kwargs=inputs.model_kwargs)
+        positions = self._counters.each if self._whole else [self._counters.now]
 
-        def warm_up() -> None:
-            take_step(0)
-            self._rewind()
-
-        def body() -> None:
-            for s in range(steps):
-                take_step(s)
+        def take_steps(positions: Sequence[Position]) -> None:
+            if self._whole:
+                self._follow_state()
+            for s, at in enumerate(positions):
+                z = self._noise_of(noise, s)
+                self.step(at, z, with_x_0=with_x_0, masked=masked, model_kwargs=inputs.model_kwargs)
                 if trajectory is not None:
                     trajectory[s].copy_(self.state)
 
-        self._rewind()
+        def warm_up() -> None:
+            take_steps(positions[:1])
+            self._counters.rewind()
+
+        def body() -> None:
+            take_steps(positions)
+
+        self._counters.rewind()
         captured = graph.capture(body, warm_up=warm_up, device=device, generators=generators)
         return Program(captured, inputs, staged, trajectory)
 
@@ -610,8 +605,8 @@ class Loop:
         program.graph.replay()
 
     def _tensors(self) -> Iterator[Tensor]:
-        yield from (self.state, self.x_0, self.table, self._timesteps, self.t, self._each)
-        yield from (self._counters, self._before_first, self._keys.seed, self._keys.sample)
+        yield from (self.state, self.x_0, self.table, self._each)
+        yield from self._counters.tensors()
         extras = (self._next_input, self._history, self._base, self._predicting, self._epsilon)
         yield from (t for t in (*extras, self._rows) if t is not None)
         yield from self._inpainting or ()
@@ -831,22 +826,6 @@ class Sampler:
             callback=callback,
             return_trajectory=return_trajectory,
         )
-
-
-ALIGNMENT = 16
-"""Bytes of the largest access of a kernel, and what Triton compiles separate kernels by."""
-
-
-def aligned_rows(
-    count: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Zeros `[count, *shape]` whose rows are contiguous and begin at multiples of `ALIGNMENT`, as a
-    tensor of its own does, so that the same kernel takes any of them.
-    """
-    row = torch.empty(tuple(shape), device="meta")
-    items = ALIGNMENT // dtype.itemsize
-    strides = (-(-row.numel() // items) * items, *row.stride())
-    return torch.empty_strided((count, *shape), strides, dtype=dtype, device=device).zero_()
 
 
 def draw(

@@ -14,6 +14,8 @@ def captured(device: torch.device) -> bool:
     """Whether the work that is now launched on `device` goes into a CUDA graph under capture."""
     if device.type != "cuda":
         return False
+    if torch.cuda.is_initialized() and torch.cuda.current_device() == device.index:
+        return bool(torch.cuda.is_current_stream_capturing())
     with torch.cuda.device(device):
         return bool(torch.cuda.is_current_stream_capturing())
 

@@ -203,6 +203,8 @@ def check_timestep(name: str, value: Any, batch: int, T: int) -> Tensor:
 
 def check_seed(name: str, value: Any, batch: int) -> int | Tensor:
     """The seed's 64 bits, signed: an integer, or int64 `[batch]` where each sample has its own."""
+    if isinstance(value, int):
+        return signed_bits(check_int(name, value, 0, 2**64 - 1))
     if isinstance(value, Tensor) and value.ndim == 1:
         if value.dtype != torch.int64:
             raise TypeError(f"{name}: expected an int64 tensor, got dtype {value.dtype}")

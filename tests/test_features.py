@@ -646,9 +646,9 @@ def test_the_loop_does_not_wait(kind, masked):
     sampler = Sampler(SmallNet(), 4, shape=SHAPE, **kind)
     extra = {"mask": torch.ones(5) * 0.5, "known": torch.ones(SHAPE)} if masked else {}
     expected = sampler(seed=3, **extra)
-    x_T, keys = philox.initial_latents(SHAPE, 3), philox.make_keys(3, 2)
+    x_T, samples = philox.initial_latents(SHAPE, 3), philox.check_samples(3, 2)
     with NoSync():
-        own = sampler._loop.run(x_T, keys=keys, **extra)
+        own = sampler._loop.run(x_T, samples=samples, **extra)
     assert torch.equal(own, expected)
 
 

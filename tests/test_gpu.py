@@ -82,10 +82,10 @@ def test_the_loop_never_waits(impl: str) -> None:
     sampler(seed=1)
     x_T = torch.randn(2, 3, 8, 8, device="cuda")
     torch.cuda.synchronize()
-    keys = philox.make_keys(3, 2, device="cuda")
+    samples = philox.check_samples(3, 2)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sampler._loop.run(x_T, keys=keys)
+        sampler._loop.run(x_T, samples=samples)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

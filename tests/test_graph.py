@@ -23,6 +23,7 @@ from torch import nn
 
 import fastddim
 from fastddim import Sampler, Schedule, graph, ops, philox, transfer
+from fastddim.counters import Counters
 from fastddim.graph import CaptureError
 
 from .helpers import CPU_IMPLS, NoSync, RecordedGraph, SmallNet, elementwise_model
@@ -390,21 +391,6 @@ class TestRecorder:
         model.scale = torch.full((1,), 0.25)
         assert not torch.equal(sample(model, mode), sample(model, False))
 
-    def test_a_loop_with_a_host_step_index_is_caught(self, mode, captures, monkeypatch):
-        """The defect that the counters in device memory are there against."""
-        from fastddim.sampler import Loop
-
-        taken = []
-
-        def advance(loop):
-            taken.append(None)
-            loop._counters.add_(1)
-            loop.t.fill_(loop._timestep_list[len(taken) % loop.plan.steps])
-
-        expected = sample(elementwise_model, False)
-        monkeypatch.setattr(Loop, "_advance", advance)
-        assert not torch.equal(sample(elementwise_model, mode), expected)
-
     @pytest.mark.parametrize("value", ["item", "constant", "nonzero"])
     def test_host_work_is_refused(self, mode, value, captures):
         def model(x, t):
@@ -416,6 +402,29 @@ class TestRecorder:
 
         with pytest.raises(ValueError, match="capture fails"):
             sample(model, mode)
+
+
+def test_a_host_step_index_is_caught(captures, monkeypatch):
+    """The defect that the counters in device memory are there against."""
+    taken = []
+
+    def advance(counters, backend):
+        taken.append(None)
+        counters.counting.add_(1)
+        counters.now.t.fill_(750 - 250 * (len(taken) % 4))
+
+    expected = sample(elementwise_model, False)
+    monkeypatch.setattr(Counters, "advance", advance)
+    assert torch.equal(sample(elementwise_model, False), expected)
+    assert not torch.equal(sample(elementwise_model, True), expected)
+
+
+def test_a_loop_that_keeps_its_first_timesteps_is_caught(captures, monkeypatch):
+    steps = [981, 500, 77, 3]
+    expected = sample(elementwise_model, False, steps)
+    sample(elementwise_model, "loop")
+    monkeypatch.setattr(Counters, "load", lambda counters, timesteps: None)
+    assert not torch.equal(sample(elementwise_model, "loop", steps), expected)
 
 
 def same(x, t, **kwargs):
@@ -434,30 +443,38 @@ def same(x, t, **kwargs):
     ],
     ids=["ddim", "ddpm", "rows", "guided", "guided rows"],
 )
-def test_two_operators_a_step(kind, steps, captures):
-    """Beside the model: one update, which writes the next input as well, and one advance."""
+def test_operators_of_a_step(kind, steps, captures):
+    """Beside the model: one update, which writes the next input as well, and one advance, where the
+    steps are not known.
+    """
     step = ["fastddim::update_out", "fastddim::advance"]
+    inputs = 2 if "guidance_scale" in kind else 0
     sample(same, True, steps, callback=lambda *_: None, **kind)
     sample(same, True, steps, **kind)
     sample(same, "loop", steps, **kind)
-    assert [g.operators for g in captures] == [step, step, step * steps]
+    assert [launched(g) for g in captures] == [
+        step,
+        step,
+        ["aten::copy_"] * inputs + step[:1] * steps,
+    ]
 
 
 def test_given_noise_adds_no_work_to_the_graph(captures):
     sample(same, "loop", 2, eta=1.0, noise=latents((2, *SHAPE)))
-    assert captures[0].operators == [
-        name
-        for _ in range(2)
-        for name in ("aten::select", "fastddim::update_out", "fastddim::advance")
-    ]
+    assert launched(captures[0]) == ["fastddim::update_out"] * 2
 
 
 def test_a_trajectory_adds_a_copy_a_step(captures):
     sample(same, "loop", 2, return_trajectory=True)
-    assert [name for name in captures[0].operators if name != "aten::select"] == [
+    assert launched(captures[0]) == ["fastddim::update_out", "aten::copy_"] * 2
+
+
+def launched(recorded):
+    """Operators of a graph but those that only make views."""
+    return [
         name
-        for _ in range(2)
-        for name in ("fastddim::update_out", "fastddim::advance", "aten::copy_")
+        for name in recorded.operators
+        if name not in ("aten::select", "aten::slice", "aten::split", "aten::chunk")
     ]
 
 
@@ -1204,7 +1221,7 @@ class TestAlignment:
     @pytest.mark.parametrize("kind", ODD)
     def test_loops(self, kind, inner, dtype, specialized):
         draw_odd(ODD[kind], inner, dtype, "triton")
-        self.check(*specialized)
+        self.check(*specialized, {"update_kernel"})
 
     @pytest.mark.parametrize("guided", [False, True])
     def test_streams(self, guided, inner, dtype, specialized):
@@ -1216,10 +1233,10 @@ class TestAlignment:
         ]
         stream.run()
         assert [ticket.exception(0) for ticket in tickets] == [None] * 4
-        self.check(*specialized)
+        self.check(*specialized, {"update_kernel", "advance_kernel"})
 
-    def check(self, warm, captured):
-        assert {name for name, *_ in captured} == {"update_kernel", "advance_kernel"}
+    def check(self, warm, captured, launched):
+        assert {name for name, *_ in captured} == launched
         assert set(captured) <= set(warm)
 
     @pytest.mark.parametrize("impl", CPU_IMPLS)
@@ -1826,13 +1843,13 @@ class TestOnCuda:
     def test_no_synchronisation(self, device, mode):
         sampler = Sampler(self.net(device), 10, shape=SHAPE, eta=1.0, device=device, graph=mode)
         sampler()
-        keys = philox.make_keys(3, SHAPE[0], device=device)
+        samples = philox.check_samples(3, SHAPE[0])
         x_T = latents(device=device)
         noise = latents((10, *SHAPE), device=device)
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            own = sampler._loop.run(x_T, keys=keys)
+            own = sampler._loop.run(x_T, samples=samples)
             with pytest.raises(RuntimeError, match="synchroniz"):
                 own.sum().item()
         finally:

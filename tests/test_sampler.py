@@ -876,12 +876,15 @@ class TestNoHostWork:
         """Over the whole loop: reset, every step with its noise, callback and trajectory."""
         sampler = Sampler(SmallNet(), 4, shape=SHAPE, impl=impl, **kind)
         expected, _ = sampler(seed=seed, return_trajectory=True)
-        keys = philox.make_keys(seed, 2)
+        samples = philox.check_samples(seed, 2)
         x_T = philox.initial_latents(SHAPE, seed, dtype=sampler.dtype)
         seen = []
         with NoSync() as mode:
             own, _ = sampler._loop.run(
-                x_T, keys=keys, callback=lambda *args: seen.append(args), return_trajectory=True
+                x_T,
+                samples=samples,
+                callback=lambda *args: seen.append(args),
+                return_trajectory=True,
             )
         assert mode.calls > 4 * 3
         assert len(seen) == 4
@@ -950,16 +953,16 @@ class TestNoHostWork:
             return elementwise_model(x, t)
 
         sampler = Sampler(model, 4, shape=SHAPE, impl=impl)
-        x_T, keys = latents(dtype=torch.float32), philox.make_keys(0, 2)
+        x_T, samples = latents(dtype=torch.float32), philox.check_samples(0, 2)
         with NoSync(), pytest.raises(AssertionError, match="in the loop"):
-            sampler._loop.run(x_T, keys=keys)
+            sampler._loop.run(x_T, samples=samples)
 
     def test_check_finite_does_synchronise(self, impl):
         """Documented to wait for the device at every step; the default does not."""
         sampler = Sampler(elementwise_model, 4, shape=SHAPE, impl=impl, check_finite=True)
-        x_T, keys = latents(dtype=torch.float32), philox.make_keys(0, 2)
+        x_T, samples = latents(dtype=torch.float32), philox.check_samples(0, 2)
         with NoSync(), pytest.raises(AssertionError, match="in the loop"):
-            sampler._loop.run(x_T, keys=keys)
+            sampler._loop.run(x_T, samples=samples)
 
     @pytest.mark.parametrize("kind", KINDS, ids=range(len(KINDS)))
     def test_memory_does_not_grow(self, impl, kind):
@@ -968,9 +971,9 @@ class TestNoHostWork:
         for steps in (3, 20):
             sampler = Sampler(elementwise_model, steps, shape=SHAPE, impl=impl, **kind)
             x_T = philox.initial_latents(SHAPE, dtype=sampler.dtype)
-            keys = philox.make_keys(0, 2)
+            samples = philox.check_samples(0, 2)
             with LiveStorage() as probe:
-                sampler._loop.run(x_T, keys=keys)
+                sampler._loop.run(x_T, samples=samples)
             peaks.append(probe.peak)
         assert peaks[0] > 0
         # Only the timesteps and the coefficient table are longer.

@@ -24,6 +24,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import fastddim
 from fastddim import Schedule, api, backends, graph, philox, transfer
+from fastddim.counters import Position
+from fastddim.philox import Samples
 from fastddim.plan import Update, make_inversion_plan, make_plan, to_table
 from fastddim.sampler import Loop, Setup, make_setup
 
@@ -163,13 +165,13 @@ def run(
             given = {"model": make_model(), "model_kwargs": make_kwargs() or {}}
             loop = loop_type(Setup(**{**vars(prepared), **given}))
             x = torch.zeros(SHAPE, dtype=prepared.dtype, device=CUDA)
-            keys = philox.make_keys([1, 2], SHAPE[0], device=CUDA)
+            samples = Samples(torch.ones(SHAPE[0], dtype=torch.int64, device=CUDA), None)
             noise = make_noise()
             seen: list[Any] = []
             with OnDevice() if mode is False else nullcontext():
                 result = loop.run(
                     x,
-                    keys=keys,
+                    samples=samples,
                     noise=noise,
                     mask=torch.ones(1, 1, 8, 8, device=CUDA) if masked else None,
                     known=torch.ones(SHAPE, device=CUDA) if masked else None,
@@ -227,21 +229,21 @@ HOST_NOISE: dict[str, dict[str, Any]] = {
 
 
 class Reads(Loop):
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        super().step(*args, **kwargs)
-        self.t.fill_(self._timestep_list[min(int(self._step[0]), STEPS - 1)])
+    def step(self, at: Position, *args: Any, **kwargs: Any) -> None:
+        super().step(at, *args, **kwargs)
+        at.t.fill_(self._timestep_list[min(int(at.step), STEPS - 1)])
 
 
 class Uploads(Loop):
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        super().step(*args, **kwargs)
-        self.t.add_(torch.tensor([0]).to(self.t.device))
+    def step(self, at: Position, *args: Any, **kwargs: Any) -> None:
+        super().step(at, *args, **kwargs)
+        at.t.add_(torch.tensor([0]).to(at.t.device))
 
 
 class Zeroes(Loop):
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        super().step(*args, **kwargs)
-        self.t.add_(self._zero)
+    def step(self, at: Position, *args: Any, **kwargs: Any) -> None:
+        super().step(at, *args, **kwargs)
+        at.t.add_(self._zero)
 
     _zero = torch.tensor(0)
 

@@ -1,0 +1,98 @@
+"""Step counters of a loop, in device memory.
+
+Kernels read there which step they take, so that one captured step serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastddim import philox, transfer
+from fastddim.backends import Backend
+from fastddim.buffers import aligned, aligned_rows
+from fastddim.philox import Keys, Samples
+from fastddim.plan import Plan
+
+
+class Position(NamedTuple):
+    """The numbers of one step: int64 tensors on the loop's device."""
+
+    step: Tensor  # [1], its index in the plan
+    row: Tensor  # [1], or [B] where each sample has rows of its own
+    t: Tensor  # [B], or [2B] under guidance
+    keys: Keys  # [B] each
+
+
+class Counters:
+    """Positions of the steps of a plan, and the keys of a batch's noise.
+
+    Attributes:
+        now: the position that `rewind` and `advance` write.
+        each: where `unrolled`, a position for every step, written by `load` alone. A loop that is
+            captured as a whole knows its steps: nothing has to count between two of them.
+    """
+
+    def __init__(self, plan: Plan, batch: int, device: torch.device, *, unrolled: bool) -> None:
+        model_batch = 2 * batch if plan.guided else batch
+        own_rows = plan.table.ndim == 3
+        seed, sample = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
+        # One step further than the plan goes: the last advance reads it.
+        self.timesteps = torch.zeros(plan.steps + 1, dtype=torch.int64, device=device)
+
+        # The timesteps of now and the counters are one tensor, which one copy rewinds.
+        begin = aligned(model_batch, torch.int64)
+        first_rows = torch.arange(batch if own_rows else 0, device=device) * plan.steps
+        self._first = torch.zeros(
+            begin + model_batch + len(first_rows), dtype=torch.int64, device=device
+        )
+        self._first[begin + model_batch :] = first_rows
+        self._numbers = self._first.clone()
+        self.counting = self._numbers[begin:]
+        step, row = self.counting[:model_batch], self.counting[model_batch:]
+        self.now = Position(
+            step=step[:1],
+            row=row if own_rows else step[:1],
+            t=self._numbers[:model_batch],
+            keys=Keys(seed, step[:batch], sample),
+        )
+
+        count = plan.steps if unrolled else 0
+        steps, rows, self._t = (
+            aligned_rows(count, (width,), torch.int64, device)
+            for width in (batch, batch if own_rows else 1, model_batch)
+        )
+        index = torch.arange(count, device=device)[:, None]
+        steps.copy_(index.expand_as(steps))
+        rows.copy_(index + first_rows if own_rows else index)
+        self.each: Sequence[Position] = [
+            Position(steps[s, :1], rows[s], self._t[s], Keys(seed, steps[s], sample))
+            for s in range(count)
+        ]
+        self._tables = (steps, rows)
+
+    def load(self, timesteps: Tensor) -> None:
+        """Take over the timesteps `[S]` of a plan, on the CPU."""
+        visited = transfer.upload(torch.cat([timesteps, timesteps[-1:]]), self.timesteps.device)
+        self.timesteps.copy_(visited)
+        self._first[: len(self.now.t)] = visited[0]
+        self._t.copy_(visited[: len(self.each), None].expand_as(self._t))
+
+    def load_samples(self, samples: Samples) -> None:
+        """Take over which noise the samples get."""
+        philox.write_keys(samples, self.now.keys)
+
+    def rewind(self) -> None:
+        """Move to the first step."""
+        self._numbers.copy_(self._first)
+
+    def advance(self, backend: Backend) -> None:
+        """Move to the next step."""
+        backend.advance(self.counting, self.timesteps, self.now.t)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.timesteps, self._first, self._numbers, self._t, *self._tables)
+        yield from (self.now.keys.seed, self.now.keys.sample)
