@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -276,8 +276,7 @@ class Loop:
         with (
             self._alone(),
             self._turns.turn(self._tensors),
-            torch.inference_mode(False),
-            torch.no_grad(),
+            _without_autograd(),
         ):
             masked = mask is not None
             if masked and self._inpainting is None:
@@ -532,7 +531,8 @@ class Loop:
         self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool, masked: bool
     ) -> Program | None:
         """The graph for this run, loaded with the caller's values; None where the run is eager."""
-        if not self._captures or transfer.captured(self.state.device):
+        joins = self._graph == "auto" and transfer.captured(self.state.device)
+        if not self._captures or joins:
             return None
         parameters, training = self._model_state.read()
         if parameters != self._parameters:
@@ -637,6 +637,19 @@ class Loop:
             check_device("noise", noise, "the state", self.state.device)
             return
         check_generators("noise", noise, self.state.shape[0])
+
+
+@contextmanager
+def _without_autograd() -> Iterator[None]:
+    """Ordinary tensors without gradients, whatever the caller's modes are; no mode is entered where
+    it is on already, since that takes as long as a launch.
+    """
+    with ExitStack() as modes:
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+        if torch.is_grad_enabled():
+            modes.enter_context(torch.no_grad())
+        yield
 
 
 @contextmanager

@@ -1472,6 +1472,12 @@ class Driver:
                 lambda *a, name=name: log.append(" ".join([name, *map(str, a)])),
                 raising=False,
             )
+        monkeypatch.setattr(
+            torch._C,
+            "_cuda_getCurrentRawStream",
+            lambda index: hash(driver.streams[-1]),
+            raising=False,
+        )
         monkeypatch.setattr(graph, "_side_streams", {})
         self.captured = False
         monkeypatch.setattr(transfer, "captured", lambda device: self.captured)
