@@ -195,7 +195,8 @@ def write_keys(samples: Samples, keys: Keys) -> None:
     if first is None:
         keys.sample.zero_()
     else:
-        torch.arange(first, first + len(keys.sample), out=keys.sample)
+        end = first + len(keys.sample)
+        torch.arange(first, end, out=keys.sample, device=keys.sample.device)
 
 
 def make_keys(
