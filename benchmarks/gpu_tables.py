@@ -1,149 +1,319 @@
-"""The tables of docs/gpu.md: predictions, and measurements beside them."""
+"""Tables of what the GPU check has measured, for docs/gpu.md and the README."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from markdown_cells import duration, table, two
+import gpu_predictions
+from gpu_results import NOT_MEASURED, PREDICTED_GPU, RESULTS, Result, measured_results
+from gpucheck import measures
+from gpucheck.table import STAGES
+from markdown_cells import duration, gain, percent, table, three
 
-RESULTS = Path(__file__).resolve().parent / "results"
-PREDICTED = "gpu-predicted"
-# The GPU that the predictions are for, as its result file is named.
-PREDICTED_GPU = "h100"
-NOT_MEASURED = "not measured yet"
+NONE = "No result file is there: the check has not run on a GPU yet."
+GRAPHS = ("graph=False", "graph=True", "graph=loop")
+SHORT = {"graph=False": "`False`", "graph=True": "`True`", "graph=loop": '`"loop"`'}
+LATENT = "The latent U-Net has the size of Stable Diffusion 1.5's and random weights; it is guided."
+# From this size on an update is to take as long as a copy.
+LARGE = 64
 
 
 def blocks(folder: Path = RESULTS) -> dict[str, str]:
     """Content of each marked place of docs/gpu.md."""
-    predicted = json.loads((folder / f"{PREDICTED}.json").read_text())
     measured = measured_results(folder)
     return {
-        "gpu-assumptions": assumptions_as_markdown(predicted),
-        "gpu-counts": counts_as_markdown(predicted),
-        "gpu-updates": updates_as_markdown(predicted, measured),
-        "gpu-loops": loops_as_markdown(predicted, measured),
+        "gpu-goals": goals_as_markdown(measured, folder),
+        "gpu-graphs": graphs_as_markdown(measured),
         "gpu-stages": stages_as_markdown(measured),
+        **gpu_predictions.blocks(folder, measured),
     }
 
 
-def measured_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The result file of each GPU that has been measured, by its name."""
-    return {
-        file.stem.removeprefix("gpu-"): json.loads(file.read_text())
-        for file in sorted(folder.glob("gpu-*.json"))
-        if file.stem != PREDICTED
-    }
+class Found(NamedTuple):
+    """What was measured, in words, and whether the goal is reached."""
+
+    text: str
+    reached: bool
 
 
-def seconds_of(result: dict[str, Any]) -> dict[str, float]:
-    """The median of each measure."""
-    return {row["measure"]: row["seconds"]["median"] for row in result["rows"] if "measure" in row}
+Goal = Callable[[Result], Found | None]
 
 
-def updates_as_markdown(predicted: dict[str, Any], measured: dict[str, Any]) -> str:
-    """Predicted and measured times of an update, and its share of the bandwidth of a copy."""
-    rows = [row for row in predicted["rows"] if "share_of_copy_bandwidth" in row]
-    shares = {row["measure"]: f"{row['share_of_copy_bandwidth']:.2f}" for row in rows}
-    return _compared(rows, measured, "of a copy", shares)
+def _update_at_least(share: float, noisy_half: bool) -> Goal:
+    """Of the bandwidth of a copy, by all large updates or by those of bfloat16 with noise."""
 
-
-def loops_as_markdown(predicted: dict[str, Any], measured: dict[str, Any]) -> str:
-    """Predicted and measured times of everything else, and the part of each that is largest."""
-    rows = [row for row in predicted["rows"] if "share_of_copy_bandwidth" not in row]
-    parts = {
-        row["measure"]: ", ".join(
-            f"{name} {duration(seconds, two)}" for name, seconds in row["parts"].items() if seconds
-        )
-        for row in rows
-    }
-    return _compared(rows, measured, "parts", parts)
-
-
-def _compared(
-    rows: list[dict[str, Any]], measured: dict[str, Any], extra: str, cells: dict[str, str]
-) -> str:
-    header = ["measure", "predicted", extra, "bound by", *_columns(measured)]
-    found = {gpu: seconds_of(result) for gpu, result in measured.items()}
-    return table(
-        header,
-        [
-            [
-                row["measure"],
-                duration(row["seconds"], two),
-                cells[row["measure"]],
-                row["bound"],
-                *_measured_cells(row, found),
+    def found(result: Result) -> Found | None:
+        texts, least = [], []
+        for impl in measures.IMPLEMENTATIONS:
+            shares = [
+                result.seconds(measures.update(impl, dtype, eta, mib), "share_of_copy_bandwidth")
+                for dtype in measures.DTYPES
+                for eta in measures.UPDATE_ETAS
+                for mib in measures.MEBIBYTES
+                if mib >= LARGE and ((dtype, eta) == ("bfloat16", 1.0)) == noisy_half
             ]
-            for row in rows
-        ],
+            known = [value for value in shares if value is not None]
+            if not known:
+                return None
+            least.append(min(known))
+            texts.append(f"{impl} {_from_to(min(known), max(known))}")
+        return Found(", ".join(texts), min(least) >= share)
+
+    return found
+
+
+def _from_to(low: float, high: float) -> str:
+    return " to ".join(dict.fromkeys(percent(value) for value in (low, high)))
+
+
+def _null_model(result: Result) -> Found | None:
+    return _at_most(result, 3e-6, "seconds")
+
+
+def _call(result: Result) -> Found | None:
+    return _at_most(result, 60e-6, "host_seconds")
+
+
+def _at_most(result: Result, most: float, quantity: str) -> Found | None:
+    found = {
+        eta: result.seconds(measures.loop("null model", eta, "graph=loop"), quantity)
+        for eta in measures.LOOP_ETAS["null model"]
+    }
+    known = {eta: value for eta, value in found.items() if value is not None}
+    if not known:
+        return None
+    text = ", ".join(f"{duration(value)} at η = {eta:g}" for eta, value in known.items())
+    return Found(text, max(known.values()) <= most)
+
+
+def _faster_than_diffusers(result: Result) -> Found | None:
+    names = ("policy head", "digits U-Net", "fashion U-Net")
+    return _at_least(3, {name: gain_over_diffusers(result, name) for name in names})
+
+
+def _at_least(least: float, ratios: dict[str, float | None]) -> Found | None:
+    known = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+    if not known:
+        return None
+    text = ", ".join(f"{name} {gain(ratio)}×" for name, ratio in known.items())
+    return Found(text, min(known.values()) >= least)
+
+
+def gain_over_diffusers(result: Result, model: str) -> float | None:
+    """Of the fastest kind of graph over diffusers, at η = 0."""
+    best = result.fastest(measures.loop(model, 0.0, mode) for mode in GRAPHS)
+    return None if best is None else result.ratio(measures.loop(model, 0.0, "diffusers"), best)
+
+
+def _latent_against_diffusers(result: Result) -> Found | None:
+    theirs = measures.latent("diffusers")
+    return _at_least(
+        1, {SHORT[mode]: result.ratio(theirs, measures.latent(mode)) for mode in GRAPHS}
     )
 
 
-def _columns(measured: dict[str, Any]) -> Iterator[str]:
-    for gpu in measured or {PREDICTED_GPU: None}:
-        yield f"measured ({gpu})"
-        if gpu == PREDICTED_GPU:
-            yield "error"
+def _latent_against_its_network(result: Result) -> Found | None:
+    best = result.fastest(map(measures.latent, GRAPHS))
+    if best is None:
+        return None
+    ratio = result.ratio(best, measures.latent(measures.LATENT_ALONE))
+    return None if ratio is None else Found(f"{(ratio - 1) * 100:+.1f} %", ratio <= 1.02)
 
 
-def _measured_cells(row: dict[str, Any], found: dict[str, dict[str, float]]) -> Iterator[str]:
-    for gpu, seconds in (found or {PREDICTED_GPU: {}}).items():
-        value = seconds.get(row["measure"])
-        yield NOT_MEASURED if value is None else duration(value)
-        if gpu == PREDICTED_GPU:
-            yield "–" if value is None else f"{row['seconds'] / value - 1:+.0%}"
+def _against_ddpm(result: Result) -> Found | None:
+    return _at_least(50, {name: ddpm_gain(result, name) for name in measures.DDPM_MODELS})
 
 
-def assumptions_as_markdown(predicted: dict[str, Any]) -> str:
-    """Every number that was taken for granted."""
-    rows = [
-        [f"`{name}`", _quantity(found), found["meaning"], found["source"]]
-        for name, found in predicted["assumptions"].items()
-    ]
-    return table(["name", "value", "what it is", "source"], rows)
+def ddpm_gain(result: Result, model: str) -> float | None:
+    """Of 50 steps in one graph over the 1000 of diffusers' DDPM."""
+    slow, fast = (measures.ddpm(model, name) for name in measures.DDPM_AGAINST)
+    return result.ratio(slow, fast)
 
 
-def _quantity(found: dict[str, Any]) -> str:
-    value, unit = found["value"], found["unit"]
-    return duration(value) if unit == "s" else f"{value:g} {unit}".strip()
+def _tests(result: Result) -> Found | None:
+    counts = [(stage, result.tests(stage)) for stage in ("bits", "graphs")]
+    known = [(stage, found) for stage, found in counts if found is not None]
+    if not known:
+        return None
+    text = ", ".join(f"{stage}: {found['passed']} passed" for stage, found in known)
+    failed = sum(found["failed"] for _, found in known)
+    return Found(f"{text}; {failed} failed", not failed)
 
 
-def counts_as_markdown(predicted: dict[str, Any]) -> str:
-    """Counts that the predictions use: instructions of kernels, operations of models."""
-    instructions = table(
-        ["update", "instructions of a warp"],
-        [[name, str(sum(found.values()))] for name, found in predicted["instructions"].items()],
-    )
-    kinds = ("kernels", "convolution", "norm", "product", "attention", "pointwise", "view")
-    kinds += ("scalar", "wait")
-    operations = table(
-        ["operations of a step", *kinds],
-        [
-            [name, *(str(found.get(kind, 0)) for kind in kinds)]
-            for name, found in predicted["operations"].items()
-        ],
-    )
-    machine = predicted["machine"]
-    note = (
-        f"Counted with nvcc {machine['nvcc']}, Triton {machine['triton']}, torch "
-        f"{machine['torch']} and diffusers {machine['diffusers']}, fastddim {machine['fastddim']} "
-        f"at {machine['commit']}."
-    )
-    return f"{instructions}\n\n{operations}\n\n{note}"
+GOALS: dict[str, Goal] = {
+    "The tests of kernels and captured loops pass": _tests,
+    "Updates from 64 MiB on, except the next: at least 90 % of a copy's bandwidth": (
+        _update_at_least(0.90, noisy_half=False)
+    ),
+    "Updates from 64 MiB on in bfloat16 with noise: at least 75 %": (
+        _update_at_least(0.75, noisy_half=True)
+    ),
+    "Around a model that costs nothing, loop in one graph: at most 3 µs a step": _null_model,
+    "Such a call occupies the host for at most 60 µs": _call,
+    "Small models, the fastest graph: at least 3 times as fast as diffusers' loop": (
+        _faster_than_diffusers
+    ),
+    "50 steps in one graph: at least 50 times as fast as diffusers' 1000 of DDPM": _against_ddpm,
+    "A U-Net of Stable Diffusion 1.5's size: no kind of graph slower than diffusers": (
+        _latent_against_diffusers
+    ),
+    "The same, the fastest graph: at most 2 % over the network alone": _latent_against_its_network,
+}
 
 
-def stages_as_markdown(measured: dict[str, Any]) -> str:
-    """How each stage of the check ended on each GPU."""
+def goals_as_markdown(measured: dict[str, Result], folder: Path = RESULTS) -> str:
+    """Each goal, and what was measured."""
     if not measured:
-        return "No result file is there: the check has not run on a GPU yet."
-    return "\n\n".join(
-        f"{result['machine']['gpu']}:\n\n"
-        + table(
-            ["stage", "result", "seconds"],
-            [[s["name"], s["result"], f"{s['seconds']:.1f}"] for s in result["stages"]],
-        )
-        for result in measured.values()
+        return NONE
+    header = ["goal", *(cell for gpu in measured for cell in (gpu, "reached"))]
+    rows = [
+        [goal, *(cell for result in measured.values() for cell in _cells(of(result)))]
+        for goal, of in GOALS.items()
+    ]
+    pairs = gpu_predictions.compared(gpu_predictions.predictions(folder), measured, folder)
+    error = gpu_predictions.median_error(pairs)
+    found = None if error is None else Found(percent(error), error <= 0.20)
+    cells = (_cells(found) if gpu == PREDICTED_GPU else ["–", "–"] for gpu in measured)
+    rows.append(
+        ["Predicted times: a median error of at most 20 %", *(c for pair in cells for c in pair)]
     )
+    notes = "\n\n".join(f"{gpu}: {result.provenance}" for gpu, result in measured.items())
+    return f"{table(header, rows)}\n\n{notes}"
+
+
+def _cells(found: Found | None) -> list[str]:
+    if found is None:
+        return [NOT_MEASURED, "–"]
+    return [found.text, "yes" if found.reached else "no"]
+
+
+def graphs_as_markdown(measured: dict[str, Result]) -> str:
+    """A step of each loop with each kind of graph, and the time until a call returns."""
+    header = ["loop", *(f"graph={SHORT[mode]}" for mode in GRAPHS), "diffusers", "fastest"]
+    header += ["faster than diffusers", *(f"{SHORT[mode]} returns after" for mode in GRAPHS[1:])]
+    blocks = []
+    for result in measured.values():
+        rows = [
+            [name, *_graph_cells(result, of)]
+            for name, of in _loops()
+            if result.fastest(map(of, GRAPHS))
+        ]
+        blocks += [f"{result.machine['gpu']}:", table(header, rows), *_of_the_two(result)]
+    return "\n\n".join(blocks) or NONE
+
+
+def _of_the_two(result: Result) -> Iterator[str]:
+    """How much longer one graph takes than the other, where one for all steps is the slower."""
+    ratios = {
+        name: result.ratio(of("graph=loop"), of("graph=True")) or 0.0 for name, of in _loops()
+    }
+    slower = {name: ratio - 1 for name, ratio in ratios.items() if ratio > 1}
+    if slower:
+        longer = _from_to(min(slower.values()), max(slower.values()))
+        yield f"One graph for all steps takes {longer} longer than one a step around: " + (
+            f"{'; '.join(slower)}."
+        )
+
+
+def _loops() -> Iterator[tuple[str, Callable[[str], str]]]:
+    """Names of loops, and their measures by contender."""
+    for model, etas in measures.LOOP_ETAS.items():
+        for eta in etas:
+
+            def of(contender: str, model: str = model, eta: float = eta) -> str:
+                return measures.loop(model, eta, contender)
+
+            yield f"{model}, η = {eta:g}", of
+    yield f"latent U-Net, {measures.LATENT_STEPS} steps", measures.latent
+
+
+def _graph_cells(result: Result, of: Callable[[str], str]) -> list[str]:
+    best = min(GRAPHS, key=lambda mode: result.seconds(of(mode)) or float("inf"))
+    ratio = result.ratio(of("diffusers"), of(best))
+    cells = [_time(result.seconds(of(contender))) for contender in (*GRAPHS, "diffusers")]
+    cells += [SHORT[best], "–" if ratio is None else f"{gain(ratio)}×"]
+    return cells + [_time(result.seconds(of(mode), "host_seconds")) for mode in GRAPHS[1:]]
+
+
+def _time(seconds: float | None) -> str:
+    return "–" if seconds is None else duration(seconds)
+
+
+def stages_as_markdown(measured: dict[str, Result]) -> str:
+    """The stages, and how each ended on each GPU after how many seconds."""
+    ended = [{end["name"]: end for end in result.stages} for result in measured.values()]
+    header = ["stage", "limit, s", *(f"{gpu}, s" for gpu in measured), "what it does"]
+    rows = []
+    for stage in STAGES:
+        ends = [_end(of.get(stage.name)) for of in ended]
+        rows.append([f"`{stage.name}`", f"{stage.limit:g}", *ends, stage.about])
+    totals = [
+        f"On {gpu} they took {three(sum(end['seconds'] or 0 for end in result.stages))} s in all, "
+        f"after {three(min(row['at'] for row in result.rows))} s of unpacking and imports."
+        for gpu, result in measured.items()
+    ]
+    return "\n\n".join([table(header, rows), *totals])
+
+
+def _end(end: dict[str, Any] | None) -> str:
+    if end is None or end["result"] == "not begun":
+        return "–"
+    seconds = "" if end["seconds"] is None else f"{end['seconds']:.1f}"
+    return seconds if end["result"] == "ok" else f"{seconds} {end['result']}".strip()
+
+
+def readme_as_markdown(measured: dict[str, Result]) -> str:
+    """The loops of each GPU against those of diffusers, for the README."""
+    header = ["loop around", "fastddim, a step", "graph", "diffusers", "faster"]
+    blocks = []
+    for result in measured.values():
+        rows = []
+        for name, of in _loops():
+            best = min(GRAPHS, key=lambda mode: result.seconds(of(mode)) or float("inf"))
+            ratio = result.ratio(of("diffusers"), of(best))
+            if ratio is not None:
+                times = [_time(result.seconds(of(contender))) for contender in (best, "diffusers")]
+                rows.append([name, times[0], SHORT[best], times[1], f"{gain(ratio)}×"])
+        note = f" {LATENT}" if result.fastest(map(measures.latent, GRAPHS)) else ""
+        blocks += [table(header, rows), *_whole_runs(result), f"{result.provenance}{note}"]
+    return "\n\n".join(blocks) or NONE
+
+
+def _whole_runs(result: Result) -> Iterator[str]:
+    """Seconds of DDPM's 1000 steps in diffusers, and of 50 in one graph."""
+    for name in measures.DDPM_MODELS:
+        ratio = ddpm_gain(result, name)
+        slow, fast = (_time(result.seconds(measures.ddpm(name, c))) for c in measures.DDPM_AGAINST)
+        if ratio is not None:
+            yield (
+                f"With the {name}, 50 steps in one graph take {fast}, and the 1000 of diffusers' "
+                f"DDPM {slow}: {gain(ratio)} times as long."
+            )
+
+
+def headline_rows(gpu: str, result: Result) -> Iterator[list[str]]:
+    """50 steps in one graph against the 1000 of diffusers' DDPM, or where that has not run, against
+    as many of its DDIM.
+    """
+    for name in measures.DDPM_MODELS:
+        label = f"{name.split()[0]}, η = 0, one graph on an {gpu.upper()}"
+        ratio = ddpm_gain(result, name)
+        if ratio is None:
+            one, theirs = (measures.loop(name, 0.0, c) for c in ("graph=loop", "diffusers"))
+            ratio = result.ratio(theirs, one)
+            label += ", against diffusers' 50 steps"
+        if ratio is not None:
+            yield [label, "50", f"{gain(ratio)}×", "–", "–"]
+
+
+def headline_sentence(gpu: str, result: Result) -> Iterator[str]:
+    """The same comparison with as many steps, where this loop is made of CUDA graphs."""
+    ratios = {name: gain_over_diffusers(result, name) for name in measures.LOOP_ETAS}
+    found = [f"{gain(ratio)} times around the {name}" for name, ratio in ratios.items() if ratio]
+    if found:
+        yield (
+            f"On an {gpu.upper()}, where only times were measured and the fastest kind of CUDA "
+            f"graph is taken, it is {', '.join(found)}."
+        )

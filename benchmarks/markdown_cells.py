@@ -20,6 +20,10 @@ def three(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def percent(value: float, sign: str = "") -> str:
+    return f"{value * 100:{sign}.0f} %"
+
+
 def two(value: float) -> str:
     """At most two significant digits, never in scientific notation."""
     return format(Decimal(f"{value:.2g}"), "f")

@@ -16,6 +16,7 @@ from typing import Any
 
 import gpu_tables
 import version_tables
+from gpu_results import measured_results
 from markdown_cells import duration, gain, table, three, two
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,6 +193,8 @@ def headline_as_markdown(result: dict[str, Any]) -> str:
             bests.append(equal_quality(quality, timed, order, etas))
             cells = [f"{data}, {label}", *_equal_quality(bests[-1])]
             rows.append([*cells, _spread(*baseline_of(quality))])
+    measured = measured_results()
+    rows += [row for gpu, found in measured.items() for row in gpu_tables.headline_rows(gpu, found)]
     loops = result_of("loops-cpu")["rows"]
     ratios = {row["case"]: row["timings"]["diffusers"]["ratio"] for row in loops if row["eta"] == 0}
     best = bests[0]
@@ -210,8 +213,14 @@ def headline_as_markdown(result: dict[str, Any]) -> str:
             f"{gain(ratios['policy head'])} times around a policy head of 112 numbers, and "
             f"{gain(ratios['digits U-Net'])} times around the digits' U-Net: there the model "
             "decides.",
+            *(
+                sentence
+                for gpu, found in measured.items()
+                for sentence in gpu_tables.headline_sentence(gpu, found)
+            ),
             "",
             _provenance(result["machine"]),
+            *(found.provenance for found in measured.values()),
         ]
     )
 
@@ -391,8 +400,11 @@ def blocks() -> dict[str, str]:
     """What stands in each marked place of the README."""
     made = {name: (name, as_markdown) for name, as_markdown in TABLES.items()}
     return {
-        place: as_markdown(result_of(name))
-        for place, (name, as_markdown) in {**made, **SUMMARIES}.items()
+        "gpu": gpu_tables.readme_as_markdown(measured_results()),
+        **{
+            place: as_markdown(result_of(name))
+            for place, (name, as_markdown) in {**made, **SUMMARIES}.items()
+        },
     }
 
 

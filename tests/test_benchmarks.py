@@ -10,6 +10,7 @@ import harness
 import pytest
 import tables
 import version_tables
+from gpu_results import Result
 from quality import grid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +23,7 @@ STAND_INS = (
 )
 
 
-@pytest.mark.parametrize("place", [*tables.TABLES, *tables.SUMMARIES])
+@pytest.mark.parametrize("place", tables.blocks())
 def test_readme_shows_the_committed_results(place: str) -> None:
     readme = (ROOT / "README.md").read_text()
     assert tables.updated(readme, {place: tables.blocks()[place]}) == readme
@@ -115,6 +116,55 @@ def test_equal_quality_is_the_fewest_steps_within_the_error() -> None:
     assert (second.steps, second.speedup) == (50, pytest.approx(20))
     few = measured[0], measured[1][:3]
     assert tables.equal_quality(*few, 2, [0.0]) is None
+
+
+def test_the_first_table_has_a_row_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared with DDPM's 1000 steps, or with diffusers' 50 where those have not run."""
+    machine = dict.fromkeys(("driver", "torch", "triton", "diffusers", "fastddim", "commit"), "1")
+    medians = {
+        "h100": {
+            "ddpm, digits U-Net, diffusers DDPM, 1000": 6.0,
+            "ddpm, digits U-Net, fastddim, 50": 0.1,
+            "loop, null model, eta 0, diffusers": 9.0,
+            "loop, null model, eta 0, graph=True": 2.0,
+            "loop, null model, eta 0, graph=loop": 1.0,
+        },
+        "rtx-4090": {
+            "loop, fashion U-Net, eta 0, diffusers": 8.0,
+            "loop, fashion U-Net, eta 0, graph=loop": 2.0,
+        },
+    }
+    found = {
+        gpu: Result(
+            {"gpu": gpu, **machine},
+            [],
+            [{"measure": name, "seconds": {"median": value}} for name, value in seconds.items()],
+        )
+        for gpu, seconds in medians.items()
+    }
+    monkeypatch.setattr(tables, "measured_results", lambda: found)
+    text = tables.blocks()["headline"]
+    rows = [line for line in text.split("\n") if "one graph on" in line]
+    assert rows == [
+        "| digits, η = 0, one graph on an H100 | 50 | 60× | – | – |",
+        "| fashion, η = 0, one graph on an RTX-4090, against diffusers' 50 steps "
+        "| 50 | 4.00× | – | – |",
+    ]
+    assert "On an H100, where only times were measured" in text
+    assert "it is 9.00 times around the null model." in text
+    assert "it is 4.00 times around the fashion U-Net." in text
+    assert "h100, driver 1, torch 1" in text
+    table = tables.blocks()["gpu"]
+    assert '| null model, η = 0 | 1 s | `"loop"` | 9 s | 9.00× |' in table
+    assert "50 steps in one graph take 100 ms, and the 1000 of diffusers' DDPM 6 s: 60" in table
+    assert '| fashion U-Net, η = 0 | 2 s | `"loop"` | 8 s | 4.00× |' in table
+
+
+def test_without_a_gpu_the_first_table_has_no_such_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "measured_results", dict)
+    made = tables.blocks()
+    assert "graph on" not in made["headline"]
+    assert made["gpu"].startswith("No result file is there")
 
 
 def test_gains_are_those_measured() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import harness
 import pytest
 import torch
-from gpucheck import kit, measures, memcheck, prepare, record, results, suite, table
+from gpucheck import kit, measures, memcheck, prepare, record, results, suite, table, timing
 from gpucheck.cases import CASES, OUTPUTS, differing
 from gpucheck.device import Moved, on_device
 from gpucheck.record import Record
@@ -116,7 +116,7 @@ def run_odd_stages(out: Path, folder: Path) -> dict[str, str]:
         run = "\n    ".join(["def run(record, settings):", *lines])
         (package / f"{name}.py").write_text(f"import os, signal, subprocess, sys, time\n{run}\n")
     stages = [
-        table.Stage(name, LIMITS.get(name, 300), 1, LEAST.get(name, 1), "", name == "fresh")
+        table.Stage(name, LIMITS.get(name, 300), LEAST.get(name, 1), "", name == "fresh")
         for name in ODD_STAGES
     ]
     path = os.pathsep.join((str(folder), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")))
@@ -465,6 +465,17 @@ class TestLoops:
             assert not torch.backends.cudnn.allow_tf32
         assert torch.backends.cudnn.allow_tf32 == before
 
+    def test_the_time_until_a_call_returns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The device is awaited outside of it, and no call begins after the limit."""
+        clock = iter(range(1000))
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+        awaited: list[torch.device] = []
+        monkeypatch.setattr(timing, "wait", awaited.append)
+        # A call is two looks at the clock, and one more asks whether there is time.
+        assert timing.seconds_to_return(lambda: None, CPU, most=8.0) == [1.0, 1.0, 1.0]
+        assert awaited == [CPU] * 4
+        assert len(timing.seconds_to_return(lambda: None, CPU, most=1e9)) == timing.CALLS
+
     def test_numbers(self) -> None:
         assert difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
         assert spread([7.0]) == {"median": 7.0, "low": 7.0, "high": 7.0}
@@ -564,13 +575,6 @@ class TestKit:
         assert list(tmp_path.iterdir()) == []
 
 
-def test_the_page_has_the_table_of_the_stages() -> None:
-    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    written = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (.*) \|$", page, re.MULTILINE)
-    stages = [(s.name, f"{s.limit:g}", f"{s.expected:g}", s.about) for s in table.STAGES]
-    assert written == stages
-
-
 def test_the_package_is_in_small_files() -> None:
     for file in (BENCHMARKS / "gpucheck").rglob("*.*"):
         if file.suffix in (".py", ".sh", ".c"):
@@ -664,6 +668,7 @@ class TestDryRun:
             "loop, diffusers U-Net, eta 0, diffusers",
             "latent U-Net, diffusers",
             "latent U-Net, graph=False",
+            "latent U-Net, network alone",
             "ddpm, digits U-Net, diffusers DDIM, 2",
             "ddpm, digits U-Net, diffusers DDPM, 4",
             "ddpm, fashion U-Net, fastddim, 2",
@@ -675,6 +680,14 @@ class TestDryRun:
             seconds = row["seconds"]
             assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
         assert measured["update, cpu, float32, eta 0, 1 MiB"]["copy_bytes_per_second"] > 0
+        with_call = {name for name, row in measured.items() if "host_seconds" in row}
+        assert with_call == {
+            measures.loop(model, eta, "graph=False")
+            for model, etas in measures.LOOP_ETAS.items()
+            for eta in etas
+        }
+        for name in with_call:
+            assert measured[name]["host_seconds"]["median"] > 0
 
     def test_where_it_comes_from(self, result: dict[str, Any]) -> None:
         machine = result["machine"]

@@ -14,12 +14,6 @@ def nvcc() -> Path | None:
     return tool("nvcc")
 
 
-def nvcc_version() -> str:
-    release = re.search(r"V([\d.]+)", output_of([nvcc(), "--version"], Path.cwd()))
-    assert release is not None
-    return release[1]
-
-
 def tool(name: str) -> Path | None:
     """nvcc and ptxas come with nvidia-cuda-nvcc, nvdisasm and cuobjdump with Triton."""
     for package, folder in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):

@@ -28,11 +28,14 @@ LOOP_STEPS = 50
 LOOP_CONTENDERS = ("graph=False", "graph=True", "graph=loop", "diffusers")
 
 LATENT_STEPS = 20
-LATENT_CONTENDERS = LOOP_CONTENDERS
+LATENT_ALONE = "network alone"
+"""The network in a graph, once a step, and nothing else: what no loop around it can beat."""
+LATENT_CONTENDERS = (*LOOP_CONTENDERS, LATENT_ALONE)
 
 DDPM_MODELS = ("digits U-Net", "fashion U-Net")
 DDPM_CONTENDERS = ("diffusers DDIM, 50", "diffusers DDPM, 1000", "fastddim, 50", "fastddim, 1000")
 """The loop and its steps; fastddim takes 50 at η = 0 and 1000 at η = 1."""
+DDPM_AGAINST = ("diffusers DDPM, 1000", "fastddim, 50")
 
 COMPILED_MODELS = ("policy head", "digits U-Net")
 

@@ -12,7 +12,6 @@ class Stage:
     Attributes:
         name: also the name of its module, which defines `run(record, settings)`.
         limit: seconds after which it is killed.
-        expected: seconds that it is thought to take on an H100; an estimate.
         least: seconds; with less left it is not begun.
         about: one line for the documentation.
         fresh: whether it needs a new interpreter, since a fork would break what it uses.
@@ -20,25 +19,24 @@ class Stage:
 
     name: str
     limit: float
-    expected: float
     least: float
     about: str
     fresh: bool = False
 
 
 STAGES = (
-    Stage("environment", 15, 8, 5, "Versions, driver, tools, the package under test"),
-    Stage("smoke", 40, 8, 10, "Eight updates and the loop, bit for bit against the CPU"),
-    Stage("bits", 75, 30, 20, "`tests/test_gpu.py` without the sanitizer"),
-    Stage("graphs", 60, 20, 15, "GPU tests of captured loops, without compiled models"),
-    Stage("loops", 80, 50, 20, "50 steps of five models: diffusers, eager, both graphs"),
-    Stage("bandwidth", 60, 25, 15, "One update against the bandwidth of a copy, 1 to 1024 MiB"),
-    Stage("latent_unet", 60, 30, 25, "A U-Net of Stable Diffusion 1.5's size, random weights"),
-    Stage("ddpm", 35, 20, 12, "DDPM's 1000 steps against DDIM's 50"),
-    Stage("sanitizer", 40, 30, 20, "memcheck without torch's caching allocator"),
-    Stage("counters", 25, 15, 15, "Nsight Compute: DRAM, issue slots, warps, registers"),
-    Stage("compiled", 45, 45, 30, "The loop body under `torch.compile` with graphs", fresh=True),
-    Stage("build", 20, 1, 1, "An installation from source, begun beside the rest"),
+    Stage("environment", 15, 5, "Versions, driver, tools, the package under test"),
+    Stage("smoke", 40, 10, "Eight updates and the loop, bit for bit against the CPU"),
+    Stage("bits", 75, 20, "`tests/test_gpu.py` without the sanitizer"),
+    Stage("graphs", 60, 15, "GPU tests of captured loops, without compiled models"),
+    Stage("loops", 80, 20, "50 steps of five models: diffusers, eager, both graphs"),
+    Stage("bandwidth", 60, 15, "One update against the bandwidth of a copy, 1 to 1024 MiB"),
+    Stage("latent_unet", 60, 25, "A U-Net of Stable Diffusion 1.5's size, random weights"),
+    Stage("ddpm", 35, 12, "DDPM's 1000 steps against DDIM's 50"),
+    Stage("sanitizer", 40, 20, "memcheck without torch's caching allocator"),
+    Stage("counters", 25, 15, "Nsight Compute: DRAM, issue slots, warps, registers"),
+    Stage("compiled", 45, 30, "The loop body under `torch.compile` with graphs", fresh=True),
+    Stage("build", 20, 1, "An installation from source, begun beside the rest"),
 )
 
 

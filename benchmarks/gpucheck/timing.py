@@ -14,6 +14,8 @@ from gpucheck.measures import MEBIBYTE
 
 # More than the last cache of any GPU so far holds.
 FLUSHED = 256 * MEBIBYTE
+# Of `seconds_to_return`, where time allows.
+CALLS = 30
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -36,6 +38,24 @@ def host_seconds(run: Callable[[], Any], device: torch.device) -> float:
     run()
     wait(device)
     return time.perf_counter() - start
+
+
+def seconds_to_return(run: Callable[[], Any], device: torch.device, most: float) -> list[float]:
+    """Seconds until each of several calls returns, which it may do before the device is done.
+
+    Args:
+        most: seconds after which no further call begins.
+    """
+    seconds: list[float] = []
+    begin = time.perf_counter()
+    while len(seconds) < CALLS and time.perf_counter() - begin < most:
+        # Where the device is idle, no call waits for room in its queue.
+        wait(device)
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    wait(device)
+    return seconds
 
 
 def device_seconds(run: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,6 +49,9 @@ def run(record: Record, settings: Settings) -> None:
         loop()
         wait(settings.device)
         record.row(contender=contender, first_call_seconds=round(time.perf_counter() - start, 3))
+    alone = record.attempt(partial(network_alone, settings, problem))
+    if alone is not None:
+        alive[measures.LATENT_ALONE] = alone
     rounds = DRY_ROUNDS if settings.dry else ROUNDS
     for contender, values in in_turn(alive, settings.device, rounds).items():
         a_step = spread([value / problem.steps for value in values])
@@ -102,6 +106,50 @@ def their_loop(problem: Problem) -> Tensor:
         guided = unconditional + GUIDANCE * (conditional - unconditional)
         x = problem.scheduler.step(guided, t, x, return_dict=False)[0]
     return x
+
+
+def network_alone(settings: Settings, problem: Problem) -> Loop:
+    """The U-Net on the guided batch, once a step and always on the same input.
+
+    On a GPU a call is one CUDA graph, replayed.
+    """
+    x = torch.cat([problem.x_T, problem.x_T])
+    t = problem.scheduler.timesteps[:1].expand(len(x))
+
+    def call() -> Tensor:
+        output: Tensor = problem.unet(x, t, encoder_hidden_states=problem.text, return_dict=False)[
+            0
+        ]
+        return output
+
+    once = call if settings.device.type == "cpu" else captured(call)
+
+    def loop() -> Tensor:
+        for _ in range(problem.steps):
+            output = once()
+        return output
+
+    return loop
+
+
+def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same as a CUDA graph, whose output the next call overwrites."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        # The first calls choose kernels.
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
 
 
 def our_loop(settings: Settings, problem: Problem, mode: bool | str) -> Loop:

@@ -15,10 +15,18 @@ from fastddim import philox
 from gpucheck import measures
 from gpucheck.record import Record
 from gpucheck.settings import Settings
-from gpucheck.timing import difference, full_precision, in_turn, spread
+from gpucheck.timing import (
+    difference,
+    full_precision,
+    in_turn,
+    seconds_to_return,
+    spread,
+)
 
 ROUNDS = 9
 DRY_STEPS, DRY_ROUNDS = 2, 1
+# For the calls whose return is timed: without a graph one takes as long as its loop.
+CALL_SECONDS, DRY_CALL_SECONDS = 1.0, 0.01
 # Of the largest value. TF32 keeps ten bits, and fifty steps add up what it drops.
 TF32_AGREEMENT = 2e-2
 
@@ -51,16 +59,32 @@ def one_loop(record: Record, settings: Settings, name: str, eta: float) -> None:
         run()
     rounds = DRY_ROUNDS if settings.dry else ROUNDS
     seconds = in_turn(alive, settings.device, rounds)
+    most = DRY_CALL_SECONDS if settings.dry else CALL_SECONDS
+    returned = {
+        contender: spread(seconds_to_return(loop, settings.device, most))
+        for contender, loop in alive.items()
+        if contender != "diffusers"
+    }
     for contender, values in seconds.items():
         a_step = spread([value / steps for value in values])
+        of_a_call = {"host_seconds": returned[contender]} if contender in returned else {}
         record.row(
             measure=measures.loop(name, eta, contender),
             seconds=a_step,
+            **of_a_call,
             steps=steps,
             shape=shape,
         )
-    microseconds = {c: round(spread(v)["median"] / steps * 1e6, 2) for c, v in seconds.items()}
-    record.show(**about, microseconds_a_step=microseconds)
+    record.show(
+        **about,
+        microseconds_a_step={
+            contender: round(spread(values)["median"] / steps * 1e6, 2)
+            for contender, values in seconds.items()
+        },
+        microseconds_until_a_call_returns={
+            contender: round(found["median"] * 1e6, 1) for contender, found in returned.items()
+        },
+    )
 
 
 def sampler(model: Any, x_T: Tensor, steps: int, eta: float, mode: bool | str) -> Loop:
