@@ -29,6 +29,7 @@ STAGES = (
     Stage("smoke", 40, 10, "Eight updates and the loop, bit for bit against the CPU"),
     Stage("bits", 75, 20, "`tests/test_gpu.py` without the sanitizer"),
     Stage("graphs", 60, 15, "GPU tests of captured loops, without compiled models"),
+    Stage("entries", 60, 15, "`tests/test_gpu_entries.py`: every entry point against the CPU"),
     Stage("loops", 80, 20, "50 steps of five models: diffusers, eager, both graphs"),
     Stage("bandwidth", 60, 15, "One update against the bandwidth of a copy, 1 to 1024 MiB"),
     Stage("latent_unet", 60, 25, "A U-Net of Stable Diffusion 1.5's size, random weights"),

@@ -1,0 +1,11 @@
+"""The GPU tests of every entry point: what users call, bit for bit against the CPU."""
+
+from __future__ import annotations
+
+from gpucheck.record import Record
+from gpucheck.settings import Settings
+from gpucheck.suite import run_tests
+
+
+def run(record: Record, settings: Settings) -> None:
+    run_tests(record, settings, str(settings.root / "tests" / "test_gpu_entries.py"))
