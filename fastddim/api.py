@@ -154,12 +154,12 @@ def sample(
             them).
         graph: CUDA graph capture, which takes the host out of the loop: True captures one step and
             replays it S times, "loop" captures all steps and replays them once (without
-            `callback`), False captures nothing. "auto" is True on a CUDA device and False
-            elsewhere; where the model cannot be captured, or with `check_finite`, it runs without a
-            graph, and warns of the former. Graphs are kept for later calls with the same model,
-            shapes and kind of arguments, until `fastddim.graph.clear()`. What a captured model
-            reads beside x, t, its parameters and the tensors in `model_kwargs` stays as it was
-            at capture.
+            `callback`; the fastest around small models, see docs/gpu.md), False captures nothing.
+            "auto" is True on a CUDA device and False elsewhere; where the model cannot be captured,
+            or with `check_finite`, it runs without a graph, and warns of the former. Graphs are
+            kept for later calls with the same model, shapes and kind of arguments, until
+            `fastddim.graph.clear()`. What a captured model reads beside x, t, its parameters and
+            the tensors in `model_kwargs` stays as it was at capture.
         progress: show a tqdm bar on stderr.
         callback: `callback(step_index, timestep, x_t, x_0)` after each update, with copies of the
             new state and of the predicted x_0.

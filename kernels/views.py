@@ -137,8 +137,8 @@ def cut(layout: Layout, itemsize: int, warp_size: int, *, aligned: bool) -> Tile
     """Tiles in which a thread moves 16 bytes of the tensor with the largest items at once, and as
     many elements of the others.
 
-    256 threads where that still makes programs enough for every GPU, 128 below; fewer only where a
-    sample is smaller.
+    256 threads for a million elements or more, 128 below, so that there are more programs; fewer
+    only where a sample is smaller.
 
     Args:
         itemsize: the largest of the tensors.
