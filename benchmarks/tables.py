@@ -300,11 +300,13 @@ def quality_as_markdown(result: dict[str, Any]) -> str:
     record, machine = result["classifier"], result["machine"]
     # Rows that do not say so are from before a CPU without bfloat16 was allowed for.
     precisions = sorted({row.get("network", "bfloat16") for row in result["rows"]})
+    gpus = sorted({row["gpu"] for row in result["rows"] if "gpu" in row})
     blocks.append(
         f"The classifier finds the class of {record['test_accuracy']:.1%} of "
         f"{record['test_images']:,} held-out images. "
         f"torch {machine['torch']}, fastddim {machine['fastddim']}, "
-        f"the network in {' or '.join(precisions)}."
+        f"the network in {' or '.join(precisions)}"
+        + (f", samples drawn on {' or '.join(gpus)}." if gpus else ".")
     )
     return "\n\n".join(blocks)
 

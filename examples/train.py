@@ -17,18 +17,31 @@ weights of the first,
 
 A second run of digits (10,000 steps) learns its 1,437 images by heart: the loss on held-out images
 rises from 0.33 to 0.50 at timestep 50.
+
+On a GPU,
+
+    python examples/train.py fashion --device cuda --seconds 230 --start fashion --seed 2 \\
+        --batch 512 --learning-rate 2e-3 --checkpoint-every 4000 --out runs/fashion-3
+
+takes as many steps as 230 seconds hold, judged by the time of 200 that are thrown away, and
+averages the weights over a tenth of them, if that is more than the recipe does. The record has both
+numbers, and `--steps` and `--ema` with them in place of `--seconds` repeat the run. Images,
+timesteps and noise are drawn on the GPU then, and a step's draw, forward and backward pass are one
+CUDA graph (`--no-graph` launches them one by one).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import gzip
 import json
 import math
 import platform
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,11 +58,17 @@ from fastddim.models import UNet, UNetConfig, load, locate, save
 from fastddim.processor import has_bfloat16
 from fastddim.schedule import Schedule
 
-SCHEDULE = {"T": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+SCHEDULE: dict[str, Any] = {"T": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 HELD_OUT_TIMESTEPS = (1, 10, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 # Held-out images behind the quoted losses: a few at every checkpoint, and many at the end.
 FEW, MANY = 64, 2000
 HELD_OUT = 360  # of the digits
+# Steps between two looks at the loss, for which a GPU has to be waited.
+LOOK_EVERY = 20
+# Calls before a capture; steps before those that are timed, and those; their share of `--seconds`,
+# of which checkpoints take the rest.
+WARM_UPS, UNTIMED, TIMED, SHARE = 3, 20, 200, 0.93
+FUSED_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -69,6 +88,7 @@ class Recipe:
     bfloat16: bool = False
     seed: int = 0
     start: str | None = None  # a model for `load`, whose weights the run begins with
+    device: str = "cpu"
 
 
 RECIPES = {
@@ -155,10 +175,15 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
 
 
-def stream(seed: int, index: int) -> torch.Generator:
-    """A generator of its own for each step (`index` = step) and epoch (2³¹ + epoch) of a run."""
+def stream_seed(seed: int, index: int) -> int:
+    """Of the random numbers of each step (`index` = step) and epoch (2³¹ + epoch) of a run."""
     # torch's CPU generator heeds 32 bits; no two runs below 1,000,003 steps share a stream.
-    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**32)
+    return (seed * 1_000_003 + index) % 2**32
+
+
+def stream(seed: int, index: int) -> torch.Generator:
+    """A CPU generator at `stream_seed`."""
+    return torch.Generator().manual_seed(stream_seed(seed, index))
 
 
 @functools.lru_cache(maxsize=2)
@@ -173,15 +198,33 @@ def draw_batch(recipe: Recipe, images: Tensor, step: int) -> tuple[Tensor, Tenso
     positions = range(step * batch, (step + 1) * batch)
     index = [int(epoch_order(recipe.seed, p // count, count)[p % count]) for p in positions]
     generator = stream(recipe.seed, step)
-    # One timestep from each of `batch` equal parts of [0, T), which keeps the loss from jumping.
-    part = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-    t = (part * SCHEDULE["T"]).long().clamp(max=SCHEDULE["T"] - 1)
+    t = spread(torch.rand(batch, generator=generator))
     return images[index], t, torch.randn(images[index].shape, generator=generator)
 
 
-def diffuse(model: UNet, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t = √ᾱ·x_0 + √(1−ᾱ)·ε (arXiv 2010.02502, eq. 4)."""
-    a = model.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+def draw_batch_on_gpu(recipe: Recipe, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from the GPU's own generator, and without epochs: every image is drawn anew."""
+    batch, device = recipe.batch, images.device
+    index = torch.randint(len(images), (batch,), device=device)
+    t = spread(torch.rand(batch, device=device))
+    return images[index], t, torch.randn(batch, *images.shape[1:], device=device)
+
+
+def spread(uniform: Tensor) -> Tensor:
+    """One timestep from each of N equal parts of [0, T), which keeps the loss from jumping.
+
+    Args:
+        uniform: where in its part each lies, `[N]` in [0, 1).
+    """
+    count = len(uniform)
+    part = (torch.arange(count, device=uniform.device) + uniform) / count
+    t: Tensor = (part * SCHEDULE["T"]).long().clamp(max=SCHEDULE["T"] - 1)
+    return t
+
+
+def diffuse(alphas_cumprod: Tensor, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t = √ᾱ·x_0 + √(1−ᾱ)·ε (arXiv 2010.02502, eq. 4), all on one device."""
+    a = alphas_cumprod[t].view(-1, 1, 1, 1)
     return a.sqrt().float() * x_0 + (1 - a).sqrt().float() * noise
 
 
@@ -199,20 +242,64 @@ def training_of(path: str) -> dict[str, Any]:
     return training
 
 
-class Trainer:
-    """A model, its averaged copy and its optimiser, at a step."""
+def captured(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`function` as one CUDA graph, which repeats its kernels on the same memory.
 
-    def __init__(self, recipe: Recipe) -> None:
+    It may take no input but tensors that stay where they are, and its result is overwritten by the
+    next call. Its random numbers are those of torch's CUDA generator at the time of the call.
+
+    Raises:
+        RuntimeError: the graph gives another result than `function` itself.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        # Kernels are chosen and compiled in the first calls, which a capture does not allow.
+        for _ in range(WARM_UPS):
+            torch.cuda.manual_seed(0)
+            expected = function().item()
+    torch.cuda.current_stream().wait_stream(side)
+    # An earlier graph that is found to be garbage during a capture would spoil it.
+    gc.collect()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        result = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    torch.cuda.manual_seed(0)
+    found = replay().item()
+    if not math.isclose(found, expected, rel_tol=1e-2):
+        raise RuntimeError(f"the captured step has a loss of {found}, the step itself {expected}")
+    return replay
+
+
+class Trainer:
+    """A model, its averaged copy and its optimiser, at a step.
+
+    Args:
+        recipe: of the run.
+        images: to train on; they are copied to the recipe's device.
+        graph: whether a CUDA device gets its work as a graph.
+    """
+
+    def __init__(self, recipe: Recipe, images: Tensor, *, graph: bool = True) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         self.step = 0
         self.minutes = 0.0
         self.history: list[dict[str, float]] = []
+        self.device = torch.device(recipe.device)
+        self.images = images.to(self.device)
         schedule = Schedule.linear(**SCHEDULE)
+        self.alphas_cumprod = schedule.alphas_cumprod.to(self.device)
         self.model = UNet(recipe.config, schedule)
         if recipe.start is not None:
             start_from(self.model, recipe.start)
-        self.averaged = UNet(recipe.config, schedule)
+        self.model.to(self.device)
+        self.averaged = UNet(recipe.config, schedule).to(self.device)
         self.averaged.load_state_dict(self.model.state_dict())
         self.averaged.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
@@ -221,21 +308,40 @@ class Trainer:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
+        self.backward: Callable[[], Tensor] = self.loss_and_gradients
+        if graph and self.device.type == "cuda":
+            self.backward = captured(self.loss_and_gradients)
 
-    def train_step(self, images: Tensor) -> float:
-        """One update; returns the loss."""
-        recipe = self.recipe
-        x_0, t, noise = draw_batch(recipe, images, self.step)
-        x_t = diffuse(self.model, x_0, t, noise)
+    def loss_and_gradients(self) -> Tensor:
+        """The loss of the step's batch; its gradients go where the optimiser looks for them."""
+        recipe, kind = self.recipe, self.device.type
+        self.optimizer.zero_grad()
+        if kind == "cuda":
+            x_0, t, noise = draw_batch_on_gpu(recipe, self.images)
+        else:
+            x_0, t, noise = draw_batch(recipe, self.images, self.step)
+        x_t = diffuse(self.alphas_cumprod, x_0, t, noise)
         # Scaled dot products of 49 tokens: the plain formula has the faster backward pass on CPUs.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, recipe.bfloat16):
+        backends = FUSED_ATTENTION if kind == "cuda" else [SDPBackend.MATH]
+        # A weight is used once a step, and a graph may not read what autocast keeps outside of it.
+        with (
+            sdpa_kernel(backends),
+            torch.autocast(kind, torch.bfloat16, recipe.bfloat16, cache_enabled=False),
+        ):
             predicted = self.model(x_t, t)
-        loss = (predicted - noise).square().mean()
+        loss: Tensor = (predicted - noise).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    def train_step(self) -> Tensor:
+        """One update; returns the loss, which the next step overwrites."""
+        recipe = self.recipe
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(stream_seed(recipe.seed, self.step))
+        loss = self.backward()
 
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, self.step)
-        self.optimizer.zero_grad()
-        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         self.optimizer.step()
         self.step += 1
@@ -244,7 +350,7 @@ class Trainer:
         torch._foreach_lerp_(
             list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay
         )
-        return loss.item()
+        return loss
 
     def save_checkpoint(self, path: Path) -> None:
         """Everything that the rest of the run depends on, in one file."""
@@ -279,7 +385,7 @@ class Trainer:
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.step)),
+                    "step": torch.tensor(float(self.step), device=self.device),
                     "exp_avg": torch.zeros_like(parameter).copy_(tensors[f"mean.{name}"]),
                     "exp_avg_sq": torch.zeros_like(parameter).copy_(tensors[f"square.{name}"]),
                 }
@@ -288,20 +394,26 @@ class Trainer:
 @torch.no_grad()
 def held_out_loss(model: UNet, images: Tensor) -> dict[int, float]:
     """The epsilon loss at each of `HELD_OUT_TIMESTEPS`, with the same noise for every model."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    device = model.coefficient_bits.device
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    images, alphas_cumprod = images.to(device), model.schedule.alphas_cumprod.to(device)
     losses = {}
     for timestep in HELD_OUT_TIMESTEPS:
         errors = []
         for x_0, epsilon in zip(images.split(250), noise.split(250), strict=True):
-            t = torch.full((len(x_0),), timestep)
-            predicted = model(diffuse(model, x_0, t, epsilon), t)
+            t = torch.full((len(x_0),), timestep, device=device)
+            predicted = model(diffuse(alphas_cumprod, x_0, t, epsilon), t)
             errors.append((predicted - epsilon).square().mean(dim=(1, 2, 3)))
         losses[timestep] = float(f"{torch.cat(errors).mean():.5g}")
     return losses
 
 
-def export(trainer: Trainer, name: str, data: Data, out: Path, counts: Sequence[int]) -> None:
-    """Write the averaged model and its record; the quality is that of the file as written."""
+def export(trainer: Trainer, name: str, data: Data, out: Path, counts: Sequence[int]) -> float:
+    """Write the averaged model and its record; the quality is that of the file as written.
+
+    Returns:
+        The mean of the losses on the most held-out images.
+    """
     recipe = asdict(trainer.recipe)
     del recipe["config"]
     if recipe["start"] is not None:
@@ -316,49 +428,98 @@ def export(trainer: Trainer, name: str, data: Data, out: Path, counts: Sequence[
             "optimizer": "AdamW, linear warm-up, cosine to zero",
             "steps_done": trainer.step,
             "minutes": round(trainer.minutes, 1),
-            "threads": torch.get_num_threads(),
+            **processor(trainer.device),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "loss_at_step": {point["step"]: point["loss"] for point in trainer.history},
         },
     }
-    model = load(save(trainer.averaged, out, record))
-    record["quality"] = {
-        "held_out_epsilon_loss": [
-            {"images": len(images), "at_timestep": held_out_loss(model, images)}
-            for images in (data.held_out[:count] for count in counts)
-        ]
-    }
+    model = load(save(trainer.averaged, out, record), device=trainer.device)
+    losses = []
+    for images in (data.held_out[:count] for count in counts):
+        at_timestep = held_out_loss(model, images)
+        losses.append({"images": len(images), "at_timestep": at_timestep})
+    record["quality"] = {"held_out_epsilon_loss": losses}
     save(trainer.averaged, out, record)
+    return float(np.mean(list(at_timestep.values())))
+
+
+def processor(device: torch.device) -> dict[str, Any]:
+    """What a run's record says of where it ran."""
+    if device.type == "cuda":
+        return {"gpu": torch.cuda.get_device_name(device)}
+    return {"threads": torch.get_num_threads()}
+
+
+def steps_until(end: float, recipe: Recipe, data: Data, *, graph: bool = True) -> int:
+    """How many steps a run has time for until `end`, by the clock `time.monotonic`.
+
+    Some are made for it, and thrown away.
+    """
+    trainer = Trainer(recipe, data.train, graph=graph)
+    times = []
+    for count in (UNTIMED, TIMED):
+        began = time.monotonic()
+        for _ in range(count):
+            loss = trainer.train_step()
+        loss.item()
+        now = time.monotonic()
+        times.append(now - began)
+    return max(1, int(SHARE * (end - now) * TIMED / times[-1]))
 
 
 def train(
-    name: str, recipe: Recipe, data: Data, out: Path, *, checkpoint_every: int, resume: bool
+    name: str,
+    recipe: Recipe,
+    data: Data,
+    out: Path,
+    *,
+    checkpoint_every: int,
+    resume: bool,
+    graph: bool = True,
 ) -> None:
     """Train to the recipe's last step, with a checkpoint and an export every so many steps."""
     checkpoint = out / "checkpoint.safetensors"
     if checkpoint.exists() and not resume:
         raise SystemExit(f"{checkpoint} exists: continue it with --resume, or name another --out")
-    trainer = Trainer(recipe)
+    trainer = Trainer(recipe, data.train, graph=graph)
     if resume:
         trainer.load_checkpoint(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
 
-    losses: list[float] = []
+    losses: list[Tensor] = []
     started = time.monotonic() - 60 * trainer.minutes
-    with tqdm(total=recipe.steps, initial=trainer.step, desc=name, unit="step") as progress:
+    # A log gets a line now and then.
+    interval = 0.1 if sys.stderr.isatty() else 20.0
+    with tqdm(
+        total=recipe.steps, initial=trainer.step, desc=name, unit="step", mininterval=interval
+    ) as progress:
         while trainer.step < recipe.steps:
-            losses.append(trainer.train_step(data.train))
+            losses.append(trainer.train_step().clone())
             progress.update()
-            progress.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
-            if trainer.step % checkpoint_every == 0 or trainer.step == recipe.steps:
-                point = {"step": trainer.step, "loss": round(float(np.mean(losses)), 5)}
+            due = trainer.step % checkpoint_every == 0 or trainer.step == recipe.steps
+            if due or trainer.step % LOOK_EVERY == 0:
+                recent = mean(losses[-100:])
+                if not math.isfinite(recent):
+                    raise SystemExit(f"the loss is {recent} at step {trainer.step}")
+                progress.set_postfix(loss=f"{recent:.4f}", refresh=False)
+            if due:
+                point = {"step": trainer.step, "loss": round(mean(losses), 5)}
                 trainer.history.append(point)
                 trainer.minutes = (time.monotonic() - started) / 60
                 losses.clear()
                 trainer.save_checkpoint(checkpoint)
-                export(trainer, name, data, out, counts=(FEW,))
+                held_out = export(trainer, name, data, out, counts=(FEW,))
+                progress.write(
+                    f"step {trainer.step}: loss {point['loss']}, held out {held_out:.5f}",
+                    file=sys.stderr,
+                )
     export(trainer, name, data, out, counts=(FEW, MANY))
+
+
+def mean(losses: Sequence[Tensor]) -> float:
+    """Of one-element tensors."""
+    return torch.stack(tuple(losses)).double().mean().item()
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -371,23 +532,45 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     option("--out", type=Path, required=True, help="folder for the model and its checkpoint")
     option("--data", type=Path, default=FASHION_MNIST, help="folder of Fashion-MNIST")
     option("--steps", type=int, help="length of the run, in place of the recipe's")
+    option("--seconds", type=float, help="length of the run, for as many steps as that holds")
+    option("--batch", type=int, help="images of a step, in place of the recipe's")
     option("--learning-rate", type=float, help="its peak, in place of the recipe's")
+    option("--ema", type=float, help="what the average keeps at a step, in place of the recipe's")
     option("--start", help="a model's name or folder: begin with its weights")
     option("--seed", type=int, default=0, help="of the weights, the order and the noise")
     option("--threads", type=int, default=1, help="CPU threads")
+    option("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
+    option("--no-graph", action="store_true", help="no CUDA graph")
     option("--checkpoint-every", type=int, default=500, help="steps between checkpoints")
     option("--resume", action="store_true", help="continue the run in --out")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.seconds is not None and (args.steps is not None or args.resume):
+        parser.error("--seconds: not with --steps or --resume, which have their number of steps")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: expected cpu where there is no CUDA device, got cuda")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
+    began = time.monotonic()
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    given = {name: getattr(args, name) for name in ("steps", "learning_rate", "seed", "start")}
-    given = {name: value for name, value in given.items() if value is not None}
+    names = ("steps", "batch", "learning_rate", "ema", "seed", "start", "device")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     recipe = replace(RECIPES[args.model], **given)
+    if args.device == "cuda":
+        recipe = replace(recipe, bfloat16=torch.cuda.is_bf16_supported())
+        torch.backends.cudnn.benchmark = True
+        # Losses on held-out images are those of float32.
+        torch.backends.cudnn.allow_tf32 = False
     data = digits_data() if args.model == "digits" else fashion_data(args.data)
+    graph = not args.no_graph
+    if args.seconds is not None:
+        steps = steps_until(began + args.seconds, recipe, data, graph=graph)
+        ema = recipe.ema if args.ema is not None else max(recipe.ema, round(1 - 10 / steps, 6))
+        recipe = replace(recipe, steps=steps, ema=ema)
+        print(f"{steps} steps, averaged by {recipe.ema}", file=sys.stderr, flush=True)
     train(
         args.model,
         recipe,
@@ -395,6 +578,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out,
         checkpoint_every=args.checkpoint_every,
         resume=args.resume,
+        graph=graph,
     )
 
 

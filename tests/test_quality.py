@@ -152,6 +152,31 @@ def test_a_stopped_grid_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(drawn) == 4
 
 
+def test_samples_may_be_drawn_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [grid.Cell(2, eta, count=70) for eta in (0.0, 1.0)]
+    spaces = ("classifier",)
+    network = grid.Network("digits", compiled=False)
+    expected = [grid.measure(cell, network, "digits", spaces) for cell in wanted]
+
+    grid.draw_all("digits", iter(wanted), tmp_path / "all", "cpu")
+    assert len(list((tmp_path / "all").iterdir())) == 2
+    monkeypatch.setattr(grid, "draw", None)
+    grid.draw_all("digits", iter(wanted), tmp_path / "all", "cpu")
+    monkeypatch.setattr(grid, "SPACES", spaces)
+    monkeypatch.setattr(grid, "_context", lambda name: {})
+    result = grid.run(
+        "digits",
+        tmp_path / "quality.json",
+        iter(wanted),
+        compiled=False,
+        images=tmp_path / "all",
+    )
+    for row, own in zip(result["rows"], expected, strict=True):
+        assert row["classifier"] == own["classifier"]
+        assert row["network"] == network.precision
+        assert row["seconds"] >= 0
+
+
 def test_no_cell_is_begun_after_the_time_is_up(tmp_path: Path) -> None:
     path = tmp_path / "quality.json"
     result = grid.run("digits", path, iter([grid.Cell(5)]), seconds=-1, compiled=False)

@@ -7,6 +7,8 @@ import importlib.util
 import itertools
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastddim import models
 from fastddim.processor import has_bfloat16
@@ -59,10 +63,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
     train_step = train.Trainer.train_step
 
-    def interrupted(trainer: Any, images: torch.Tensor) -> float:
+    def interrupted(trainer: Any) -> torch.Tensor:
         if trainer.step == 3:
             raise KeyboardInterrupt
-        loss: float = train_step(trainer, images)
+        loss: torch.Tensor = train_step(trainer)
         return loss
 
     with monkeypatch.context() as patch:
@@ -113,7 +117,8 @@ def test_a_run_starts_from_another_models_weights(
     run(train, tiny, data, tmp_path / "first")
     again = replace(tiny, start=str(tmp_path / "first"), seed=1)
     given = models.load(tmp_path / "first").state_dict()
-    for model in (train.Trainer(again).model, train.Trainer(again).averaged):
+    trainer = train.Trainer(again, data.train)
+    for model in (trainer.model, trainer.averaged):
         for name, value in model.state_dict().items():
             assert torch.equal(value, given[name])
     run(train, again, data, tmp_path / "second")
@@ -125,7 +130,7 @@ def test_a_run_starts_from_another_models_weights(
     assert first["start"] is None
     other = models.UNetConfig(sample_shape=(1, 8, 8), channels=(16, 16))
     with pytest.raises(SystemExit, match=r"--start: expected a model of .*16, 16.*got one of"):
-        train.Trainer(replace(again, config=other))
+        train.Trainer(replace(again, config=other), data.train)
 
 
 def test_refusals(train: ModuleType, tiny: Any, data: Any, tmp_path: Path) -> None:
@@ -137,6 +142,193 @@ def test_refusals(train: ModuleType, tiny: Any, data: Any, tmp_path: Path) -> No
         run(train, tiny, data, tmp_path)
     with pytest.raises(SystemExit, match="is of another recipe"):
         run(train, tiny, data, tmp_path, resume=True)
+
+
+class Graph(TorchDispatchMode):
+    """A CUDA graph on the CPU: writes operations down, and repeats them into the same memory.
+
+    Stricter than CUDA, which runs nothing during a capture, in that what waits for the device is an
+    error there and here alike; laxer, in that copies between devices cannot be told.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.written.append((func, args, kwargs or {}, made))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, made in self.written:
+            again = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, torch.Tensor)]
+            for old, new in zip(made, again, strict=True):
+                if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    old.copy_(new)
+
+
+class Stream:
+    def wait_stream(self, _: Stream) -> None:
+        pass
+
+
+@contextmanager
+def capturing(graph: Graph, *, stream: Stream) -> Iterator[None]:
+    assert isinstance(stream, Stream)
+    with graph:
+        yield
+
+
+@pytest.fixture
+def on_gpu(train: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Makes trainers that do on the CPU what they do on a GPU."""
+    fakes = {
+        "Stream": Stream,
+        "stream": nullcontext,
+        "current_stream": Stream,
+        "CUDAGraph": Graph,
+        "graph": capturing,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "manual_seed", torch.manual_seed)
+    monkeypatch.setattr(
+        train, "draw_batch", lambda recipe, images, _: train.draw_batch_on_gpu(recipe, images)
+    )
+
+    class OnGpu(train.Trainer):  # type: ignore[misc, name-defined]
+        def __init__(self, recipe: Any, images: torch.Tensor, *, graph: bool = True) -> None:
+            super().__init__(recipe, images)
+            if graph:
+                self.backward = train.captured(self.loss_and_gradients)
+
+        def train_step(self) -> torch.Tensor:
+            torch.manual_seed(train.stream_seed(self.recipe.seed, self.step))
+            loss: torch.Tensor = super().train_step()
+            return loss
+
+    return OnGpu
+
+
+def test_a_captured_step_is_the_step_itself(
+    train: ModuleType, tiny: Any, data: Any, on_gpu: Callable[..., Any]
+) -> None:
+    one_by_one, captured = (on_gpu(tiny, data.train, graph=graph) for graph in (False, True))
+    assert captured.backward is not captured.loss_and_gradients
+    losses = [[trainer.train_step().item() for _ in range(5)] for trainer in (one_by_one, captured)]
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 5
+    for name, value in one_by_one.averaged.state_dict().items():
+        assert torch.equal(value, captured.averaged.state_dict()[name])
+
+
+def test_a_captured_run_resumes(
+    train: ModuleType,
+    tiny: Any,
+    data: Any,
+    tmp_path: Path,
+    on_gpu: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(train, "Trainer", on_gpu)
+    run(train, tiny, data, tmp_path / "whole")
+    train_step = on_gpu.train_step  # type: ignore[attr-defined]
+
+    def interrupted(trainer: Any) -> torch.Tensor:
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        loss: torch.Tensor = train_step(trainer)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(on_gpu, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(train, tiny, data, tmp_path / "parts")
+    run(train, tiny, data, tmp_path / "parts", resume=True)
+    whole, parts = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")
+    )
+    assert whole == parts
+
+
+def test_a_graph_of_something_else_is_refused(train: ModuleType, on_gpu: Any) -> None:
+    values = iter([1.0, 1.0, 1.0, 2.0])
+    with pytest.raises(RuntimeError, match=r"captured step has a loss of 2.0, the step itself 1.0"):
+        train.captured(lambda: torch.tensor(next(values)))
+
+
+@pytest.mark.gpu
+def test_a_step_captured_on_a_gpu_is_the_step_itself(
+    train: ModuleType, tiny: Any, data: Any
+) -> None:
+    recipe = replace(tiny, device="cuda", bfloat16=True)
+    one_by_one, captured = (
+        train.Trainer(recipe, data.train, graph=graph) for graph in (False, True)
+    )
+    start = torch.nn.utils.parameters_to_vector(one_by_one.model.parameters()).detach().clone()
+    for _ in range(5):
+        losses = [trainer.train_step().item() for trainer in (captured, one_by_one)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    own, other = (
+        torch.nn.utils.parameters_to_vector(trainer.model.parameters())
+        for trainer in (one_by_one, captured)
+    )
+    assert (own - other).norm() < 0.1 * (own - start).norm()
+
+
+def test_draws_of_a_gpu(train: ModuleType, tiny: Any) -> None:
+    images = torch.arange(24.0).view(24, 1, 1, 1)
+    x_0, t, noise = train.draw_batch_on_gpu(replace(tiny, batch=5000), images)
+    assert x_0.shape == noise.shape == (5000, 1, 1, 1)
+    assert set(x_0.flatten().tolist()) == set(range(24))
+    assert torch.equal(t // 20, torch.arange(5000) // 100)
+    assert noise.std() == pytest.approx(1, abs=0.05)
+
+
+def test_a_time_gives_a_number_of_steps(
+    train: ModuleType, tiny: Any, data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(train.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(train, "UNTIMED", 1)
+    monkeypatch.setattr(train, "TIMED", 2)
+    # Two steps a second, from the third look at the clock on.
+    assert train.steps_until(103, tiny, data) == 186
+
+
+def test_a_run_stops_where_the_loss_is_no_number(
+    train: ModuleType, tiny: Any, data: Any, tmp_path: Path
+) -> None:
+    broken = train.Data(data.train * torch.nan, data.held_out, data.source)
+    with pytest.raises(SystemExit, match="the loss is nan at step 2"):
+        run(train, tiny, broken, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--seconds", "9", "--steps", "2"), "--seconds: not with --steps or --resume"),
+        (("--seconds", "9", "--resume"), "--seconds: not with --steps or --resume"),
+        (("--device", "cuda"), "--device: expected cpu where there is no CUDA device"),
+    ],
+)
+def test_options_that_do_not_fit(
+    train: ModuleType,
+    options: tuple[str, ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        train.parse_args(["digits", "--out", "out", *options])
+    assert said in capsys.readouterr().err
 
 
 def test_an_epoch_visits_every_image_once(train: ModuleType, tiny: Any) -> None:

@@ -5,6 +5,11 @@
 
 Cells that the result file has for the same configuration are not drawn again, so a run that was
 stopped goes on where it was.
+
+    python benchmarks/quality/grid.py fashion --count 2000 --long --images all --draw --device cuda
+    python benchmarks/quality/grid.py fashion --count 2000 --long --images all
+
+draws all of them on a GPU first, into files, and judges them elsewhere.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +35,7 @@ from harness import machine
 
 import fastddim
 from fastddim.files import atomic_file
+from fastddim.images import from_uint8, to_uint8
 from fastddim.processor import has_bfloat16
 from quality import classifier
 from quality.features import SPACES, features, floor, reference
@@ -100,17 +107,20 @@ def cells(count: int, *, long: bool) -> Iterator[Cell]:
 
 
 class Network(torch.nn.Module):
-    """The bundled model, computing in bfloat16 where the CPU does; it takes and returns float32."""
+    """The bundled model, computing in bfloat16 where the device does; takes and returns float32."""
 
-    def __init__(self, name_or_path: str, *, compiled: bool) -> None:
+    def __init__(self, name_or_path: str, *, compiled: bool, device: str = "cpu") -> None:
         super().__init__()
-        model = fastddim.models.load(name_or_path)
+        model = fastddim.models.load(name_or_path, device=device)
         self.sample_shape, self.schedule = model.sample_shape, model.schedule
         self.model = torch.compile(model, dynamic=False) if compiled else model
-        self.precision = "bfloat16" if has_bfloat16() else "float32"
+        self.device_type = torch.device(device).type
+        narrow = has_bfloat16() if self.device_type == "cpu" else torch.cuda.is_bf16_supported()
+        self.precision = "bfloat16" if narrow else "float32"
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
+        enabled = self.precision == "bfloat16"
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=enabled):
             output: Tensor = self.model(x, t)
         return output.float()
 
@@ -121,16 +131,47 @@ def fingerprint(name_or_path: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def measure(cell: Cell, network: Any, name: str, spaces: tuple[str, ...]) -> dict[str, Any]:
-    """Draw a cell's samples and compare them with the real images, in each space."""
+def draw(cell: Cell, network: Any) -> tuple[Tensor, dict[str, Any]]:
+    """A cell's samples on the CPU, and what its row says of how they were drawn."""
     began = time.perf_counter()
     images = torch.cat(
         [
-            cell.draw(network, start, min(start + BATCH, cell.count))
+            cell.draw(network, start, min(start + BATCH, cell.count)).cpu()
             for start in range(0, cell.count, BATCH)
         ]
     )
-    row: dict[str, Any] = {"seconds": round(time.perf_counter() - began, 1)}
+    row = {"seconds": round(time.perf_counter() - began, 1), "network": network.precision}
+    if network.device_type == "cuda":
+        row["gpu"] = torch.cuda.get_device_name()
+    return images, row
+
+
+def store(path: Path, images: Tensor, row: dict[str, Any]) -> None:
+    """Write what `draw` gives, with 8 bits a pixel, which is all that is judged."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        np.savez_compressed(file, images=to_uint8(images), row=json.dumps(row))
+
+
+def stored(path: Path) -> tuple[Tensor, dict[str, Any]]:
+    """What `store` wrote."""
+    with np.load(path) as file:
+        return from_uint8(file["images"]), json.loads(str(file["row"]))
+
+
+def image_file(folder: Path, weights: str, cell: Cell) -> Path:
+    """Where `--images` has a cell's samples."""
+    return folder / ("-".join([weights, *map(str, asdict(cell).values())]) + ".npz")
+
+
+def measure(
+    cell: Cell, network: Any, name: str, spaces: tuple[str, ...], path: Path | None = None
+) -> dict[str, Any]:
+    """Compare a cell's samples with the real images, in each space.
+
+    They are those in the file `path`, and drawn where there is none.
+    """
+    images, row = stored(path) if path and path.is_file() else draw(cell, network)
     for space in spaces:
         seen = images if space == "classifier" else images[:SLOW_COUNT]
         values = features(space, name, seen)
@@ -151,6 +192,8 @@ def run(
     model: str | None = None,
     seconds: float = float("inf"),
     compiled: bool = True,
+    device: str = "cpu",
+    images: Path | None = None,
 ) -> dict[str, Any]:
     """Measure the cells that `path` lacks, and write it after each; returns what it holds.
 
@@ -161,12 +204,14 @@ def run(
         model: whose samples, default the bundled model of that name.
         seconds: no cell is begun later than this.
         compiled: whether the network goes through `torch.compile`.
+        device: where samples are drawn.
+        images: the folder of samples that are drawn already, if any.
     """
     model = model or name
     result = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     weights = fingerprint(model)
     done = {_key(row) for row in result["rows"]}
-    network = Network(model, compiled=compiled)
+    network = Network(model, compiled=compiled, device=device)
     provenance = machine()
     began = time.monotonic()
     for cell in wanted:
@@ -176,14 +221,26 @@ def run(
             continue
         if time.monotonic() - began > seconds:
             break
-        entry |= measure(cell, network, name, spaces)
-        entry |= {"network": network.precision, "commit": provenance["commit"]}
+        drawn = image_file(images, weights, cell) if images else None
+        entry |= measure(cell, network, name, spaces, drawn)
+        entry |= {"commit": provenance["commit"]}
         result["rows"].append(entry)
         result |= {"data": name, "machine": provenance, **_context(name)}
         with atomic_file(path) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
         print(entry, flush=True)
     return result
+
+
+def draw_all(model: str, wanted: Iterator[Cell], images: Path, device: str) -> None:
+    """Draw the cells that the folder `images` lacks, and measure nothing."""
+    weights, network = fingerprint(model), Network(model, compiled=False, device=device)
+    for cell in wanted:
+        path = image_file(images, weights, cell)
+        if not path.is_file():
+            samples, row = draw(cell, network)
+            store(path, samples, row)
+            print(f"{path.name}: {row['seconds']} s", flush=True)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -214,11 +271,28 @@ def main() -> None:
     option("--seconds", type=float, default=float("inf"), help="begin no cell later than this")
     option("--threads", type=int, default=torch.get_num_threads())
     option("--long", action="store_true", help="1000 steps too")
+    option("--device", default="cpu", help="where samples are drawn, default cpu")
+    option("--images", type=Path, help="folder of samples that are drawn already")
+    option("--draw", action="store_true", help="draw into --images, and measure nothing")
     args = parser.parse_args()
+    if args.draw and args.images is None:
+        parser.error("--draw: expected a folder, --images")
     torch.set_num_threads(args.threads)
     path = args.results or RESULTS / f"quality-{args.name}.json"
     wanted = cells(args.count, long=args.long)
-    run(args.name, path, wanted, model=args.model, seconds=args.seconds)
+    if args.draw:
+        draw_all(args.model or args.name, wanted, args.images, args.device)
+        return
+    run(
+        args.name,
+        path,
+        wanted,
+        model=args.model,
+        seconds=args.seconds,
+        compiled=args.device == "cpu",
+        device=args.device,
+        images=args.images,
+    )
 
 
 if __name__ == "__main__":
