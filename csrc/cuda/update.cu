@@ -562,14 +562,15 @@ struct Extent {
 
 // Whether the samples' chunks can be dealt to the threads of one launch.
 inline bool make_grid(Grid& grid, Extent& extent, int64_t batch, int64_t count, int64_t size) {
-  constexpr int64_t MOST = 0xFFFF;  // blocks along y or z
+  constexpr int64_t ALONG_Y = 0xFFFF, ALONG_Z = 0xFFFF;  // the most blocks that there may be
   const int64_t chunks = (count + size - 1) / size, tiles = (chunks + BLOCK - 1) / BLOCK;
   int64_t samples = chunks < BLOCK ? BLOCK / chunks : 1;
   if (samples > batch) samples = batch;
-  const int64_t groups = (batch + samples - 1) / samples, planes = (groups + MOST - 1) / MOST;
-  if (batch > INT_MAX || chunks > INT_MAX || planes > MOST) return false;
+  const int64_t groups = (batch + samples - 1) / samples, planes = (groups + ALONG_Y - 1) / ALONG_Y;
+  if (batch > INT_MAX || chunks > INT_MAX || planes > ALONG_Z) return false;
   grid = {count, (uint32_t)batch, (uint32_t)chunks, 0};
-  extent.blocks = {(uint32_t)tiles, (uint32_t)(groups < MOST ? groups : MOST), (uint32_t)planes};
+  extent.blocks = {(uint32_t)tiles, (uint32_t)(groups < ALONG_Y ? groups : ALONG_Y),
+                   (uint32_t)planes};
   extent.threads = {(uint32_t)(chunks < BLOCK ? chunks : BLOCK), (uint32_t)samples, 1};
   return true;
 }
