@@ -249,7 +249,7 @@ BROKEN = {
         "tl.where(row.pn != 0, tl.fma(row.pn, z.to(compute), x_prev), x_prev)",
         "tl.fma(row.pn, z.to(compute), x_prev)",
     ),
-    "an outer sign of zero lost": ("update", "floor = row.r * -1.0", "floor = 0.0 - row.r"),
+    "an outer sign of zero lost": ("update", "(x_0, limit * -1.0,", "(x_0, 0.0 - limit,"),
     "one half of the model input": (
         "update",
         "write(further(tensors.model_input, second_input), state, span, WIDE)",
