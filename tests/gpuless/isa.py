@@ -522,7 +522,7 @@ def _reciprocal_root(i: Instruction) -> Step:
         exact_root = 1 / np.sqrt(exact.flushed(a).astype(np.float64))
         nearest = exact_root.astype(np.float32)
         # As hardware does, the same for the same significand and parity of the exponent.
-        step = (a.view(np.int32) >> 1) % 5 - 2
+        step = (nearest.view(np.int32) & 0x7FFFFF) % 5 - 2
         moved = (nearest.view(np.int32) + step.astype(np.int32)).view(np.float32)
         error = np.abs(moved / exact_root - 1)
         return np.where(error <= _RSQRT_ERROR, moved, nearest)
