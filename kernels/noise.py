@@ -11,26 +11,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Highest power first, as Horner's scheme takes them. Those of the logarithm have the powers of two
-# that csrc/formula.h explains.
+# Highest power first, as Horner's scheme takes them.
 _LN = tl.constexpr(
     tuple(
         map(
             float.fromhex,
             (
-                "0x1.6607fep-12",
-                "-0x1.25183ap-10",
-                "0x1.3174c8p-9",
-                "-0x1.53522ap-8",
-                "0x1.98d22cp-7",
-                "-0x1.0004cap-5",
-                "0x1.5556f6p-4",
-                "-0x1.fffffap-3",
+                "0x1.6607fep-4",
+                "-0x1.25183ap-3",
+                "0x1.3174c8p-3",
+                "-0x1.53522ap-3",
+                "0x1.98d22cp-3",
+                "-0x1.0004cap-2",
+                "0x1.5556f6p-2",
+                "-0x1.fffffap-2",
             ),
         )
     )
 )
-_LN_2 = tl.constexpr(float.fromhex("0x1.62e430p-23"))
+# Of an exponent that is 2^23 times its value.
+_LN_2 = tl.constexpr(float.fromhex("0x1.62e430p-24"))
 _SIN = tl.constexpr(
     tuple(
         map(
@@ -59,10 +59,10 @@ def polynomial(coefficients: tl.constexpr, degree: tl.constexpr, x):
 
 
 @triton.jit
-def twice_ln(u):
+def ln(u):
     word = u.to(tl.int32, bitcast=True)
     exponent = (word - 0x3F3504F3) & -0x800000
-    f = tl.fma((word - exponent).to(tl.float32, bitcast=True), 2.0, -2.0)
+    f = (word - exponent).to(tl.float32, bitcast=True) - 1.0
     mantissa = tl.fma(f * f, polynomial(_LN, 7, f), f)
     return tl.fma(exponent.to(tl.float32), _LN_2, mantissa)
 
@@ -103,7 +103,7 @@ def root(a, NVIDIA: tl.constexpr):
 
 @triton.jit
 def box_muller(word_0, word_1, NVIDIA: tl.constexpr):
-    radius = root(twice_ln(uniform(word_0)) * -1.0, NVIDIA)
+    radius = root(ln(uniform(word_0)) * -2.0, NVIDIA)
     sine, cosine, sign = sincos_2pi(uniform(word_1))
     radius = (radius.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
     return radius * cosine, radius * sine
