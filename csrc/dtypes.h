@@ -37,15 +37,11 @@ FASTDDIM_FN void narrow(float a, Half& out) {
 FASTDDIM_FN void narrow(float a, Brain& out) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.word) : "f"(a));
 }
-FASTDDIM_FN void narrow_pair(float a, float b, Half* out) {
-  uint32_t words;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words) : "f"(b), "f"(a));
-  out[0].word = (uint16_t)words, out[1].word = (uint16_t)(words >> 16);
+FASTDDIM_FN void narrow_pair(float a, float b, Half, uint32_t& pair) {
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
 }
-FASTDDIM_FN void narrow_pair(float a, float b, Brain* out) {
-  uint32_t words;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words) : "f"(b), "f"(a));
-  out[0].word = (uint16_t)words, out[1].word = (uint16_t)(words >> 16);
+FASTDDIM_FN void narrow_pair(float a, float b, Brain, uint32_t& pair) {
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
 }
 
 #else
@@ -83,11 +79,23 @@ FASTDDIM_FN void narrow(double a, float& out) { out = (float)a; }
 FASTDDIM_FN void narrow(double a, Half& out) { narrow((float)a, out); }
 FASTDDIM_FN void narrow(double a, Brain& out) { narrow((float)a, out); }
 
-// Two values at once, where a GPU has an instruction for it.
-template <class C, class T>
-FASTDDIM_FN void narrow_pair(C a, C b, T* out) {
-  narrow(a, out[0]);
-  narrow(b, out[1]);
+// Two neighbours in memory, the first of them in the lower half of a word.
+template <class T>
+FASTDDIM_FN void widen_pair(uint32_t pair, T, float& a, float& b) {
+  a = widened(T{(uint16_t)pair});
+  b = widened(T{(uint16_t)(pair >> 16)});
+}
+// Written out, for compilers that would move the upper half down and up again.
+FASTDDIM_FN void widen_pair(uint32_t pair, Brain, float& a, float& b) {
+  a = from_bits((int32_t)(pair << 16));
+  b = from_bits((int32_t)(pair & 0xFFFF0000));
+}
+template <class T>
+FASTDDIM_FN void narrow_pair(float a, float b, T, uint32_t& pair) {
+  T halves[2];
+  narrow(a, halves[0]);
+  narrow(b, halves[1]);
+  pair = halves[0].word | (uint32_t)halves[1].word << 16;
 }
 
 }  // namespace FASTDDIM_NAMESPACE

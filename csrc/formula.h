@@ -33,9 +33,14 @@ FASTDDIM_FN V unclipped_x_0(const Row<V>& row, V x, V m) {
 
 // The comparisons are false for NaN, which passes through.
 template <class V>
+FASTDDIM_FN V clamped(V a, V limit) {
+  V floored = a < -limit ? -limit : a;
+  return floored > limit ? limit : floored;
+}
+
+template <class V>
 FASTDDIM_FN V clipped(const Row<V>& row, V x_0) {
-  V floored = x_0 < -row.r ? -row.r : x_0;
-  return floored > row.r ? row.r : floored;
+  return clamped(x_0, row.r);
 }
 
 template <class V>
@@ -60,22 +65,24 @@ FASTDDIM_FN V polynomial(const float (&coefficients)[N], V x) {
   return value;
 }
 
-// ln u for u in [2^-33, 1]; 1.41 ulp.
+// ln u for u in [2^-33, 1]; 1.41 ulp. The exponent stays where it is in the word, as 2^23 times its
+// value, which changes no rounding.
 template <class V>
 FASTDDIM_FN V ln(V u) {
   constexpr float coefficients[] = {-0x1.fffffap-2f, 0x1.5556f6p-2f,  -0x1.0004cap-2f,
                                     0x1.98d22cp-3f,  -0x1.53522ap-3f, 0x1.3174c8p-3f,
                                     -0x1.25183ap-3f, 0x1.6607fep-4f};
   auto word = bits(u);
-  auto exponent = (word - 0x3F3504F3) >> 23;
-  V f = from_bits(word - (exponent << 23)) - splat(u, 1.0f);
+  auto exponent = (word - 0x3F3504F3) & -0x800000;
+  V f = from_bits(word - exponent) - splat(u, 1.0f);
   V mantissa = fma(f * f, polynomial(coefficients, f), f);
-  return fma(to_float(exponent), splat(u, 0x1.62e430p-1f), mantissa);
+  return fma(to_float(exponent), splat(u, 0x1.62e430p-24f), mantissa);
 }
 
-// sin 2πu and cos 2πu for u in [0, 1]; 0.88 ulp.
+// sin 2πu and cos 2πu for u in [0, 1], but for a change of sign of both: bit 31 of what is
+// returned, which has no others; 0.88 ulp.
 template <class V>
-FASTDDIM_FN void sincos_2pi(V u, V& sine, V& cosine) {
+FASTDDIM_FN auto sincos_2pi(V u, V& sine, V& cosine) {
   constexpr float odd[] = {-0x1.a32bd0p-23f, -0x1.4abbbap+5f, 0x1.465eeap+6f, -0x1.2da156p+6f};
   constexpr float even[] = {1.0f, -0x1.3bd3ccp+4f, 0x1.03c1aep+6f, -0x1.55b146p+6f, 0x1.d47d48p+5f};
   auto quarter = truncated(fma(u, splat(u, 4.0f), splat(u, 0.5f)));
@@ -84,11 +91,10 @@ FASTDDIM_FN void sincos_2pi(V u, V& sine, V& cosine) {
   V s = fma(r, splat(u, 0x1.921fb6p+2f), r * polynomial(odd, square));
   V c = polynomial(even, square);
   auto swapped = (quarter & 1) != 0;
-  V first = select(swapped, c, s);
-  V second = select(swapped, s, c);
-  // Bit 1 of the quarter is the sign.
-  sine = from_bits(bits(first) ^ ((quarter << 30) & INT32_MIN));
-  cosine = from_bits(bits(second) ^ (((quarter + 1) << 30) & INT32_MIN));
+  sine = select(swapped, c, s);
+  cosine = select(swapped, -s, c);
+  // Bit 1 of the quarter.
+  return (quarter << 30) & INT32_MIN;
 }
 
 // u in (0, 1] of a word that was rounded to float once.
@@ -101,7 +107,8 @@ template <class V>
 FASTDDIM_FN void box_muller(V word_0, V word_1, V& z_0, V& z_1) {
   V radius = root(ln(uniform(word_0)) * splat(word_0, -2.0f));
   V sine, cosine;
-  sincos_2pi(uniform(word_1), sine, cosine);
+  auto sign = sincos_2pi(uniform(word_1), sine, cosine);
+  radius = from_bits(bits(radius) ^ sign);
   z_0 = radius * cosine;
   z_1 = radius * sine;
 }
@@ -115,30 +122,40 @@ struct Key {
   uint32_t step, sample, stream;
 };
 
-FASTDDIM_FN void philox(const Key& key, uint32_t quad, uint32_t (&counter)[4]) {
-  counter[0] = quad;
-  counter[1] = key.step;
-  counter[2] = key.sample;
-  counter[3] = key.stream;
+// The words of N quads from `first` on, in step: they share the keys of the rounds.
+template <int N>
+FASTDDIM_FN void philox(const Key& key, uint32_t first, uint32_t (&counters)[N][4]) {
+  for (int i = 0; i < N; ++i) {
+    counters[i][0] = first + (uint32_t)i;
+    counters[i][1] = key.step;
+    counters[i][2] = key.sample;
+    counters[i][3] = key.stream;
+  }
   uint32_t k_0 = (uint32_t)key.seed, k_1 = (uint32_t)(key.seed >> 32);
   for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-    uint64_t product_0 = (uint64_t)PHILOX_MULTIPLIER_0 * counter[0];
-    uint64_t product_1 = (uint64_t)PHILOX_MULTIPLIER_1 * counter[2];
-    counter[0] = (uint32_t)(product_1 >> 32) ^ counter[1] ^ k_0;
-    counter[1] = (uint32_t)product_1;
-    counter[2] = (uint32_t)(product_0 >> 32) ^ counter[3] ^ k_1;
-    counter[3] = (uint32_t)product_0;
+    for (auto& counter : counters) {
+      uint64_t product_0 = (uint64_t)PHILOX_MULTIPLIER_0 * counter[0];
+      uint64_t product_1 = (uint64_t)PHILOX_MULTIPLIER_1 * counter[2];
+      counter[0] = (uint32_t)(product_1 >> 32) ^ counter[1] ^ k_0;
+      counter[1] = (uint32_t)product_1;
+      counter[2] = (uint32_t)(product_0 >> 32) ^ counter[3] ^ k_1;
+      counter[3] = (uint32_t)product_0;
+    }
     k_0 += PHILOX_WEYL_0;
     k_1 += PHILOX_WEYL_1;
   }
 }
 
-// The normals of elements 4·quad … 4·quad + 3.
-FASTDDIM_FN void normals_of_quad(const Key& key, uint32_t quad, float (&z)[4]) {
-  uint32_t words[4];
-  philox(key, quad, words);
+FASTDDIM_FN void normals_of_words(const uint32_t (&words)[4], float (&z)[4]) {
   box_muller((float)words[0], (float)words[1], z[0], z[1]);
   box_muller((float)words[2], (float)words[3], z[2], z[3]);
+}
+
+// The normals of elements 4·quad … 4·quad + 3.
+FASTDDIM_FN void normals_of_quad(const Key& key, uint32_t quad, float (&z)[4]) {
+  uint32_t words[1][4];
+  philox(key, quad, words);
+  normals_of_words(words[0], z);
 }
 
 }  // namespace FASTDDIM_NAMESPACE

@@ -21,7 +21,29 @@ namespace FASTDDIM_NAMESPACE {
 
 FASTDDIM_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FASTDDIM_FN double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+#if defined(__CUDA_ARCH__)
+// The square root, rounded to nearest, of 0 or a number in [2^-26, 2^6]: the operations that
+// sqrt.rn.f32 consists of in this range, without the branch for other numbers. Where a is 0 the
+// reciprocal is infinite, and any finite number takes its place.
+FASTDDIM_FN float root(float a) {
+  float reciprocal;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(a));
+  reciprocal = __builtin_fminf(__builtin_fabsf(reciprocal), 0x1p+40f);
+  float approximate = a * reciprocal;
+  return fma(fma(-approximate, approximate, a), 0.5f * reciprocal, approximate);
+}
+
+// `a` between -limit and limit; NaN stays, and a limit that is NaN limits nothing.
+FASTDDIM_FN float clamped(float a, float limit) {
+  limit = __builtin_fminf(limit, __builtin_inff());
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(-limit));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(limit));
+  return a;
+}
+#else
 FASTDDIM_FN float root(float a) { return __builtin_sqrtf(a); }
+#endif
 
 FASTDDIM_FN int32_t bits(float a) {
   int32_t word;

@@ -29,7 +29,8 @@ _LN = tl.constexpr(
         )
     )
 )
-_LN_2 = tl.constexpr(float.fromhex("0x1.62e430p-1"))
+# Of an exponent that is 2^23 times its value.
+_LN_2 = tl.constexpr(float.fromhex("0x1.62e430p-24"))
 _SIN = tl.constexpr(
     tuple(
         map(
@@ -60,8 +61,8 @@ def polynomial(coefficients: tl.constexpr, degree: tl.constexpr, x):
 @triton.jit
 def ln(u):
     word = u.to(tl.int32, bitcast=True)
-    exponent = (word - 0x3F3504F3) >> 23
-    f = (word - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    exponent = (word - 0x3F3504F3) & -0x800000
+    f = (word - exponent).to(tl.float32, bitcast=True) - 1.0
     mantissa = tl.fma(f * f, polynomial(_LN, 7, f), f)
     return tl.fma(exponent.to(tl.float32), _LN_2, mantissa)
 
@@ -74,12 +75,9 @@ def sincos_2pi(u):
     s = tl.fma(r, _TWO_PI, r * polynomial(_SIN, 3, square))
     c = polynomial(_COS, 4, square)
     swapped = (quarter & 1) != 0
-    first = tl.where(swapped, c, s).to(tl.int32, bitcast=True)
-    second = tl.where(swapped, s, c).to(tl.int32, bitcast=True)
-    # Bit 1 of the quarter is the sign.
-    sine = (first ^ ((quarter >> 1) << 31)).to(tl.float32, bitcast=True)
-    cosine = (second ^ (((quarter + 1) >> 1) << 31)).to(tl.float32, bitcast=True)
-    return sine, cosine
+    # Bit 1 of the quarter is the sign of both. Triton's unary minus would be 0 - s.
+    sign = (quarter >> 1) << 31
+    return tl.where(swapped, c, s), tl.where(swapped, s * -1.0, c), sign
 
 
 @triton.jit
@@ -89,9 +87,25 @@ def uniform(word):
 
 
 @triton.jit
-def box_muller(word_0, word_1):
-    radius = tl.sqrt_rn(ln(uniform(word_0)) * -2.0)
-    sine, cosine = sincos_2pi(uniform(word_1))
+def root(a, NVIDIA: tl.constexpr):
+    """See csrc/scalar.h; `tl.sqrt_rn` branches to numbers that do not occur here."""
+    if NVIDIA:
+        reciprocal = tl.inline_asm_elementwise(
+            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
+        )
+        reciprocal = tl.minimum(tl.abs(reciprocal), 2.0**40)
+        approximate = a * reciprocal
+        rest = tl.fma(approximate * -1.0, approximate, a)
+        return tl.fma(rest, 0.5 * reciprocal, approximate)
+    else:
+        return tl.sqrt_rn(a)
+
+
+@triton.jit
+def box_muller(word_0, word_1, NVIDIA: tl.constexpr):
+    radius = root(ln(uniform(word_0)) * -2.0, NVIDIA)
+    sine, cosine, sign = sincos_2pi(uniform(word_1))
+    radius = (radius.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
     return radius * cosine, radius * sine
 
 
@@ -105,10 +119,10 @@ def words(keys, position, quad, stream: tl.constexpr):
 
 
 @triton.jit
-def normals_of_quads(keys, position, quad, stream: tl.constexpr):
+def normals_of_quads(keys, position, quad, stream: tl.constexpr, NVIDIA: tl.constexpr):
     r_0, r_1, r_2, r_3 = words(keys, position, quad, stream)
-    z_0, z_1 = box_muller(r_0, r_1)
-    z_2, z_3 = box_muller(r_2, r_3)
+    z_0, z_1 = box_muller(r_0, r_1, NVIDIA)
+    z_2, z_3 = box_muller(r_2, r_3, NVIDIA)
     return z_0, z_1, z_2, z_3
 
 
@@ -119,7 +133,15 @@ def quads(first, TILE: tl.constexpr):
 
 
 @triton.jit
-def normals(keys, position, first, stream: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr):
+def normals(
+    keys,
+    position,
+    first,
+    stream: tl.constexpr,
+    TILE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):
     """float32 `[TILE]`: normals first … first + TILE − 1, each drawn by the thread that stores it.
 
     A thread stores VECTOR neighbours: half a quad, a quad, or two.
@@ -129,15 +151,16 @@ def normals(keys, position, first, stream: tl.constexpr, TILE: tl.constexpr, VEC
     if VECTOR == 2:
         r_0, r_1, r_2, r_3 = words(keys, position, first_quad + (lane >> 1), stream)
         second = (lane & 1) != 0
-        z = tl.join(*box_muller(tl.where(second, r_2, r_0), tl.where(second, r_3, r_1)))
+        word_0, word_1 = tl.where(second, r_2, r_0), tl.where(second, r_3, r_1)
+        z = tl.join(*box_muller(word_0, word_1, NVIDIA))
     elif VECTOR == 4:
-        z_0, z_1, z_2, z_3 = normals_of_quads(keys, position, first_quad + lane, stream)
+        z_0, z_1, z_2, z_3 = normals_of_quads(keys, position, first_quad + lane, stream, NVIDIA)
         z = tl.join(tl.join(z_0, z_2), tl.join(z_1, z_3))
     else:
         tl.static_assert(VECTOR == 8)
         quad = first_quad + 2 * lane
-        y_0, y_1, y_2, y_3 = normals_of_quads(keys, position, quad, stream)
-        z_0, z_1, z_2, z_3 = normals_of_quads(keys, position, quad + 1, stream)
+        y_0, y_1, y_2, y_3 = normals_of_quads(keys, position, quad, stream, NVIDIA)
+        z_0, z_1, z_2, z_3 = normals_of_quads(keys, position, quad + 1, stream, NVIDIA)
         z = tl.join(
             tl.join(tl.join(y_0, z_0), tl.join(y_2, z_2)),
             tl.join(tl.join(y_1, z_1), tl.join(y_3, z_3)),

@@ -105,11 +105,10 @@ def write_step(inputs, z, tensors, second_input, row, span, WIDE: tl.constexpr):
     if len(inputs) == 3:
         m = tl.fma(row.g, inputs[2].to(compute) - m, m)
     x_0 = tl.fma(row.cx, x, row.cm * m)
-    # Triton's unary minus is 0 - r, which loses the sign of zero.
-    floor = row.r * -1.0
-    # The comparisons are false for NaN, which passes through.
-    x_0 = tl.where(x_0 < floor, floor, x_0)
-    x_0 = tl.where(x_0 > row.r, row.r, x_0)
+    # NaN stays, and a limit that is NaN limits nothing. Triton's unary minus would be 0 - limit.
+    limit = tl.where(row.r == row.r, row.r, float("inf"))
+    x_0 = tl.maximum(x_0, limit * -1.0, propagate_nan=tl.PropagateNan.ALL)
+    x_0 = tl.minimum(x_0, limit, propagate_nan=tl.PropagateNan.ALL)
     x_prev = tl.fma(row.k0, x_0, tl.fma(row.kx, x, row.km * m))
     if tensors.history is not None:
         x_prev = tl.fma(row.ph, read(tensors.history, span, WIDE).to(compute), x_prev)
@@ -137,7 +136,7 @@ def write_step(inputs, z, tensors, second_input, row, span, WIDE: tl.constexpr):
             write(further(tensors.model_input, second_input), state, span, WIDE)
 
 
-@triton.jit(do_not_specialize_on_alignment=["tiles"])
+@triton.jit
 def update_kernel(
     tensors,
     # Elements from the first to the second of two stacked batches; None where there is one.
@@ -148,25 +147,26 @@ def update_kernel(
     row,
     sizes,
     count,
-    tiles,
     PER_SAMPLE: tl.constexpr,
     TILE: tl.constexpr,
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):
-    sample, first = locate(tiles, TILE)
+    sample, first = locate(SAMPLES, TILE)
     fields = row_at(table, row, sample, PER_SAMPLE)
     noisy = tl.load(fields + _PN) != 0
     if VECTOR > 1:
         span = part(sizes, sample, first, count, 0, False, TILE, VECTOR)
         # Read first: memory answers while noise is drawn.
         inputs = read_step(tensors, conditional, span, WIDE)
+        coefficients = coefficients_at(fields)
         z = None
         if keys is not None:
             z = tl.zeros([TILE], tl.float32)
             if noisy:
-                z = normals(keys, sample, first, _STEP_NOISE, TILE, VECTOR)
-        coefficients = coefficients_at(fields)
+                z = normals(keys, sample, first, _STEP_NOISE, TILE, VECTOR, NVIDIA)
         write_step(inputs, z, tensors, second_input, coefficients, span, WIDE)
     else:
         quad: tl.constexpr = TILE // _QUAD
@@ -175,7 +175,7 @@ def update_kernel(
             none = tl.zeros([quad], tl.float32)
             z = (none, none, none, none)
             if noisy:
-                z = normals_of_quads(keys, sample, quads(first, TILE), _STEP_NOISE)
+                z = normals_of_quads(keys, sample, quads(first, TILE), _STEP_NOISE, NVIDIA)
         coefficients = coefficients_at(fields)
         for i in tl.static_range(_QUAD):
             span = part(sizes, sample, first, count, i, keys is not None, TILE, VECTOR)
@@ -183,24 +183,25 @@ def update_kernel(
             write_step(inputs, z[i], tensors, second_input, coefficients, span, WIDE)
 
 
-@triton.jit(do_not_specialize_on_alignment=["tiles"])
+@triton.jit
 def normal_kernel(
     out,
     keys,
     sizes,
     count,
-    tiles,
     STREAM: tl.constexpr,
     TILE: tl.constexpr,
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):
-    sample, first = locate(tiles, TILE)
+    sample, first = locate(SAMPLES, TILE)
     if VECTOR > 1:
-        z = normals(keys, sample, first, STREAM, TILE, VECTOR)
+        z = normals(keys, sample, first, STREAM, TILE, VECTOR, NVIDIA)
         write(out, z, part(sizes, sample, first, count, 0, True, TILE, VECTOR), WIDE)
     else:
-        z = normals_of_quads(keys, sample, quads(first, TILE), STREAM)
+        z = normals_of_quads(keys, sample, quads(first, TILE), STREAM, NVIDIA)
         for i in tl.static_range(_QUAD):
             write(out, z[i], part(sizes, sample, first, count, i, True, TILE, VECTOR), WIDE)
 
@@ -235,8 +236,12 @@ def _meta(tensor: Tensor | None) -> Any:
     return _Meta(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
+_MOST_PROGRAMS = 2**16 - 1
+"""Along the second axis of a grid."""
+
+
 class _Launch(NamedTuple):
-    grid: tuple[int]
+    grid: tuple[int, int]
     views: tuple[tuple[int, tuple[int, ...]] | None, ...]
     """sample_stride and strides of each tensor's `View`."""
     constants: dict[str, Any]
@@ -429,17 +434,22 @@ def _launch(
     programs = layout.batch * tiles.per_sample
     if programs >= 2**31:
         raise ValueError(f"x: expected a batch for fewer than 2**31 programs, got {programs}")
+    # The first axis of a grid is long, the others are not.
+    samples_first = layout.batch > _MOST_PROGRAMS
     constants |= {
         "sizes": layout.sizes,
         "count": layout.elements,
-        "tiles": tiles.per_sample if layout.batch > 1 else None,
         "TILE": tiles.size,
         "VECTOR": tiles.vector,
         "WIDE": layout.wide,
+        "SAMPLES": None if layout.batch == 1 else 0 if samples_first else 1,
+        # Triton's interpreter knows no instructions.
+        "NVIDIA": torch.version.hip is None and not triton.knobs.runtime.interpret,
         "num_warps": tiles.num_warps,
         **_options(capped=capped and itemsize < 8),
     }
-    return _Launch((programs,), layout.strides, constants)
+    grid = (tiles.per_sample, layout.batch)
+    return _Launch(grid[::-1] if samples_first else grid, layout.strides, constants)
 
 
 def _check_state(name: str, meta: _Meta) -> None:

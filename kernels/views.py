@@ -163,15 +163,18 @@ def _divides(layout: Layout, alignment: int) -> bool:
 
 
 @triton.jit
-def locate(tiles, TILE: tl.constexpr):
-    """(sample, first element in it) of this program; `tiles` is None where there is one sample."""
-    program = tl.program_id(0)
-    if tiles is None:
+def locate(SAMPLES: tl.constexpr, TILE: tl.constexpr):
+    """(sample, first element in it) of this program.
+
+    Samples are counted along the axis `SAMPLES` of the grid, their tiles along the other one of the
+    first two; SAMPLES is None where there is one sample.
+    """
+    if SAMPLES is None:
         sample = tl.zeros((), tl.int64)
-        first = program.to(tl.int64) * TILE
+        first = tl.program_id(0).to(tl.int64) * TILE
     else:
-        sample = (program // tiles).to(tl.int64)
-        first = (program % tiles).to(tl.int64) * TILE
+        sample = tl.program_id(SAMPLES).to(tl.int64)
+        first = tl.program_id(1 - SAMPLES).to(tl.int64) * TILE
     return sample, first
 
 

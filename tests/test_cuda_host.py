@@ -77,8 +77,15 @@ SOURCE = (ROOT / "csrc/cuda/update.cu").read_text()
 
 
 @needs_sanitizers
-def test_memory_and_bits(tmp_path: Path) -> None:
-    result = run_cases(compiled(SOURCE, tmp_path))
+@pytest.mark.parametrize("along_y", ["0xFFFF", "2"])
+def test_memory_and_bits(tmp_path: Path, along_y: str) -> None:
+    """Also where a grid has more samples than may be counted along one axis, which takes less of
+    them here.
+    """
+    assert "ALONG_Y = 0xFFFF" in SOURCE
+    result = run_cases(
+        compiled(SOURCE.replace("ALONG_Y = 0xFFFF", f"ALONG_Y = {along_y}"), tmp_path)
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None

@@ -35,6 +35,10 @@ EXCHANGED = {
     "sub.rn.f32": "add.rn.f32",
     "mul.rn.f32": "add.rn.f32",
     "neg.f32": "abs.f32",
+    "abs.f32": "neg.f32",
+    "max.NaN.f32": "min.NaN.f32",
+    "min.NaN.f32": "max.NaN.f32",
+    "min.f32": "max.f32",
     "setp.lt.f32": "setp.gt.f32",
     "setp.gt.f32": "setp.lt.f32",
     "setp.eq.f32": "setp.neu.f32",
@@ -81,7 +85,8 @@ class Mutant(NamedTuple):
 def mutants(lines: list[str]) -> Iterator[Mutant]:
     """Every change of one instruction that the operators make.
 
-    But for the choice between division in 32 and in 64 bits, which both give the quotient.
+    But for the choice between division in 32 and in 64 bits, which both give the quotient, and for
+    the sign of an index times the size of what it counts, which only indices from 2³¹ on have.
     """
     text = "\n".join(lines)
     choices = set()
@@ -98,7 +103,8 @@ def mutants(lines: list[str]) -> Iterator[Mutant]:
         if guard:
             turned = guard.replace("@", "@!") if "!" not in guard else guard.replace("!", "")
             yield Mutant(number, line, f"{space}{turned}{opcode} {rest};")
-        if opcode in EXCHANGED:
+        index = opcode == "mul.wide.u32" and re.fullmatch(r"\d{1,2}", operands[-1])
+        if opcode in EXCHANGED and not index:
             yield Mutant(number, line, f"{space}{guard}{EXCHANGED[opcode]} {rest};")
         if opcode.startswith("fma.rn.f32"):
             d, a, b, c = operands
@@ -234,8 +240,11 @@ def targets() -> list[Target]:
     # A tail of every length.
     inputs = {"model_input": torch.float32, **everything}
     float_any += [update_check((3, n), False, **inputs) for n in (5, 6, 7)]
-    float_plain += [update_check((3, n), True, noise="keyed") for n in (5, 6, 7)]
-    brain_guided += [update_check((3, n), True, **kind) for n in range(9, 16)]
+    plain = {"model_input": torch.float32, "noise": "keyed", "per_sample": True}
+    float_plain += [update_check((3, n), True, **plain) for n in (5, 6, 7)]
+    brain_guided += [update_check((3, n), True, model_input=bf16, **kind) for n in range(9, 16)]
+    # Outputs that are aligned: chunks are moved in whole words.
+    float_any.append(update_check((3, 2, 1100), True, per_sample=True, **inputs))
     mixed = {"model_dtype": torch.float64, "model_input": torch.float16}
     strided = [
         update_check(

@@ -266,26 +266,26 @@ def test_a_large_sample(device: Device) -> None:
 
 BROKEN = {
     "an index off by one": (
-        "chunk.element = index * SIZE;",
-        "chunk.element = index * SIZE + (index > 0);",
+        "chunk.element = (int64_t)chunk.index * SIZE;",
+        "chunk.element = (int64_t)chunk.index * SIZE + (chunk.index > 0);",
     ),
     "no mask for the tail": (
-        "chunk.count = rest < SIZE ? (int)rest : SIZE;",
-        "chunk.count = SIZE;",
+        "return rest < SIZE ? (int)rest : SIZE;",
+        "return SIZE;",
     ),
-    "no bounds check": ("chunk.sample >= grid.batch || ", ""),
+    "no bounds check": ("chunk.sample < grid.batch && ", ""),
     "coefficients swapped": ("at[3], at[4], at[5]", "at[4], at[3], at[5]"),
     "the noise of the next quad": (
-        "(uint32_t)((chunk.element + first) / 4), z);",
-        "(uint32_t)((chunk.element + first) / 4 + 1), z);",
+        "philox(key, chunk.index * QUADS, words);",
+        "philox(key, chunk.index * QUADS + 1, words);",
     ),
     "wide accesses whatever the alignment": (
-        "if (words && chunk.count == SIZE)",
-        "if (chunk.count == SIZE)",
+        "chunk.wide = chunk.index < grid.wide;",
+        "chunk.wide = chunk.index < grid.count / SIZE;",
     ),
     "the row of the first sample": (
-        "rows.row[sample * rows.row_stride] * ROW_FIELDS",
-        "rows.row[0] * ROW_FIELDS",
+        "low_word(rows.row + sample * rows.row_stride)",
+        "low_word(rows.row)",
     ),
 }
 

@@ -54,6 +54,17 @@ def test_normals(impl: str, dtype: torch.dtype) -> None:
     assert_normals(on_gpu(backends.BACKENDS[impl].normal_out), dtype)
 
 
+def test_many_normals(impl: str) -> None:
+    """So many that most uniforms are among them: 22 of their roots are of the two significands for
+    which the square root rests on the hardware (tests/test_formula.py).
+    """
+    keys, count = philox.make_keys(7, 1), 2**28
+    expected, out = torch.empty(1, count), torch.empty(1, count)
+    backends.BACKENDS["cpu"].normal_out(keys, philox.LATENTS, expected)
+    on_gpu(backends.BACKENDS[impl].normal_out)(keys, philox.LATENTS, out)
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("count", [1, 31, 256, 3000])
 def test_advance(impl: str, count: int) -> None:
     assert_advance(on_gpu(backends.BACKENDS[impl].advance), count)

@@ -532,6 +532,19 @@ def test_float_arithmetic(operation: str, of: Format) -> None:
     assert_rounded(out, results, of)
 
 
+def test_reciprocal_roots_are_as_far_off_as_they_may_be() -> None:
+    a = np.arange(2**23, 2**25, 1001, dtype=np.float32)
+    out = evaluate("rsqrt.approx.ftz.f32 d, a;", {"a": a}, "f32").view("f4")
+    error = np.abs(out * np.sqrt(a.astype("f8")) - 1)
+    assert 2.0**-23.1 < error.max() <= 2.0**-22.9
+    assert (error > 2.0**-24).mean() > 0.3
+    ends = np.array([0.0, -0.0, 2.0**-149, math.inf, 4 * a[7], a[7]], "f4")
+    out = evaluate("rsqrt.approx.ftz.f32 d, a;", {"a": ends}, "f32").view("f4")
+    assert out[:4].tolist() == [math.inf, -math.inf, math.inf, 0.0]
+    # What matters are the significand and the parity of the exponent.
+    assert out[5] == 2 * out[4]
+
+
 @pytest.mark.parametrize("operation", ["add", "sub", "mul", "fma", "div", "sqrt"])
 def test_flushing_subnormals(operation: str) -> None:
     """`.ftz`: subnormal operands and results are zeros of their sign."""

@@ -17,7 +17,6 @@ from .test_update import make_case, run
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
-import triton.language as tl
 from gpucheck import triton_jit
 
 BF16 = torch.bfloat16
@@ -84,27 +83,15 @@ def machine_code(binary: triton_jit.Binary, folder: Path) -> Counter[str]:
     return sass
 
 
-@triton.jit
-def roots(x, COUNT: tl.constexpr):
-    for i in tl.static_range(COUNT):
-        tl.store(x + i, tl.sqrt_rn(tl.load(x + i)))
-
-
 OPCODES = ("FFMA", "FMUL", "FADD", "DFMA", "DMUL", "DADD")
 
 
 def operations(sass: Counter[str]) -> dict[str, int]:
     """Floating-point operations in machine code; those on pairs count twice."""
-    return {opcode: count(sass, opcode) + 2 * count(sass, opcode + "2") for opcode in OPCODES}
-
-
-def operations_of_roots(n: int, target: Any, folder: Path) -> dict[str, int]:
-    """What ptxas makes of `n` square roots: a sequence for each, and one subroutine for all."""
-    if n == 0:
-        return dict.fromkeys(OPCODES, 0)
-    binaries: list[triton_jit.Binary] = []
-    triton_jit.Compiler(roots, target, binaries.append)[(1,)](torch.ones(n), COUNT=n, num_warps=1)
-    return operations(machine_code(binaries[0], folder))
+    found = {opcode: count(sass, opcode) + 2 * count(sass, opcode + "2") for opcode in OPCODES}
+    # Of a half and a float.
+    found["FADD"] += count(sass, "FHADD")
+    return found
 
 
 def operations_in_ptx(ptx: str) -> dict[str, int]:
@@ -129,8 +116,10 @@ def test_nvidia(target: Any, variant: str, tmp_path: Path) -> None:
     binary = built(target, variant)
     ptx = binary.kernel.asm["ptx"]
     assert not re.search(r"\b(?:fma|mul|add|sub)\.f(?:32|64)\b", ptx), "may be contracted"
-    assert "approx" not in ptx
-    assert ".ftz" not in ptx
+    rest = ptx.replace("rsqrt.approx.ftz.f32", "")
+    assert "approx" not in rest
+    assert ".ftz" not in rest
+    assert "sqrt" not in rest
     sass = machine_code(binary, tmp_path)
     usage = output_of([tool("cuobjdump"), "-res-usage", "kernel.cubin"], tmp_path)
     resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
@@ -149,11 +138,10 @@ def test_nvidia(target: Any, variant: str, tmp_path: Path) -> None:
     loads, stores = (sum(name.startswith(kind) for name in wide) for kind in ("LDG", "STG"))
     assert (loads, stores) == WIDE.get(variant, (0, 0))
     expected = Counter(operations_in_ptx(ptx))
-    expected += Counter(operations_of_roots(len(re.findall("sqrt.rn", ptx)), target, tmp_path))
     found = operations(sass)
     # A product that is contracted adds an FFMA for the FADD that it takes away; one that is worked
-    # out twice, as the ptxas of Triton 3.8 knows, takes away an FMUL alone.
-    assert expected["FMUL"] - found["FMUL"] in (0, 1)
+    # out twice, as ptxas may where registers are short, changes the number of FMUL alone.
+    assert abs(expected["FMUL"] - found["FMUL"]) <= 1
     del expected["FMUL"], found["FMUL"]
     assert found == {opcode: expected[opcode] for opcode in found}
 

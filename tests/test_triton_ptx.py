@@ -140,9 +140,25 @@ def test_no_noise_is_read_in_vain(interpreter: Interpreter) -> None:
     assert "noise" not in launch.bytes_read
 
 
+def test_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than there may be programs along the second axis of a grid, of which few are enough
+    here.
+    """
+    monkeypatch.setattr(triton_jit.update, "_MOST_PROGRAMS", 1)
+    interpreter, grids = Interpreter(), set()
+
+    def execute(binary: triton_jit.Binary) -> None:
+        grids.add(binary.grid)
+        interpreter(binary)
+
+    with triton_jit.compiled_for(triton_jit.SM_90, execute):
+        assert_bits_of_cpu(triton_jit.update.update_out, aligned_case(torch.bfloat16))
+    assert grids == {(2, 3), (2, 5)}
+
+
 @triton.jit
 def some_normals(out, keys, first, TILE: tl.constexpr, VECTOR: tl.constexpr):
-    z = noise.normals(keys, 1, tl.cast(first, tl.int64), 1, TILE, VECTOR)
+    z = noise.normals(keys, 1, tl.cast(first, tl.int64), 1, TILE, VECTOR, True)
     tl.store(out + tl.arange(0, TILE), z)
 
 
@@ -233,7 +249,7 @@ BROKEN = {
         "tl.where(row.pn != 0, tl.fma(row.pn, z.to(compute), x_prev), x_prev)",
         "tl.fma(row.pn, z.to(compute), x_prev)",
     ),
-    "an outer sign of zero lost": ("update", "floor = row.r * -1.0", "floor = 0.0 - row.r"),
+    "an outer sign of zero lost": ("update", "(x_0, limit * -1.0,", "(x_0, 0.0 - limit,"),
     "one half of the model input": (
         "update",
         "write(further(tensors.model_input, second_input), state, span, WIDE)",

@@ -50,6 +50,7 @@ template <class V>
 FASTDDIM_FN Parts<V> operator-(Parts<V> a, Parts<V> b) {
   return FASTDDIM_EACH(V, a.part[i] - b.part[i]);
 }
+FASTDDIM_FN FloatParts operator-(FloatParts a) { return FASTDDIM_EACH(Floats, -a.part[i]); }
 template <class V>
 FASTDDIM_FN Parts<V> operator*(Parts<V> a, Parts<V> b) {
   return FASTDDIM_EACH(V, a.part[i] * b.part[i]);

@@ -16,8 +16,8 @@
 
 // A seam for tests, which run the kernels as plain C++.
 #if !defined(FASTDDIM_LAUNCH)
-#define FASTDDIM_LAUNCH(kernel, grid, block, stream, ...) \
-  kernel<<<grid, block, 0, (cudaStream_t)(stream)>>>(__VA_ARGS__)
+#define FASTDDIM_LAUNCH(kernel, extent, stream, ...) \
+  kernel<<<(extent).blocks, (extent).threads, 0, (cudaStream_t)(stream)>>>(__VA_ARGS__)
 #endif
 
 #if defined(__CUDA_ARCH__)
@@ -40,54 +40,79 @@ constexpr int BLOCK = 256;
 // kernel's parameters.
 constexpr int STRIDED_DIMS = 12;
 
-// How chunks are dealt to threads: a block takes one tile of a large sample, or several small
-// samples.
+// How chunks are dealt to threads. Along x: chunks of a sample, in tiles of BLOCK. Along y and z:
+// samples; a block takes several of them where they are small.
 struct Grid {
-  int64_t batch, count, chunks;
-  uint32_t tiles, samples_per_block, blocks, threads;
+  int64_t count;
+  uint32_t batch, chunks;
+  uint32_t wide;  // chunks of a sample, the first ones, that are moved in 16-byte words
 };
 
-// One thread's chunk: elements [element, element + count) of `sample`.
+// One thread's chunk: elements from `element` on of `sample`.
 struct Chunk {
-  int64_t sample, element;
-  int count;
+  uint32_t sample, index;
+  int64_t element;
+  bool wide;
 };
 
 template <int SIZE>
 FASTDDIM_FN bool chunk_of(const Grid& grid, Chunk& chunk) {
-  const uint32_t group = blockIdx.x / grid.tiles, tile = blockIdx.x - group * grid.tiles;
-  uint32_t local = 0, thread = threadIdx.x;
-  if (grid.samples_per_block > 1) {
-    local = thread / (uint32_t)grid.chunks;
-    thread -= local * (uint32_t)grid.chunks;
-    if (local >= grid.samples_per_block) return false;
-  }
-  const int64_t index = (int64_t)tile * BLOCK + thread;
-  chunk.sample = (int64_t)group * grid.samples_per_block + local;
-  chunk.element = index * SIZE;
-  if (chunk.sample >= grid.batch || index >= grid.chunks) return false;
+  chunk.sample = (blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
+  chunk.index = blockIdx.x * BLOCK + threadIdx.x;
+  chunk.element = (int64_t)chunk.index * SIZE;
+  chunk.wide = chunk.index < grid.wide;
+  return chunk.sample < grid.batch && chunk.index < grid.chunks;
+}
+
+template <int SIZE>
+FASTDDIM_FN int elements_of(const Grid& grid, const Chunk& chunk) {
   const int64_t rest = grid.count - chunk.element;
-  chunk.count = rest < SIZE ? (int)rest : SIZE;
-  return true;
+  return rest < SIZE ? (int)rest : SIZE;
+}
+
+// The word of an integer that holds all of it.
+FASTDDIM_FN uint32_t low_word(const int64_t* at) {
+  uint32_t word;
+  __builtin_memcpy(&word, __builtin_assume_aligned(at, sizeof *at), sizeof word);
+  return word;
 }
 
 // Coefficients and keys, in device memory.
 struct Rows {
   const void* table;
   const int64_t* row;
-  int64_t row_stride;
+  uint32_t row_stride;
   const int64_t *seed, *step, *sample;
   uint32_t stream;
 };
 
 template <class C>
-FASTDDIM_FN Row<C> row_of(const Rows& rows, int64_t sample) {
-  const C* at = (const C*)rows.table + rows.row[sample * rows.row_stride] * ROW_FIELDS;
+FASTDDIM_FN const C* row_at(const Rows& rows, uint32_t sample) {
+  const uint32_t row = low_word(rows.row + sample * rows.row_stride);
+  return (const C*)rows.table + (uint64_t)row * ROW_FIELDS;
+}
+
+template <class C>
+FASTDDIM_FN Row<C> row_of(const Rows& rows, uint32_t sample) {
+  const C* at = row_at<C>(rows, sample);
   return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10], at[11]};
 }
 
-FASTDDIM_FN Key key_of(const Rows& rows, int64_t sample) {
-  return {(uint64_t)rows.seed[sample], (uint32_t)rows.step[sample], (uint32_t)rows.sample[sample],
+// Of a table that is aligned to them.
+template <class C>
+FASTDDIM_FN Row<C> row_in_words(const Rows& rows, uint32_t sample) {
+  constexpr int WORDS = sizeof(Row<C>) / sizeof(uint4);
+  const auto* at = (const uint4*)row_at<C>(rows, sample);
+  uint4 words[WORDS];
+  FASTDDIM_UNROLL
+  for (int i = 0; i < WORDS; ++i) words[i] = at[i];
+  Row<C> row;
+  __builtin_memcpy(&row, words, sizeof row);
+  return row;
+}
+
+FASTDDIM_FN Key key_of(const Rows& rows, uint32_t sample) {
+  return {(uint64_t)rows.seed[sample], low_word(rows.step + sample), low_word(rows.sample + sample),
           rows.stream};
 }
 
@@ -139,49 +164,73 @@ FASTDDIM_FN void store_word(uint4* to, uint4 word) {
 #endif
 }
 
-// The elements of one chunk, in registers.
+// The elements of one chunk as they lie in memory, in registers.
 template <class T, int SIZE>
 struct Pack {
-  T at[SIZE];
-  static constexpr int BYTES = SIZE * sizeof(T) < 16 ? SIZE * (int)sizeof(T) : 16;
-  static constexpr int WORDS = SIZE * sizeof(T) / BYTES;
-  using Type = typename Word<BYTES>::type;
+  static constexpr int BYTES = SIZE * (int)sizeof(T), WORD_BYTES = BYTES < 16 ? BYTES : 16;
+  using Word = typename Word<WORD_BYTES>::type;
+  static constexpr int WORDS = BYTES / WORD_BYTES;
+  uint32_t words[BYTES / 4];
 };
 
+template <class T>
+FASTDDIM_FN T* address(const Operand& operand, const Chunk& chunk) {
+  return (T*)operand.data + (chunk.sample * (uint64_t)operand.sample_stride + chunk.element);
+}
+
 template <class T, int SIZE>
-FASTDDIM_FN Pack<T, SIZE> load(const Operand& operand, const Chunk& chunk, bool words) {
+FASTDDIM_FN Pack<T, SIZE> load_words(const Operand& operand, const Chunk& chunk) {
   using P = Pack<T, SIZE>;
-  const T* from = (const T*)operand.data + chunk.sample * operand.sample_stride + chunk.element;
-  P pack{};
-  if (words && chunk.count == SIZE) {
-    typename P::Type raw[P::WORDS];
+  const auto* from = (const typename P::Word*)address<T>(operand, chunk);
+  P pack;
+  FASTDDIM_UNROLL
+  for (int i = 0; i < P::WORDS; ++i) {
     // Read once, here: evicted first, so that what the model reads next stays in the cache.
-    FASTDDIM_UNROLL
-    for (int i = 0; i < P::WORDS; ++i) raw[i] = __ldcs((const typename P::Type*)from + i);
-    __builtin_memcpy(&pack, raw, sizeof pack);
-  } else {
-    FASTDDIM_UNROLL
-    for (int i = 0; i < SIZE; ++i) {
-      if (i < chunk.count) pack.at[i] = from[i];
+    const typename P::Word word = __ldcs(from + i);
+    __builtin_memcpy(pack.words + i * P::WORD_BYTES / 4, &word, sizeof word);
+  }
+  return pack;
+}
+
+template <class T, int SIZE>
+FASTDDIM_FN Pack<T, SIZE> load_elements(const Operand& operand, const Chunk& chunk, int count) {
+  const T* from = address<T>(operand, chunk);
+  Pack<T, SIZE> pack{};
+  FASTDDIM_UNROLL
+  for (int i = 0; i < SIZE; ++i) {
+    if (i < count) {
+      const T value = from[i];
+      __builtin_memcpy((char*)pack.words + i * sizeof(T), &value, sizeof value);
     }
   }
   return pack;
 }
 
 template <class T, int SIZE>
-FASTDDIM_FN void store(const Operand& operand, const Chunk& chunk, bool words,
+FASTDDIM_FN Pack<T, SIZE> load(const Operand& operand, const Grid& grid, const Chunk& chunk) {
+  if (chunk.wide) return load_words<T, SIZE>(operand, chunk);
+  return load_elements<T, SIZE>(operand, chunk, elements_of<SIZE>(grid, chunk));
+}
+
+template <class T, int SIZE>
+FASTDDIM_FN void store(const Operand& operand, const Grid& grid, const Chunk& chunk,
                        const Pack<T, SIZE>& pack) {
   using P = Pack<T, SIZE>;
-  T* to = (T*)operand.data + chunk.sample * operand.sample_stride + chunk.element;
-  if (words && chunk.count == SIZE) {
-    typename P::Type raw[P::WORDS];
-    __builtin_memcpy(raw, &pack, sizeof pack);
+  T* to = address<T>(operand, chunk);
+  if (chunk.wide) {
     FASTDDIM_UNROLL
-    for (int i = 0; i < P::WORDS; ++i) store_word((typename P::Type*)to + i, raw[i]);
+    for (int i = 0; i < P::WORDS; ++i) {
+      typename P::Word word;
+      __builtin_memcpy(&word, pack.words + i * P::WORD_BYTES / 4, sizeof word);
+      store_word((typename P::Word*)to + i, word);
+    }
   } else {
+    const int count = elements_of<SIZE>(grid, chunk);
     FASTDDIM_UNROLL
     for (int i = 0; i < SIZE; ++i) {
-      if (i < chunk.count) to[i] = pack.at[i];
+      T value;
+      __builtin_memcpy(&value, (const char*)pack.words + i * sizeof(T), sizeof value);
+      if (i < count) to[i] = value;
     }
   }
 }
@@ -189,7 +238,6 @@ FASTDDIM_FN void store(const Operand& operand, const Chunk& chunk, bool words,
 struct Call {
   Grid grid;
   Rows rows;
-  bool words;  // every tensor is aligned to its words, in every sample
   Operand x, unconditional, conditional, noise, history, mask, known;
   Operand out, x_0, epsilon, model_input[2];
 };
@@ -216,11 +264,29 @@ constexpr int RESIDENT = sizeof(T) == 8                           ? 3
                          : sizeof(T) == 2 && KIND == Kind::guided ? FULL * 3 / 4
                                                                   : FULL;
 
+template <class C, class T, int SIZE>
+FASTDDIM_FN void widen(const Pack<T, SIZE>& pack, C (&values)[SIZE]) {
+  if constexpr (sizeof(T) == 2) {
+    FASTDDIM_UNROLL
+    for (int i = 0; i < SIZE; i += 2) {
+      widen_pair(pack.words[i / 2], T{}, values[i], values[i + 1]);
+    }
+  } else {
+    __builtin_memcpy(values, pack.words, sizeof values);
+  }
+}
+
 template <class T, class C, int SIZE>
 FASTDDIM_FN Pack<T, SIZE> narrowed(const C (&values)[SIZE]) {
   Pack<T, SIZE> pack;
-  FASTDDIM_UNROLL
-  for (int i = 0; i < SIZE; i += 2) narrow_pair(values[i], values[i + 1], &pack.at[i]);
+  if constexpr (sizeof(T) == 2) {
+    FASTDDIM_UNROLL
+    for (int i = 0; i < SIZE; i += 2) {
+      narrow_pair(values[i], values[i + 1], T{}, pack.words[i / 2]);
+    }
+  } else {
+    __builtin_memcpy(pack.words, values, sizeof values);
+  }
   return pack;
 }
 
@@ -231,35 +297,30 @@ FASTDDIM_FN Pack<M, SIZE> converted(const Pack<T, SIZE>& pack) {
     return pack;
   } else {
     typename Compute<T>::type values[SIZE];
-    FASTDDIM_UNROLL
-    for (int i = 0; i < SIZE; ++i) values[i] = widened(pack.at[i]);
+    widen(pack, values);
     return narrowed<M>(values);
   }
 }
 
 template <class C, class S, int SIZE>
-FASTDDIM_FN void add_scaled(C scale, const Pack<S, SIZE>& values, C (&sum)[SIZE]) {
+FASTDDIM_FN void add_scaled(C scale, const Pack<S, SIZE>& pack, C (&sum)[SIZE]) {
+  C values[SIZE];
+  widen(pack, values);
   FASTDDIM_UNROLL
-  for (int i = 0; i < SIZE; ++i) sum[i] = fma(scale, (C)widened(values.at[i]), sum[i]);
-}
-
-// The seed as a value that the compiler cannot compare: it would keep the twenty round keys of a
-// seed in registers, to use them for the next quad, where four additions make two of them anew.
-FASTDDIM_FN Key unshared(Key key) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("" : "+l"(key.seed));
-#endif
-  return key;
+  for (int i = 0; i < SIZE; ++i) sum[i] = fma(scale, values[i], sum[i]);
 }
 
 template <class C, int SIZE>
 FASTDDIM_FN void add_normals(C scale, const Key& key, const Chunk& chunk, C (&sum)[SIZE]) {
+  constexpr int QUADS = SIZE / 4;
+  uint32_t words[QUADS][4];
+  philox(key, chunk.index * QUADS, words);
   FASTDDIM_UNROLL
-  for (int first = 0; first < SIZE; first += 4) {
+  for (int quad = 0; quad < QUADS; ++quad) {
     float z[4];
-    normals_of_quad(unshared(key), (uint32_t)((chunk.element + first) / 4), z);
+    normals_of_words(words[quad], z);
     FASTDDIM_UNROLL
-    for (int i = 0; i < 4; ++i) sum[first + i] = fma(scale, (C)z[i], sum[first + i]);
+    for (int i = 0; i < 4; ++i) sum[4 * quad + i] = fma(scale, (C)z[i], sum[4 * quad + i]);
   }
 }
 
@@ -271,60 +332,72 @@ __global__ void __launch_bounds__(BLOCK, (RESIDENT<T, KIND, KEYED>)) update(cons
   constexpr bool GUIDED = KIND != Kind::plain, ANY = KIND == Kind::any;
   Chunk chunk;
   if (!chunk_of<SIZE>(call.grid, chunk)) return;
-  const auto x = load<T, SIZE>(call.x, chunk, call.words);
-  const auto u = load<M, SIZE>(call.unconditional, chunk, call.words);
-  Pack<M, SIZE> c{};
   const bool guided_here = GUIDED && call.conditional.data;
-  if (guided_here) c = load<M, SIZE>(call.conditional, chunk, call.words);
-  const Row<C> row = row_of<C>(call.rows, chunk.sample);
+  Row<C> row;
+  Pack<T, SIZE> x;
+  Pack<M, SIZE> u, c{};
+  if (chunk.wide) {
+    x = load_words<T, SIZE>(call.x, chunk);
+    u = load_words<M, SIZE>(call.unconditional, chunk);
+    if (guided_here) c = load_words<M, SIZE>(call.conditional, chunk);
+    row = row_in_words<C>(call.rows, chunk.sample);
+  } else {
+    const int count = elements_of<SIZE>(call.grid, chunk);
+    x = load_elements<T, SIZE>(call.x, chunk, count);
+    u = load_elements<M, SIZE>(call.unconditional, chunk, count);
+    if (guided_here) c = load_elements<M, SIZE>(call.conditional, chunk, count);
+    row = row_of<C>(call.rows, chunk.sample);
+  }
 
-  C x_prev[SIZE], x_0[SIZE], eps[SIZE];
+  C state[SIZE], m[SIZE], x_prev[SIZE], x_0[SIZE], eps[SIZE];
+  widen(x, state);
+  widen(u, m);
+  if (guided_here) {
+    C conditional[SIZE];
+    widen(c, conditional);
+    FASTDDIM_UNROLL
+    for (int i = 0; i < SIZE; ++i) m[i] = guided<C>(row, m[i], conditional[i]);
+  }
   FASTDDIM_UNROLL
   for (int i = 0; i < SIZE; ++i) {
-    const C state = widened(x.at[i]);
-    C m = widened(u.at[i]);
-    if (guided_here) m = guided<C>(row, m, widened(c.at[i]));
-    const C predicted = clipped(row, unclipped_x_0<C>(row, state, m));
-    x_prev[i] = noiseless<C>(row, state, m, predicted);
+    const C predicted = clipped(row, unclipped_x_0<C>(row, state[i], m[i]));
+    x_prev[i] = noiseless<C>(row, state[i], m[i], predicted);
     if constexpr (ANY) {
       x_0[i] = predicted;
-      eps[i] = epsilon<C>(row, state, m, predicted);
+      eps[i] = epsilon<C>(row, state[i], m[i], predicted);
     }
   }
   if constexpr (ANY) {
-    if (call.x_0.data) store(call.x_0, chunk, call.words, narrowed<T>(x_0));
+    if (call.x_0.data) store(call.x_0, call.grid, chunk, narrowed<T>(x_0));
     if (call.history.data) {
-      const auto history = load<M, SIZE>(call.history, chunk, call.words);
-      add_scaled(row.ph, history, x_prev);
+      add_scaled(row.ph, load<M, SIZE>(call.history, call.grid, chunk), x_prev);
     }
-    if (call.epsilon.data) store(call.epsilon, chunk, call.words, narrowed<M>(eps));
+    if (call.epsilon.data) store(call.epsilon, call.grid, chunk, narrowed<M>(eps));
   }
   if constexpr (KEYED) {
     if (row.pn != 0) add_normals(row.pn, key_of(call.rows, chunk.sample), chunk, x_prev);
   } else if constexpr (ANY) {
     if (call.noise.data && row.pn != 0) {
-      const auto noise = load<T, SIZE>(call.noise, chunk, call.words);
-      add_scaled(row.pn, noise, x_prev);
+      add_scaled(row.pn, load<T, SIZE>(call.noise, call.grid, chunk), x_prev);
     }
   }
   if constexpr (ANY) {
     if (call.mask.data) {
-      const auto mask = load<T, SIZE>(call.mask, chunk, call.words);
-      const auto known = load<T, SIZE>(call.known, chunk, call.words);
+      C mask[SIZE], known[SIZE];
+      widen(load<T, SIZE>(call.mask, call.grid, chunk), mask);
+      widen(load<T, SIZE>(call.known, call.grid, chunk), known);
       FASTDDIM_UNROLL
-      for (int i = 0; i < SIZE; ++i) {
-        x_prev[i] = blended<C>(x_prev[i], widened(mask.at[i]), widened(known.at[i]));
-      }
+      for (int i = 0; i < SIZE; ++i) x_prev[i] = blended<C>(x_prev[i], mask[i], known[i]);
     }
   }
 
   const auto out = narrowed<T>(x_prev);
-  store(call.out, chunk, call.words, out);
+  store(call.out, call.grid, chunk, out);
   if (call.model_input[0].data) {
     const auto input = converted<M>(out);
-    store(call.model_input[0], chunk, call.words, input);
+    store(call.model_input[0], call.grid, chunk, input);
     if (GUIDED && call.model_input[1].data) {
-      store(call.model_input[1], chunk, call.words, input);
+      store(call.model_input[1], call.grid, chunk, input);
     }
   }
 }
@@ -412,16 +485,17 @@ __global__ void __launch_bounds__(BLOCK, 2)
   float z[4] = {};
   if constexpr (KEYED) {
     if (row.pn != 0) {
-      normals_of_quad(key_of(call.rows, chunk.sample), (uint32_t)(chunk.element / 4), z);
+      normals_of_quad(key_of(call.rows, chunk.sample), chunk.index, z);
     }
   }
   const StridedOperand* const tensors[] = {
       &call.x,       &call.unconditional,  &call.conditional,    &call.noise,
       &call.history, &call.mask,           &call.known,          &call.out,
       &call.x_0,     &call.model_input[0], &call.model_input[1], &call.epsilon};
+  const int count = elements_of<4>(call.grid, chunk);
   FASTDDIM_UNROLL
   for (int i = 0; i < 4; ++i) {
-    if (i >= chunk.count) break;
+    if (i >= count) break;
     int64_t at[12];
     offsets_of(call.shape, tensors, chunk.sample, chunk.element + i, at);
     const C x = read<C>(call.x, at[0]);
@@ -460,11 +534,12 @@ __global__ void __launch_bounds__(BLOCK) normal(const __grid_constant__ NormalCa
   Chunk chunk;
   if (!chunk_of<4>(call.grid, chunk)) return;
   float z[4];
-  normals_of_quad(key_of(call.rows, chunk.sample), (uint32_t)(chunk.element / 4), z);
+  normals_of_quad(key_of(call.rows, chunk.sample), chunk.index, z);
   const StridedOperand* const tensors[] = {&call.out};
+  const int count = elements_of<4>(call.grid, chunk);
   FASTDDIM_UNROLL
   for (int i = 0; i < 4; ++i) {
-    if (i >= chunk.count) break;
+    if (i >= count) break;
     int64_t at[1];
     offsets_of(call.shape, tensors, chunk.sample, chunk.element + i, at);
     write(call.out, at[0], z[i]);
@@ -481,25 +556,27 @@ __global__ void __launch_bounds__(BLOCK)
   }
 }
 
-// Whether the grid has a launchable number of blocks.
-inline bool make_grid(Grid& grid, int64_t batch, int64_t count, int64_t chunk) {
-  grid.batch = batch;
-  grid.count = count;
-  grid.chunks = (count + chunk - 1) / chunk;
-  grid.samples_per_block = grid.chunks < BLOCK ? (uint32_t)(BLOCK / grid.chunks) : 1;
-  if ((int64_t)grid.samples_per_block > batch) grid.samples_per_block = (uint32_t)batch;
-  const int64_t tiles = (grid.chunks + BLOCK - 1) / BLOCK;
-  const int64_t groups = (batch + grid.samples_per_block - 1) / grid.samples_per_block;
-  if (tiles > INT_MAX || groups > INT_MAX / tiles) return false;
-  grid.tiles = (uint32_t)tiles;
-  grid.blocks = (uint32_t)(groups * tiles);
-  const int64_t threads = tiles > 1 ? BLOCK : grid.samples_per_block * grid.chunks;
-  grid.threads = (uint32_t)((threads + 31) / 32 * 32);
+struct Extent {
+  dim3 blocks, threads;
+};
+
+// Whether the samples' chunks can be dealt to the threads of one launch.
+inline bool make_grid(Grid& grid, Extent& extent, int64_t batch, int64_t count, int64_t size) {
+  constexpr int64_t ALONG_Y = 0xFFFF, ALONG_Z = 0xFFFF;  // the most blocks that there may be
+  const int64_t chunks = (count + size - 1) / size, tiles = (chunks + BLOCK - 1) / BLOCK;
+  int64_t samples = chunks < BLOCK ? BLOCK / chunks : 1;
+  if (samples > batch) samples = batch;
+  const int64_t groups = (batch + samples - 1) / samples, planes = (groups + ALONG_Y - 1) / ALONG_Y;
+  if (batch > INT_MAX || chunks > INT_MAX || planes > ALONG_Z) return false;
+  grid = {count, (uint32_t)batch, (uint32_t)chunks, 0};
+  extent.blocks = {(uint32_t)tiles, (uint32_t)(groups < ALONG_Y ? groups : ALONG_Y),
+                   (uint32_t)planes};
+  extent.threads = {(uint32_t)(chunks < BLOCK ? chunks : BLOCK), (uint32_t)samples, 1};
   return true;
 }
 
 inline Rows rows_of(const Job& job) {
-  return {job.table, job.row, job.row_stride, job.seed, job.step, job.sample, job.stream};
+  return {job.table, job.row, (uint32_t)job.row_stride, job.seed, job.step, job.sample, job.stream};
 }
 
 template <class T>
@@ -527,17 +604,16 @@ struct Operands {
 };
 
 template <class T, class M, bool KEYED>
-int launch_update(const Call& call, Kind kind, void* stream) {
-  const unsigned blocks = call.grid.blocks, threads = call.grid.threads;
+int launch_update(const Call& call, const Extent& extent, Kind kind, void* stream) {
   switch (kind) {
     case Kind::plain:
-      FASTDDIM_LAUNCH((update<T, M, Kind::plain, KEYED>), blocks, threads, stream, call);
+      FASTDDIM_LAUNCH((update<T, M, Kind::plain, KEYED>), extent, stream, call);
       break;
     case Kind::guided:
-      FASTDDIM_LAUNCH((update<T, M, Kind::guided, KEYED>), blocks, threads, stream, call);
+      FASTDDIM_LAUNCH((update<T, M, Kind::guided, KEYED>), extent, stream, call);
       break;
     case Kind::any:
-      FASTDDIM_LAUNCH((update<T, M, Kind::any, KEYED>), blocks, threads, stream, call);
+      FASTDDIM_LAUNCH((update<T, M, Kind::any, KEYED>), extent, stream, call);
       break;
   }
   return cudaGetLastError();
@@ -563,16 +639,18 @@ int update_contiguous(const Job& job, void* stream) {
   for (int i = 0; i < 2; ++i) call.model_input[i] = operands.of<M>(job.model_input[i]);
   if (!operands.contiguous) return NOT_CONTIGUOUS;
   call.rows = rows_of(job);
-  call.words = operands.words;
-  if (!make_grid(call.grid, job.batch, job.count, SIZE_OF_CHUNK<T>)) {
+  Extent extent;
+  if (!make_grid(call.grid, extent, job.batch, job.count, SIZE_OF_CHUNK<T>)) {
     return cudaErrorInvalidConfiguration;
   }
+  const bool aligned = operands.words && (uintptr_t)job.table % sizeof(uint4) == 0;
+  if (aligned) call.grid.wide = (uint32_t)(job.count / SIZE_OF_CHUNK<T>);
   const bool any =
       job.noise.data || job.history.data || job.mask.data || job.x_0.data || job.epsilon.data;
   const bool two = job.conditional.data || job.model_input[1].data;
   const Kind kind = any ? Kind::any : two ? Kind::guided : Kind::plain;
-  return job.seed ? launch_update<T, M, true>(call, kind, stream)
-                  : launch_update<T, M, false>(call, kind, stream);
+  return job.seed ? launch_update<T, M, true>(call, extent, kind, stream)
+                  : launch_update<T, M, false>(call, extent, kind, stream);
 }
 
 int update_contiguous(const Job& job, void* stream) {
@@ -613,7 +691,8 @@ Shape shape_of(const Job& job) {
 template <class C>
 int update_strided(const Job& job, void* stream) {
   StridedCall call{};
-  if (job.ndim > STRIDED_DIMS || !make_grid(call.grid, job.batch, job.count, 4)) {
+  Extent extent;
+  if (job.ndim > STRIDED_DIMS || !make_grid(call.grid, extent, job.batch, job.count, 4)) {
     return cudaErrorInvalidConfiguration;
   }
   call.rows = rows_of(job);
@@ -630,22 +709,23 @@ int update_strided(const Job& job, void* stream) {
   call.epsilon = strided(job, job.epsilon);
   for (int i = 0; i < 2; ++i) call.model_input[i] = strided(job, job.model_input[i]);
   if (job.seed) {
-    FASTDDIM_LAUNCH((update_strided<C, true>), call.grid.blocks, call.grid.threads, stream, call);
+    FASTDDIM_LAUNCH((update_strided<C, true>), extent, stream, call);
   } else {
-    FASTDDIM_LAUNCH((update_strided<C, false>), call.grid.blocks, call.grid.threads, stream, call);
+    FASTDDIM_LAUNCH((update_strided<C, false>), extent, stream, call);
   }
   return cudaGetLastError();
 }
 
 int normal(const Job& job, void* stream) {
   NormalCall call{};
-  if (job.ndim > STRIDED_DIMS || !make_grid(call.grid, job.batch, job.count, 4)) {
+  Extent extent;
+  if (job.ndim > STRIDED_DIMS || !make_grid(call.grid, extent, job.batch, job.count, 4)) {
     return cudaErrorInvalidConfiguration;
   }
   call.rows = rows_of(job);
   call.shape = shape_of(job);
   call.out = strided(job, job.out);
-  FASTDDIM_LAUNCH(normal, call.grid.blocks, call.grid.threads, stream, call);
+  FASTDDIM_LAUNCH(normal, extent, stream, call);
   return cudaGetLastError();
 }
 
@@ -667,8 +747,9 @@ int fastddim_cuda_normal(const fastddim::Job* job, void* stream) {
 int fastddim_cuda_advance(int64_t* counters, int64_t count, const int64_t* timesteps, int64_t* t,
                           int64_t t_count, void* stream) {
   if (count == 0) return 0;
-  FASTDDIM_LAUNCH(FASTDDIM_NAMESPACE::advance, 1, FASTDDIM_NAMESPACE::BLOCK, stream, counters,
-                  count, timesteps, t, t_count);
+  const FASTDDIM_NAMESPACE::Extent extent{{1, 1, 1}, {FASTDDIM_NAMESPACE::BLOCK, 1, 1}};
+  FASTDDIM_LAUNCH(FASTDDIM_NAMESPACE::advance, extent, stream, counters, count, timesteps, t,
+                  t_count);
   return cudaGetLastError();
 }
 

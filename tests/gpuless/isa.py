@@ -6,7 +6,8 @@ so that no suffix is ever ignored.
 
 Left out on purpose, and refused: the approximate operations (`.approx`, `.full`), whose results the
 ISA leaves to the hardware, and float additions and multiplications without `.rn`, which ptxas may
-fuse.
+fuse. But for one: `rsqrt.approx.ftz.f32` gives, in turns, the numbers that the ISA's bound on its
+error allows.
 """
 
 from __future__ import annotations
@@ -505,6 +506,28 @@ def _unary_rounded(i: Instruction) -> Step:
 def _rounded(i: Instruction, type: str, sources: int) -> Step:
     i.required("rn")
     return i.elementwise(type, [type] * sources, _float_function(i, type))
+
+
+_RSQRT_ERROR = 2.0**-22.9
+
+
+@opcode("rsqrt")
+def _reciprocal_root(i: Instruction) -> Step:
+    type = i.type("f32")
+    i.required("approx")
+    if not i.flag("ftz"):
+        raise PtxError("unsupported without .ftz")
+
+    def compute(a: Array) -> Array:
+        exact_root = 1 / np.sqrt(exact.flushed(a).astype(np.float64))
+        nearest = exact_root.astype(np.float32)
+        # As hardware does, the same for the same significand and parity of the exponent.
+        step = (nearest.view(np.int32) & 0x7FFFFF) % 5 - 2
+        moved = (nearest.view(np.int32) + step.astype(np.int32)).view(np.float32)
+        error = np.abs(moved / exact_root - 1)
+        return np.where(error <= _RSQRT_ERROR, moved, nearest)
+
+    return i.elementwise(type, [type], compute)
 
 
 @opcode("neg", "abs")

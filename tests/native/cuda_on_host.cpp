@@ -13,10 +13,10 @@ struct uint2 {
 struct uint4 {
   uint32_t x, y, z, w;
 } __attribute__((aligned(16)));
-struct Index {
-  uint32_t x;
+struct dim3 {
+  uint32_t x = 1, y = 1, z = 1;
 };
-static thread_local Index blockIdx, threadIdx;
+static thread_local dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 static cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -27,14 +27,22 @@ static T __ldcs(const T* from) {
   return *from;
 }
 
-template <class Kernel>
-static void for_each_thread(uint32_t blocks, uint32_t threads, Kernel kernel) {
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel();
+template <class Turn>
+static void for_each_index(const dim3& sizes, dim3& index, Turn turn) {
+  for (index.z = 0; index.z < sizes.z; ++index.z) {
+    for (index.y = 0; index.y < sizes.y; ++index.y) {
+      for (index.x = 0; index.x < sizes.x; ++index.x) turn();
+    }
   }
 }
 
-#define FASTDDIM_LAUNCH(kernel, grid, block, stream, ...) \
-  (void)(stream), for_each_thread(grid, block, [&] { kernel(__VA_ARGS__); })
+template <class Kernel>
+static void for_each_thread(const dim3& blocks, const dim3& threads, Kernel kernel) {
+  gridDim = blocks, blockDim = threads;
+  for_each_index(blocks, blockIdx, [&] { for_each_index(threads, threadIdx, kernel); });
+}
+
+#define FASTDDIM_LAUNCH(kernel, extent, stream, ...) \
+  (void)(stream), for_each_thread((extent).blocks, (extent).threads, [&] { kernel(__VA_ARGS__); })
 
 #include "../../csrc/cuda/update.cu"
