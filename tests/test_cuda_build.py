@@ -18,9 +18,10 @@ from gpucheck.machine_code import count, nvcc, output_of, sass_of, short, tool
 from .gpuless.toolchain import compile_ptx
 from .test_native import ROOT, needs_compiler
 
-# Architecture, registers a thread at full occupancy, and at three quarters of it: 65,536 registers
-# for 2,048 threads of a multiprocessor, or for 1,536, in units of eight.
-TARGETS = {80: (32, 40), 86: (40, 56), 89: (40, 56), 90: (32, 40), 100: (32, 40), 120: (40, 56)}
+# Architecture, registers a thread at full occupancy, at three quarters and at half of it: 65,536
+# registers for 2,048 threads of a multiprocessor, or for 1,536, in units of eight.
+LARGE, SMALL = (32, 40, 64), (40, 56, 80)
+TARGETS = {80: LARGE, 86: SMALL, 89: SMALL, 90: LARGE, 100: LARGE, 120: SMALL}
 
 pytestmark = [
     needs_compiler,
@@ -30,6 +31,15 @@ pytestmark = [
         reason="there is no cuobjdump or nvdisasm (Triton brings both)",
     ),
 ]
+
+
+def update(state: str, model: str, kind: str, noise: str) -> str:
+    """The short name of a kernel with chunks of the ordinary size."""
+    return f"update<{state}, {model}, {kind}, {noise}, {8 if state in HALVES else 4}>"
+
+
+HALVES = ("Half", "Brain")
+LONG = [f"update<{half}, {half}, plain, true, 16>" for half in HALVES]
 
 
 class Function(NamedTuple):
@@ -92,7 +102,7 @@ def test_every_target_is_there(functions: dict[int, dict[str, Function]], librar
     ptx = output_of([tool("cuobjdump"), "--list-ptx", str(library)], library.parent)
     assert "sm_100.ptx" in ptx
     for kernels in functions.values():
-        assert len(kernels) == len(functions[90]) == 6 * 3 * 2 + 4 + 2
+        assert len(kernels) == len(functions[90]) == 6 * 3 * 2 + 4 + 2 + len(LONG)
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -108,16 +118,19 @@ def test_no_stack_no_spills(functions: dict[int, dict[str, Function]], arch: int
 def test_registers_leave_room_for_threads(
     functions: dict[int, dict[str, Function]], arch: int
 ) -> None:
-    """A step without noise runs at full occupancy, one with it at three quarters or more."""
-    full, three_quarters = TARGETS[arch]
+    """A step without noise runs at full occupancy, one with it at three quarters or more, and with
+    long chunks at half or more.
+    """
+    full, three_quarters, half = TARGETS[arch]
+    kernels = functions[arch]
     for state, model in (("float", "float"), ("float", "Half"), ("Half", "Half")):
-        kernels = functions[arch]
-        assert kernels[f"update<{state}, {model}, plain, false>"].registers <= full
-        assert kernels[f"update<{state}, {model}, plain, true>"].registers <= three_quarters
-        assert kernels[f"update<{state}, {model}, guided, true>"].registers <= three_quarters
-    assert functions[arch]["update<float, float, guided, false>"].registers <= full
-    assert functions[arch]["update<Brain, Brain, plain, false>"].registers <= full
-    assert functions[arch]["update<Brain, Brain, plain, true>"].registers <= three_quarters
+        assert kernels[update(state, model, "plain", "false")].registers <= full
+        assert kernels[update(state, model, "plain", "true")].registers <= three_quarters
+        assert kernels[update(state, model, "guided", "true")].registers <= three_quarters
+    assert kernels[update("float", "float", "guided", "false")].registers <= full
+    assert kernels[update("Brain", "Brain", "plain", "false")].registers <= full
+    assert kernels[update("Brain", "Brain", "plain", "true")].registers <= three_quarters
+    assert all(kernels[name].registers <= half for name in LONG)
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -130,10 +143,12 @@ def test_accesses_are_sixteen_bytes_wide(
             # Noise that is drawn is not read.
             of_any = 6 if noise == "true" else 7
             for kind, loads, stores in (("plain", 2, 2), ("guided", 3, 3), ("any", of_any, 5)):
-                sass = functions[arch][f"update<{state}, {state}, {kind}, {noise}>"].sass
+                sass = functions[arch][update(state, state, kind, noise)].sass
                 assert wide(sass) == (loads, stores)
-    mixed = functions[arch]["update<float, Brain, plain, false>"].sass
+    mixed = functions[arch][update("float", "Brain", "plain", "false")].sass
     assert wide(mixed) == (1, 1)
+    for name in LONG:
+        assert wide(functions[arch][name].sass) == (4, 4)
 
 
 def wide(sass: Counter[str]) -> tuple[int, int]:
@@ -166,7 +181,8 @@ def test_ptxas_contracts_nothing(functions: dict[int, dict[str, Function]], arch
         body = bodies[name]
         assert not re.search(r"\b(?:fma|mul|add|sub)\.f32", body), "an operation may be contracted"
         rest, n = re.subn(r"rsqrt\.approx\.ftz\.f32", "", body)
-        assert n == (2 if "true" in name and "update<float" in name else 4 if "true" in name else 0)
+        # Two of each quad.
+        assert n == (int(name.rpartition(" ")[2].removesuffix(">")) // 2 if "true" in name else 0)
         assert "approx" not in rest
         assert ".ftz" not in rest
         assert "sqrt" not in rest
@@ -175,7 +191,7 @@ def test_ptxas_contracts_nothing(functions: dict[int, dict[str, Function]], arch
             found = count(function.sass, opcode) + 2 * count(function.sass, opcode + "2")
             assert found == expected, f"{name}: {opcode}"
             compared += 1
-    assert compared == 5 * 3 * 2 * 3
+    assert compared == (5 * 3 * 2 + len(LONG)) * 3
 
 
 def packed(body: str, opcode: str) -> int:

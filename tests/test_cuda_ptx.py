@@ -18,8 +18,10 @@ from fastddim import backends, philox
 
 from .gpuless import launcher, ptx
 from .gpuless.cases import (
+    LONG,
     UPDATES,
     assert_advance,
+    assert_bare_bits_of_cpu,
     assert_bits_of_cpu,
     assert_normals,
     run_bare,
@@ -262,6 +264,15 @@ def test_a_large_sample(device: Device) -> None:
         device.update_out,
         make_case(torch.Generator().manual_seed(6), (2, 3, 128, 129), noise="keyed"),
     )
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_chunks(device: Device, name: str) -> None:
+    assert_bare_bits_of_cpu(device.update_out, update_case(name))
+    # A chunk has sixteen elements where they divide a sample and lie at whole words.
+    (launch,) = device.gpu.launches
+    divides = "(1, 2097152)" in name or "(3, 1048576)" in name
+    assert ("ELi16E" in launch.name) == (divides and "offset" not in name)
 
 
 BROKEN = {

@@ -18,7 +18,15 @@ from gpucheck.device import on_device
 import fastddim
 from fastddim import backends, philox
 
-from .gpuless.cases import UPDATES, assert_advance, assert_bits_of_cpu, assert_normals, update_case
+from .gpuless.cases import (
+    LONG,
+    UPDATES,
+    assert_advance,
+    assert_bare_bits_of_cpu,
+    assert_bits_of_cpu,
+    assert_normals,
+    update_case,
+)
 from .helpers import elementwise_model
 from .test_update import DTYPES, make_case
 
@@ -47,6 +55,11 @@ def test_updates(impl: str, name: str) -> None:
     update_out = on_gpu(backends.BACKENDS[impl].update_out)
     assert_bits_of_cpu(update_out, update_case(name))
     assert_bits_of_cpu(update_out, update_case(name), in_place=True)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_chunks(impl: str, name: str) -> None:
+    assert_bare_bits_of_cpu(on_gpu(backends.BACKENDS[impl].update_out), update_case(name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -139,6 +139,8 @@ def test_launches(backend: Any) -> Iterator[Launch]:
         yield partial(updates.run, update_out, case)
         yield partial(cases.run_bare, update_out, case)
         yield partial(updates.run, update_out, case, in_place=True)
+    for case in map(cases.update_case, cases.LONG):
+        yield partial(cases.run_bare, update_out, case)
 
 
 def main() -> None:

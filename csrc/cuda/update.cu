@@ -129,6 +129,13 @@ struct Compute<double> {
 template <class T>
 constexpr int SIZE_OF_CHUNK = sizeof(T) < 4 ? 16 / sizeof(T) : 4;
 
+// Two words, where noise is drawn for halves: the more quads a thread draws, the more of their
+// arithmetic they share. All chunks are moved in words then. Fewer elements than these would leave
+// multiprocessors without work.
+template <class T>
+constexpr int LONG_CHUNK = 2 * SIZE_OF_CHUNK<T>;
+constexpr int64_t LONG_FROM = (int64_t)1 << 21;
+
 // A tensor that is contiguous within each sample; null where absent.
 struct Operand {
   void* data;
@@ -256,10 +263,11 @@ constexpr int FULL = 2048 / BLOCK;
 #endif
 
 // How many of them the registers must leave room for: all without noise; three quarters with it,
-// and where two outputs of eight elements each are read.
-template <class T, Kind KIND, bool KEYED>
+// and where two outputs of eight elements each are read; half with long chunks.
+template <class T, Kind KIND, bool KEYED, int SIZE>
 constexpr int RESIDENT = sizeof(T) == 8                           ? 3
                          : KIND == Kind::any                      ? FULL / 2
+                         : SIZE > SIZE_OF_CHUNK<T>                ? FULL / 2
                          : KEYED                                  ? FULL * 3 / 4
                          : sizeof(T) == 2 && KIND == Kind::guided ? FULL * 3 / 4
                                                                   : FULL;
@@ -325,13 +333,13 @@ FASTDDIM_FN void add_normals(C scale, const Key& key, const Chunk& chunk, C (&su
 }
 
 // State of type T, model output of type M.
-template <class T, class M, Kind KIND, bool KEYED>
-__global__ void __launch_bounds__(BLOCK, (RESIDENT<T, KIND, KEYED>)) update(const Call call) {
+template <class T, class M, Kind KIND, bool KEYED, int SIZE>
+__global__ void __launch_bounds__(BLOCK, (RESIDENT<T, KIND, KEYED, SIZE>)) update(const Call call) {
   using C = typename Compute<T>::type;
-  constexpr int SIZE = SIZE_OF_CHUNK<T>;
   constexpr bool GUIDED = KIND != Kind::plain, ANY = KIND == Kind::any;
   Chunk chunk;
   if (!chunk_of<SIZE>(call.grid, chunk)) return;
+  if constexpr (SIZE > SIZE_OF_CHUNK<T>) chunk.wide = true;
   const bool guided_here = GUIDED && call.conditional.data;
   Row<C> row;
   Pack<T, SIZE> x;
@@ -603,20 +611,33 @@ struct Operands {
   }
 };
 
-template <class T, class M, bool KEYED>
-int launch_update(const Call& call, const Extent& extent, Kind kind, void* stream) {
-  switch (kind) {
-    case Kind::plain:
-      FASTDDIM_LAUNCH((update<T, M, Kind::plain, KEYED>), extent, stream, call);
-      break;
-    case Kind::guided:
-      FASTDDIM_LAUNCH((update<T, M, Kind::guided, KEYED>), extent, stream, call);
-      break;
-    case Kind::any:
-      FASTDDIM_LAUNCH((update<T, M, Kind::any, KEYED>), extent, stream, call);
-      break;
+// `aligned`: every word of every tensor and row is.
+template <class T, class M, Kind KIND, bool KEYED, int SIZE>
+int launch_update(const Job& job, Call& call, bool aligned, void* stream) {
+  Extent extent;
+  if (!make_grid(call.grid, extent, job.batch, job.count, SIZE)) {
+    return cudaErrorInvalidConfiguration;
   }
+  if (aligned) call.grid.wide = (uint32_t)(job.count / SIZE);
+  FASTDDIM_LAUNCH((update<T, M, KIND, KEYED, SIZE>), extent, stream, call);
   return cudaGetLastError();
+}
+
+template <class T, class M, bool KEYED>
+int launch_kind(const Job& job, Call& call, bool aligned, void* stream) {
+  constexpr int SIZE = SIZE_OF_CHUNK<T>;
+  if (job.noise.data || job.history.data || job.mask.data || job.x_0.data || job.epsilon.data) {
+    return launch_update<T, M, Kind::any, KEYED, SIZE>(job, call, aligned, stream);
+  }
+  if (job.conditional.data || job.model_input[1].data) {
+    return launch_update<T, M, Kind::guided, KEYED, SIZE>(job, call, aligned, stream);
+  }
+  if constexpr (KEYED && sizeof(T) == 2) {
+    if (aligned && job.count % LONG_CHUNK<T> == 0 && job.batch * job.count >= LONG_FROM) {
+      return launch_update<T, M, Kind::plain, KEYED, LONG_CHUNK<T>>(job, call, aligned, stream);
+    }
+  }
+  return launch_update<T, M, Kind::plain, KEYED, SIZE>(job, call, aligned, stream);
 }
 
 constexpr int NOT_CONTIGUOUS = -1;
@@ -639,18 +660,9 @@ int update_contiguous(const Job& job, void* stream) {
   for (int i = 0; i < 2; ++i) call.model_input[i] = operands.of<M>(job.model_input[i]);
   if (!operands.contiguous) return NOT_CONTIGUOUS;
   call.rows = rows_of(job);
-  Extent extent;
-  if (!make_grid(call.grid, extent, job.batch, job.count, SIZE_OF_CHUNK<T>)) {
-    return cudaErrorInvalidConfiguration;
-  }
   const bool aligned = operands.words && (uintptr_t)job.table % sizeof(uint4) == 0;
-  if (aligned) call.grid.wide = (uint32_t)(job.count / SIZE_OF_CHUNK<T>);
-  const bool any =
-      job.noise.data || job.history.data || job.mask.data || job.x_0.data || job.epsilon.data;
-  const bool two = job.conditional.data || job.model_input[1].data;
-  const Kind kind = any ? Kind::any : two ? Kind::guided : Kind::plain;
-  return job.seed ? launch_update<T, M, true>(call, extent, kind, stream)
-                  : launch_update<T, M, false>(call, extent, kind, stream);
+  return job.seed ? launch_kind<T, M, true>(job, call, aligned, stream)
+                  : launch_kind<T, M, false>(job, call, aligned, stream);
 }
 
 int update_contiguous(const Job& job, void* stream) {

@@ -39,6 +39,20 @@ SHAPES = (
 )
 
 
+LONG = {
+    f"{dtype}-{shape}-{layout}": (shape, {"dtype": dtype, "noise": "keyed", "layout": layout})
+    for dtype in (torch.bfloat16, torch.float16)
+    for shape, layout in (
+        ((1, 2**21), "contiguous"),
+        ((3, 2**20), "contiguous"),
+        ((3, 2**20 + 8), "contiguous"),
+        ((3, 2**20 + 1), "contiguous"),
+        ((3, 2**20), "offset"),
+    )
+}
+"""Updates that are large enough for long chunks, and fit them or not."""
+
+
 def update_arguments() -> Iterator[tuple[str, Arguments]]:
     """(name, arguments of `make_case`), in a fixed order."""
     for shape, noise in itertools.product(SHAPES, ("none", "given", "keyed")):
@@ -82,8 +96,15 @@ UPDATES = dict(update_arguments())
 
 
 def update_case(name: str) -> Case:
-    shape, arguments = UPDATES[name]
+    shape, arguments = UPDATES[name] if name in UPDATES else LONG[name]
     return make_case(torch.Generator().manual_seed(20), shape, **arguments)
+
+
+def assert_bare_bits_of_cpu(update_out: Any, case: Case) -> None:
+    """The bits of an update that writes x_prev alone."""
+    cpu = backends.BACKENDS["cpu"].update_out
+    for a, b in zip(run_bare(update_out, case), run_bare(cpu, case), strict=True):
+        assert same_bits(a, b), f"differs in {int((a != b).sum())} of {a.numel()}"
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

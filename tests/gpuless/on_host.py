@@ -13,7 +13,15 @@ import torch
 
 from ..test_update import DTYPES, make_case
 from . import launcher
-from .cases import UPDATES, assert_advance, assert_bits_of_cpu, assert_normals, update_case
+from .cases import (
+    LONG,
+    UPDATES,
+    assert_advance,
+    assert_bare_bits_of_cpu,
+    assert_bits_of_cpu,
+    assert_normals,
+    update_case,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +35,11 @@ def host() -> Any:
 @pytest.mark.parametrize("in_place", [False, True])
 def test_updates(host: Any, name: str, in_place: bool) -> None:
     assert_bits_of_cpu(host.update_out, update_case(name), in_place=in_place)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_chunks(host: Any, name: str) -> None:
+    assert_bare_bits_of_cpu(host.update_out, update_case(name))
 
 
 @pytest.mark.parametrize("offset", range(8))
