@@ -134,6 +134,8 @@ def test_equal_quality_is_the_fewest_steps_within_the_error() -> None:
     assert (second.steps, second.speedup) == (50, pytest.approx(20))
     few = measured[0], measured[1][:3]
     assert tables.equal_quality(*few, 2, [0.0]) is None
+    # DDPM's own 1000 steps are no answer.
+    assert tables.equal_quality(measured[0], [timings(1000)], 1, [1.0]) is None
 
 
 def test_the_first_table_has_a_row_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
