@@ -21,6 +21,7 @@ from markdown_cells import duration, gain, table, three, two
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+WEIGHTS = ROOT / "fastddim" / "models" / "weights"
 CONTENDERS = ("fastddim", "fastddim in place", "diffusers", "eager", "torch.compile")
 
 
@@ -142,7 +143,7 @@ class EqualQuality:
 def equal_quality(
     quality: dict[str, Any], timed: Sequence[dict[str, Any]], order: int, etas: Sequence[float]
 ) -> EqualQuality | None:
-    """None where no number of steps that was timed is enough.
+    """None where no number of steps below DDPM's that was timed is enough.
 
     Enough is a distance that is larger by no more than the bootstrap's error of the difference; of
     several η with as many steps, the one with the smallest distance counts.
@@ -152,7 +153,7 @@ def equal_quality(
         timed: the rows of `bench_sampling.py` of the same model, fewest steps first.
     """
     baseline = baseline_of(quality)
-    for row in timed:
+    for row in (row for row in timed if row["steps"] < 1000):
         found = [
             (*cell, eta)
             for eta in etas
@@ -227,7 +228,7 @@ def headline_as_markdown(result: dict[str, Any]) -> str:
 
 def _equal_quality(found: EqualQuality | None) -> list[str]:
     if found is None:
-        return ["none of those measured", "–", "–"]
+        return ["none measured below 1000", "–", "–"]
     distance = _spread(found.distance, found.error)
     noise = f" at η = {found.eta:g}" if found.eta else ""
     return [
@@ -297,18 +298,27 @@ def quality_as_markdown(result: dict[str, Any]) -> str:
             f"standard deviation. Real against real, {floor['count']:,} images: "
             f"{three(floor['distance'])}."
         )
-    record, machine = result["classifier"], result["machine"]
-    # Rows that do not say so are from before a CPU without bfloat16 was allowed for.
-    precisions = sorted({row.get("network", "bfloat16") for row in result["rows"]})
-    gpus = sorted({row["gpu"] for row in result["rows"] if "gpu" in row})
+    record = result["classifier"]
     blocks.append(
         f"The classifier finds the class of {record['test_accuracy']:.1%} of "
-        f"{record['test_images']:,} held-out images. "
-        f"torch {machine['torch']}, fastddim {machine['fastddim']}, "
-        f"the network in {' or '.join(precisions)}"
-        + (f", samples drawn on {' or '.join(gpus)}." if gpus else ".")
+        f"{record['test_images']:,} held-out images. {_drawn_and_judged(result)}"
     )
     return "\n\n".join(blocks)
+
+
+def _drawn_and_judged(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    versions = f"torch {machine['torch']}, fastddim {machine['fastddim']}"
+    # Rows that do not say so are from before a CPU without bfloat16 was allowed for.
+    precisions = sorted({row.get("network", "bfloat16") for row in result["rows"]})
+    network = f"the network in {' or '.join(precisions)}"
+    if not any("gpu" in row for row in result["rows"]):
+        return f"{versions}, {network}."
+    devices = sorted({row.get("gpu", machine["cpu"]) for row in result["rows"]})
+    return (
+        f"Samples drawn on {' or '.join(devices)}, {network}; judged on a CPU, "
+        f"{machine['cpu']}, {versions}."
+    )
 
 
 def reconstruction_as_markdown(result: dict[str, Any]) -> str:
@@ -342,17 +352,25 @@ def paper_as_markdown(_: dict[str, Any]) -> str:
 
 
 def training_as_markdown(earlier: dict[str, Any]) -> str:
-    """Distances of the weights halfway through training, and of the bundled ones."""
-    bundled = quality_of(earlier["data"])
-    wanted = [row["steps"] for row in earlier["rows"] if row["eta"] == 1]
+    """Distances before the last run of training, and of the bundled weights."""
+    data = earlier["data"]
+    training = json.loads((WEIGHTS / f"{data}.json").read_text())["training"]
+    steps_shown = sorted({row["steps"] for row in earlier["rows"]})
     found: dict[str, dict[int, str]] = {}
-    for when, result in (("halfway", earlier), ("at the end", bundled)):
+    for record, result in ((training["start"], earlier), (training, quality_of(data))):
+        seen = f"after {images_seen(record) / 1e6:.1f} million images"
         for eta in (0.0, 1.0):
-            for steps in wanted:
+            for steps in steps_shown:
                 distance = distance_of(result, steps, eta)
                 if distance is not None:
-                    found.setdefault(f"η = {eta:g}, {when}", {})[steps] = _cell(*distance)
-    return _by_steps(f"{earlier['data']}, by training", found)
+                    found.setdefault(f"η = {eta:g}, {seen}", {})[steps] = _cell(*distance)
+    return _by_steps(f"{data}, by training", found)
+
+
+def images_seen(training: dict[str, Any]) -> int:
+    """Of a run of `examples/train.py`, by its record, and of the runs that it goes on from."""
+    seen: int = training["steps_done"] * training["batch"]
+    return seen + (images_seen(training["start"]) if training.get("start") else 0)
 
 
 def _kind(row: dict[str, Any]) -> str:

@@ -74,6 +74,24 @@ def test_quality_is_that_of_the_bundled_model(name: str) -> None:
         assert row["classifier"]["distance"] > 0 < row["classifier"]["error"]
 
 
+def test_a_quality_table_says_where_its_samples_were_drawn() -> None:
+    result = tables.result_of("quality-digits")
+    cpu, versions = result["machine"]["cpu"], f"torch {result['machine']['torch']}, fastddim "
+    assert "drawn on" not in tables.quality_as_markdown(result)
+    drawn = [{**row, "gpu": "NVIDIA H100"} for row in result["rows"]]
+    for rows, devices in ((drawn, "NVIDIA H100"), (drawn[1:] + result["rows"][:1], None)):
+        text = tables.quality_as_markdown({**result, "rows": rows})
+        assert f"Samples drawn on {devices or f'{cpu} or NVIDIA H100'}, the network in" in text
+        assert f"judged on a CPU, {cpu}, {versions}" in text
+
+
+def test_images_of_training_are_those_of_every_run() -> None:
+    first = {"steps_done": 3, "batch": 2}
+    second = {"steps_done": 5, "batch": 4, "start": first}
+    assert tables.images_seen(first) == 6
+    assert tables.images_seen({"steps_done": 1, "batch": 100, "start": second}) == 126
+
+
 def test_equal_quality_is_the_fewest_steps_within_the_error() -> None:
     def quality(steps: int, eta: float, distance: float, order: int = 1) -> dict[str, Any]:
         cell = {"distance": distance, "error": 0.3}
@@ -116,6 +134,8 @@ def test_equal_quality_is_the_fewest_steps_within_the_error() -> None:
     assert (second.steps, second.speedup) == (50, pytest.approx(20))
     few = measured[0], measured[1][:3]
     assert tables.equal_quality(*few, 2, [0.0]) is None
+    # DDPM's own 1000 steps are no answer.
+    assert tables.equal_quality(measured[0], [timings(1000)], 1, [1.0]) is None
 
 
 def test_the_first_table_has_a_row_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
