@@ -41,6 +41,11 @@ class Result:
         long, short = self.seconds(slower), self.seconds(faster)
         return None if long is None or short is None else long / short
 
+    def spread(self, measure: str) -> dict[str, float]:
+        """Median, 20th and 80th percentile of a measure that is there."""
+        found: dict[str, float] = self.measured[measure]["seconds"]
+        return found
+
     def fastest(self, measures: Iterable[str]) -> str | None:
         """Of several measures the one that takes the least time."""
         return min((m for m in measures if m in self.measured), key=self._median, default=None)

@@ -27,6 +27,7 @@ from harness import machine, version_of
 from gpucheck import building
 from gpucheck.commands import output
 from gpucheck.kit import KERNELS, SITE, WHEELS
+from gpucheck.provenance import digest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -132,6 +133,7 @@ def described(kit: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "commit": facts["commit"],
         "modified": facts["modified"],
+        "sources": digest(ROOT),
         "fastddim": package.version,
         "python": platform.python_version(),
         "torch": torch.__version__,

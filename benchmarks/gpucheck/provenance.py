@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,12 +15,28 @@ from gpucheck.commands import output
 
 UNKNOWN, DRY = "unknown", "dry run"
 
+# What a kit is built from, and what tests it.
+SOURCES = ("csrc", "fastddim", "kernels", "tests")
+SUFFIXES = (".cpp", ".cu", ".h", ".py")
+
 
 def kit() -> dict[str, Any] | None:
     """What `prepare.py` noted about the package under test; None where the installed one is."""
     path = Path(os.environ.get("GPUCHECK_KIT", "")) / "kit.json"
     known: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
     return known
+
+
+def digest(root: Path) -> str:
+    """SHA-256 of the sources in a checkout, which git need not know."""
+    total = hashlib.sha256()
+    for folder in SOURCES:
+        for file in sorted((root / folder).rglob("*")):
+            if file.suffix in SUFFIXES:
+                content = file.read_bytes()
+                total.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode())
+                total.update(content)
+    return total.hexdigest()
 
 
 def provenance(dry: bool) -> dict[str, Any]:

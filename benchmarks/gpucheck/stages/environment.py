@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from harness import machine, version_of
+from harness import version_of
 
 import fastddim
 from gpucheck import provenance
@@ -63,9 +63,10 @@ def _package(record: Record, settings: Settings) -> None:
         here = version_of(package)
         if release(here) != release(kit[package]):
             record.problem(package=package, expected=kit[package], got=here)
-    commit = machine()["commit"]
-    if commit not in (None, kit["commit"]):
-        record.problem(expected=f"a kit of this checkout, {commit}", got=kit["commit"])
+    # Not the commit: a copy of a checkout may lack its history.
+    sources = provenance.digest(settings.root)
+    if sources != kit["sources"]:
+        record.problem(expected=f"a kit of this checkout's sources, {sources}", got=kit["sources"])
 
 
 def release(version: str | None) -> str | None:

@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from loops import Loop, diffusers
+from loops import AGREEMENT, Loop, diffusers
 from torch import Tensor
 
 import fastddim
 from gpucheck import measures
 from gpucheck.record import Record
 from gpucheck.settings import Settings
-from gpucheck.stages.loops import agreeing
+from gpucheck.stages.loops import HALF_AGREEMENT, agreeing
 from gpucheck.timing import in_turn, spread, wait
 
 ROUNDS = 5
@@ -43,7 +43,8 @@ def run(record: Record, settings: Settings) -> None:
         loop = record.attempt(partial(our_loop, settings, problem, mode), graph=mode)
         if loop is not None:
             contenders[f"graph={mode}"] = loop
-    alive = agreeing(record, contenders, base="diffusers")
+    most = HALF_AGREEMENT if problem.x_T.dtype == torch.float16 else AGREEMENT
+    alive = agreeing(record, contenders, base="diffusers", most=most)
     for contender, loop in alive.items():
         start = time.perf_counter()
         loop()
