@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 1024
-"""The most samples of a batch that is chosen here: more make no device faster, and a batch is what
-is lost when a run is killed.
-"""
+"""The most samples of a batch that is chosen here: a batch is what is lost when a run is killed."""
 
 # What is free is shared with others, and allocators cannot use all of it.
 _SHARE = {"cpu": 0.5, "cuda": 0.8}
