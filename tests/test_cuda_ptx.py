@@ -125,10 +125,10 @@ def test_updates(device: Device, name: str) -> None:
 def test_every_kernel_was_launched(device: Device) -> None:
     """The cases reach all kinds of update there are."""
     names = set()
-    for name in UPDATES:
-        for run_case in (run, run_bare):
-            run_case(device.update_out, update_case(name))
-            names |= {launch.name for launch in device.gpu.launches}
+    runs = [(run, name) for name in UPDATES] + [(run_bare, name) for name in (*UPDATES, *LONG)]
+    for run_case, name in runs:
+        run_case(device.update_out, update_case(name))
+        names |= {launch.name for launch in device.gpu.launches}
     assert device.gpu.module is not None
     updates = {name for name in device.gpu.module.kernels if "update" in name}
     assert names == updates
