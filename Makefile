@@ -39,7 +39,7 @@ demo: $(VENV)/.installed ## Draw digits and fashion items with the bundled model
 	$(BIN)/fastddim demo --out demo
 
 test: $(VENV)/.installed-dev ## Run the tests
-	$(BIN)/pytest $(if $(RECORD),--record $(RECORD))
+	$(BIN)/pytest $(if $(RECORD),--record=$(RECORD))
 
 test-oldest: ## Run the tests with the oldest torch that is supported, in .venv-oldest
 	$(call test-with,.venv-oldest,3.12 3.10,torch==2.11.0)
