@@ -192,6 +192,21 @@ def test_one_launch_on_the_given_stream(device: Device) -> None:
         assert all(launch.shared_bytes == 0 for launch in device.gpu.launches)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_chunks_move_the_floor(device: Device, dtype: torch.dtype) -> None:
+    """Two words of each tensor a thread."""
+    case = make_case(
+        torch.Generator().manual_seed(4), (2, 2**20), dtype=dtype, noise="keyed", model_input=dtype
+    )
+    run_bare(device.update_out, case)
+    (launch,) = device.gpu.launches
+    stats, size = launch.stats, case.x.nbytes
+    assert (stats.bytes_read["x"], stats.bytes_read["model_output"]) == (size, size)
+    assert sorted(stats.bytes_written.values()) == [size, size]
+    loads = sum(n for name, n in stats.executed.items() if name.startswith("ld.global.cs.v4"))
+    assert loads == size // 16 * 2
+
+
 @pytest.mark.parametrize("noise", ["none", "keyed"])
 @pytest.mark.parametrize(
     ("state", "model"),
