@@ -9,8 +9,8 @@ namespace {
 
 using namespace fastddim_default;
 
-constexpr float LN[] = {-0x1.fffffap-2f, 0x1.5556f6p-2f,  -0x1.0004cap-2f, 0x1.98d22cp-3f,
-                        -0x1.53522ap-3f, 0x1.3174c8p-3f,  -0x1.25183ap-3f, 0x1.6607fep-4f};
+constexpr float LN[] = {-0x1.fffffap-2f, 0x1.5556f6p-2f, -0x1.0004cap-2f, 0x1.98d22cp-3f,
+                        -0x1.53522ap-3f, 0x1.3174c8p-3f, -0x1.25183ap-3f, 0x1.6607fep-4f};
 
 // As fastddim/philox.py has it.
 float plain_ln(float u) {
