@@ -410,7 +410,6 @@ class Turns:
         self._device = device
         if device.type == "cuda":
             self._stream = torch.cuda.current_stream(device)
-            self._handle = _handle_of_stream(device)
             # To wait for an event that was never recorded is not to wait.
             self._done = torch.cuda.Event()
             if not transfer.captured(device):
@@ -421,14 +420,13 @@ class Turns:
         if self._device.type != "cuda" or transfer.captured(self._device):
             yield
             return
-        handle = _handle_of_stream(self._device)
-        if handle != self._handle:
+        if _handle_of_stream(self._device) != self._stream.cuda_stream:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(self._done)
             # Else memory freed after this turn could be given away before it is over.
             for buffer in buffers():
                 buffer.record_stream(stream)
-            self._stream, self._handle = stream, handle
+            self._stream = stream
         try:
             yield
         finally:

@@ -282,12 +282,11 @@ class Loop:
             if masked and self._inpainting is None:
                 self._inpainting = self._new_inpainting()
             program = self._program(noise, callback is not None, return_trajectory, masked)
-            whole = program is not None and self._whole
-            self._begin(x, samples, whole)
+            self._begin(x, samples)
             if mask is not None and known is not None:
                 self._load_known(mask, known)
             trajectory = self._new_trajectory() if return_trajectory else None
-            if program is not None and whole:
+            if program is not None and self._whole:
                 self._replay(program, noise, 0)
                 if trajectory is not None and program.trajectory is not None:
                     trajectory[1:].copy_(program.trajectory)
@@ -465,19 +464,19 @@ class Loop:
     def _model_input(self) -> Tensor:
         return self.state if self._next_input is None else self._next_input
 
-    def _begin(self, x: Tensor | None, samples: Samples | None, whole: bool) -> None:
+    def _begin(self, x: Tensor | None, samples: Samples | None) -> None:
         """Write what a run begins with and the graph of the whole loop does not write."""
         counters = self._counters
-        if not whole:
+        if not self._whole:
             counters.rewind()
         if samples is not None and (x is None or self.plan.noisy):
             counters.load_samples(samples)
         if x is None:
-            keys = (counters.each[0] if whole else counters.now).keys
+            keys = (counters.each[0] if self._whole else counters.now).keys
             self._backend.normal_out(keys, philox.LATENTS, self.state)
         else:
             self.state.copy_(x)
-        if not whole:
+        if not self._whole:
             self._follow_state()
 
     def _follow_state(self) -> None:
@@ -562,7 +561,8 @@ class Loop:
         self, noise: NoiseSource, with_x_0: bool, return_trajectory: bool, masked: bool
     ) -> Program:
         device, shape = self.state.device, tuple(self.state.shape)
-        steps = self.plan.steps if self._whole else 1
+        positions = self._counters.each if self._whole else [self._counters.now]
+        steps = len(positions)
         inputs = graph.Inputs(self.model_kwargs, device)
         generators = [] if isinstance(noise, Tensor) else _listed(noise)
         staged = None
@@ -573,8 +573,6 @@ class Loop:
         trajectory = None
         if return_trajectory and self._whole:
             trajectory = torch.zeros((steps, *shape), dtype=self.state.dtype, device=device)
-
-        positions = self._counters.each if self._whole else [self._counters.now]
 
         def take_steps(positions: Sequence[Position]) -> None:
             if self._whole:

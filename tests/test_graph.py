@@ -1406,7 +1406,7 @@ class Driver:
 
         class Stream:
             def __init__(self, name="side"):
-                self.name = name
+                self.name, self.cuda_stream = name, hash(name)
 
             def __eq__(self, other):
                 return self.name == other.name
