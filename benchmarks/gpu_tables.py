@@ -238,8 +238,12 @@ def _loops() -> Iterator[tuple[str, Callable[[str], str]]]:
     yield f"latent U-Net, {measures.LATENT_STEPS} steps", measures.latent
 
 
+def _fastest_graph(result: Result, of: Callable[[str], str]) -> str:
+    return min(GRAPHS, key=lambda mode: result.seconds(of(mode)) or float("inf"))
+
+
 def _graph_cells(result: Result, of: Callable[[str], str]) -> list[str]:
-    best = min(GRAPHS, key=lambda mode: result.seconds(of(mode)) or float("inf"))
+    best = _fastest_graph(result, of)
     ratio = result.ratio(of("diffusers"), of(best))
     cells = [_time(result.seconds(of(contender))) for contender in (*GRAPHS, "diffusers")]
     cells += [SHORT[best], "–" if ratio is None else f"{gain(ratio)}×"]
@@ -280,7 +284,7 @@ def readme_as_markdown(measured: dict[str, Result]) -> str:
     for result in measured.values():
         rows = []
         for name, of in _loops():
-            best = min(GRAPHS, key=lambda mode: result.seconds(of(mode)) or float("inf"))
+            best = _fastest_graph(result, of)
             ratio = result.ratio(of("diffusers"), of(best))
             if ratio is not None:
                 times = [_time(result.seconds(of(contender))) for contender in (best, "diffusers")]

@@ -46,6 +46,11 @@ def assert_same_bits(entry: Entry) -> None:
         assert other.isfinite().all()
 
 
+def mode(graph: bool | str, device: torch.device) -> bool | str:
+    """The kind of graph on a GPU; the CPU has none."""
+    return graph if device.type == "cuda" else False
+
+
 def flat(values: Any) -> list[Tensor]:
     return [values] if isinstance(values, Tensor) else [part for v in values for part in flat(v)]
 
@@ -75,8 +80,9 @@ def test_sample(kind: str, graph: bool | str) -> None:
     options: dict[str, Any] = {"steps": 10, "shape": SHAPE, **SAMPLES[kind]}
 
     def entry(device: torch.device) -> Tensor:
-        mode = graph if device.type == "cuda" else False
-        result = fastddim.sample(elementwise_model, device=device, graph=mode, **options)
+        result = fastddim.sample(
+            elementwise_model, device=device, graph=mode(graph, device), **options
+        )
         assert isinstance(result, Tensor)
         return result
 
@@ -88,7 +94,6 @@ def test_what_a_call_is_given(graph: bool | str) -> None:
     """x_T, noise, a mask, keyword arguments and the trajectory, twice on the same graphs."""
 
     def entry(device: torch.device) -> list[Any]:
-        mode = graph if device.type == "cuda" else False
         results = []
         for seed in (1, 2):
             options: dict[str, Any] = {
@@ -99,7 +104,9 @@ def test_what_a_call_is_given(graph: bool | str) -> None:
                 "model_kwargs": {"scale": torch.full((3, 1, 1, 1), 0.5 * seed, device=device)},
                 "return_trajectory": True,
             }
-            results.append(fastddim.sample(scaled, 7, eta=1.0, graph=mode, **options))
+            results.append(
+                fastddim.sample(scaled, 7, eta=1.0, graph=mode(graph, device), **options)
+            )
         return results
 
     assert_same_bits(entry)
@@ -108,9 +115,8 @@ def test_what_a_call_is_given(graph: bool | str) -> None:
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_a_sampler_is_used_again(graph: bool | str) -> None:
     def entry(device: torch.device) -> list[Any]:
-        mode = graph if device.type == "cuda" else False
         sampler = fastddim.Sampler(
-            elementwise_model, 6, shape=SHAPE, eta=1.0, device=device, graph=mode
+            elementwise_model, 6, shape=SHAPE, eta=1.0, device=device, graph=mode(graph, device)
         )
         calls = ({"seed": 1}, {"x_T": normal(4, device)}, {"seed": [1, 2, 3]}, {"seed": 1})
         results = [sampler(**call) for call in calls]
@@ -123,8 +129,7 @@ def test_a_sampler_is_used_again(graph: bool | str) -> None:
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_invert(graph: bool | str) -> None:
     def entry(device: torch.device) -> Any:
-        mode = graph if device.type == "cuda" else False
-        return fastddim.invert(elementwise_model, normal(1, device), 8, graph=mode)
+        return fastddim.invert(elementwise_model, normal(1, device), 8, graph=mode(graph, device))
 
     assert_same_bits(entry)
 
@@ -133,9 +138,8 @@ def test_invert(graph: bool | str) -> None:
 @pytest.mark.parametrize("guided", [False, True])
 def test_stream(graph: bool | str, guided: bool) -> None:
     def entry(device: torch.device) -> list[Tensor]:
-        mode = graph if device.type == "cuda" else False
         stream = fastddim.Stream(
-            elementwise_model, shape=SHAPE, guided=guided, device=device, graph=mode
+            elementwise_model, shape=SHAPE, guided=guided, device=device, graph=mode(graph, device)
         )
         tickets = [
             stream.submit(
@@ -286,9 +290,9 @@ def test_bundled_models(name: str, graph: bool | str) -> None:
     torch.backends.cudnn.allow_tf32 = False
     try:
         images = []
-        for device, mode in (("cpu", False), (DEVICE, graph)):
+        for device, kind in (("cpu", False), (DEVICE, graph)):
             model = fastddim.models.load(name).to(device)
-            image = fastddim.sample(model, 10, batch_size=4, seed=5, graph=mode)
+            image = fastddim.sample(model, 10, batch_size=4, seed=5, graph=kind)
             assert isinstance(image, Tensor)
             images.append(image.cpu())
     finally:

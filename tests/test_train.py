@@ -56,11 +56,10 @@ def run(train: ModuleType, recipe: Any, data: Any, out: Path, *, resume: bool = 
     train.train("digits", recipe, data, out, checkpoint_every=2, resume=resume)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    train: ModuleType, tiny: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def run_interrupted(
+    train: ModuleType, recipe: Any, data: Any, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(train, tiny, data, tmp_path / "whole")
-
+    """A run that ends in its fourth step."""
     train_step = train.Trainer.train_step
 
     def interrupted(trainer: Any) -> torch.Tensor:
@@ -72,7 +71,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(train, tiny, data, tmp_path / "parts")
+            run(train, recipe, data, out)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    train: ModuleType, tiny: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(train, tiny, data, tmp_path / "whole")
+
+    run_interrupted(train, tiny, data, tmp_path / "parts", monkeypatch)
     torch.manual_seed(123)
     run(train, tiny, data, tmp_path / "parts", resume=True)
 
@@ -237,18 +244,7 @@ def test_a_captured_run_resumes(
 ) -> None:
     monkeypatch.setattr(train, "Trainer", on_gpu)
     run(train, tiny, data, tmp_path / "whole")
-    train_step = on_gpu.train_step  # type: ignore[attr-defined]
-
-    def interrupted(trainer: Any) -> torch.Tensor:
-        if trainer.step == 3:
-            raise KeyboardInterrupt
-        loss: torch.Tensor = train_step(trainer)
-        return loss
-
-    with monkeypatch.context() as patch:
-        patch.setattr(on_gpu, "train_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(train, tiny, data, tmp_path / "parts")
+    run_interrupted(train, tiny, data, tmp_path / "parts", monkeypatch)
     run(train, tiny, data, tmp_path / "parts", resume=True)
     whole, parts = (
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")
