@@ -3,9 +3,10 @@
 `fastddim.sample(model, steps)` draws samples; `step` is one update for loops of your own.
 """
 
-from fastddim import models, philox, process
-from fastddim.api import invert, sample, slerp, step
+from fastddim import graph, models, philox, process
+from fastddim.api import invert, sample, step
 from fastddim.generate import generate
+from fastddim.interpolation import slerp
 from fastddim.plan import select_timesteps
 from fastddim.sampler import Sampler
 from fastddim.schedule import Schedule
@@ -18,6 +19,7 @@ __all__ = [
     "Schedule",
     "Stream",
     "generate",
+    "graph",
     "invert",
     "models",
     "philox",

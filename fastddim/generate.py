@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from fastddim import adapter
-from fastddim.adapter import Model
+from fastddim.adapter import Model, check_model
 from fastddim.api import sample
 from fastddim.files import check_writable, remove_parts, sync_folder
+from fastddim.loop.loop import check_watching
+from fastddim.loop.setup import Setup, prepare_sampling, resolve_schedule
 from fastddim.manifest import (
     FILE,
     VERSION,
@@ -39,17 +41,9 @@ from fastddim.manifest import (
     write_manifest,
 )
 from fastddim.memory import LARGEST, default_budget, fitting_batch
+from fastddim.options import Callback, DenoisedFn, SamplerOptions, Watching
 from fastddim.plan import PerStep, Update
 from fastddim.ranks import Ranks, joined
-from fastddim.sampler import (
-    Callback,
-    DenoisedFn,
-    Setup,
-    check_model,
-    check_watching,
-    resolve_schedule,
-    sampling_setup,
-)
 from fastddim.schedule import Schedule
 from fastddim.shards import (
     Batch,
@@ -182,16 +176,16 @@ def generate(
         sample_shape=sample_shape,
         model_id=model_id,
         update=Update(
-            eta,
-            variance,
-            prediction,
-            clip,
-            rederive_eps,
-            guidance_scale,
-            temperature,
-            guidance_rescale,
-            dynamic_thresholding_ratio,
-            sample_max_value,
+            eta=eta,
+            variance=variance,
+            prediction=prediction,
+            clip=clip,
+            rederive_eps=rederive_eps,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            guidance_rescale=guidance_rescale,
+            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
+            sample_max_value=sample_max_value,
         ),
         order=order,
         denoised_fn=denoised_fn,
@@ -239,15 +233,17 @@ class Generation:
         check_int("start", start, 0, 2**32 - 1)
         check_int("stop", stop, start + 1, 2**32)
         self._seed = check_int("seed", seed, 0, 2**64 - 1)
-        check_watching(progress, callback, False, graph)
+        check_watching(Watching(progress=progress, callback=callback), graph)
         self._batch_size = _checked_batch_size(batch_size, memory)
         self._memory = memory
         shape = _checked_sample_shape(model, sample_shape)
         self._layout = Layout(start, stop, 1, check_format(format, shape), shape)
         self._merged = None if merged is None else _checked_archive(merged, shape)
         self._update = _checked_update(update)
-        self._setup: Setup = sampling_setup(
-            model, steps, update, shape=(1, *shape), batch_size=1, graph=graph, **arguments
+        self._setup: Setup = prepare_sampling(
+            SamplerOptions(
+                model, steps, **vars(update), shape=(1, *shape), graph=graph, **arguments
+            )
         )
         self._model, self._model_id = model, model_id
         self._schedule = resolve_schedule(model, arguments["schedule"])
