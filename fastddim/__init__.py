@@ -4,14 +4,13 @@
 """
 
 from fastddim import models, philox, process
+from fastddim._version import __version__ as __version__
 from fastddim.api import invert, sample, slerp, step
 from fastddim.generate import generate
 from fastddim.plan import select_timesteps
 from fastddim.sampler import Sampler
 from fastddim.schedule import Schedule
 from fastddim.stream import Stream
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Sampler",
