@@ -3,11 +3,11 @@
 `fastddim.sample(model, steps)` draws samples; `step` is one update for loops of your own.
 """
 
-from fastddim import models, philox, process
+from fastddim import models, philox, process, runs
 from fastddim._version import __version__ as __version__
 from fastddim.api import invert, sample, slerp, step
-from fastddim.generate import generate
 from fastddim.plan import select_timesteps
+from fastddim.runs import generate
 from fastddim.sampler import Sampler
 from fastddim.schedule import Schedule
 from fastddim.stream import Stream
@@ -21,6 +21,7 @@ __all__ = [
     "models",
     "philox",
     "process",
+    "runs",
     "sample",
     "select_timesteps",
     "slerp",

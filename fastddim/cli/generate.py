@@ -8,7 +8,7 @@ import re
 import click
 import torch
 
-from fastddim import shards
+from fastddim import runs
 from fastddim.cli.options import (
     SEED,
     Computation,
@@ -21,10 +21,10 @@ from fastddim.cli.options import (
 )
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import load
-from fastddim.generate import Generation
-from fastddim.manifest import ManifestMismatchError
 from fastddim.plan import VARIANCES, Update
-from fastddim.shards import FORMATS
+from fastddim.runs import ManifestMismatchError
+from fastddim.runs.generation import Generation
+from fastddim.runs.shards import FORMATS
 
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -208,7 +208,7 @@ def merge(folders: tuple[str, ...], out: str) -> None:
     It holds arr_0, uint8 [N, H, W, 3], as the evaluators of sample quality read it. The ranges of
     samples must follow one another.
     """
-    click.echo(shards.merge(folders, out))
+    click.echo(runs.merge(folders, out))
 
 
 @click.command(
@@ -224,7 +224,7 @@ def digest(folders: tuple[str, ...]) -> None:
     Without the checks, 'cat FOLDER/*.sha256 | sha256sum' prints the same.
     """
     for folder in folders:
-        click.echo(f"{shards.digest(folder)}  {folder}")
+        click.echo(f"{runs.digest(folder)}  {folder}")
 
 
 def _own_device(computation: Computation) -> torch.device:

@@ -1,22 +1,14 @@
 """The files of a run of `fastddim.generate`: one shard a batch, each with its SHA-256 beside it.
 
-A batch is there once its `.sha256` file is, which comes last; `sha256sum -c` reads it too. The
-digest of a run is the SHA-256 of these files one after the other, so that in the run's folder
-
-    cat *.sha256 | sha256sum
-
-computes it. Nothing depends on who wrote which batch: content, names and even the time stamps
-inside of `.npz` files are functions of the samples alone.
+The `.sha256` file of a batch is written last, so a batch is complete if and only if it has one;
+`sha256sum -c` reads these files too. No file depends on the process that wrote it: contents, names
+and even the time stamps inside `.npz` files are functions of the samples alone.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
-import itertools
-import os
-import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,12 +17,11 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastddim.files import atomic_file, check_writable, read_file, sync_folder
-from fastddim.manifest import FILE, Manifest, differences, listed, read_manifest
+from fastddim.files import atomic_file, read_file, sync_folder
+from fastddim.runs.manifest import FILE, Manifest
 from fastddim.validation import check_choice, check_int
 
 FORMATS = ("npz", "safetensors", "png-folder")
@@ -39,13 +30,18 @@ FORMATS = ("npz", "safetensors", "png-folder")
 KEY = "samples"
 
 _RECORD = ".sha256"
-# Two parts of one set of samples may differ in these.
-_PER_PART = ("start", "stop", "batch_size", "format")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 class Batch(NamedTuple):
-    """Samples [first, stop) of a seed, which are drawn and written together."""
+    """Samples [first, stop) of a seed, which are drawn and written together.
+
+    Attributes:
+        first, stop: numbers of the first sample and of the one after the last.
+        size: how many samples there are.
+        stem: the names of its files without their endings (but those of PNG files).
+        record: the name of the file with their SHA-256.
+    """
 
     first: int
     stop: int
@@ -64,8 +60,8 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the samples [start, stop) are cut into batches, and these turned into files."""
+class Sharding:
+    """How the samples [start, stop) are cut into batches, and how a batch becomes files."""
 
     start: int
     stop: int
@@ -74,11 +70,11 @@ class Layout:
     sample_shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Layout:
-        """The layout that a manifest tells.
+    def of(cls, manifest: Manifest) -> Sharding:
+        """The sharding that a manifest describes.
 
         Raises:
-            ValueError: the manifest tells none.
+            ValueError: the manifest describes none.
         """
         try:
             stop = check_int("stop", manifest["stop"], 1, 2**32)
@@ -94,16 +90,18 @@ class Layout:
             raise ValueError(f"{FILE}: expected the manifest of a run, got {error!r}") from error
 
     def batches(self) -> Iterator[Batch]:
+        """All batches in the order of their samples; only the last one may be smaller."""
         for first in range(self.start, self.stop, self.batch_size):
             yield Batch(first, min(first + self.batch_size, self.stop))
 
     def names(self, batch: Batch) -> list[str]:
+        """The names of the files that hold the samples of `batch`."""
         if self.format == "png-folder":
             return [f"{i:06d}.png" for i in range(*batch)]
         return [f"{batch.stem}.{self.format}"]
 
     def encode(self, samples: Tensor) -> list[bytes]:
-        """The content of the files of `samples` `[n, …]` on the CPU, in the order of `names`."""
+        """The contents of the files for `samples` `[n, …]` on the CPU, in the order of `names`."""
         if self.format == "safetensors":
             from safetensors.torch import save
 
@@ -114,7 +112,7 @@ class Layout:
         if self.format == "png-folder":
             return [encode_png(image) for image in images]
         buffer = io.BytesIO()
-        with _array_in_archive(buffer) as entry:
+        with array_in_npz(buffer) as entry:
             np.lib.format.write_array(entry, images, allow_pickle=False)
         return [buffer.getvalue()]
 
@@ -122,7 +120,7 @@ class Layout:
         """The inverse of `encode`: uint8 `[count, H, W, C]`, or float32 of the samples' shape.
 
         Raises:
-            ValueError: the content is something else.
+            ValueError: the contents are not those of such a batch.
         """
         if self.format == "png-folder":
             return np.stack([self._decode_png(content) for content in contents])
@@ -161,7 +159,7 @@ class Layout:
 
 
 def check_format(format: Any, sample_shape: Sequence[int]) -> str:
-    """One of FORMATS that holds samples of that shape."""
+    """Return `format` if it is one of FORMATS and can hold samples of that shape."""
     check_choice("format", format, FORMATS)
     if format != "safetensors" and len(sample_shape) != 3:
         raise ValueError(
@@ -176,8 +174,8 @@ def check_format(format: Any, sample_shape: Sequence[int]) -> str:
     return str(format)
 
 
-def write_batch(folder: Path, layout: Layout, batch: Batch, samples: Tensor) -> None:
-    """Put the samples of `batch` in place; if that fails, the batch is not there.
+def write_batch(folder: Path, sharding: Sharding, batch: Batch, samples: Tensor) -> None:
+    """Write the files of `batch`, the one with their SHA-256 last.
 
     Raises:
         ValueError: a sample is not finite.
@@ -187,7 +185,7 @@ def write_batch(folder: Path, layout: Layout, batch: Batch, samples: Tensor) -> 
     if not finite.all():
         index = batch.first + int((~finite).nonzero()[0, 0])
         raise ValueError(f"model: expected finite samples, got NaN or infinity in sample {index}")
-    names, contents = layout.names(batch), layout.encode(samples)
+    names, contents = sharding.names(batch), sharding.encode(samples)
     for name, content in zip(names, contents, strict=True):
         _write(folder / name, content)
     sync_folder(folder)
@@ -195,11 +193,11 @@ def write_batch(folder: Path, layout: Layout, batch: Batch, samples: Tensor) -> 
     sync_folder(folder)
 
 
-def read_batch(folder: Path, layout: Layout, batch: Batch) -> NDArray[Any] | None:
-    """The samples of `batch` as `Layout.decode` gives them, or None where it is not there.
+def read_batch(folder: Path, sharding: Sharding, batch: Batch) -> NDArray[Any] | None:
+    """The samples of `batch` as `Sharding.decode` gives them, or None if it was not written.
 
     Raises:
-        ValueError: it is there, but not as it was written.
+        ValueError: a file is missing or is not as it was written.
     """
     try:
         record = read_file(folder / batch.record)
@@ -207,7 +205,7 @@ def read_batch(folder: Path, layout: Layout, batch: Batch) -> NDArray[Any] | Non
         return None
     except OSError as error:
         raise ValueError(f"{batch.record}: {error.strerror or error}") from error
-    names = layout.names(batch)
+    names = sharding.names(batch)
     try:
         contents = [read_file(folder / name) for name in names]
     except OSError as error:
@@ -215,127 +213,9 @@ def read_batch(folder: Path, layout: Layout, batch: Batch) -> NDArray[Any] | Non
     if _record(names, contents) != record:
         raise ValueError(f"{batch.stem}: its SHA-256 is not the one in {batch.record}")
     try:
-        return layout.decode(contents, batch.size)
+        return sharding.decode(contents, batch.size)
     except ValueError as error:
         raise ValueError(f"{batch.stem}: {error}") from error
-
-
-def digest(folder: str | os.PathLike[str]) -> str:
-    """One SHA-256 for all samples of a run, after each file has been compared with its own.
-
-    Raises:
-        ValueError: the run is not complete, or a file is not as it was written.
-        OSError: there is no run in `folder`, or it cannot be read.
-    """
-    path, layout = _opened(folder)
-    for _ in _whole(path, layout):
-        pass
-    return recorded_digest(path, layout)
-
-
-def recorded_digest(folder: Path, layout: Layout) -> str:
-    """The digest of a complete run, by the recorded digests alone."""
-    total = hashlib.sha256()
-    for batch in layout.batches():
-        total.update(read_file(folder / batch.record))
-    return total.hexdigest()
-
-
-def merge(
-    folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    path: str | os.PathLike[str],
-) -> Path:
-    """Write all samples of one or more runs into one `.npz`: `arr_0`, uint8 `[N, H, W, C]`.
-
-    This is the file that the evaluator of guided-diffusion (ADM) takes. That wants three channels,
-    so grey images are repeated to RGB. The runs are those of one seed, model and plan, and their
-    samples follow one another; runs of other machines or versions are taken, with a warning.
-
-    Args:
-        folders: one folder of `generate`, or several in any order.
-        path: the file to write, whole or not at all.
-
-    Raises:
-        ValueError: a run is not complete, has no images or does not belong to the others, or their
-            ranges do not join; the message names it.
-        OSError: a file cannot be read or written.
-    """
-    many = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
-    if not many:
-        raise ValueError("folders: expected at least one folder, got none")
-    target = Path(path)
-    if target.suffix.lower() != ".npz":
-        raise ValueError(f"path: expected a name that ends in .npz, got {str(path)!r}")
-    runs = sorted((_opened(folder) for folder in many), key=lambda run: run[1].start)
-    _check_parts([folder for folder, _ in runs])
-    for (_, one), (folder, other) in itertools.pairwise(runs):
-        if one.stop != other.start:
-            raise ValueError(
-                f"folders: expected samples from {one.stop} on to follow, "
-                f"got [{other.start}, {other.stop}) in {folder}"
-            )
-    first, last = runs[0][1], runs[-1][1]
-    if len(first.sample_shape) != 3:
-        raise ValueError(f"folders: expected images, got samples of shape {first.sample_shape}")
-    channels, height, width = first.sample_shape
-    shape = (last.stop - first.start, height, width, 3 if channels == 1 else channels)
-    check_writable(target)
-    with atomic_file(target) as file, _array_in_archive(file) as entry:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(entry, header)
-        for folder, layout in runs:
-            for samples in _whole(folder, layout):
-                entry.write(np.ascontiguousarray(_images(samples, shape[3])).data)
-    sync_folder(target.resolve().parent)
-    return target
-
-
-def _images(samples: NDArray[Any], channels: int) -> NDArray[Any]:
-    """uint8 `[n, H, W, channels]` of what `Layout.decode` gives."""
-    if samples.dtype != np.uint8:
-        from fastddim.images import to_uint8
-
-        samples = to_uint8(torch.from_numpy(samples))
-    return np.broadcast_to(samples, (*samples.shape[:3], channels))
-
-
-def _check_parts(folders: Sequence[Path]) -> None:
-    parts = []
-    for folder in folders:
-        manifest = read_manifest(folder) or {}
-        parts.append({name: v for name, v in manifest.items() if name not in _PER_PART})
-    for folder, part in zip(folders[1:], parts[1:], strict=True):
-        lines = differences(parts[0], part, (f"in {folders[0]}", f"in {folder}"))
-        harmless = [line for line in lines if line.startswith(("computation.", "versions."))]
-        if len(harmless) < len(lines):
-            wrong = [line for line in lines if line not in harmless]
-            raise ValueError(f"folders: expected parts of one run, got\n  {listed(wrong)}")
-        if harmless:
-            warnings.warn(
-                f"fastddim: the parts were not drawn alike:\n  {listed(harmless)}", stacklevel=3
-            )
-
-
-def _opened(folder: str | os.PathLike[str]) -> tuple[Path, Layout]:
-    path = Path(folder)
-    manifest = read_manifest(path)
-    if manifest is None:
-        raise FileNotFoundError(errno.ENOENT, "expected the folder of a run", str(path / FILE))
-    return path, Layout.of(manifest)
-
-
-def _whole(folder: Path, layout: Layout) -> Iterator[NDArray[Any]]:
-    for batch in layout.batches():
-        try:
-            samples = read_batch(folder, layout, batch)
-        except ValueError as error:
-            raise ValueError(f"{folder}: corrupt; generate it again to mend it: {error}") from error
-        if samples is None:
-            raise ValueError(
-                f"{folder}: expected a complete run, got none of the samples "
-                f"[{batch.first}, {batch.stop}); generate it again to go on"
-            )
-        yield samples
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -357,10 +237,10 @@ def _record(names: Sequence[str], contents: Sequence[bytes]) -> bytes:
 
 
 @contextmanager
-def _array_in_archive(file: BinaryIO) -> Iterator[IO[bytes]]:
-    """Where to write the only array, `arr_0`, of the `.npz` archive that `file` becomes."""
+def array_in_npz(file: BinaryIO) -> Iterator[IO[bytes]]:
+    """Open `arr_0`, the only array of the `.npz` archive that is written into `file`."""
     entry = zipfile.ZipInfo("arr_0.npy", _EPOCH)
-    # The first is the platform's by default, and the second depends on how the entry is written.
+    # By default they depend on the platform and on how the entry is written.
     entry.create_system, entry.external_attr = 3, 0o644 << 16
     with (
         zipfile.ZipFile(file, "w") as archive,
