@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Settings:
-    """Where a stage runs and what it may use.
+    """The place that a stage runs in and the means that it may use.
 
     Attributes:
         out: folder of the results.

@@ -20,7 +20,7 @@ from fastddim.schedule import Schedule
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """What determines the network's parameters.
+    """The sizes that determine the network's parameters.
 
     Attributes:
         sample_shape: (C, H, W) of one image.

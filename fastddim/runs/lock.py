@@ -33,7 +33,7 @@ class FolderLock:
         self._take(fcntl.LOCK_EX)
 
     def share(self) -> None:
-        """Take the lock beside other ranks; raises as `take_alone` does."""
+        """Take the lock together with other ranks; raises as `take_alone` does."""
         self._take(fcntl.LOCK_SH)
 
     def release(self) -> None:

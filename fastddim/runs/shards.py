@@ -1,4 +1,4 @@
-"""The files of a run of `fastddim.generate`: one shard a batch, each with its SHA-256 beside it.
+"""The files of a run of `fastddim.generate`: one shard a batch, and the SHA-256 of each.
 
 The `.sha256` file of a batch is written last, so a batch is complete if and only if it has one;
 `sha256sum -c` reads these files too. No file depends on the process that wrote it: contents, names
@@ -61,7 +61,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the samples [start, stop) are cut into batches, and how a batch becomes files."""
+    """The division of the samples [start, stop) into batches, and of a batch into files."""
 
     start: int
     stop: int
