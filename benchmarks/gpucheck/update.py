@@ -57,7 +57,7 @@ class PlainUpdate:
         self._out.copy_(self.x)
 
     def wrong(self) -> int:
-        """The number of elements at the beginning of the samples that the CPU kernel has otherwise."""
+        """The number of elements at the beginning of the samples that differ from the CPU."""
         self()
         x, model_output, got = (
             values[:, :COMPARED].cpu() for values in (self.x, self._model_output, self._out)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddim._version import __version__
-from fastddim.plan import Update
+from fastddim.options import Update
 from fastddim.runs.manifest import VERSION, Manifest
 from fastddim.runs.shards import Sharding
 from fastddim.sampler import Setup

@@ -21,7 +21,7 @@ from fastddim import adapter
 from fastddim.adapter import Model
 from fastddim.api import sample
 from fastddim.files import check_writable
-from fastddim.plan import Update
+from fastddim.options import Callback, GenerateOptions, Update
 from fastddim.runs.complete import merge, recorded_digest
 from fastddim.runs.description import backend_name, describe
 from fastddim.runs.folder import RunFolder
@@ -30,8 +30,6 @@ from fastddim.runs.memory import LARGEST, default_budget, fitting_batch
 from fastddim.runs.ranks import Ranks, joined
 from fastddim.runs.shards import Batch, Sharding, check_format, write_batch
 from fastddim.sampler import (
-    Callback,
-    Setup,
     check_model,
     check_watching,
     resolve_schedule,
@@ -63,47 +61,41 @@ class Run:
 class Generation:
     """A call of `generate` in two parts: the constructor checks all arguments, `run` draws."""
 
-    def __init__(
-        self,
-        model: Model,
-        steps: int | Sequence[int] | Tensor,
-        out: str | os.PathLike[str],
-        *,
-        stop: int,
-        start: int,
-        seed: int,
-        batch_size: int | str,
-        memory: int | None,
-        format: str,
-        merged: str | os.PathLike[str] | None,
-        sample_shape: Sequence[int] | None,
-        model_id: str | None,
-        update: Update,
-        progress: bool,
-        callback: Callback | None,
-        graph: str | bool,
-        **arguments: Any,
-    ) -> None:
+    def __init__(self, options: GenerateOptions) -> None:
+        model = options.model
         check_model(model)
         _check_eval(model)
-        _check_identity(model, model_id)
-        check_int("start", start, 0, 2**32 - 1)
-        check_int("stop", stop, start + 1, 2**32)
-        self._seed = check_int("seed", seed, 0, 2**64 - 1)
-        check_watching(progress, callback, False, graph)
-        self._batch_size = _checked_batch_size(batch_size, memory)
-        self._memory = memory
-        shape = _checked_sample_shape(model, sample_shape)
-        self._sharding = Sharding(start, stop, 1, check_format(format, shape), shape)
-        self._merged = None if merged is None else _checked_archive(merged, shape)
-        self._update = _checked_update(update)
-        self._setup: Setup = sampling_setup(
-            model, steps, update, shape=(1, *shape), batch_size=1, graph=graph, **arguments
+        _check_identity(model, options.model_id)
+        start = check_int("start", options.start, 0, 2**32 - 1)
+        stop = check_int("stop", options.stop, start + 1, 2**32)
+        self._seed = check_int("seed", options.seed, 0, 2**64 - 1)
+        check_watching(options.progress, options.callback, False, options.graph)
+        self._batch_size = _checked_batch_size(options.batch_size, options.memory)
+        shape = _checked_sample_shape(model, options.sample_shape)
+        self._sharding = Sharding(start, stop, 1, check_format(options.format, shape), shape)
+        self._merged = None if options.merged is None else _checked_archive(options.merged, shape)
+        self._update = _checked_update(options)
+        self._setup = sampling_setup(
+            model,
+            options.steps,
+            options,
+            shape=(1, *shape),
+            batch_size=1,
+            schedule=options.schedule,
+            spacing=options.spacing,
+            steps_offset=options.steps_offset,
+            device=options.device,
+            dtype=options.dtype,
+            impl=options.impl,
+            graph=options.graph,
+            check_finite=options.check_finite,
+            model_kwargs=options.model_kwargs,
+            order=options.order,
+            denoised_fn=options.denoised_fn,
         )
-        self._model, self._model_id = model, model_id
-        self._schedule = resolve_schedule(model, arguments["schedule"])
-        self._folder = Path(out)
-        self._progress, self._callback = progress, callback
+        self._schedule = resolve_schedule(model, options.schedule)
+        self._folder = Path(options.out)
+        self._options = options
 
     def run(self) -> Run:
         """Draw the samples that are missing."""
@@ -130,8 +122,9 @@ class Generation:
         )
 
     def _describe(self) -> Manifest:
+        model_id = self._options.model_id
         return describe(
-            self._setup, self._update, self._sharding, seed=self._seed, model_id=self._model_id
+            self._setup, self._update, self._sharding, seed=self._seed, model_id=model_id
         )
 
     def _open(self, folder: RunFolder) -> Manifest | None:
@@ -154,7 +147,8 @@ class Generation:
 
     def _fitting(self, largest: int) -> int:
         device = self._setup.device
-        budget = default_budget(device) if self._memory is None else self._memory
+        memory = self._options.memory
+        budget = default_budget(device) if memory is None else memory
         return fitting_batch(self._try_out, budget, device, largest)
 
     def _try_out(self, count: int) -> None:
@@ -186,7 +180,7 @@ class Generation:
         steps = self._setup.plan.timesteps
         with self._bar(ranks, batches) as bar, ThreadPoolExecutor(1, "fastddim-writer") as writer:
             for batch in batches:
-                samples = self._sample(batch, steps, self._update, self._callback).cpu()
+                samples = self._sample(batch, steps, self._update, self._options.callback).cpu()
                 if pending is not None:
                     bar.update(pending.result())
                 pending = writer.submit(self._write, sharding, batch, samples)
@@ -202,7 +196,7 @@ class Generation:
     ) -> Tensor:
         setup = self._setup
         samples = sample(
-            self._model,
+            setup.model,
             steps,
             schedule=self._schedule,
             **vars(update),
@@ -229,7 +223,7 @@ class Generation:
             total=sum(batch.size for batch in batches),
             desc="generating" if ranks.world == 1 else f"rank 0 of {ranks.world}",
             unit="sample",
-            disable=not self._progress or ranks.rank > 0,
+            disable=not self._options.progress or ranks.rank > 0,
         )
 
     def _finish(self, sharding: Sharding) -> str:

@@ -14,17 +14,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fastddim.files import atomic_file, read_file, sync_folder
+from fastddim.options import Format
 from fastddim.runs.manifest import FILE, Manifest
 from fastddim.validation import check_choice, check_int
 
-FORMATS = ("npz", "safetensors", "png-folder")
+FORMATS = get_args(Format)
 
 # The key of the only tensor in a .safetensors shard.
 KEY = "samples"
