@@ -44,7 +44,8 @@ class Run:
 
     Attributes:
         folder: where its files are.
-        start, stop: the samples of the seed that they hold.
+        start: number of the first sample in them.
+        stop: number after that of the last one.
         batch_size: samples in each batch but the last, chosen if it was "auto".
         digest: one SHA-256 for all of them, as `fastddim.runs.digest` computes it.
         drawn: how many samples this call drew on all ranks together; the others were there before.
