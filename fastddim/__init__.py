@@ -3,16 +3,15 @@
 `fastddim.sample(model, steps)` draws samples; `step` is one update for loops of your own.
 """
 
-from fastddim import graph, models, philox, process
+from fastddim import graph, models, philox, process, runs
+from fastddim._version import __version__ as __version__
 from fastddim.api import invert, sample, step
-from fastddim.generate import generate
 from fastddim.interpolation import slerp
 from fastddim.plan import select_timesteps
+from fastddim.runs import generate
 from fastddim.sampler import Sampler
 from fastddim.schedule import Schedule
 from fastddim.stream import Stream
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Sampler",
@@ -24,6 +23,7 @@ __all__ = [
     "models",
     "philox",
     "process",
+    "runs",
     "sample",
     "select_timesteps",
     "slerp",
