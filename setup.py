@@ -143,7 +143,7 @@ def extension_arguments() -> dict[str, object]:
     sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
     if toolkit is not None:
         sources.append(Path("csrc/cuda/binding.cpp"))
-    headers = [path for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cu")]
+    headers = [path for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cu", ".cuh")]
     extension = CppExtension(
         "fastddim._C",
         sorted(map(str, sources)),
