@@ -19,7 +19,8 @@ import fastddim
 from fastddim import backends, integrations, philox
 from fastddim.cli import main
 
-from .test_update import DTYPES, LAYOUTS, check, make_case
+from .support.accuracy import check
+from .support.updates import DTYPES, LAYOUTS, make_case
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -31,7 +31,8 @@ from fastddim.generate import LOCK
 from fastddim.images import load_png, to_uint8
 from fastddim.manifest import ManifestMismatchError
 
-from .helpers import SmallNet, torch_threads
+from .support.models import SmallNet
+from .support.probes import torch_threads
 
 # As an attribute of the package, this name is the function.
 GENERATE = sys.modules["fastddim.generate"]
