@@ -23,7 +23,7 @@ class View(NamedTuple):
     """Of one sample, in the layout's dimensions; empty where a sample is one run."""
 
 
-class Layout(NamedTuple):
+class SampleLayout(NamedTuple):
     batch: int
     """Samples; 1 where all of them are taken as one."""
     elements: int
@@ -42,7 +42,7 @@ def lay_out(
     *,
     ordered_by: int | None,
     one_row: bool,
-) -> Layout:
+) -> SampleLayout:
     """The layout of tensors of one shape `[B, …]`.
 
     Args:
@@ -78,7 +78,7 @@ def lay_out(
         ),
         default=0,
     )
-    return Layout(
+    return SampleLayout(
         batch,
         count,
         () if all(runs) else tuple(sizes),
@@ -133,7 +133,7 @@ QUAD = 4
 """Elements that one call of the generator draws; a thread without vectors takes as many."""
 
 
-def cut(layout: Layout, itemsize: int, warp_size: int, *, aligned: bool) -> Tiles:
+def cut(layout: SampleLayout, itemsize: int, warp_size: int, *, aligned: bool) -> Tiles:
     """Tiles in which a thread moves 16 bytes of the tensor with the largest items at once, and as
     many elements of the others.
 
@@ -153,7 +153,7 @@ def cut(layout: Layout, itemsize: int, warp_size: int, *, aligned: bool) -> Tile
     return Tiles(size, vector, threads // warp_size, -(-layout.elements // size))
 
 
-def _divides(layout: Layout, alignment: int) -> bool:
+def _divides(layout: SampleLayout, alignment: int) -> bool:
     """Whether every sample is a run that begins and ends at a multiple of `alignment` elements.
 
     16 is what Triton's launches tell its compiler about integers.

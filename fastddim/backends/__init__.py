@@ -11,19 +11,16 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Callable
-from typing import Protocol, TypeAlias, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
+from fastddim.ops import LoopStep
 from fastddim.philox import Keys
 from fastddim.plan import Fit
 
-LoopStep: TypeAlias = Callable[[Tensor], bool]
-"""`take(output)` updates the state in place (and history and model input), advances the counters
-and returns True; or does nothing and returns False where `output` is laid out otherwise.
-"""
+__all__ = ["BACKENDS", "Backend", "LoopStep", "choose"]
 
 
 class Backend(Protocol):
