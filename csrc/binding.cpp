@@ -25,7 +25,7 @@ using namespace fastddim;
 // A second thread costs about as much as this many elements.
 constexpr int64_t GRAIN = 32768, NOISY_GRAIN = 16384;
 
-// How often a sample is read to fit its row.
+// The passes over a sample that fitting its row takes.
 constexpr int64_t FIT_PASSES = 4;
 
 // Above this many bytes the output would only push the inputs out of the caches.
@@ -80,8 +80,8 @@ Tensor new_like(const Tensor& tensor) {
   return Tensor(made);
 }
 
-// What a step from outside a loop needs: two tensors fewer to make and ten arguments fewer to pass
-// in Python take half of the time of a small one.
+// A step from outside a loop. That Python makes two tensors fewer and passes ten arguments fewer
+// halves the time of a small one.
 std::tuple<Tensor, Tensor> step(Tensor x, Tensor model_output, Tensor table, Tensor row,
                                 Optional noise) {
   Tensor x_prev = new_like(x), x_0 = new_like(x);
@@ -147,7 +147,7 @@ void run(const Advance& call) {
 
 void advance(Tensor counters, Tensor timesteps, Tensor t) { run(Advance(counters, timesteps, t)); }
 
-// A loop's step, all of it looked up but where the model's output lies. It keeps the tensors that
+// A loop's step, prepared except for the address of the model's output. It keeps the tensors that
 // it reads and writes.
 class LoopStep {
  public:

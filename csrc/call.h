@@ -44,7 +44,7 @@ inline int64_t size_of(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
-// Where every tensor of a call must be.
+// The device that every tensor of a call must be on.
 struct Place {
   bool cuda;
   int32_t index;
@@ -63,7 +63,7 @@ inline void check_place(const Tensor& tensor, const char* name, const Place& pla
                   " tensor on the device of the state");
 }
 
-// What a state `[B, …]` asks of the tensors beside it.
+// The shape of a state `[B, …]`, which the other tensors of a call must fit.
 struct Shape {
   const int64_t* sizes;
   int64_t dims;
@@ -106,8 +106,8 @@ inline View view_of(const Optional& tensor, const char* name, const Shape& shape
   return tensor ? view_of(*tensor, name, shape) : View();
 }
 
-// A tensor of B samples, which is the operand `first`; or of 2B under guidance, which is `first`
-// and the operand after it.
+// Sets the operand `first` to a tensor of B samples; or under guidance, `first` and the operand
+// after it to the halves of one of 2B.
 inline void set_halves(Job& job, operand::Operand first, const Tensor& tensor, const char* name,
                        const Shape& shape, bool wide) {
   const int64_t parts = tensor.size(0) == shape.sizes[0] ? 1 : 2;

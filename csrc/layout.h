@@ -1,5 +1,5 @@
-// How a job walks its tensors: dimensions reordered and merged until as many tensors as possible
-// are one run.
+// The order in which a job goes over its tensors: dimensions are reordered and merged until as many
+// tensors as possible are one run.
 
 #pragma once
 
@@ -14,7 +14,7 @@
 
 namespace fastddim {
 
-// How elements are counted where few channels, each a plane, are interleaved in memory: pixel by
+// The order of elements where few channels, each a plane, are interleaved in memory: pixel by
 // pixel, or as in any other layout.
 enum class Interleaved { by_pixel, as_any };
 
@@ -39,7 +39,7 @@ class JobLayout {
     job.ndim = ndim_;
     job.sizes = sizes_.data();
   }
-  // Whether every tensor can be read and written where it lies, in the order elements are counted.
+  // True if every tensor can be read and written where it lies, in the order elements are counted.
   bool direct(Dtype computed) const {
     bool all = true;
     for (int v = 0; v < views_; ++v) all &= view_[v]->contiguous && view_[v]->dtype == computed;

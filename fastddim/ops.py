@@ -41,6 +41,7 @@ class Inputs(NamedTuple):
 
     @property
     def keys(self) -> Keys | None:
+        """The keys of the noise drawn inside, or None where it is given or there is none."""
         if self.seed is None or self.step is None or self.sample is None:
             return None
         return Keys(self.seed, self.step, self.sample)
@@ -63,13 +64,13 @@ otherwise.
 
 
 def split_operands(operands: tuple[Any, ...]) -> tuple[Inputs, Outputs]:
-    """The arguments of an operator with the schema of `fastddim::update_out`."""
+    """The inputs and outputs among the arguments of `fastddim::update_out`."""
     count = len(Inputs._fields)
     return Inputs(*operands[:count]), Outputs(*operands[count:])
 
 
 def _arguments(operands: type[Inputs] | type[Outputs]) -> str:
-    """The arguments of a schema; each that is written has an alias of its own."""
+    """The operands as a schema lists them; each that is written has an alias of its own."""
     arguments = []
     for letter, name in zip(string.ascii_lowercase, operands._fields, strict=False):
         alias = f"({letter}!)" if operands is Outputs else ""
@@ -205,14 +206,11 @@ def update_through(
         *,
         noise: Tensor | None,
         keys: Keys | None,
-        history: Tensor | None = None,
-        mask: Tensor | None = None,
-        known: Tensor | None = None,
+        **others: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """(x_prev, x_0); see `fastddim.backends.Backend.update`."""
-        seed, step, sample = keys if keys is not None else (None, None, None)
-        inputs = (x, model_output, table, row, noise, seed, step, sample, history, mask, known)
-        return operator(*inputs)
+        drawn = {} if keys is None else keys._asdict()
+        return operator(*Inputs(x, model_output, table, row, noise, **drawn, **others))
 
     return update
 

@@ -1,4 +1,4 @@
-"""What the launches ask of their tensors; each message names the tensor that does not fit."""
+"""Checks of the tensors of a launch; each message names the tensor that does not fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Meta(NamedTuple):
-    """What a launch depends on in a tensor, apart from its address."""
+    """All that a launch depends on in a tensor, except its address."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -32,7 +32,8 @@ def meta_of(tensor: Tensor | None) -> Any:
 
 
 def check_update(tensors: Tensors, table: Meta, row: Meta, keys: Keys | None) -> None:
-    """
+    """Check the tensors of an update.
+
     Args:
         tensors: a `Meta` for each tensor, None where it is absent.
         table: coefficient rows.

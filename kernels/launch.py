@@ -35,7 +35,7 @@ class _Launch(NamedTuple):
     views: tuple[tuple[int, tuple[int, ...]] | None, ...]
     """sample_stride and strides of each tensor's `View`."""
     constants: dict[str, Any]
-    """The kernel's other arguments but addresses, and options of the compiler."""
+    """The other arguments of the kernel, except addresses, and options of the compiler."""
 
     def view(self, tensors: tuple[Tensor | None, ...]) -> list[View | None]:
         return [

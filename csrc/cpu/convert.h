@@ -84,7 +84,8 @@ FASTDDIM_FN void write_as(const View& view, const Span& span, const T* buffer) {
 FASTDDIM_FN bool same(Dtype dtype, float) { return dtype == Dtype::float32; }
 FASTDDIM_FN bool same(Dtype dtype, double) { return dtype == Dtype::float64; }
 
-// Where the span lies in memory if it can be used there, else `buffer`; null for an absent tensor.
+// The address of the span in memory if it can be used there, else `buffer`; null for an absent
+// tensor.
 template <class T>
 FASTDDIM_FN T* direct_or_buffer(const View& view, const Span& span, T* buffer) {
   if (!view.data) return nullptr;

@@ -1,5 +1,5 @@
-// What rows take from the data of their samples: see fitted_rows in fastddim/reference.py, which
-// specifies it. Included inside the namespace of an instruction set.
+// The factors that rows take from the data of their samples, as fitted_rows in
+// fastddim/reference.py specifies them. Included inside the namespace of an instruction set.
 //
 // Nothing of the size of a sample is kept: each pass works the values out anew from x and the model
 // output. Sums have a fixed order, so that the result depends on neither threads nor batch.

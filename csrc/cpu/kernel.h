@@ -58,8 +58,8 @@ struct Tile {
   bool stream;
 };
 
-// What a tile has beside a state, a model output and a result. Each question that is answered here
-// is not asked for every element.
+// What a tile has besides a state, a model output and a result. A question that is answered here is
+// not asked again for every element.
 enum Features { CLIP = 1, GUIDED = 2, NOISE = 4, X_0 = 8, REST = 16, ALL = 31 };
 
 template <int FEATURES, class V, class T>
@@ -109,15 +109,16 @@ FASTDDIM_FN void update_run(const Row<T>& row, const Tile<T>& tile, int64_t coun
   for (; i < count; ++i) update_at<FEATURES>(row, tile, i);
 }
 
-// Nothing but what every step has. The questions that update_at asks are answered at compile time.
+// A step with nothing that is optional: the questions that update_at asks are answered at compile
+// time.
 template <bool STREAM, class T>
-FASTDDIM_FN void bare_run(const Row<T>& row, const Tile<T>& tile, int64_t count) {
-  const Tile<T> bare{tile.x, tile.unconditional, {}, {}, {}, {}, {}, tile.out, {}, {}, STREAM};
-  update_run<0>(row, bare, count);
+FASTDDIM_FN void minimal_run(const Row<T>& row, const Tile<T>& tile, int64_t count) {
+  const Tile<T> minimal{tile.x, tile.unconditional, {}, {}, {}, {}, {}, tile.out, {}, {}, STREAM};
+  update_run<0>(row, minimal, count);
 }
 
 template <class T>
-FASTDDIM_FN bool is_bare(const Row<T>& row, const Tile<T>& tile) {
+FASTDDIM_FN bool is_minimal(const Row<T>& row, const Tile<T>& tile) {
   const bool clip = row.r < __builtin_inff();
   return !clip && !tile.conditional && !tile.history && !tile.mask && !tile.x_0 && !tile.epsilon;
 }
@@ -130,7 +131,8 @@ FASTDDIM_FN void update_tile(const Row<T>& row, const Tile<T>& tile, int64_t cou
   switch (features) {
     case 0:
       if (row.r < __builtin_inff()) return update_run<CLIP>(row, tile, count);
-      return tile.stream ? bare_run<true>(row, tile, count) : bare_run<false>(row, tile, count);
+      return tile.stream ? minimal_run<true>(row, tile, count)
+                         : minimal_run<false>(row, tile, count);
     case GUIDED:
       return update_run<CLIP | GUIDED>(row, tile, count);
     case NOISE:
@@ -147,7 +149,7 @@ FASTDDIM_FN void update_tile(const Row<T>& row, const Tile<T>& tile, int64_t cou
 }
 
 #if FASTDDIM_LANES > 1
-// A bare step that takes each vector of noise as it is drawn, so that memory answers meanwhile.
+// A minimal step that takes each vector of noise as it is drawn, so that memory answers meanwhile.
 // `buffer` holds the noise of the elements after the last whole vector.
 template <bool STREAM>
 FASTDDIM_FN void drawing_run(const Job& job, const Span& span, const Row<float>& row,
@@ -167,14 +169,14 @@ FASTDDIM_FN void drawing_run(const Job& job, const Span& span, const Row<float>&
 
 FASTDDIM_FN bool update_drawing(const Job& job, const Span& span, const Row<float>& row,
                                 const Tile<float>& tile, float* buffer) {
-  if (!job.seed || job.channels || !is_bare(row, tile)) return false;
+  if (!job.seed || job.channels || !is_minimal(row, tile)) return false;
   tile.stream ? drawing_run<true>(job, span, row, tile, buffer)
               : drawing_run<false>(job, span, row, tile, buffer);
   return true;
 }
 #endif
 
-// Whether the tile was updated with noise drawn on the way.
+// Updates the tile with noise drawn on the way, if that is possible; returns false if it is not.
 template <class T>
 FASTDDIM_FN bool update_drawing(const Job&, const Span&, const Row<T>&, const Tile<T>&, T*) {
   return false;

@@ -1,4 +1,5 @@
-// The update of tensors that are contiguous within a sample.
+// The update of tensors that are contiguous within a sample and have the dtypes of an ordinary
+// step.
 
 #pragma once
 
@@ -163,7 +164,7 @@ constexpr Dtype DTYPE<Half> = Dtype::float16;
 template <>
 constexpr Dtype DTYPE<BFloat16> = Dtype::bfloat16;
 
-// Whether a tensor has the dtype of the model output, rather than that of the state.
+// True for a tensor with the dtype of the model output, false for one with that of the state.
 constexpr bool is_of_model(int v) {
   return v == operand::unconditional || v == operand::conditional || v == operand::history ||
          v == operand::epsilon || v == operand::model_input || v == operand::second_input;

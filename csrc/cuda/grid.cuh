@@ -1,4 +1,4 @@
-// How the elements of a batch are dealt to the threads of a launch.
+// The division of a batch among the threads of a launch.
 
 #pragma once
 
@@ -25,7 +25,7 @@ namespace FASTDDIM_NAMESPACE {
 
 constexpr int BLOCK = 256;
 
-// How chunks are dealt to threads. Along x: chunks of a sample, in tiles of BLOCK. Along y and z:
+// The chunks that threads take. Along x: chunks of a sample, in tiles of BLOCK. Along y and z:
 // samples; a block takes several of them where they are small.
 struct Grid {
   int64_t count;
@@ -59,7 +59,7 @@ struct Extent {
   dim3 blocks, threads;
 };
 
-// Whether the samples' chunks can be dealt to the threads of one launch.
+// Sets the grid and its extent; false where one launch has too few threads for the chunks.
 inline bool make_grid(Grid& grid, Extent& extent, int64_t batch, int64_t count, int64_t size) {
   constexpr int64_t ALONG_Y = 0xFFFF, ALONG_Z = 0xFFFF;  // the most blocks that there may be
   const int64_t chunks = (count + size - 1) / size, tiles = (chunks + BLOCK - 1) / BLOCK;

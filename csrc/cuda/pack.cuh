@@ -156,7 +156,7 @@ FASTDDIM_FN Pack<T, SIZE> narrowed(const C (&values)[SIZE]) {
   return pack;
 }
 
-// A cast of the stored state, as one would make it for the model.
+// The stored state, cast for the model.
 template <class M, class T, int SIZE>
 FASTDDIM_FN Pack<M, SIZE> converted(const Pack<T, SIZE>& pack) {
   if constexpr (std::is_same_v<M, T>) {

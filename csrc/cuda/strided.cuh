@@ -1,4 +1,5 @@
-// Tensors of any dtype and strides, element by element: the update, and the noise alone.
+// Kernels for tensors of any dtype and strides, which go element by element: the update, and the
+// noise alone.
 
 #pragma once
 
@@ -77,7 +78,7 @@ struct StridedCall {
   StridedView views[operand::OF_UPDATE];
 };
 
-// Where an element lies in each tensor: its coordinates are worked out once.
+// The offset of an element in each tensor, by coordinates that are worked out once.
 template <int COUNT>
 FASTDDIM_FN void offsets_of(const Shape& shape, const StridedView* const (&views)[COUNT],
                             int64_t sample, int64_t element, int64_t (&offsets)[COUNT]) {

@@ -1,4 +1,4 @@
-// The kernels for GPUs and what launches them, as one translation unit.
+// The kernels for GPUs and their launchers, as one translation unit.
 //
 // A thread takes a chunk of one sample: whole quads of normals and whole 16-byte words of the
 // state. Tensors that are contiguous within a sample and have the dtypes of an ordinary step go to

@@ -24,7 +24,7 @@ __all__ = ["BACKENDS", "Backend", "LoopStep", "choose"]
 
 
 class Backend(Protocol):
-    """What a backend defines: these names, as functions of a module.
+    """The functions that a backend's module defines.
 
     The results are the reference's: same formula, same order of operations, same noise.
 
@@ -77,12 +77,12 @@ class Backend(Protocol):
         *,
         noise: Tensor | None,
         keys: Keys | None,
-        history: Tensor | None = None,
-        mask: Tensor | None = None,
-        known: Tensor | None = None,
+        **others: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(x_prev, x_0) in new tensors, differentiable in every floating-point input but `table`
-        and `mask`; the arguments are those of `update_out`.
+        """(x_prev, x_0) in new tensors, differentiable in every floating-point input except `table`
+        and `mask`.
+
+        The arguments are those of `update_out`; `others` are `history`, `mask` and `known`.
         """
 
     def update_out(

@@ -1,7 +1,7 @@
 """The Triton kernels (kernels/), on NVIDIA and AMD GPUs.
 
 Each launch is an operator, so that `torch.compile` takes it without a graph break, and fake tensors
-and dispatch modes see it. The operator's own call is short beside Triton's launch from Python.
+and dispatch modes see it. The call of the operator is short in comparison with Triton's launch.
 """
 
 from __future__ import annotations
