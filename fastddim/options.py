@@ -1,0 +1,347 @@
+"""Every option of sampling, declared once: name, type, default and check.
+
+The arguments of `sample`, `Sampler`, `invert`, `Stream` and `generate` are the fields of one class
+each, put together from groups: an option that is added to a group belongs to every call that has
+the group. `fastddim.signatures.takes` gives the function their signature, and `fastddim.sample`
+says what each of them means. Only `fastddim.step`, whose call is shorter than the making of such an
+object, and the command line name theirs again.
+
+Nothing changes an object of options once it is made. They are not frozen, since that makes them
+three times as slow to make, and each call of a `Sampler` makes one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast, get_args
+
+import torch
+from torch import Tensor
+
+from fastddim.adapter import Model
+from fastddim.schedule import Schedule
+from fastddim.validation import check_bool, check_choice, check_coefficient, check_number
+
+Coefficient: TypeAlias = float | Tensor
+PerStep: TypeAlias = Coefficient | Sequence[Coefficient]
+Steps: TypeAlias = int | Sequence[int] | Tensor
+Seed: TypeAlias = int | Sequence[int] | Tensor
+NoiseSource: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator] | None
+Callback: TypeAlias = Callable[[int, int, Tensor, Tensor], None]
+DenoisedFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+Spacing: TypeAlias = Literal["uniform", "quadratic", "leading", "trailing", "linspace"]
+Variance: TypeAlias = Literal["small", "large"]
+Prediction: TypeAlias = Literal["epsilon", "sample", "v_prediction"]
+Graph: TypeAlias = Literal["auto", "loop"] | bool
+Format: TypeAlias = Literal["npz", "safetensors", "png-folder"]
+
+VARIANCES = get_args(Variance)
+PREDICTIONS = get_args(Prediction)
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """How the output of the model is read."""
+
+    prediction: Prediction = "epsilon"
+    guidance_rescale: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Thresholding:
+    """How the predicted x_0 is limited by what is in it."""
+
+    dynamic_thresholding_ratio: float | None = None
+    sample_max_value: float | None = None
+
+
+@dataclass(kw_only=True)
+class Direction:
+    """How the predicted x_0 and epsilon make the new state."""
+
+    eta: PerStep = 0.0
+    clip: float | None = None
+    rederive_eps: bool = False
+    guidance_scale: PerStep | None = None
+
+
+@dataclass(kw_only=True)
+class Noising:
+    """How much noise a step adds, besides `eta`."""
+
+    variance: Variance = "small"
+    temperature: PerStep = 1.0
+
+
+class Fit(NamedTuple):
+    """What a row takes from the data of its sample, as `reference.fitted_rows` specifies it.
+
+    Attributes:
+        rescale: φ of guidance rescale, in [0, 1].
+        ratio: quantile of dynamic thresholding, in (0, 1], or 0 for none.
+        limit: the most that its threshold can be, or infinity.
+    """
+
+    rescale: float
+    ratio: float
+    limit: float
+
+
+PER_STEP = ("eta", "guidance_scale", "temperature")
+"""The options that may be sequences, one value a step."""
+
+
+@dataclass(kw_only=True)
+class Update(Noising, Direction, Thresholding, Reading):
+    """How a step is taken, apart from where it is on the schedule."""
+
+    def checked(self, batch: int | None, *, per_step: bool = False) -> Update:
+        """An `Update` alone, with every field checked and tensors turned to float64.
+
+        Args:
+            batch: B, or None where tensors cannot be used.
+            per_step: whether sequences with one value a step can be used.
+
+        Raises:
+            TypeError, ValueError: a field is of the wrong type, shape or range; the message names
+                it.
+        """
+
+        def coefficient(name: str, low: float = -math.inf) -> Any:
+            value = getattr(self, name)
+            if per_step and isinstance(value, Sequence) and not isinstance(value, str | bytes):
+                return tuple(
+                    check_coefficient(f"{name}[{s}]", v, batch, low) for s, v in enumerate(value)
+                )
+            return check_coefficient(name, value, batch, low)
+
+        guidance, clip = self.guidance_scale, self.clip
+        checked = Update(
+            eta=coefficient("eta", 0.0),
+            variance=check_choice("variance", self.variance, VARIANCES),
+            prediction=check_choice("prediction", self.prediction, PREDICTIONS),
+            clip=None if clip is None else check_number("clip", clip, 0.0, open_low=True),
+            rederive_eps=check_bool("rederive_eps", self.rederive_eps),
+            guidance_scale=None if guidance is None else coefficient("guidance_scale"),
+            temperature=coefficient("temperature", 0.0),
+            guidance_rescale=check_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0),
+            dynamic_thresholding_ratio=self.dynamic_thresholding_ratio,
+            sample_max_value=self.sample_max_value,
+        )
+        checked._check_fit()
+        return checked
+
+    def _check_fit(self) -> None:
+        if self.guidance_rescale > 0 and self.guidance_scale is None:
+            raise ValueError(
+                f"guidance_rescale: expected 0 without guidance_scale, got {self.guidance_rescale}"
+            )
+        ratio, limit = self.dynamic_thresholding_ratio, self.sample_max_value
+        if ratio is None:
+            if limit is not None:
+                raise ValueError(
+                    "sample_max_value: expected None without dynamic_thresholding_ratio, "
+                    f"got {limit!r}"
+                )
+            return
+        check_number("dynamic_thresholding_ratio", ratio, 0.0, 1.0, open_low=True)
+        if limit is not None:
+            check_number("sample_max_value", limit, 1.0)
+        if self.clip is not None:
+            raise ValueError(
+                f"clip: expected None with dynamic_thresholding_ratio, got {self.clip!r}"
+            )
+
+    @property
+    def noisy(self) -> bool:
+        """Whether any noise is added at all."""
+        etas = self.eta if isinstance(self.eta, tuple) else (self.eta,)
+        return any(isinstance(eta, Tensor) or eta > 0 for eta in etas)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model is evaluated on 2B samples."""
+        return self.guidance_scale is not None
+
+    @property
+    def fit(self) -> Fit | None:
+        """What each step takes from the data, if anything."""
+        ratio, limit = self.dynamic_thresholding_ratio, self.sample_max_value
+        if ratio is None and self.guidance_rescale == 0:
+            return None
+        return Fit(self.guidance_rescale, ratio or 0.0, math.inf if limit is None else limit)
+
+    def at_each(self, steps: int) -> list[Update]:
+        """The update of every step.
+
+        Raises:
+            ValueError: a sequence has not one value a step.
+        """
+        series = {}
+        for name in PER_STEP:
+            values = getattr(self, name)
+            if not isinstance(values, tuple):
+                continue
+            if len(values) != steps:
+                raise ValueError(
+                    f"{name}: expected one value a step, {steps}, got {len(values)} of them"
+                )
+            series[name] = values
+        return [replace(self, **{n: v[s] for n, v in series.items()}) for s in range(steps)]
+
+
+@dataclass(kw_only=True)
+class Solver:
+    """Which equation is solved, and how."""
+
+    schedule: Schedule | None = None
+    order: int = 1
+
+
+@dataclass(kw_only=True)
+class Visited:
+    """Which timesteps are visited, where `steps` only says how many."""
+
+    spacing: Spacing = "uniform"
+    steps_offset: int = 0
+
+
+@dataclass(kw_only=True)
+class Hook:
+    """A function of the user within each step."""
+
+    denoised_fn: DenoisedFn | None = None
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """How many samples are drawn, and of which shape."""
+
+    shape: Sequence[int] | None = None
+    batch_size: int = 1
+
+
+@dataclass(kw_only=True)
+class Placement:
+    """Where and how steps are computed."""
+
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    impl: str = "auto"
+    graph: Graph = "auto"
+    check_finite: bool = False
+
+
+@dataclass(kw_only=True)
+class Conditioning:
+    """What the model is given besides the state and the timestep."""
+
+    model_kwargs: Mapping[str, Any] | None = None
+
+
+@dataclass(kw_only=True)
+class Drawing:
+    """Which sample is drawn, and from what."""
+
+    seed: Seed = 0
+    sample_offset: int = 0
+    x_T: Tensor | None = None
+    mask: Tensor | None = None
+    known: Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class Watching:
+    """What is told on the way."""
+
+    progress: bool = False
+    callback: Callback | None = None
+
+
+@dataclass(kw_only=True)
+class Reporting(Watching):
+    """What is told on the way, and kept of it."""
+
+    return_trajectory: bool = False
+
+
+@dataclass(kw_only=True, eq=False)
+class SamplerOptions(Conditioning, Placement, Batch, Hook, Update, Visited, Solver):
+    """The arguments of `fastddim.Sampler`: all that does not change from call to call."""
+
+    model: Model = field(kw_only=False)
+    steps: Steps = field(kw_only=False)
+
+
+@dataclass(kw_only=True, eq=False)
+class CallOptions(Reporting, Drawing):
+    """The arguments of a call of a `fastddim.Sampler`."""
+
+    noise: NoiseSource = None
+
+
+@dataclass(kw_only=True, eq=False)
+class SampleOptions(CallOptions, SamplerOptions):
+    """The arguments of `fastddim.sample`."""
+
+
+@dataclass(kw_only=True, eq=False)
+class InvertOptions(Reporting, Conditioning, Placement, Direction, Reading, Visited, Solver):
+    """The arguments of `fastddim.invert`."""
+
+    model: Model = field(kw_only=False)
+    x_0: Tensor = field(kw_only=False)
+    steps: Steps = field(kw_only=False)
+    refine: int = 0
+
+
+@dataclass(kw_only=True, eq=False)
+class StreamOptions(Placement, Hook, Thresholding, Reading, Solver):
+    """The arguments of `fastddim.Stream`."""
+
+    model: Model = field(kw_only=False)
+    batch_size: int | None = None
+    shape: Sequence[int] | None = None
+    max_steps: int | None = None
+    max_pending: int | None = None
+    guided: bool = False
+    masked: bool = False
+
+
+@dataclass(kw_only=True, eq=False)
+class RequestOptions(Conditioning, Drawing, Noising, Direction, Visited):
+    """The arguments of `fastddim.Stream.submit`."""
+
+    steps: Steps = field(kw_only=False)
+    seed: int = 0
+
+
+@dataclass(kw_only=True, eq=False)
+class GenerateOptions(Watching, Conditioning, Placement, Hook, Update, Visited, Solver):
+    """The arguments of `fastddim.generate`."""
+
+    model: Model = field(kw_only=False)
+    steps: Steps = field(kw_only=False)
+    out: str | os.PathLike[str] = field(kw_only=False)
+    stop: int
+    start: int = 0
+    seed: int = 0
+    batch_size: int | Literal["auto"] = "auto"
+    memory: int | None = None
+    format: Format = "npz"
+    merged: str | os.PathLike[str] | None = None
+    sample_shape: Sequence[int] | None = None
+    model_id: str | None = None
+
+
+OptionsType = TypeVar("OptionsType")
+
+
+def shared(cls: type[OptionsType], options: Any, **others: Any) -> OptionsType:
+    """An object of `cls` with the fields that `options` has too, and `others`."""
+    names = [field.name for field in fields(cast(Any, cls)) if hasattr(options, field.name)]
+    return cls(**{name: getattr(options, name) for name in names} | others)

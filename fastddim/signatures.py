@@ -1,0 +1,70 @@
+"""Functions of one object of options that are called with the options as their arguments."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+Arguments = ParamSpec("Arguments")
+Options = TypeVar("Options")
+Owner = TypeVar("Owner")
+Result = TypeVar("Result")
+
+
+def takes(
+    options: Callable[Arguments, Options],
+) -> Callable[[Callable[[Options], Result]], Callable[Arguments, Result]]:
+    """Make a function of `options` one of the arguments that make them.
+
+    Type checkers, `inspect.signature` and `help` see these arguments with their types and defaults.
+
+    Args:
+        options: the class of the options, which serves one function.
+    """
+
+    def decorate(function: Callable[[Options], Result]) -> Callable[Arguments, Result]:
+        @functools.wraps(function)
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            return function(options(*args, **kwargs))
+
+        _show_arguments(call, options, function, [])
+        return call
+
+    return decorate
+
+
+def method_takes(
+    options: Callable[Arguments, Options],
+) -> Callable[
+    [Callable[[Owner, Options], Result]], Callable[Concatenate[Owner, Arguments], Result]
+]:
+    """Do the same for a method."""
+
+    def decorate(
+        function: Callable[[Owner, Options], Result],
+    ) -> Callable[Concatenate[Owner, Arguments], Result]:
+        @functools.wraps(function)
+        def call(self: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            return function(self, options(*args, **kwargs))
+
+        _show_arguments(call, options, function, ["self"])
+        return call
+
+    return decorate
+
+
+def _show_arguments(
+    call: Any, options: Any, function: Callable[..., Any], before: list[str]
+) -> None:
+    # Else tools would follow it to the function of one object.
+    del call.__wrapped__
+    first = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in before]
+    made = inspect.signature(options).parameters
+    result = function.__annotations__["return"]
+    call.__signature__ = inspect.Signature([*first, *made.values()], return_annotation=result)
+    call.__annotations__ = {name: given.annotation for name, given in made.items()}
+    call.__annotations__["return"] = result
+    # The error of an argument that is missing or unknown names it.
+    options.__init__.__qualname__ = function.__qualname__
