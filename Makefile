@@ -25,7 +25,7 @@ GPUCHECK_STAGES ?=
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-CXX_FILES := $(shell find csrc tests/native tests/gpuless benchmarks/gpucheck -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+CXX_FILES := $(shell find csrc tests/native tests/support/gpuless benchmarks/gpucheck -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help report demo test test-oldest test-newest test-gpu test-sanitize test-faults lint docs bench gpucheck gpucheck-prepare format clean
@@ -130,10 +130,10 @@ $(VENV)/.installed-report: $(VENV)/.installed-dev
 	touch $@
 
 # The peers come without what they require: it is for training, and would bring another torch along.
-$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py tests/integrations/peers.txt $(CXX_FILES)
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py tests/support/dropins/peers.txt $(CXX_FILES)
 	$(BIN)/python -c "import triton" 2> /dev/null || $(PIP) install "$(TRITON)"
 	$(PIP) install --no-build-isolation $(EDITABLE) ".[test,lint]"
-	$(PIP) install --no-deps -r tests/integrations/peers.txt
+	$(PIP) install --no-deps -r tests/support/dropins/peers.txt
 	touch $(VENV)/.installed $@
 
 $(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)

@@ -34,7 +34,7 @@ import fastddim.integrations.latent_diffusion
 import fastddim.integrations.webui
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-peers = importlib.import_module("tests.integrations.peers")
+peers = importlib.import_module("tests.support.dropins.peers")
 
 RESULTS = "dropins-cpu"
 SMALL, MEDIUM, LARGE = (1, 4, 64, 64), (64, 3, 64, 64), (64, 3, 256, 256)
@@ -106,7 +106,7 @@ def of_add_noise(inputs: Inputs) -> Pair:
 
 def of_ermongroup(name: str) -> Callable[[Inputs], Pair]:
     def make(inputs: Inputs) -> Pair:
-        written_out = importlib.import_module("tests.integrations.test_ermongroup")
+        written_out = importlib.import_module("tests.support.dropins.ermongroup")
         original = getattr(written_out, f"peer_{name.partition('_')[0]}")
         own = getattr(fastddim.integrations.ermongroup, name)
         seq, b = list(range(0, 1000, 1000 // STEPS)), torch.linspace(1e-4, 0.02, 1000)
@@ -217,7 +217,7 @@ def of_k_diffusion(inputs: Inputs) -> Pair:
 
 
 def of_webui(inputs: Inputs) -> Pair:
-    written_out = importlib.import_module("tests.integrations.test_k_diffusion")
+    written_out = importlib.import_module("tests.support.dropins.webui")
 
     class Model:
         inner_model = SimpleNamespace(inner_model=SimpleNamespace(alphas_cumprod=ALPHAS.float()))

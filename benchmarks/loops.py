@@ -111,7 +111,7 @@ def _scheduler_loop(model: Any, x_T: Tensor, scheduler: Any, steps: int, **optio
 
 def official_loop(model: Any, x_T: Tensor, steps: int, eta: float) -> Loop:
     """`generalized_steps` of ermongroup/ddim."""
-    written_out = importlib.import_module("tests.integrations.test_ermongroup")
+    written_out = importlib.import_module("tests.support.dropins.ermongroup")
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).float()
     timesteps = range(0, 1000, 1000 // steps)
 

@@ -3,9 +3,10 @@
 `fastddim.sample(model, steps)` draws samples; `step` is one update for loops of your own.
 """
 
-from fastddim import models, philox, process, runs
+from fastddim import graph, models, philox, process, runs
 from fastddim._version import __version__ as __version__
-from fastddim.api import invert, sample, slerp, step
+from fastddim.api import invert, sample, step
+from fastddim.interpolation import slerp
 from fastddim.plan import select_timesteps
 from fastddim.runs import generate
 from fastddim.sampler import Sampler
@@ -17,6 +18,7 @@ __all__ = [
     "Schedule",
     "Stream",
     "generate",
+    "graph",
     "invert",
     "models",
     "philox",

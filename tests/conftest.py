@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 from harness import machine, version_of
+
+from .support.environment import RunPython
 
 # The same examples in every run, and no time asserted: a slow machine is not a failure.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -25,12 +26,6 @@ hypothesis.settings.load_profile("repeatable")
 # Settings that make this processor stand in for others.
 STAND_INS = ("ATEN_CPU_CAPABILITY", "MKL_CBWR")
 OUTCOMES = ("passed", "skipped", "failed", "error")
-
-
-class RunPython(Protocol):
-    def __call__(
-        self, *arguments: str | Path, cwd: Path, env: Mapping[str, str] | None = None
-    ) -> subprocess.CompletedProcess[str]: ...
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

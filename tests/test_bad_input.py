@@ -16,7 +16,8 @@ import torch
 import fastddim
 from fastddim import Sampler, Schedule, philox, select_timesteps
 
-from .helpers import CPU_IMPLS, elementwise_model
+from .support.environment import CPU_IMPLS
+from .support.models import elementwise_model
 
 B, SHAPE = 2, (2, 3, 4)
 X = torch.zeros(SHAPE)

@@ -26,7 +26,7 @@ from fastddim import backends, images
 from fastddim.cli import main
 from fastddim.processor import has_bfloat16
 
-from .optional import optional
+from .support.optional import optional
 
 diffusers = optional("diffusers")
 

@@ -10,7 +10,7 @@ from fastddim.buffers import ALIGNMENT, aligned_rows
 from fastddim.counters import Counters, Position
 from fastddim.plan import Plan, Update, make_plan
 
-from .helpers import CPU_IMPLS
+from .support.environment import CPU_IMPLS
 
 CPU = torch.device("cpu")
 KINDS = {

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import pytest
 from gpucheck.machine_code import count, nvcc, output_of, sass_of, short, tool
 
-from .gpuless.toolchain import compile_ptx
-from .test_native import ROOT, needs_compiler
+from .support.environment import ROOT, needs_compiler
+from .support.gpuless.toolchain import compile_ptx, needs_nvcc
 
 # Architecture, registers a thread at full occupancy, at three quarters and at half of it: 65,536
 # registers for 2,048 threads of a multiprocessor, or for 1,536, in units of eight.
@@ -25,7 +25,7 @@ TARGETS = {80: LARGE, 86: SMALL, 89: SMALL, 90: LARGE, 100: LARGE, 120: SMALL}
 
 pytestmark = [
     needs_compiler,
-    pytest.mark.skipif(nvcc() is None, reason="there is no nvcc"),
+    needs_nvcc,
     pytest.mark.skipif(
         tool("cuobjdump") is None or tool("nvdisasm") is None,
         reason="there is no cuobjdump or nvdisasm (Triton brings both)",

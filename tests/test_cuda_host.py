@@ -15,10 +15,11 @@ import pytest
 
 from fastddim import ops
 
-from .gpuless.launcher import COMPILER, ROOT, build_library
+from .support.environment import COMPILER, ROOT
+from .support.gpuless.launcher import build_library
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-CASES = ROOT / "tests/gpuless/on_host.py"
+CASES = ROOT / "tests/support/gpuless/on_host.py"
 
 
 def sanitizers() -> list[str]:

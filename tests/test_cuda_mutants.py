@@ -1,5 +1,5 @@
 """How sharp the comparison is: one instruction of the kernels' PTX is changed at a time, and the
-updates of tests/gpuless/cases.py must notice.
+updates of tests/support/gpuless/cases.py must notice.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from torch import Tensor
 
 from fastddim import backends, philox
 
-from .gpuless import ptx
-from .gpuless.cases import run_bare, same_bits
-from .test_cuda_ptx import (  # noqa: F401
-    Device,
-    device,
-    ptx_of,
-    pytestmark,
-)
-from .test_update import DTYPES, Case, make_case, poisoned_like, run
+from .support.environment import needs_compiler, needs_extension
+from .support.gpuless import ptx
+from .support.gpuless.cases import run_bare, same_bits
+from .support.gpuless.cuda_on_ptx import Device, device, ptx_of
+from .support.gpuless.toolchain import needs_nvcc
+from .support.updates import DTYPES, Case, make_case, poisoned_like, run
+
+__all__ = ["device"]
+
+pytestmark = [needs_compiler, needs_extension, needs_nvcc]
 
 MUTANTS_PER_KERNEL = 70
 
@@ -338,7 +339,7 @@ def noticed(check: Callable[[Device], bool], on: Device) -> bool:
         return True
 
 
-def test_mutants_are_noticed(device: Device) -> None:  # noqa: F811
+def test_mutants_are_noticed(device: Device) -> None:
     """At least 95 of 100; docs/kernel.md says what the others are."""
     text = ptx_of("sm_90")
     before = device.gpu.module

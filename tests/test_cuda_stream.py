@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from .conftest import RunPython
-from .test_native import COMPILER, ROOT, needs_compiler
+from .support.environment import COMPILER, ROOT, RunPython, needs_compiler
 
 # Of torch in csrc/; all are in the headers of torch 2.11, the oldest release that is supported.
 TORCH_NAMES = {

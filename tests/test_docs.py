@@ -19,8 +19,9 @@ import fastddim
 from fastddim import backends, integrations, philox
 from fastddim.cli import main
 
-from .optional import optional
-from .test_update import DTYPES, LAYOUTS, check, make_case
+from .support.accuracy import check
+from .support.optional import optional
+from .support.updates import DTYPES, LAYOUTS, make_case
 
 griffe = optional("griffe")
 

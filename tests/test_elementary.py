@@ -29,7 +29,7 @@ from fastddim.plan import (
 )
 from fastddim.steptable import StepTable
 
-from .helpers import OtherProcessor
+from .support.probes import OtherProcessor
 
 
 def is_rounded_root(value: float, root: float) -> bool:

@@ -15,17 +15,10 @@ import torch
 import fastddim
 from fastddim import Sampler, Schedule, philox, select_timesteps
 
-from .helpers import (
-    CPU_IMPLS,
-    GaussianModel,
-    NoSync,
-    SmallNet,
-    ddim_step,
-    elementwise_model,
-    elementwise_numpy,
-    guided,
-    linear_alphas,
-)
+from .support.environment import CPU_IMPLS
+from .support.models import GaussianModel, SmallNet, elementwise_model, elementwise_numpy
+from .support.paper import ddim_step, guided, linear_alphas
+from .support.probes import NoSync
 
 SHAPE = (2, 3, 4, 5)
 S = 12

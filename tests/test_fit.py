@@ -16,7 +16,7 @@ import fastddim
 from fastddim import backends, ops, reference
 from fastddim.plan import Fit, Row, Update, coefficient_row, stack_row
 
-from .test_update import DTYPES, INSTRUCTION_SETS, LAYOUTS, Case, backend, make_case
+from .support.updates import DTYPES, INSTRUCTION_SETS, LAYOUTS, Case, backend, make_case
 
 __all__ = ["backend"]
 

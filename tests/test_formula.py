@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from gpucheck.machine_code import nvcc, output_of, tool
 
-from .test_native import COMPILER, ROOT, needs_compiler
+from .support.environment import COMPILER, ROOT, needs_compiler
 
 
 @needs_compiler

@@ -32,7 +32,8 @@ from fastddim.runs import ManifestMismatchError, generation, lock, memory
 from fastddim.runs.lock import FILE as LOCK
 from fastddim.runs.shards import FORMATS, write_batch
 
-from .helpers import SmallNet, torch_threads
+from .support.models import SmallNet
+from .support.probes import torch_threads
 
 SHAPE = (3, 4, 4)
 COUNT = 22

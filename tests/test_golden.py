@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from . import golden
-from .helpers import CPU_IMPLS, OtherProcessor
+from .support import golden
+from .support.environment import CPU_IMPLS
+from .support.probes import OtherProcessor
 
 GOLDEN = json.loads(golden.GOLDEN.read_text())
 

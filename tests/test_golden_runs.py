@@ -12,8 +12,9 @@ import torch
 
 import fastddim
 
-from .helpers import CPU_IMPLS, OtherProcessor
 from .support import golden_runs
+from .support.environment import CPU_IMPLS
+from .support.probes import OtherProcessor
 
 GOLDEN = json.loads(golden_runs.GOLDEN.read_text())
 DATA = Path(__file__).parent / "data"

@@ -18,7 +18,7 @@ from gpucheck.device import on_device
 import fastddim
 from fastddim import backends, philox
 
-from .gpuless.cases import (
+from .support.gpuless.cases import (
     LONG,
     UPDATES,
     assert_advance,
@@ -27,8 +27,8 @@ from .gpuless.cases import (
     assert_normals,
     update_case,
 )
-from .helpers import elementwise_model
-from .test_update import DTYPES, make_case
+from .support.models import elementwise_model
+from .support.updates import DTYPES, make_case
 
 pytestmark = pytest.mark.gpu
 

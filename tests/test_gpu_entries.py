@@ -22,7 +22,7 @@ from fastddim import Schedule, philox, process
 from fastddim.cli import main
 from fastddim.integrations import ermongroup, k_diffusion
 
-from .helpers import elementwise_model
+from .support.models import elementwise_model
 
 pytestmark = pytest.mark.gpu
 

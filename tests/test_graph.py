@@ -1,7 +1,8 @@
 """CUDA graphs: what is captured, what a replay follows, what is kept between calls.
 
-Without a GPU, `helpers.RecordedGraph` stands in for a captured graph and real CPU kernels run in
-it; tests/gpuless/capture.py runs the loop on fake CUDA tensors. Marked `gpu`: the real thing.
+Without a GPU, `RecordedGraph` stands in for a captured graph and real CPU kernels run in
+it; tests/support/gpuless/capture.py runs the loop on fake CUDA tensors. Marked `gpu`: the real
+thing.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ from fastddim import Sampler, Schedule, graph, ops, philox, transfer
 from fastddim.counters import Counters
 from fastddim.graph import CaptureError
 
-from .helpers import CPU_IMPLS, NoSync, RecordedGraph, SmallNet, elementwise_model
+from .support.environment import CPU_IMPLS
+from .support.models import SmallNet, elementwise_model
+from .support.probes import NoSync
+from .support.recorded_graph import RecordedGraph
 
 SHAPE = (2, 3, 6, 6)
 CPU = torch.device("cpu")
 CAPTURED = [True, "loop"]
 
-GPULESS = Path(__file__).parent / "gpuless"
+GPULESS = Path(__file__).parent / "support" / "gpuless"
 
 
 def latents(shape=SHAPE, seed=0, dtype=torch.float32, device="cpu"):
@@ -1657,7 +1661,7 @@ class TestAdvance:
 
 @pytest.fixture(scope="session")
 def probed(run_python, tmp_path_factory):
-    """What the probe on fake CUDA tensors said of each case of tests/gpuless/capture.py."""
+    """What the probe on fake CUDA tensors said of each case of tests/support/gpuless/capture.py."""
     arguments = []
     if torch.version.cuda is None and torch.version.hip is None:
         compiler = shutil.which("g++")

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import fastddim
 
-from .helpers import CPU_IMPLS, LiveStorage, elementwise_model
+from .support.environment import CPU_IMPLS
+from .support.models import elementwise_model
+from .support.probes import LiveStorage
 
 SHAPE = (2, 3, 64, 64)
 STATE = 4 * 2 * 3 * 64 * 64

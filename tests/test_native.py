@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastddim import ops, philox
+from fastddim import philox
 from fastddim.plan import Row
 
-ROOT = Path(__file__).resolve().parent.parent
-COMPILER = os.environ.get("CXX", "c++")
+from .support.environment import COMPILER, ROOT, needs_compiler, needs_extension
 
 # Of what https://docs.python.org/3.10/c-api/stable.html lists.
 STABLE_PYTHON = {
@@ -35,13 +33,6 @@ STABLE_PYTHON = {
     "_Py_Dealloc",
     "_Py_NoneStruct",
 }
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which(COMPILER) is None, reason=f"there is no C++ compiler ({COMPILER})"
-)
-needs_extension = pytest.mark.skipif(
-    ops.EXTENSION_ERROR is not None, reason=str(ops.EXTENSION_ERROR)
-)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from fastddim import philox
 from fastddim.philox import LATENTS, STEP_NOISE, Keys
 
-from .helpers import normals_of, philox_words, torch_threads, uniform_of
+from .support.paper import normals_of, philox_words, uniform_of
+from .support.probes import torch_threads
 
 WORD = st.integers(0, 2**32 - 1)
 SIGMAS = 4.0

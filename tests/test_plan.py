@@ -23,8 +23,8 @@ from fastddim.plan import (
     make_plan,
 )
 
-from .helpers import ddim_step, linear_alphas
-from .optional import optional
+from .support.optional import optional
+from .support.paper import ddim_step, linear_alphas
 
 diffusers = optional("diffusers")
 

@@ -18,7 +18,8 @@ from torch.distributions import Normal, kl_divergence
 from fastddim import Schedule, process
 from fastddim.plan import Update, coefficient_row
 
-from .helpers import GaussianModel, SmallNet, ddim_step, linear_alphas
+from .support.models import GaussianModel, SmallNet
+from .support.paper import ddim_step, linear_alphas
 
 # A handful of float64 operations on numbers near 1.
 TOLERANCE = 1e-12

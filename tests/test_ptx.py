@@ -9,8 +9,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -22,17 +20,13 @@ import pytest
 import torch
 from gpucheck.machine_code import nvcc
 
-from .gpuless import ptx
-from .gpuless.gpu import FakeGpu
-from .gpuless.toolchain import compile_ptx, compile_shared
+from .support.environment import needs_compiler
+from .support.gpuless import ptx
+from .support.gpuless.gpu import FakeGpu
+from .support.gpuless.toolchain import compile_ptx, compile_shared, needs_nvcc
 
-needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="there is no nvcc")
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler"
-)
-
-HERE = Path(__file__).parent
-KERNELS, LAUNCHERS = HERE / "gpuless/kernels.cu", HERE / "gpuless/launchers.cu"
+GPULESS = Path(__file__).parent / "support" / "gpuless"
+KERNELS, LAUNCHERS = GPULESS / "kernels.cu", GPULESS / "launchers.cu"
 HEADER = ".version 8.7\n.target sm_90\n.address_size 64\n"
 
 
@@ -1282,7 +1276,7 @@ def test_shuffles(module: ptx.Module) -> None:
 def test_exchanges_of_triton(capability: int, rows: int, columns: int, dtype: torch.dtype) -> None:
     """Layouts that change through shared memory, by vectors or by matrices."""
     pytest.importorskip("triton", reason="there is no Triton")
-    from .gpuless.transpose import compiled
+    from .support.gpuless.transpose import compiled
 
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}[dtype]
     text, shared_bytes = compiled(capability, name, rows, columns)

@@ -12,7 +12,7 @@ import torch
 from fastddim import reference
 from fastddim.plan import PREDICTIONS, Update, coefficient_row, stack_row
 
-from .helpers import UNIT, ddim_step, guided
+from .support.paper import UNIT, ddim_step, guided
 
 HALVES = [torch.float16, torch.bfloat16]
 B, C, H, W = 3, 2, 4, 5

@@ -14,20 +14,11 @@ import fastddim
 from fastddim import Sampler, Schedule, philox, select_timesteps
 from fastddim.plan import PREDICTIONS, SPACINGS
 
-from .helpers import (
-    CPU_IMPLS,
-    GaussianModel,
-    LiveStorage,
-    NoSync,
-    SmallNet,
-    ddim_sample,
-    ddim_step,
-    elementwise_model,
-    elementwise_numpy,
-    linear_alphas,
-    torch_threads,
-)
-from .optional import optional
+from .support.environment import CPU_IMPLS
+from .support.models import GaussianModel, SmallNet, elementwise_model, elementwise_numpy
+from .support.optional import optional
+from .support.paper import ddim_sample, ddim_step, linear_alphas
+from .support.probes import LiveStorage, NoSync, torch_threads
 
 diffusers = optional("diffusers")
 

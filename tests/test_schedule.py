@@ -10,8 +10,8 @@ import torch
 
 from fastddim import Schedule, philox
 
-from .helpers import linear_alphas
-from .optional import optional
+from .support.optional import optional
+from .support.paper import linear_alphas
 
 diffusers = optional("diffusers")
 

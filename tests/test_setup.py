@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .test_native import COMPILER, ROOT, needs_compiler
+from .support.environment import COMPILER, ROOT, needs_compiler
 
 # Beside a torch with CUDA, which setup.py looks for by what torch says of itself.
 WITH_CUDA = """

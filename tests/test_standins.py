@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .conftest import RunPython
+from .support.environment import RunPython
 
 TESTS = Path(__file__).parent
 FILES = ("test_golden.py", "test_elementary.py", "integrations/test_processors.py")

@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import fastddim
 
-from .helpers import CPU_IMPLS, elementwise_model
+from .support.environment import CPU_IMPLS
+from .support.models import elementwise_model
 
 SHAPE = (2, 5)
 SEEDS = st.integers(0, 2**64 - 1)

@@ -12,7 +12,9 @@ import fastddim
 from fastddim import Schedule, philox
 from fastddim.plan import PREDICTIONS
 
-from .helpers import CPU_IMPLS, ddim_step, elementwise_model, guided, linear_alphas
+from .support.environment import CPU_IMPLS
+from .support.models import elementwise_model
+from .support.paper import ddim_step, guided, linear_alphas
 
 SHAPE = (3, 2, 4, 5)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}

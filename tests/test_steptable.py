@@ -15,7 +15,8 @@ from fastddim.plan import Update, mixing_row, stack_row
 from fastddim.recycling import KEPT, Recycler
 from fastddim.steptable import StepTable
 
-from .helpers import CPU_IMPLS, NoSync
+from .support.environment import CPU_IMPLS
+from .support.probes import NoSync
 
 A = torch.tensor([0.1, 0.3, 0.5, 0.9], dtype=torch.float64)
 P = torch.tensor([0.3, 0.5, 0.9, 1.0], dtype=torch.float64)

@@ -15,7 +15,9 @@ import fastddim
 from fastddim import graph
 from fastddim.graph import CaptureError
 
-from .helpers import CPU_IMPLS, RecordedGraph, elementwise_model
+from .support.environment import CPU_IMPLS
+from .support.models import elementwise_model
+from .support.recorded_graph import RecordedGraph
 
 SHAPE = (2, 5)
 

@@ -1,4 +1,4 @@
-"""Numbers of the host on a device; tests/gpuless/capture.py shows that nothing waits."""
+"""Numbers of the host on a device; tests/support/gpuless/capture.py shows that nothing waits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from fastddim import philox, transfer
 
-from .helpers import NoSync
+from .support.probes import NoSync
 
 CPU = torch.device("cpu")
 VALUES = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 from gpucheck.machine_code import count, output_of, sass_of, tool
 
-from .gpuless.cases import run_bare
-from .test_update import make_case, run
+from .support.gpuless.cases import run_bare
+from .support.updates import make_case, run
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

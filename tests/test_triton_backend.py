@@ -16,15 +16,15 @@ from torch import Tensor
 
 from fastddim import backends, ops, philox
 
-from .gpuless.cases import assert_bits_of_cpu, same_bits
-from .test_native import needs_extension
-from .test_update import Case, make_case
+from .support.environment import needs_extension
+from .support.gpuless.cases import assert_bits_of_cpu, same_bits
+from .support.updates import Case, make_case
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from gpucheck import triton_jit
 
-from .gpuless.triton_on_ptx import Interpreter
+from .support.gpuless.triton_on_ptx import Interpreter
 
 TRITON = backends.BACKENDS["triton"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from .test_native import ROOT, needs_extension
+from .support.environment import ROOT, needs_extension
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -23,9 +23,17 @@ import fastddim
 from fastddim import backends, philox
 from fastddim.plan import Row
 
-from . import test_update
-from .test_native import ROOT, needs_extension
-from .test_update import DTYPES, LAYOUTS, Case, make_case, poisoned_like, run, written_only_inside
+from .support.environment import ROOT, needs_extension
+from .support.special_values import FACTS
+from .support.updates import (
+    DTYPES,
+    LAYOUTS,
+    Case,
+    make_case,
+    poisoned_like,
+    run,
+    written_only_inside,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -34,10 +42,17 @@ import triton.language as tl
 from fastddim.kernels import noise
 from gpucheck import triton_jit
 
-from .gpuless import ptx
-from .gpuless.cases import UPDATES, assert_bits_of_cpu, run_bare, same_bits, update_case
-from .gpuless.triton_on_ptx import Interpreter
-from .test_cuda_ptx import DIGITS, recorded_digits
+from .support.gpuless import ptx
+from .support.gpuless.cases import (
+    DIGITS,
+    UPDATES,
+    assert_bits_of_cpu,
+    recorded_digits,
+    run_bare,
+    same_bits,
+    update_case,
+)
+from .support.gpuless.triton_on_ptx import Interpreter
 
 pytestmark = needs_extension
 OTHER_TARGETS = [target for target in triton_jit.CUDA_TARGETS if target != triton_jit.SM_90]
@@ -119,17 +134,9 @@ def test_alignments(interpreter: Interpreter, dtype: torch.dtype) -> None:
         assert written_only_inside(view, buffer)
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        test_update.test_no_noise_is_read_where_its_coefficient_is_zero,
-        test_update.test_nan_passes_through_the_clip,
-        test_update.test_clip_holds_infinity,
-        test_update.test_noise_has_the_specified_bits,
-    ],
-)
-def test_special_values(interpreter: Interpreter, check: Callable[..., None]) -> None:
-    check(triton_jit.update, torch.Generator().manual_seed(20))
+@pytest.mark.parametrize("hold", FACTS, ids=lambda fact: fact.__name__)
+def test_special_values(interpreter: Interpreter, hold: Callable[..., None]) -> None:
+    hold(triton_jit.update, torch.Generator().manual_seed(20))
 
 
 def test_no_noise_is_read_in_vain(interpreter: Interpreter) -> None:

@@ -108,9 +108,9 @@ def test_launches(backend: Any) -> Iterator[Launch]:
     import fastddim
     from fastddim import philox
 
-    cases = importlib.import_module("tests.gpuless.cases")
-    updates = importlib.import_module("tests.test_update")
-    helpers = importlib.import_module("tests.helpers")
+    cases = importlib.import_module("tests.support.gpuless.cases")
+    updates = importlib.import_module("tests.support.updates")
+    models = importlib.import_module("tests.support.models")
     cpu = torch.device("cpu")
     update_out, normal_out, advance = (
         on_device(function, cpu)
@@ -118,7 +118,7 @@ def test_launches(backend: Any) -> Iterator[Launch]:
     )
     for shape, eta in (((3, 3, 16, 16), 0.0), ((3, 3, 16, 16), 1.0), ((2, 3, 8, 8), 1.0)):
         yield partial(
-            fastddim.sample, helpers.elementwise_model, STEPS, shape=shape, eta=eta, **ON_TRITON
+            fastddim.sample, models.elementwise_model, STEPS, shape=shape, eta=eta, **ON_TRITON
         )
     for dtype in updates.DTYPES:
         for layout in updates.LAYOUTS[:-1]:

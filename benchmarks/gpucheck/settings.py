@@ -6,9 +6,12 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from fastddim.options import Graph
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Settings:
         return ("cuda", "triton") if torch.version.hip is None else ("triton",)
 
     @property
-    def modes(self) -> tuple[bool | str, ...]:
+    def modes(self) -> tuple[Graph, ...]:
         """Values of `graph=`."""
         return (False,) if self.dry else (False, True, "loop")
 

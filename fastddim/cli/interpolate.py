@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastddim import philox
-from fastddim.api import slerp
 from fastddim.cli.drawing import Drawing
 from fastddim.cli.files import open_sink
 from fastddim.cli.options import (
@@ -24,6 +23,7 @@ from fastddim.cli.options import (
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import load
 from fastddim.images import to_uint8
+from fastddim.interpolation import slerp
 from fastddim.options import Prediction
 
 STRIP, CORNERS = 2, 4

@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastddim.integrations._shared import Kept, each, give_methods
-from fastddim.plan import Row, mixing_row, predicting_row, stack_row
+from fastddim.plan import Row, first_half_row, mixing_row, stack_row
 from fastddim.steptable import StepTable
 
 Callback = Callable[[int], Any]
@@ -398,7 +398,7 @@ def _row(sampler: Any, original: bool, batch: int, temperature: float) -> Row:
 
 def _predicting_row(sampler: Any, original: bool, batch: int) -> Row:
     """x_0 as the new state."""
-    return predicting_row(_row(sampler, original, batch, 1.0))
+    return first_half_row(_row(sampler, original, batch, 1.0))
 
 
 def _epsilon_row(sampler: Any, original: bool, batch: int) -> Row:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastddim._version import __version__
+from fastddim.loop.setup import Setup
 from fastddim.options import Update
 from fastddim.runs.manifest import VERSION, Manifest
 from fastddim.runs.shards import Sharding
-from fastddim.sampler import Setup
 
 
 def describe(

@@ -18,10 +18,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastddim import adapter
-from fastddim.adapter import Model
+from fastddim.adapter import Model, check_model
 from fastddim.api import sample
 from fastddim.files import check_writable
-from fastddim.options import Callback, GenerateOptions, Update
+from fastddim.loop.loop import check_watching
+from fastddim.loop.setup import prepare_sampling, resolve_schedule
+from fastddim.options import Callback, GenerateOptions, SamplerOptions, Update, shared
 from fastddim.runs.complete import merge, recorded_digest
 from fastddim.runs.description import backend_name, describe
 from fastddim.runs.folder import RunFolder
@@ -29,12 +31,6 @@ from fastddim.runs.manifest import Manifest, differences, listed
 from fastddim.runs.memory import LARGEST, default_budget, fitting_batch
 from fastddim.runs.ranks import Ranks, joined
 from fastddim.runs.shards import Batch, Sharding, check_format, write_batch
-from fastddim.sampler import (
-    check_model,
-    check_watching,
-    resolve_schedule,
-    sampling_setup,
-)
 from fastddim.validation import check_int
 
 
@@ -70,29 +66,14 @@ class Generation:
         start = check_int("start", options.start, 0, 2**32 - 1)
         stop = check_int("stop", options.stop, start + 1, 2**32)
         self._seed = check_int("seed", options.seed, 0, 2**64 - 1)
-        check_watching(options.progress, options.callback, False, options.graph)
+        check_watching(options, options.graph)
         self._batch_size = _checked_batch_size(options.batch_size, options.memory)
         shape = _checked_sample_shape(model, options.sample_shape)
         self._sharding = Sharding(start, stop, 1, check_format(options.format, shape), shape)
         self._merged = None if options.merged is None else _checked_archive(options.merged, shape)
         self._update = _checked_update(options)
-        self._setup = sampling_setup(
-            model,
-            options.steps,
-            options,
-            shape=(1, *shape),
-            batch_size=1,
-            schedule=options.schedule,
-            spacing=options.spacing,
-            steps_offset=options.steps_offset,
-            device=options.device,
-            dtype=options.dtype,
-            impl=options.impl,
-            graph=options.graph,
-            check_finite=options.check_finite,
-            model_kwargs=options.model_kwargs,
-            order=options.order,
-            denoised_fn=options.denoised_fn,
+        self._setup = prepare_sampling(
+            shared(SamplerOptions, options, shape=(1, *shape), batch_size=1)
         )
         self._schedule = resolve_schedule(model, options.schedule)
         self._folder = Path(options.out)
@@ -209,7 +190,7 @@ class Generation:
             device=setup.device,
             dtype=setup.dtype,
             impl=backend_name(setup),
-            graph=setup.graph,
+            graph=self._options.graph,
             callback=callback,
             check_finite=setup.check_finite,
             model_kwargs=setup.model_kwargs,

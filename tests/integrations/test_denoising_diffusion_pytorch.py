@@ -7,52 +7,23 @@ import types
 
 import pytest
 import torch
-from torch import nn
 
 from fastddim.integrations import denoising_diffusion_pytorch as fast
 
-from .peers import TOLERANCE, assert_same, default_dtype, lucidrains, run_example, same_draws
+from ..support.dropins.lucidrains import SHAPE, Model, compare, make
+from ..support.dropins.peers import (
+    TOLERANCE,
+    assert_same,
+    default_dtype,
+    lucidrains,
+    run_example,
+    same_draws,
+)
 
 OBJECTIVES = ["pred_noise", "pred_x0", "pred_v"]
-SHAPE = (3, 2, 6, 10)
 
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES)
-
-
-class Model(nn.Module):
-    """What the peer asks of a Unet."""
-
-    channels = out_dim = 2
-    random_or_learned_sinusoidal_cond = False
-
-    def __init__(self, self_condition=False):
-        super().__init__()
-        self.self_condition = self_condition
-        self.given = []
-
-    def forward(self, x, time, x_self_cond=None):
-        self.given.append((time, x_self_cond))
-        mixed = x if x_self_cond is None else x + 0.5 * x_self_cond
-        return torch.tanh(mixed * 1.3) * (0.4 + time.to(x.dtype).reshape(-1, 1, 1, 1) / 100)
-
-
-def make(dtype, **kwargs):
-    peer, _ = lucidrains()
-    model = Model(kwargs.pop("self_condition", False))
-    kwargs = {"image_size": SHAPE[2:], "timesteps": 60, "sampling_timesteps": 13, **kwargs}
-    return peer.GaussianDiffusion(model, **kwargs).to(dtype)
-
-
-def compare(diffusion, method, *arguments, tolerance, **kwargs):
-    own = copy.copy(diffusion)
-    own.ddim_sample = types.MethodType(method, own)
-    result, expected = same_draws(
-        lambda: own.ddim_sample(*arguments, **kwargs),
-        lambda: diffusion.ddim_sample(*arguments, **kwargs),
-    )
-    assert_same(result, expected, tolerance)
-    return result
 
 
 @each_dtype

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import itertools
 import pickle
@@ -18,15 +17,11 @@ from torch import Tensor
 
 import fastddim
 
-from ..helpers import NoSync
-from .peers import run_example
-
-diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-ours = importlib.import_module("fastddim.integrations.diffusers")
+from ..support.dropins.diffusers import CLASSES, DDIM, assert_alike, diffusers, ours, pair
+from ..support.dropins.peers import run_example
+from ..support.probes import NoSync
 
 SHAPE = (2, 3, 4, 5)
-CLASSES = ("DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler", "DDPMScheduler")
-DDIM = CLASSES[:2]
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 LIMITS: dict[str, dict[str, Any]] = {
     "free": {"clip_sample": False},
@@ -37,17 +32,6 @@ LIMITS: dict[str, dict[str, Any]] = {
         "sample_max_value": 1.7,
     },
 }
-
-
-def pair(name: str, steps: int | None = 50, **config: Any) -> tuple[Any, Any]:
-    """(diffusers' scheduler, ours from its config)."""
-    theirs = getattr(diffusers, name)(**config)
-    own = getattr(ours, name).from_config(theirs.config)
-    assert isinstance(own, getattr(diffusers, name))
-    if steps is not None:
-        for scheduler in (theirs, own):
-            scheduler.set_timesteps(steps)
-    return theirs, own
 
 
 def in_float64(*schedulers: Any) -> None:
@@ -67,20 +51,6 @@ def some(count: int, cases: Iterable[Any], *others: Any) -> list[Any]:
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-def assert_alike(theirs: Any, own: Any, tolerance: float = 1e-10) -> None:
-    assert type(own) is type(theirs)
-    pairs = (
-        list(zip(theirs, own, strict=True))
-        if isinstance(theirs, tuple)
-        else [(theirs[name], own[name]) for name in ("prev_sample", "pred_original_sample")]
-    )
-    for a, b in pairs:
-        assert a.dtype == b.dtype
-        assert torch.equal(a.isnan(), b.isnan())
-        error, scale = (a - b).nan_to_num().abs(), 1 + a.nan_to_num().abs()
-        assert (error <= tolerance * scale).all(), error.max()
 
 
 @pytest.mark.parametrize("name", DDIM)

@@ -10,52 +10,17 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
 
 from fastddim.integrations import guided_diffusion
 from fastddim.steptable import StepTable
 
-from ..helpers import NoSync
-from .peers import TOLERANCE, assert_same, run_example, same_draws
-from .peers import guided_diffusion as load_peer
+from ..support.dropins.guided_diffusion import Model, fast, make
+from ..support.dropins.peers import TOLERANCE, assert_same, run_example, same_draws
+from ..support.dropins.peers import guided_diffusion as load_peer
+from ..support.probes import NoSync
 
 SHAPE = (3, 2, 5, 7)
 KINDS = ["EPSILON", "START_X", "PREVIOUS_X"]
-
-
-def make(kind="EPSILON", variance="FIXED_SMALL", *, spaced="ddim20", rescale=False, T=100):
-    """The peer's object."""
-    peer = load_peer()
-    arguments = {
-        "betas": peer.get_named_beta_schedule("linear", T),
-        "model_mean_type": peer.ModelMeanType[kind],
-        "model_var_type": peer.ModelVarType[variance],
-        "loss_type": peer.LossType.MSE,
-        "rescale_timesteps": rescale,
-    }
-    if spaced is None:
-        return peer.GaussianDiffusion(**arguments)
-    return peer.SpacedDiffusion(peer.space_timesteps(T, spaced), **arguments)
-
-
-def fast(diffusion):
-    own = copy.copy(diffusion)
-    guided_diffusion.install(own)
-    return own
-
-
-class Model(nn.Module):
-    """Of C or, with a learned variance, 2C channels."""
-
-    def __init__(self, learned=False):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.5))
-        self.learned = learned
-
-    def forward(self, x, t, shift=0.0):
-        t = t.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) / 1000
-        output = torch.tanh(x * self.scale.to(x.dtype)) * (0.5 + t) + shift
-        return torch.cat([output, 0.1 * output], dim=1) if self.learned else output
 
 
 def gradient(x, t, shift=0.0):

@@ -15,11 +15,18 @@ import torch
 from fastddim.integrations import latent_diffusion as fast
 from fastddim.steptable import StepTable
 
-from ..helpers import NoSync
-from .peers import TOLERANCE, assert_same, default_dtype, ldm_ddim, run_example, same_draws
+from ..support.dropins.latent_diffusion import Latent, T, compare, fast_of, make, scaled
+from ..support.dropins.peers import (
+    TOLERANCE,
+    assert_same,
+    default_dtype,
+    ldm_ddim,
+    run_example,
+    same_draws,
+)
+from ..support.probes import NoSync
 
 SHAPE = (3, 2, 6, 5)
-T = 40
 
 # The peer's own, with NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
@@ -28,84 +35,9 @@ each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 each_parameterization = pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
 
 
-class Latent:
-    """What the sampler asks of a LatentDiffusion; buffers are rounded from float64 ones."""
-
-    num_timesteps = T
-    device = torch.device("cpu")
-
-    def __init__(self, parameterization="eps", dtype=torch.float32):
-        betas = torch.linspace(0.01**0.5, 0.3**0.5, T, dtype=torch.float64) ** 2
-        alphas = (1 - betas).cumprod(0)
-        self.parameterization = parameterization
-        self.betas, self.alphas_cumprod = betas.to(dtype), alphas.to(dtype)
-        self.alphas_cumprod_prev = torch.cat([alphas.new_ones(1), alphas[:-1]]).to(dtype)
-        self.sqrt_alphas_cumprod = alphas.sqrt().to(dtype)
-        self.sqrt_one_minus_alphas_cumprod = (1 - alphas).sqrt().to(dtype)
-        self.first_stage_model = self
-        self.asked = []
-
-    def apply_model(self, x, t, c):
-        self.asked.append((x, t, c))
-        time = t.to(x.dtype).reshape(-1, 1, 1, 1) / T
-        return torch.tanh(x * (0.6 + 0.3 * time) + total(c).to(x.dtype)[:, None, None, None])
-
-    def quantize(self, x_0):
-        return (x_0 * 4).round() / 4, "loss", "indices"
-
-    def at(self, name, t):
-        return getattr(self, name)[t].reshape(-1, 1, 1, 1)
-
-    def q_sample(self, x_0, t):
-        signal, noise = self.at("sqrt_alphas_cumprod", t), torch.randn_like(x_0)
-        return signal * x_0 + self.at("sqrt_one_minus_alphas_cumprod", t) * noise
-
-    def predict_start_from_z_and_v(self, x, t, v):
-        a, s = self.at("sqrt_alphas_cumprod", t), self.at("sqrt_one_minus_alphas_cumprod", t)
-        return a * x - s * v
-
-    def predict_eps_from_z_and_v(self, x, t, v):
-        a, s = self.at("sqrt_alphas_cumprod", t), self.at("sqrt_one_minus_alphas_cumprod", t)
-        return a * v + s * x
-
-
-def total(c):
-    """Of every tensor in a condition."""
-    if isinstance(c, dict | list):
-        return sum(total(v) for v in (c.values() if isinstance(c, dict) else c))
-    return c
-
-
 class Corrector:
     def modify_score(self, model, e_t, x, t, c, strength):
         return e_t * strength + 0.1 * x + 0.01 * t.to(x.dtype).reshape(-1, 1, 1, 1)
-
-
-def make(parameterization="eps", *, steps=10, eta=0.5, discretize="uniform"):
-    """The peer's sampler, with a model in torch's default dtype."""
-    model = Latent(parameterization, torch.get_default_dtype())
-    sampler = ldm_ddim().DDIMSampler(model)
-    sampler.make_schedule(steps, ddim_discretize=discretize, ddim_eta=eta, verbose=False)
-    # The peer looks for it in the model, where nothing puts it.
-    model.ddim_sigmas_for_original_num_steps = sampler.ddim_sigmas_for_original_num_steps
-    return sampler
-
-
-def fast_of(sampler):
-    own = copy.copy(sampler)
-    fast.install(own)
-    return own
-
-
-def compare(sampler, run, tolerance):
-    """The same results, of the model asked the same."""
-    asked = sampler.model.asked
-    asked.clear()
-    own, expected = same_draws(lambda: run(fast_of(sampler)), lambda: run(sampler))
-    assert_same(own, expected, tolerance)
-    half = len(asked) // 2
-    assert_same(asked[:half], asked[half:], 10 * tolerance)
-    return own
 
 
 def conditions(kind):
@@ -115,12 +47,6 @@ def conditions(kind):
     if kind == "list":
         return [c, 2 * c], [u, u - 1]
     return c, u
-
-
-def scaled(sampler, out, index, original):
-    """x_0 times √ᾱ, as it is in the state: x_0 itself has the state's rounding over √ᾱ."""
-    a = (sampler.model.alphas_cumprod if original else sampler.ddim_alphas)[index]
-    return out[0], out[1] * a**0.5
 
 
 @each_dtype

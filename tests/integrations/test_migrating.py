@@ -11,8 +11,15 @@ import torch
 
 import fastddim
 
-from ..optional import optional
-from .peers import (
+from ..support.dropins.ermongroup import LINEAR as BETAS
+from ..support.dropins.ermongroup import model as ermongroup_model
+from ..support.dropins.ermongroup import peer_ddpm, peer_generalized
+from ..support.dropins.guided_diffusion import Model as GuidedModel
+from ..support.dropins.guided_diffusion import make as make_guided
+from ..support.dropins.k_diffusion import LINEAR, denoiser, levels
+from ..support.dropins.latent_diffusion import Latent
+from ..support.dropins.lucidrains import Model as LucidrainsModel
+from ..support.dropins.peers import (
     TOLERANCE,
     assert_same,
     k_diffusion_sampling,
@@ -21,14 +28,8 @@ from .peers import (
     modules_named,
     same_draws,
 )
-from .test_denoising_diffusion_pytorch import Model as LucidrainsModel
-from .test_ermongroup import LINEAR as BETAS
-from .test_ermongroup import model as ermongroup_model
-from .test_ermongroup import peer_ddpm, peer_generalized
-from .test_guided_diffusion import Model as GuidedModel
-from .test_guided_diffusion import make as make_guided
-from .test_k_diffusion import LINEAR, WebuiModel, denoiser, levels, peer_webui
-from .test_latent_diffusion import Latent
+from ..support.dropins.webui import WebuiModel, peer_webui
+from ..support.optional import optional
 
 diffusers = optional("diffusers")
 

@@ -19,14 +19,14 @@ from torch import Tensor
 from fastddim.integrations import denoising_diffusion_pytorch as lucidrains
 from fastddim.integrations import ermongroup, k_diffusion, webui
 
-from ..helpers import OtherProcessor
-from . import test_denoising_diffusion_pytorch as of_lucidrains
-from . import test_latent_diffusion as of_ldm
-from .peers import assert_same, guided_diffusion, k_diffusion_sampling, same_draws
-from .test_diffusers import DDIM, assert_alike, pair
-from .test_ermongroup import peer_ddpm, peer_generalized
-from .test_guided_diffusion import fast as guided_fast
-from .test_k_diffusion import WebuiModel, peer_webui
+from ..support.dropins import latent_diffusion as of_ldm
+from ..support.dropins import lucidrains as of_lucidrains
+from ..support.dropins.diffusers import DDIM, assert_alike, pair
+from ..support.dropins.ermongroup import peer_ddpm, peer_generalized
+from ..support.dropins.guided_diffusion import fast as guided_fast
+from ..support.dropins.peers import assert_same, guided_diffusion, k_diffusion_sampling, same_draws
+from ..support.dropins.webui import WebuiModel, peer_webui
+from ..support.probes import OtherProcessor
 
 SHAPE = (3, 2, 5, 4)
 # Some roundings of float32 numbers up to 10, far below the 3e-4.

@@ -8,7 +8,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-from ..gpuless import exact
+from ..support.gpuless import exact
 
 
 def fused(self: Any, x: Any, y: Any, z: Any) -> Any:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fastddim import philox
 
-from ..gpuless.cases import UPDATES, assert_bits_of_cpu, update_case
-from ..test_update import DTYPES, any_case, make_case, poisoned_like, written_only_inside
+from ..support.gpuless.cases import UPDATES, assert_bits_of_cpu, update_case
+from ..support.updates import DTYPES, any_case, make_case, poisoned_like, written_only_inside
 
 # The interpreter takes milliseconds a program, however small; as PTX all of them run
 # (tests/test_triton_ptx.py).

@@ -1,6 +1,6 @@
 """What has the same bits on every CPU: SHA-256 digests of all tables and of the noise.
 
-    python tests/golden.py
+    python tests/support/golden.py
 
 writes them to `tests/data/golden.json`. They change only where a formula is changed on purpose.
 """
@@ -35,7 +35,7 @@ from fastddim.plan import (
 )
 from fastddim.steptable import StepTable
 
-GOLDEN = Path(__file__).parent / "data" / "golden.json"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden.json"
 
 LINEAR = Schedule.linear()
 ETAS = (0.0, 0.3, 1.0)

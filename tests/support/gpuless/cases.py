@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastddim
 from fastddim import backends, philox
 
-from ..test_update import (
+from ..updates import (
     DTYPES,
     LAYOUTS,
     Case,
@@ -175,3 +176,20 @@ def assert_advance(advance: Any, count: int) -> None:
     advance(counters, timesteps, t)
     assert torch.equal(counters, before + 1)
     assert torch.equal(t, timesteps[counters[:count]])
+
+
+def recorded_digits() -> tuple[list[Tensor], Tensor]:
+    """(what the model of digits returned in each step on the CPU, the images that came of it)."""
+    digits = fastddim.models.load("digits")
+    outputs: list[Tensor] = []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        outputs.append(digits(x, t))
+        return outputs[-1]
+
+    images = fastddim.sample(model, 50, **DIGITS, schedule=digits.schedule)
+    assert isinstance(images, Tensor)
+    return outputs, images
+
+
+DIGITS: dict[str, Any] = {"shape": (3, 1, 8, 8), "eta": 1.0, "seed": 7}

@@ -6,9 +6,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
 from gpucheck.machine_code import nvcc
 
 from .gpu import FakeGpu
+
+needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="there is no nvcc")
 
 
 def compile_ptx(source: Path, arch: str, *flags: str) -> str:

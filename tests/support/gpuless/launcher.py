@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +14,8 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from fastddim import ops
 from fastddim.philox import Keys
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-COMPILER = os.environ.get("CXX", "c++")
+from ..environment import COMPILER, ROOT
+
 OPERATORS = ("update_out", "normal_out", "advance")
 
 

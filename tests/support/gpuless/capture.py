@@ -29,16 +29,16 @@ from fastddim.philox import Samples
 from fastddim.plan import Update, make_inversion_plan, make_plan, to_table
 from fastddim.sampler import Loop, Setup, make_setup
 
-_spec = importlib.util.spec_from_file_location("helpers", Path(__file__).parents[1] / "helpers.py")
-helpers = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(helpers)
+_spec = importlib.util.spec_from_file_location("probes", Path(__file__).parents[1] / "probes.py")
+probes = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(probes)
 
 CUDA = torch.device("cuda", 0)
 SHAPE = (2, 3, 8, 8)
 STEPS = 4
 
 
-class OnDevice(helpers.NoSync):
+class OnDevice(probes.NoSync):
     """Refuses results off the device as well: a graph would hold their values, not the work."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -74,7 +74,7 @@ class Unwaiting(TorchDispatchMode):
         given = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor)]
         made = [v for v in tree_flatten(result)[0] if isinstance(v, Tensor)]
         devices = {v.device for v in (*given, *made)}
-        if func.overloadpacket in helpers.NoSync._FORBIDDEN and CUDA in devices:
+        if func.overloadpacket in probes.NoSync._FORBIDDEN and CUDA in devices:
             raise AssertionError(f"waits for the device: {func}")
         if len(devices) > 1 and func.overloadpacket not in self._SHAPE_ALONE:
             self._check_copy(func, given, kwargs or {})

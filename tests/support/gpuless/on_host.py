@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ..test_update import DTYPES, make_case
+from ..updates import DTYPES, make_case
 from . import launcher
 from .cases import (
     LONG,

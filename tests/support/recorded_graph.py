@@ -1,0 +1,56 @@
+"""A stand-in for a captured CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from .probes import NoSync
+
+
+class RecordedGraph(NoSync):
+    """A captured graph as it would be on CUDA, on any device: the operators of `body` and the very
+    tensors that they touched, repeated by `replay` into the same memory without any Python of
+    `body`.
+
+    Replays of random operators draw from their generators again, as CUDA's do. What `body`
+    computes while it is recorded is NaN afterwards, since a capture computes nothing.
+    """
+
+    def __init__(self, body: Callable[[], None]) -> None:
+        super().__init__()
+        self._recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+        with self:
+            body()
+        for *_, made in self._recorded:
+            for tensor in made:
+                if tensor.is_floating_point():
+                    tensor.fill_(torch.nan)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        given = {v.untyped_storage()._cdata for v in _tensors((args, kwargs))}
+        made = [v for v in _tensors(result) if v.untyped_storage()._cdata not in given]
+        self._recorded.append((func, args, kwargs or {}, made))
+        return result
+
+    @property
+    def operators(self) -> list[str]:
+        return [func._schema.name for func, *_ in self._recorded]
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, made in self._recorded:
+                given = {v.untyped_storage()._cdata for v in _tensors((args, kwargs))}
+                result = _tensors(func(*args, **kwargs))
+                again = [v for v in result if v.untyped_storage()._cdata not in given]
+                for old, new in zip(made, again, strict=True):
+                    old.copy_(new)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [v for v in tree_flatten(tree)[0] if isinstance(v, Tensor)]
