@@ -526,7 +526,7 @@ class _Ddim(_Noising):
             clip=clip,
             rederive_eps=bool(rederive_eps),
         )
-        scales = _scales(*_doubled(alphas, previous, last), update.eta)
+        scales = _scales(*_doubled(alphas, previous, last), float(eta))
         return _BothSigns(stack_row(_finite(row_of(scales, update))), fit=fit)
 
 

@@ -18,7 +18,7 @@ class Buffers(NamedTuple):
 
     Attributes:
         state: x_t `[B, …]`.
-        x_0: the predicted x_0, like the state.
+        x_0: the predicted x_0, like the state, where it is written.
         table: coefficient rows `[R, K]`.
         own_row: int64 `[B]`, where each sample finds its row among `own_rows`.
         next_input: `[B or 2B, …]`, the state as the model reads it, where that is another tensor.
@@ -30,7 +30,7 @@ class Buffers(NamedTuple):
     """
 
     state: Tensor
-    x_0: Tensor
+    x_0: Tensor | None
     table: Tensor
     own_row: Tensor
     next_input: Tensor | None
@@ -50,6 +50,7 @@ class Buffers(NamedTuple):
         dtype: torch.dtype,
         model_dtype: torch.dtype,
         device: torch.device,
+        with_x_0: bool,
     ) -> Buffers:
         """Zeros for steps of a kind, with tables of so many rows."""
         batch = shape[0]
@@ -59,7 +60,7 @@ class Buffers(NamedTuple):
         input_shape = (kind.parts * batch, *shape[1:])
         return cls(
             state=state,
-            x_0=torch.zeros_like(state),
+            x_0=torch.zeros_like(state) if with_x_0 or kind.split else None,
             table=table,
             own_row=torch.arange(batch, device=device),
             next_input=state.new_zeros(input_shape, dtype=model_dtype) if own_input else None,

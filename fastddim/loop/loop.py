@@ -63,6 +63,7 @@ class Loop:
             dtype=setup.dtype,
             model_dtype=setup.model_dtype,
             device=device,
+            with_x_0=True,
         )
         self.counters = Counters(plan, setup.shape[0], device, unrolled=self._whole)
         self.step = Step(
@@ -146,7 +147,7 @@ class Loop:
             self._begin(x, samples)
             if mask is not None and known is not None:
                 self._load_known(mask, known)
-            state = self.buffers.state
+            state, x_0 = self.buffers.state, self.buffers.x_0
             trajectory = self._new_trajectory() if reporting.return_trajectory else None
             if program is not None and self._whole:
                 self._replay(program, noise, 0)
@@ -169,8 +170,8 @@ class Loop:
                         )
                     if trajectory is not None:
                         trajectory[s + 1].copy_(state)
-                    if callback is not None:
-                        callback(s, self._timesteps[s], state.clone(), self.buffers.x_0.clone())
+                    if callback is not None and x_0 is not None:
+                        callback(s, self._timesteps[s], state.clone(), x_0.clone())
             x = state.clone()
         return x if trajectory is None else (x, trajectory)
 

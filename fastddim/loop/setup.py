@@ -13,7 +13,7 @@ from fastddim import adapter, backends, transfer
 from fastddim.adapter import Model, check_model
 from fastddim.loop import cuda
 from fastddim.loop.capture import check_graph
-from fastddim.options import InvertOptions, Placement, SamplerOptions, Update
+from fastddim.options import Graph, InvertOptions, Placement, SamplerOptions, Update
 from fastddim.plan import Plan, make_inversion_plan, make_plan, to_table
 from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
@@ -33,7 +33,7 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     backend: backends.Backend
-    graph: bool | str
+    graph: Graph
     check_finite: bool
     model_kwargs: dict[str, Any]
 

@@ -180,13 +180,14 @@ class Step:
         """What the second half of a step reads as state and model output: the first half, up to
         x_0, and the user's function of x_0.
         """
-        buffers, fit = self._buffers, self._kind.fit
-        table, row = self._rows(at, x, output, table, fit and fit._replace(ratio=0.0))
-        self._write(x, output, table, row, buffers.x_0, epsilon=buffers.epsilon)
+        x_0, epsilon, fit = self._buffers.x_0, self._buffers.epsilon, self._kind.fit
+        assert x_0 is not None
         assert self.denoised_fn is not None
-        x_0 = self.denoised_fn(buffers.x_0, at.t[: len(buffers.x_0)])
-        check_like("denoised_fn's result", x_0, "the state", buffers.state)
-        return (x if buffers.epsilon is None else buffers.epsilon), x_0
+        table, row = self._rows(at, x, output, table, fit and fit._replace(ratio=0.0))
+        self._write(x, output, table, row, x_0, epsilon=epsilon)
+        changed = self.denoised_fn(x_0, at.t[: len(x_0)])
+        check_like("denoised_fn's result", changed, "the state", x_0)
+        return (x if epsilon is None else epsilon), changed
 
     def _rows(
         self, at: Position, x: Tensor, output: Tensor, table: Tensor, fit: Fit | None

@@ -23,7 +23,14 @@ from fastddim.api import sample
 from fastddim.files import check_writable
 from fastddim.loop.loop import check_watching
 from fastddim.loop.setup import prepare_sampling, resolve_schedule
-from fastddim.options import Callback, GenerateOptions, SamplerOptions, Update, shared
+from fastddim.options import (
+    Callback,
+    GenerateOptions,
+    SampleOptions,
+    SamplerOptions,
+    Update,
+    shared,
+)
 from fastddim.runs.complete import merge, recorded_digest
 from fastddim.runs.description import backend_name, describe
 from fastddim.runs.folder import RunFolder
@@ -177,24 +184,23 @@ class Generation:
         self, batch: Batch, steps: Tensor, update: Update, callback: Callback | None = None
     ) -> Tensor:
         setup = self._setup
-        samples = sample(
-            setup.model,
-            steps,
-            schedule=self._schedule,
+        options = shared(
+            SampleOptions,
+            self._options,
             **vars(update),
-            order=setup.plan.order,
-            denoised_fn=setup.denoised_fn,
+            steps=steps,
+            schedule=self._schedule,
             seed=self._seed,
             sample_offset=batch.first,
             shape=(batch.size, *self._sharding.sample_shape),
+            batch_size=batch.size,
             device=setup.device,
             dtype=setup.dtype,
             impl=backend_name(setup),
-            graph=self._options.graph,
+            progress=False,
             callback=callback,
-            check_finite=setup.check_finite,
-            model_kwargs=setup.model_kwargs,
         )
+        samples = sample(**vars(options))
         assert isinstance(samples, Tensor)
         return samples
 

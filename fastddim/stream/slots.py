@@ -88,7 +88,13 @@ class Slots:
         self._idle_row = batch * max_steps
         rows = self._idle_row + max_steps + 1
         self.buffers = Buffers.allocate(
-            kind, shape, rows, dtype=dtype, model_dtype=model_dtype, device=device
+            kind,
+            shape,
+            rows,
+            dtype=dtype,
+            model_dtype=model_dtype,
+            device=device,
+            with_x_0=False,
         )
         idle = transfer.upload(stack_row(mixing_row(1.0, 0.0)), device)
         for table in (self.buffers.table, self.buffers.first_half):
