@@ -248,7 +248,7 @@ def _checked_sample_shape(model: Model, sample_shape: Any) -> tuple[int, ...]:
 
 
 def _checked_batch_size(batch_size: Any, memory: Any) -> int | None:
-    """None for "auto"."""
+    """The given batch size, or None for "auto"."""
     if isinstance(batch_size, str):
         if batch_size != "auto":
             raise ValueError(f"batch_size: expected an integer or 'auto', got {batch_size!r}")
@@ -273,7 +273,7 @@ def _checked_archive(path: str | os.PathLike[str], sample_shape: Sequence[int]) 
 
 
 def _checked_update(update: Update) -> Update:
-    """With plain numbers, which a manifest can hold."""
+    """The arguments of each step as numbers; a manifest cannot hold tensors."""
     checked = update.checked(None, per_step=True)
     for name, value in vars(checked).items():
         values = value if isinstance(value, tuple) else (value,)
