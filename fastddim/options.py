@@ -43,7 +43,7 @@ VARIANCES = get_args(Variance)
 PREDICTIONS = get_args(Prediction)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Reading:
     """How the output of the model is read."""
 
@@ -51,7 +51,7 @@ class Reading:
     guidance_rescale: float = 0.0
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Thresholding:
     """How the predicted x_0 is limited by what is in it."""
 
@@ -59,7 +59,7 @@ class Thresholding:
     sample_max_value: float | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Direction:
     """How the predicted x_0 and epsilon make the new state."""
 
@@ -69,7 +69,7 @@ class Direction:
     guidance_scale: PerStep | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Noising:
     """How much noise a step adds, besides `eta`."""
 
@@ -95,7 +95,7 @@ PER_STEP = ("eta", "guidance_scale", "temperature")
 """The options that may be sequences, one value a step."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Update(Noising, Direction, Thresholding, Reading):
     """How a step is taken, apart from where it is on the schedule."""
 
@@ -194,7 +194,7 @@ class Update(Noising, Direction, Thresholding, Reading):
         return [replace(self, **{n: v[s] for n, v in series.items()}) for s in range(steps)]
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Solver:
     """Which equation is solved, and how."""
 
@@ -202,7 +202,7 @@ class Solver:
     order: int = 1
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Visited:
     """Which timesteps are visited, where `steps` only says how many."""
 
@@ -210,14 +210,14 @@ class Visited:
     steps_offset: int = 0
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Hook:
     """A function of the user within each step."""
 
     denoised_fn: DenoisedFn | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Batch:
     """How many samples are drawn, and of which shape."""
 
@@ -225,7 +225,7 @@ class Batch:
     batch_size: int = 1
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Placement:
     """Where and how steps are computed."""
 
@@ -236,14 +236,14 @@ class Placement:
     check_finite: bool = False
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Conditioning:
     """What the model is given besides the state and the timestep."""
 
     model_kwargs: Mapping[str, Any] | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Drawing:
     """Which sample is drawn, and from what."""
 
@@ -254,7 +254,7 @@ class Drawing:
     known: Tensor | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Watching:
     """What is told on the way."""
 
@@ -262,7 +262,7 @@ class Watching:
     callback: Callback | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Reporting(Watching):
     """What is told on the way, and kept of it."""
 

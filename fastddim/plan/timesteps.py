@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastddim.options import Spacing, Steps
 from fastddim.validation import check_choice, check_int
 
-Timesteps: TypeAlias = npt.NDArray[np.int64]
+Timesteps: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def _uniform(T: int, S: int) -> Timesteps:
