@@ -112,7 +112,7 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
             "auto" is True on a CUDA device and False elsewhere; where the model cannot be captured,
             or with `check_finite`, it runs without a graph, and warns of the former. Graphs are
             kept for later calls with the same model, shapes and kind of arguments, until
-            `fastddim.graph.clear()`. What a captured model reads beside x, t, its parameters and
+            `fastddim.graph.clear()`. What a captured model reads besides x, t, its parameters and
             the tensors in `model_kwargs` stays as it was at capture.
         progress: show a tqdm bar on stderr.
         callback: `callback(step_index, timestep, x_t, x_0)` after each update, with copies of the

@@ -12,7 +12,7 @@ from fastddim.loop.capture import capture_if_possible, torch_settings
 from fastddim.loop.model_state import ModelState
 
 KEPT = 4
-"""How many loops are kept between calls, and how many programs a loop keeps."""
+"""The number of loops kept between calls, and of programs that a loop keeps."""
 
 Value = TypeVar("Value")
 

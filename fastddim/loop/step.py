@@ -175,8 +175,9 @@ class Step:
     def _take_first_half(
         self, at: Position, x: Tensor, output: Tensor, table: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What the second half of a step reads as state and model output: the first half, up to
-        x_0, and the user's function of x_0.
+        """Take the first half of a split step, up to x_0, and call the user's function of x_0.
+
+        Returns the state and the model output that the second half reads.
         """
         x_0, epsilon, fit = self._buffers.x_0, self._buffers.epsilon, self._kind.fit
         assert x_0 is not None

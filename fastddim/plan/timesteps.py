@@ -50,7 +50,7 @@ SPACINGS: dict[Spacing, Callable[[int, int], Timesteps]] = {
     "trailing": _trailing,
     "linspace": _linspace,
 }
-"""How S timesteps are chosen out of T: functions of (T, S) that give them increasing."""
+"""The ways to choose S timesteps out of T: functions of (T, S) that give them increasing."""
 
 
 def select_timesteps(
