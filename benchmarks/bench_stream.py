@@ -74,7 +74,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Served:
-    """What serving all requests took, in seconds."""
+    """Seconds that serving the requests took, in all and for each."""
 
     total: float
     latencies: list[float]

@@ -30,7 +30,7 @@ from paper import experiments
 from paper.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Level, Line, Panel, Plot, plots, sheet
 from quality import data
 from quality.grid import fingerprint
-from tables import PAPER_RECONSTRUCTION
+from quality_tables import PAPER_RECONSTRUCTION
 
 import fastddim
 from fastddim.files import atomic_file
@@ -46,7 +46,7 @@ SPACES = {"classifier": "features of its classifier", "efficientnet-lite0": "Eff
 
 @dataclass(frozen=True)
 class Work:
-    """What is drawn, by how many steps, and where it goes.
+    """The images to draw, their numbers of steps, and the folder of the results.
 
     The default is what is committed. Fashion costs ten times as much an image as digits.
     """
@@ -80,7 +80,7 @@ class Work:
             file.write((json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n").encode())
 
     def read(self, name: str) -> Any:
-        """What a result file holds."""
+        """The content of a result file."""
         return json.loads((self.results / f"{name}.json").read_text())
 
 
@@ -194,7 +194,7 @@ def reconstruction(work: Work) -> None:
 
 
 def plot_reconstruction(work: Work) -> None:
-    """Error by steps, beside the paper's."""
+    """Error by steps, with the paper's."""
     rows = work.read("reconstruction")["rows"]
     panels = []
     for name in work.names:
@@ -230,7 +230,7 @@ def plot_quality(work: Work) -> None:
 
 
 def plot_sampling(work: Work) -> None:
-    """Wall time by steps (the paper's figure 4), beside DDPM's 1000 steps."""
+    """Wall time by steps (the paper's figure 4), with that of DDPM's 1000 steps."""
     panels = []
     rows = work.read("sampling-cpu")["rows"]
     for case in dict.fromkeys(row["case"] for row in rows):

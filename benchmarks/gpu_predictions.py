@@ -1,4 +1,4 @@
-"""The predictions in docs/gpu.md, beside what was measured.
+"""The predictions in docs/gpu.md, compared with what was measured.
 
 They were made before anything had run on a GPU, and are compared with the first run of the same
 code. What the first run left out is compared with the first result there is.
@@ -126,7 +126,7 @@ EXPLANATIONS = (
 
 
 class Compared(NamedTuple):
-    """A predicted time beside the first one that was measured."""
+    """A predicted time and the first one that was measured."""
 
     row: dict[str, Any]
     seconds: float | None
@@ -220,7 +220,7 @@ def far_off(pairs: Iterable[Compared]) -> list[Compared]:
 
 
 def explained_as_markdown(pairs: list[Compared]) -> str:
-    """What is off by more than `WORTH_EXPLAINING`, by the reason."""
+    """The predictions that are off by more than `WORTH_EXPLAINING`, by reason."""
     off = far_off(pairs)
     if not off:
         return "Nothing that has been measured is further off."

@@ -1,4 +1,4 @@
-"""Result files of the GPU check, and what is looked up in them."""
+"""Result files of the GPU check, and the measures in them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PREDICTED = "gpu-predicted"
-"""What was predicted before anything had run on a GPU; never written anew."""
+"""The predictions made before anything had run on a GPU; never written anew."""
 FIRST = "gpu-first"
 """The first run on the GPU that the predictions are for, of the code that they are for."""
 PREDICTED_GPU = "h100"
@@ -20,7 +20,7 @@ NOT_MEASURED = "not measured yet"
 
 @dataclass(frozen=True)
 class Result:
-    """What the check found on one GPU."""
+    """The findings of the check on one GPU."""
 
     machine: dict[str, Any]
     stages: list[dict[str, Any]]
@@ -37,7 +37,7 @@ class Result:
         return None if found is None else float(found["median"])
 
     def ratio(self, slower: str, faster: str) -> float | None:
-        """How many times as long one measure takes as another."""
+        """The time of one measure as a multiple of another's."""
         long, short = self.seconds(slower), self.seconds(faster)
         return None if long is None or short is None else long / short
 

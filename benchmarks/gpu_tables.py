@@ -32,7 +32,7 @@ def blocks(folder: Path = RESULTS) -> dict[str, str]:
 
 
 class Found(NamedTuple):
-    """What was measured, in words, and whether the goal is reached."""
+    """A measurement in words, and whether it reaches the goal."""
 
     text: str
     reached: bool
@@ -214,7 +214,7 @@ def graphs_as_markdown(measured: dict[str, Result]) -> str:
 
 
 def _of_the_two(result: Result) -> Iterator[str]:
-    """How much longer one graph takes than the other, where one for all steps is the slower."""
+    """Sentences about models for which one graph for all steps is slower than one for a step."""
     ratios = {
         name: result.ratio(of("graph=loop"), of("graph=True")) or 0.0 for name, of in _loops()
     }

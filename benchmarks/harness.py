@@ -79,7 +79,7 @@ def against(values: list[float], baseline: list[float]) -> Timing:
 
 
 def machine() -> dict[str, Any]:
-    """What a result depends on beside the code, and which code it was.
+    """The machine and versions that a result depends on, and the commit of the code.
 
     `commit` and `modified` are None where git cannot tell.
     """
@@ -127,7 +127,7 @@ def version_of(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints; None where there is no git, or ROOT is no repository."""
+    """The output of git; None without git, or if ROOT is no repository."""
     try:
         result = subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False

@@ -19,7 +19,7 @@ def blocks() -> dict[str, str]:
 
 
 def results() -> list[dict[str, Any]]:
-    """What `pytest --record` has written, by the release of torch."""
+    """The records written by `pytest --record`, by the release of torch."""
     found = [json.loads(path.read_text()) for path in RESULTS.glob("tests-*.json")]
     return sorted(found, key=lambda result: (result["machine"]["torch"], str(result["settings"])))
 

@@ -3,25 +3,27 @@
 `fastddim.sample(model, steps)` draws samples; `step` is one update for loops of your own.
 """
 
-from fastddim import models, philox, process
-from fastddim.api import invert, sample, slerp, step
-from fastddim.generate import generate
+from fastddim import graph, models, philox, process, runs
+from fastddim._version import __version__ as __version__
+from fastddim.api import invert, sample, step
+from fastddim.interpolation import slerp
 from fastddim.plan import select_timesteps
+from fastddim.runs import generate
 from fastddim.sampler import Sampler
 from fastddim.schedule import Schedule
 from fastddim.stream import Stream
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Sampler",
     "Schedule",
     "Stream",
     "generate",
+    "graph",
     "invert",
     "models",
     "philox",
     "process",
+    "runs",
     "sample",
     "select_timesteps",
     "slerp",

@@ -13,6 +13,11 @@ from fastddim.schedule import Schedule
 Model: TypeAlias = Callable[..., Any]
 
 
+def check_model(model: Any) -> None:
+    if not callable(model):
+        raise TypeError(f"model: expected a callable model(x, t), got {type(model).__name__}")
+
+
 def output_tensor(result: Any) -> Any:
     """The tensor in a model's result: itself, the first item of a tuple, or `.sample`."""
     if isinstance(result, Tensor):

@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastddim import backends, philox, transfer
-from fastddim.adapter import Model
-from fastddim.graph import check_graph
-from fastddim.plan import (
+from fastddim.loop.noise import check_generators, draw
+from fastddim.loop.pool import POOL
+from fastddim.loop.setup import prepare_inversion, prepare_sampling
+from fastddim.options import (
+    PER_STEP,
     Coefficient,
     Fit,
-    PerStep,
-    Update,
-    coefficient_row,
-    make_inversion_plan,
-    stack_row,
-    to_table,
-)
-from fastddim.reference import compute_dtype
-from fastddim.sampler import (
-    Callback,
-    DenoisedFn,
+    InvertOptions,
     NoiseSource,
-    borrowed_loop,
-    check_generators,
-    check_initial,
-    check_model,
-    check_watching,
-    draw,
-    make_setup,
-    resolve_device,
-    resolve_schedule,
-    sampling_setup,
+    Prediction,
+    SampleOptions,
+    Seed,
+    Update,
+    Variance,
 )
-from fastddim.schedule import Schedule
+from fastddim.plan import coefficient_row, stack_row, to_table
+from fastddim.reference import compute_dtype
+from fastddim.signatures import takes
 from fastddim.steptable import fitted, fitted_differentiably
 from fastddim.validation import (
     check_bool,
     check_coefficient,
-    check_dtype,
     check_like,
     check_model_output,
     check_noise,
@@ -54,44 +41,11 @@ from fastddim.validation import (
     check_state,
 )
 
+GivenNoise: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator]
 
-def sample(
-    model: Model,
-    steps: int | Sequence[int] | Tensor,
-    *,
-    schedule: Schedule | None = None,
-    spacing: str = "uniform",
-    steps_offset: int = 0,
-    eta: PerStep = 0.0,
-    variance: str = "small",
-    prediction: str = "epsilon",
-    clip: float | None = None,
-    rederive_eps: bool = False,
-    guidance_scale: PerStep | None = None,
-    temperature: PerStep = 1.0,
-    guidance_rescale: float = 0.0,
-    dynamic_thresholding_ratio: float | None = None,
-    sample_max_value: float | None = None,
-    denoised_fn: DenoisedFn | None = None,
-    order: int = 1,
-    seed: int | Sequence[int] | Tensor = 0,
-    sample_offset: int = 0,
-    noise: NoiseSource = None,
-    x_T: Tensor | None = None,
-    mask: Tensor | None = None,
-    known: Tensor | None = None,
-    shape: Sequence[int] | None = None,
-    batch_size: int = 1,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    impl: str = "auto",
-    graph: str | bool = "auto",
-    progress: bool = False,
-    callback: Callback | None = None,
-    return_trajectory: bool = False,
-    check_finite: bool = False,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+
+@takes(SampleOptions)
+def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
     """Draw samples with DDIM (arXiv 2010.02502, eq. 12).
 
     Calls repeat: without a `seed` it is 0, so two calls with the same arguments give the same
@@ -176,80 +130,12 @@ def sample(
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
             it.
     """
-    if x_T is not None:
-        check_state("x_T", x_T)
-        shape = tuple(x_T.shape) if shape is None else shape
-        dtype = x_T.dtype if dtype is None else dtype
-        device = x_T.device if device is None else device
-    setup = sampling_setup(
-        model,
-        steps,
-        Update(
-            eta,
-            variance,
-            prediction,
-            clip,
-            rederive_eps,
-            guidance_scale,
-            temperature,
-            guidance_rescale,
-            dynamic_thresholding_ratio,
-            sample_max_value,
-        ),
-        shape=shape,
-        batch_size=batch_size,
-        schedule=schedule,
-        spacing=spacing,
-        steps_offset=steps_offset,
-        device=device,
-        dtype=dtype,
-        impl=impl,
-        graph=graph,
-        check_finite=check_finite,
-        model_kwargs=model_kwargs,
-        order=order,
-        denoised_fn=denoised_fn,
-    )
-    with borrowed_loop(setup) as loop:
-        return loop.sample(
-            seed=seed,
-            sample_offset=sample_offset,
-            x_T=x_T,
-            noise=noise,
-            mask=mask,
-            known=known,
-            progress=progress,
-            callback=callback,
-            return_trajectory=return_trajectory,
-        )
+    with POOL.borrow(prepare_sampling(options, x_T=options.x_T)) as loop:
+        return loop.sample(options)
 
 
-def invert(
-    model: Model,
-    x_0: Tensor,
-    steps: int | Sequence[int] | Tensor,
-    *,
-    schedule: Schedule | None = None,
-    spacing: str = "uniform",
-    steps_offset: int = 0,
-    eta: float = 0.0,
-    prediction: str = "epsilon",
-    clip: float | None = None,
-    rederive_eps: bool = False,
-    guidance_scale: PerStep | None = None,
-    guidance_rescale: float = 0.0,
-    order: int = 1,
-    refine: int = 0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    impl: str = "auto",
-    graph: str | bool = "auto",
-    progress: bool = False,
-    callback: Callback | None = None,
-    return_trajectory: bool = False,
-    check_finite: bool = False,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+@takes(InvertOptions)
+def invert(options: InvertOptions) -> Tensor | tuple[Tensor, Tensor]:
     """Encode data into latents: the steps of `sample` walked upwards (arXiv 2010.02502, section
     4.3).
 
@@ -279,48 +165,8 @@ def invert(
             inverted (among them `prediction="sample"`, whose step from ᾱ = 1 does not depend on the
             state); the message names it.
     """
-    check_model(model)
-    check_state("x_0", x_0)
-    for name, value, neutral in (
-        ("eta", eta, 0.0),
-        ("clip", clip, None),
-        ("rederive_eps", rederive_eps, False),
-    ):
-        if isinstance(value, Tensor) or value != neutral:
-            raise ValueError(f"{name}: expected {neutral} for an invertible step, got {value!r}")
-    check_bool("check_finite", check_finite)
-    check_watching(progress, callback, return_trajectory, graph)
-    target = resolve_device(model, device, x_0)
-    state_dtype = x_0.dtype if dtype is None else check_dtype("dtype", dtype)
-    check_initial("x_0", x_0, tuple(x_0.shape), state_dtype, target)
-    check_graph(graph, target, check_finite)
-    update = Update(
-        prediction=prediction, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale
-    ).checked(x_0.shape[0], per_step=True)
-    plan = make_inversion_plan(
-        resolve_schedule(model, schedule),
-        steps,
-        update,
-        spacing=spacing,
-        steps_offset=steps_offset,
-        order=order,
-        refine=refine,
-    )
-    setup = make_setup(
-        model,
-        plan,
-        tuple(x_0.shape),
-        device=target,
-        dtype=state_dtype,
-        impl=impl,
-        graph=graph,
-        check_finite=check_finite,
-        model_kwargs=model_kwargs,
-    )
-    with borrowed_loop(setup) as loop:
-        return loop.run(
-            x_0, progress=progress, callback=callback, return_trajectory=return_trajectory
-        )
+    with POOL.borrow(prepare_inversion(options)) as loop:
+        return loop.run(options.x_0, options)
 
 
 def step(
@@ -330,8 +176,8 @@ def step(
     alpha_prev: Coefficient,
     *,
     eta: Coefficient = 0.0,
-    variance: str = "small",
-    prediction: str = "epsilon",
+    variance: Variance = "small",
+    prediction: Prediction = "epsilon",
     clip: float | None = None,
     rederive_eps: bool = False,
     guidance_scale: Coefficient | None = None,
@@ -339,10 +185,10 @@ def step(
     guidance_rescale: float = 0.0,
     dynamic_thresholding_ratio: float | None = None,
     sample_max_value: float | None = None,
-    seed: int | Sequence[int] | Tensor = 0,
+    seed: Seed = 0,
     sample_offset: int = 0,
     step_index: int | Tensor = 0,
-    noise: Tensor | torch.Generator | Sequence[torch.Generator] | None = None,
+    noise: NoiseSource = None,
     out: Tensor | None = None,
     return_x0: bool = False,
     impl: str = "auto",
@@ -379,19 +225,22 @@ def step(
     check_state("x_t", x_t)
     check_bool("return_x0", return_x0)
     batch = x_t.shape[0]
-    kind = (
-        eta,
-        variance,
-        prediction,
-        clip,
-        rederive_eps,
-        guidance_scale,
-        temperature,
-        guidance_rescale,
-        dynamic_thresholding_ratio,
-        sample_max_value,
+    backend, table, row, fit, noisy, guided = _prepared_step(
+        x_t,
+        alpha_t,
+        alpha_prev,
+        impl,
+        eta=eta,
+        variance=variance,
+        prediction=prediction,
+        clip=clip,
+        rederive_eps=rederive_eps,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        guidance_rescale=guidance_rescale,
+        dynamic_thresholding_ratio=dynamic_thresholding_ratio,
+        sample_max_value=sample_max_value,
     )
-    backend, table, row, fit, noisy, guided = _prepared_step(x_t, alpha_t, alpha_prev, kind, impl)
     check_model_output("model_output", model_output, x_t, guided=guided)
     keys = None
     if noise is not None:
@@ -433,62 +282,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def slerp(z_0: Tensor, z_1: Tensor, weight: float | Sequence[float] | Tensor) -> Tensor:
-    """Spherical interpolation between latents (arXiv 2010.02502, eq. 67), the angle taken per
-    sample.
-
-    Args:
-        z_0, z_1: latents `[B, …]` of one shape, dtype and device.
-        weight: α, 0 gives `z_0` and 1 gives `z_1`: a number, or `[n]` of them.
-
-    Returns:
-        `[B, …]` for a number, `[n, B, …]` for `[n]` (`.flatten(0, 1)` makes it a batch for
-        `sample`), in the dtype of `z_0`. Where the latents are parallel or one is zero, the
-        straight line between them.
-
-    Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
-            it.
-    """
-    check_state("z_0", z_0)
-    check_like("z_1", z_1, "z_0", z_0)
-    check_same_dtype("z_1", z_1, z_0.dtype)
-    weights = _slerp_weights(weight).to(z_0.device)
-    first, second = z_0.double().flatten(1), z_1.double().flatten(1)
-    theta = _angle(first, second)
-    alpha = weights.reshape(-1, 1, 1)
-    sine = theta.sin()
-    zero = (first == 0).all(1, keepdim=True) | (second == 0).all(1, keepdim=True)
-    straight = zero | (sine < 1e-9)
-    sine = torch.where(straight, 1.0, sine)
-    w_0 = torch.where(straight, 1 - alpha, ((1 - alpha) * theta).sin() / sine)
-    w_1 = torch.where(straight, alpha, (alpha * theta).sin() / sine)
-    mixed = (w_0 * first + w_1 * second).to(z_0.dtype)
-    return mixed.reshape(*weights.shape, *z_0.shape)
-
-
-def _slerp_weights(weight: float | Sequence[float] | Tensor) -> Tensor:
-    try:
-        # NumPy first: torch would round Python floats to float32.
-        weights = weight if isinstance(weight, Tensor) else torch.from_numpy(np.array(weight))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"weight: expected a number or [n] of them, got {weight!r}") from error
-    if weights.is_complex() or weights.dtype == torch.bool:
-        raise TypeError(f"weight: expected real numbers, got dtype {weights.dtype}")
-    if weights.ndim > 1:
-        raise ValueError(f"weight: expected a number or [n], got shape {tuple(weights.shape)}")
-    if weights.device.type == "cpu" and not bool(weights.isfinite().all()):
-        raise ValueError(f"weight: expected finite numbers, got {weights.tolist()}")
-    return weights.double()
-
-
-def _angle(first: Tensor, second: Tensor) -> Tensor:
-    """Angle between the rows of two matrices, `[B, 1]`; exact to rounding near 0 and π (Kahan)."""
-    a, b = (torch.nn.functional.normalize(v, dim=1, eps=1e-300) for v in (first, second))
-    return 2 * torch.atan2((a - b).norm(dim=1, keepdim=True), (a + b).norm(dim=1, keepdim=True))
-
-
-def _step_noise(noise: Tensor | torch.Generator | Sequence[torch.Generator], x_t: Tensor) -> Tensor:
+def _step_noise(noise: GivenNoise, x_t: Tensor) -> Tensor:
     if isinstance(noise, Tensor):
         return check_noise("noise", noise, x_t)
     if not isinstance(noise, torch.Generator):
@@ -506,52 +300,56 @@ class _Step(NamedTuple):
 
 
 def _prepared_step(
-    x_t: Tensor, alpha_t: Coefficient, alpha_prev: Coefficient, kind: tuple[Any, ...], impl: str
+    x_t: Tensor, alpha_t: Coefficient, alpha_prev: Coefficient, impl: str, **update: Any
 ) -> _Step:
-    """Everything about a step but its tensors; what follows from plain numbers is remembered."""
-    arguments = (x_t.dtype, x_t.device, impl, alpha_t, alpha_prev, *kind)
-    plain = not any(isinstance(argument, Tensor) for argument in arguments)
+    """Everything about a step except its tensors; what follows from plain numbers is remembered."""
+    values = (alpha_t, alpha_prev, *update.values())
+    plain = not any(isinstance(value, Tensor) for value in values)
     # What is made while a graph is captured holds its values only once the graph was replayed.
     if plain and not torch.compiler.is_compiling() and not transfer.captured(x_t.device):
         try:
-            return _remembered_step(*arguments)
+            return _remembered_step(x_t.dtype, x_t.device, alpha_t, alpha_prev, impl, **update)
         except TypeError:
             pass  # of something unhashable, which the checks below name, or from those checks
-    return _prepare_step(*arguments, batch=x_t.shape[0])
+    device, batch = x_t.device, x_t.shape[0]
+    return _prepare_step(x_t.dtype, device, alpha_t, alpha_prev, impl, batch, **update)
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _remembered_step(
+    dtype: torch.dtype,
+    device: torch.device,
+    alpha_t: Coefficient,
+    alpha_prev: Coefficient,
+    impl: str,
+    **update: Any,
+) -> _Step:
+    step = _prepare_step(dtype, device, alpha_t, alpha_prev, impl, None, **update)
+    transfer.wait(device)  # Another stream may use it.
+    return step
 
 
 def _prepare_step(
     dtype: torch.dtype,
     device: torch.device,
-    impl: str,
     alpha_t: Coefficient,
     alpha_prev: Coefficient,
-    *kind: Any,
-    batch: int | None = None,
+    impl: str,
+    batch: int | None,
+    **given: Any,
 ) -> _Step:
     backend = backends.choose(impl, device)
-    update = Update(*kind).checked(batch)
-    a = check_coefficient("alpha_t", alpha_t, batch, 0.0, 1.0)
-    p = check_coefficient("alpha_prev", alpha_prev, batch, 0.0, 1.0)
-    guidance = update.guidance_scale
-    update = replace(
-        update,
-        eta=_on(device, update.eta),
-        guidance_scale=None if guidance is None else _on(device, guidance),
-        temperature=_on(device, update.temperature),
+    update = Update(**given).checked(batch)
+    update = replace(update, **{name: _on(device, getattr(update, name)) for name in PER_STEP})
+    a, p = (
+        _on(device, check_coefficient(name, value, batch, 0.0, 1.0))
+        for name, value in (("alpha_t", alpha_t), ("alpha_prev", alpha_prev))
     )
-    rows = stack_row(coefficient_row(_on(device, a), _on(device, p), update))
+    rows = stack_row(coefficient_row(a, p, update))
     table = transfer.upload(to_table(rows, compute_dtype(dtype), rows.device), device)
     row = torch.arange(table.shape[0], device=device)
-    return _Step(backend, table, row, update.fit, update.noisy, guidance is not None)
+    return _Step(backend, table, row, update.fit, update.noisy, update.guided)
 
 
-@lru_cache(maxsize=4096, typed=True)
-def _remembered_step(dtype: torch.dtype, device: torch.device, *arguments: Any) -> _Step:
-    step = _prepare_step(dtype, device, *arguments)
-    transfer.wait(device)  # Another stream may use it.
-    return step
-
-
-def _on(device: torch.device, value: Coefficient) -> Coefficient:
+def _on(device: torch.device, value: Any) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value

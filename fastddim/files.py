@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _PART = ".fastddim-{}.part"
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open `path` for writing, so that it is always either the old file or the whole new one.
 
-    The content goes to a hidden file beside it, which reaches the disk before it takes the name,
-    and which is removed on any error, Ctrl-C included. A link is followed.
+    The content is written to a hidden file in the same folder. That file takes the name `path` once
+    it has reached the disk, and is removed on any error, including Ctrl-C. A link is followed.
 
     Raises:
-        OSError: the folder is missing or cannot be written, or `path` is there and is no ordinary
+        OSError: the folder is missing or cannot be written, or `path` exists and is not an ordinary
             file.
     """
     with _part_beside(path) as (part, file):
@@ -32,13 +32,13 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise now the OSError that `atomic_file(path)` would raise; leaves nothing behind."""
+    """Raise the OSError that `atomic_file(path)` would raise, and leave nothing behind."""
     with _part_beside(path):
         pass
 
 
 def sync_folder(path: str | os.PathLike[str]) -> None:
-    """Wait until the names in a folder are on the disk, as `atomic_file` does for the content."""
+    """Wait until the names in a folder are on the disk; `atomic_file` waits for contents only."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -47,18 +47,18 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
 
 
 def remove_parts(folder: str | os.PathLike[str]) -> None:
-    """Remove what killed processes left of unfinished files; nobody else may be writing there."""
+    """Remove the unfinished files of killed processes; no other process may be writing there."""
     for part in Path(folder).glob(_PART.format("*")):
         part.unlink(missing_ok=True)
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The content of an ordinary file, which is never one that a link leads to.
+    """The content of an ordinary file; a link is not followed.
 
     Raises:
-        OSError: there is no such file, or it is a link or no ordinary file.
+        OSError: there is no such file, or it is a link or not an ordinary file.
     """
-    # Without O_NONBLOCK a named pipe would be waited for.
+    # Without O_NONBLOCK this would wait for the other end of a named pipe.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

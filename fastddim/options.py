@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -336,3 +336,12 @@ class GenerateOptions(Watching, Conditioning, Placement, Hook, Update, Visited, 
     merged: str | os.PathLike[str] | None = None
     sample_shape: Sequence[int] | None = None
     model_id: str | None = None
+
+
+OptionsType = TypeVar("OptionsType")
+
+
+def shared(cls: type[OptionsType], options: Any, **others: Any) -> OptionsType:
+    """An object of `cls` with the fields that `options` has too, and `others`."""
+    names = [field.name for field in fields(cast(Any, cls)) if hasattr(options, field.name)]
+    return cls(**{name: getattr(options, name) for name in names} | others)

@@ -28,10 +28,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastddim.adapter import Model, output_tensor
+from fastddim.adapter import Model, check_model, output_tensor
 from fastddim.elementary import sqrt
-from fastddim.plan import Coefficient
-from fastddim.sampler import check_model
+from fastddim.options import Coefficient
 from fastddim.schedule import Schedule
 from fastddim.validation import (
     check_coefficient,

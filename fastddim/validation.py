@@ -143,6 +143,18 @@ def check_same_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"{name}: expected dtype {dtype}, got {value.dtype}")
 
 
+def check_initial(
+    name: str, x: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """A starting state must be exactly what was asked for; nothing is converted silently."""
+    check_state(name, x)
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+    check_same_dtype(name, x, dtype)
+    if x.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {x.device}")
+
+
 def check_overlap(name: str, written: Tensor, read_name: str, read: Tensor) -> None:
     """Memory that is written may be exactly what is read, or apart from it."""
     if written is read or torch.compiler.is_compiling():

@@ -10,8 +10,12 @@ import harness
 import pytest
 import tables
 import version_tables
+from cpu_results import result_of
 from gpu_results import Result
+from headline import equal_quality
 from quality import grid
+from quality_tables import images_seen, quality_as_markdown
+from speed_tables import gains
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +51,7 @@ def test_the_versions_are_those_that_passed(request: pytest.FixtureRequest) -> N
 
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_results_say_where_they_come_from(name: str) -> None:
-    result = tables.result_of(name)
+    result = result_of(name)
     machine = result["machine"]
     assert all(machine[key] for key in ("cpu", "instruction_set", "threads", "torch", "commit"))
     assert machine["modified"] is False, "measured on uncommitted code"
@@ -60,7 +64,7 @@ def test_results_say_where_they_come_from(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["step-cpu", "dropins-cpu", "loops-cpu", "sampling-cpu"])
 def test_timings_have_their_spread(name: str) -> None:
-    result = tables.result_of(name)
+    result = result_of(name)
     for row in result["rows"]:
         for timing in row["timings"].values():
             assert 0 < timing["ratio_low"] <= timing["ratio"] <= timing["ratio_high"]
@@ -68,19 +72,19 @@ def test_timings_have_their_spread(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["quality-digits", "quality-fashion"])
 def test_quality_is_that_of_the_bundled_model(name: str) -> None:
-    result = tables.result_of(name)
+    result = result_of(name)
     assert {row["weights"] for row in result["rows"]} == {grid.fingerprint(result["data"])}
     for row in result["rows"]:
         assert row["classifier"]["distance"] > 0 < row["classifier"]["error"]
 
 
 def test_a_quality_table_says_where_its_samples_were_drawn() -> None:
-    result = tables.result_of("quality-digits")
+    result = result_of("quality-digits")
     cpu, versions = result["machine"]["cpu"], f"torch {result['machine']['torch']}, fastddim "
-    assert "drawn on" not in tables.quality_as_markdown(result)
+    assert "drawn on" not in quality_as_markdown(result)
     drawn = [{**row, "gpu": "NVIDIA H100"} for row in result["rows"]]
     for rows, devices in ((drawn, "NVIDIA H100"), (drawn[1:] + result["rows"][:1], None)):
-        text = tables.quality_as_markdown({**result, "rows": rows})
+        text = quality_as_markdown({**result, "rows": rows})
         assert f"Samples drawn on {devices or f'{cpu} or NVIDIA H100'}, the network in" in text
         assert f"judged on a CPU, {cpu}, {versions}" in text
 
@@ -88,8 +92,8 @@ def test_a_quality_table_says_where_its_samples_were_drawn() -> None:
 def test_images_of_training_are_those_of_every_run() -> None:
     first = {"steps_done": 3, "batch": 2}
     second = {"steps_done": 5, "batch": 4, "start": first}
-    assert tables.images_seen(first) == 6
-    assert tables.images_seen({"steps_done": 1, "batch": 100, "start": second}) == 126
+    assert images_seen(first) == 6
+    assert images_seen({"steps_done": 1, "batch": 100, "start": second}) == 126
 
 
 def test_equal_quality_is_the_fewest_steps_within_the_error() -> None:
@@ -121,21 +125,21 @@ def test_equal_quality_is_the_fewest_steps_within_the_error() -> None:
     ]
     measured = {"rows": distances}, [timings(steps) for steps in (5, 10, 20, 50)]
     # √(0.3² + 0.3²) is 0.424.
-    plain = tables.equal_quality(*measured, 1, [0.0])
+    plain = equal_quality(*measured, 1, [0.0])
     assert plain is not None
     assert (plain.steps, plain.eta, plain.close) == (20, 0.0, False)
     assert plain.speedup == pytest.approx(50 * 1.25)
-    noisy = tables.equal_quality(*measured, 1, [0.0, 0.2, 0.5])
+    noisy = equal_quality(*measured, 1, [0.0, 0.2, 0.5])
     assert noisy is not None
     assert (noisy.steps, noisy.eta, noisy.close) == (20, 0.5, True)
     assert noisy.speedup == pytest.approx(25)
-    second = tables.equal_quality(*measured, 2, [0.0])
+    second = equal_quality(*measured, 2, [0.0])
     assert second is not None
     assert (second.steps, second.speedup) == (50, pytest.approx(20))
     few = measured[0], measured[1][:3]
-    assert tables.equal_quality(*few, 2, [0.0]) is None
+    assert equal_quality(*few, 2, [0.0]) is None
     # DDPM's own 1000 steps are no answer.
-    assert tables.equal_quality(measured[0], [timings(1000)], 1, [1.0]) is None
+    assert equal_quality(measured[0], [timings(1000)], 1, [1.0]) is None
 
 
 def test_the_first_table_has_a_row_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +194,7 @@ def test_without_a_gpu_the_first_table_has_no_such_row(monkeypatch: pytest.Monke
 def test_gains_are_those_measured() -> None:
     ratios = {"diffusers": 0.1, "diffusers against fastddim": 1.2, "fastddim": 0.08}
     row = {"timings": {name: {"ratio": ratio} for name, ratio in ratios.items()}}
-    assert tables.gains(row) == pytest.approx((10, 1.2, 12.5))
+    assert gains(row) == pytest.approx((10, 1.2, 12.5))
 
 
 def test_results_are_of_modified_code_only_if_code_is(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastddim import Schedule, backends, philox
-from fastddim.buffers import ALIGNMENT, aligned_rows
-from fastddim.counters import Counters, Position
+from fastddim.loop.alignment import ALIGNMENT, aligned_rows
+from fastddim.loop.counters import Counters, Position
 from fastddim.plan import Plan, Update, make_plan
 
 from .support.environment import CPU_IMPLS
@@ -42,7 +42,7 @@ def test_each_position_is_where_counting_leads(kind, steps, impl):
     for _ in range(2):
         counters.rewind()
         for s, known in enumerate(counters.each):
-            width = 6 if plan.guided else 3
+            width = 6 if plan.kind.guided else 3
             assert numbers(counters.now) == [
                 [s],
                 [s, steps + s, 2 * steps + s] if own_rows else [s],

@@ -20,7 +20,10 @@ from fastddim import backends, integrations, philox
 from fastddim.cli import main
 
 from .support.accuracy import check
+from .support.optional import optional
 from .support.updates import DTYPES, LAYOUTS, make_case
+
+griffe = optional("griffe")
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -172,6 +175,28 @@ def test_the_example_backend_serves_sample(example_backend):
         )
         torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-10)
     assert example_backend.unavailable(torch.device("cuda")) == "it runs on the CPU only"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sample", "invert", "generate", "Sampler.__init__", "Sampler.__call__"),
+        *("Stream.__init__", "Stream.submit"),
+    ],
+)
+def test_signatures_are_shown_as_callers_see_them(shown, name):
+    function = pkgutil.resolve_name(f"fastddim.{name}")
+    parameters = [(p.name, p.kind.value) for p in shown[name].parameters]
+    expected = inspect.signature(function).parameters.values()
+    assert len(parameters) > 2
+    assert parameters == [(p.name, p.kind.description) for p in expected]
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """The package as the reference shows it."""
+    extensions = griffe.load_extensions(DOCS / "signatures.py")
+    return griffe.load("fastddim", extensions=extensions, search_paths=[ROOT])
 
 
 def test_the_command_page_is_the_help_of_the_commands():

@@ -24,18 +24,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastddim
-from fastddim import memory, shards
+from fastddim import runs
 from fastddim.cli import main
 from fastddim.files import atomic_file
-from fastddim.generate import LOCK
 from fastddim.images import load_png, to_uint8
-from fastddim.manifest import ManifestMismatchError
+from fastddim.runs import ManifestMismatchError, generation, lock, memory
+from fastddim.runs.lock import FILE as LOCK
+from fastddim.runs.shards import FORMATS, write_batch
 
 from .support.models import SmallNet
 from .support.probes import torch_threads
 
-# As an attribute of the package, this name is the function.
-GENERATE = sys.modules["fastddim.generate"]
 SHAPE = (3, 4, 4)
 COUNT = 22
 ARGUMENTS = {"stop": COUNT, "batch_size": 4, "sample_shape": SHAPE, "eta": 0.5, "seed": 5}
@@ -149,7 +148,7 @@ class TestBytes:
             sys.argv = argv
         assert contents("run") == contents("alone")
 
-    @pytest.mark.parametrize("format", shards.FORMATS)
+    @pytest.mark.parametrize("format", FORMATS)
     def test_resumed_run_is_the_uninterrupted_one(self, net, format):
         whole = fastddim.generate(net, 2, "whole", format=format, **ARGUMENTS)
         interrupted(net, 3, format=format)
@@ -162,7 +161,7 @@ class TestBytes:
     def test_digest_is_that_of_the_digests(self, net):
         run = fastddim.generate(net, 2, "run", **ARGUMENTS)
         records = b"".join(path.read_bytes() for path in sorted(Path("run").glob("*.sha256")))
-        assert run.digest == hashlib.sha256(records).hexdigest() == shards.digest("run")
+        assert run.digest == hashlib.sha256(records).hexdigest() == runs.digest("run")
         for line in records.decode().splitlines():
             value, name = line.split("  ")
             assert hashlib.sha256(Path("run", name).read_bytes()).hexdigest() == value
@@ -201,7 +200,7 @@ class TestMerge:
     def test_parts_of_other_machines(self, net):
         fastddim.generate(net, 2, "b", **{**ARGUMENTS, "start": 10, "format": "safetensors"})
         fastddim.generate(net, 2, "a", **{**ARGUMENTS, "stop": 10, "batch_size": 3})
-        assert shards.merge(["b", "a"], "all.npz") == Path("all.npz")
+        assert runs.merge(["b", "a"], "all.npz") == Path("all.npz")
         with np.load("all.npz") as archive:
             assert np.array_equal(archive["arr_0"], to_uint8(expected(net)))
 
@@ -226,11 +225,11 @@ class TestMerge:
             ("half", r"half: expected a complete run, got none of the samples \[8, 12\)"),
         ):
             with pytest.raises(ValueError, match=message):
-                shards.merge(["a", second], "all.npz")
+                runs.merge(["a", second], "all.npz")
         with pytest.raises(FileNotFoundError, match="expected the folder of a run"):
-            shards.merge("nowhere", "all.npz")
+            runs.merge("nowhere", "all.npz")
         with pytest.raises(ValueError, match="expected a complete run"):
-            shards.digest("half")
+            runs.digest("half")
         assert not Path("all.npz").exists()
 
     def test_other_versions_are_told(self, net):
@@ -238,7 +237,7 @@ class TestMerge:
         fastddim.generate(net, 2, "b", **{**ARGUMENTS, "start": 4, "stop": 8})
         edit_manifest("b", lambda manifest: manifest["versions"].update(torch="1.0"))
         with pytest.warns(UserWarning, match=r'versions\.torch: ".*" in a, "1\.0" in b'):
-            shards.merge(["a", "b"], "all.npz")
+            runs.merge(["a", "b"], "all.npz")
 
 
 def edit_manifest(folder, edit):
@@ -300,7 +299,7 @@ class TestManifest:
         fastddim.generate(net, 2, "run", **ARGUMENTS)
         edit_manifest("run", lambda manifest: manifest.update(values))
         with pytest.raises(ValueError, match=f"got .*{next(iter(values))}"):
-            shards.digest("run")
+            runs.digest("run")
 
     def test_links_are_not_followed(self, net):
         fastddim.generate(net, 2, "run", **ARGUMENTS)
@@ -327,7 +326,7 @@ class TestManifest:
         assert Path("run/thesis.tex").read_text() == "mine"
 
     def test_two_runs_in_one_folder(self, net, monkeypatch):
-        monkeypatch.setattr(GENERATE, "_LOCK_PATIENCE", 0.0)
+        monkeypatch.setattr(lock, "_PATIENCE", 0.0)
         interrupted(net, 1)
         with open(f"run/{LOCK}") as held:
             fcntl.flock(held, fcntl.LOCK_SH)
@@ -360,7 +359,7 @@ class TestFaults:
         before = contents("run")
         damage(Path("run/samples-0000000008-0000000012.npz"))
         with pytest.raises(ValueError, match="run: corrupt; generate it again"):
-            shards.digest("run")
+            runs.digest("run")
         with pytest.warns(UserWarning, match="corrupt, so drawn again: samples-0000000008"):
             run = fastddim.generate(net, 2, "run", **ARGUMENTS)
         assert (run.drawn, run.digest) == (4, whole.digest)
@@ -440,7 +439,7 @@ class TestFaults:
         def broken(*arguments):
             raise OSError(errno.EIO, "Input/output error")
 
-        monkeypatch.setattr(GENERATE, "write_batch", broken)
+        monkeypatch.setattr(generation, "write_batch", broken)
         with pytest.raises(OSError, match="Input/output error"):
             fastddim.generate(net, 2, "run", **ARGUMENTS)
 
@@ -454,12 +453,11 @@ class TestFaults:
             if batches.count(0) == 2:
                 second.set()
 
-        def write_batch(*arguments):
+        def write_later(*arguments):
             assert second.wait(60)
-            original(*arguments)
+            write_batch(*arguments)
 
-        original = shards.write_batch
-        monkeypatch.setattr(GENERATE, "write_batch", write_batch)
+        monkeypatch.setattr(generation, "write_batch", write_later)
         fastddim.generate(net, 2, "run", callback=began, **ARGUMENTS)
 
 
@@ -561,7 +559,7 @@ class TestCommand:
         assert np.abs(images.astype(int) - drawn).max() <= 1
         assert run("merge", "run", "--out", "again.npz").stdout == "again.npz\n"
         assert Path("again.npz").read_bytes() == Path("all.npz").read_bytes()
-        assert run("digest", "run").stdout == f"{shards.digest('run')}  run\n"
+        assert run("digest", "run").stdout == f"{runs.digest('run')}  run\n"
 
     def test_progress(self):
         result = run(*COMMAND, "--progress")

@@ -1,4 +1,4 @@
-"""Tables of what the GPU check measured: beside the goals, and beside what was predicted before."""
+"""Tables of the GPU check's measurements, with the goals and with what was predicted before."""
 
 from __future__ import annotations
 

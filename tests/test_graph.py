@@ -24,8 +24,9 @@ from torch import nn
 
 import fastddim
 from fastddim import Sampler, Schedule, graph, ops, philox, transfer
-from fastddim.counters import Counters
-from fastddim.graph import CaptureError
+from fastddim.loop import capture, cuda, model_state, pool, programs, stream_order
+from fastddim.loop.counters import Counters
+from fastddim.loop.cuda import CaptureError
 
 from .support.environment import CPU_IMPLS
 from .support.models import SmallNet, elementwise_model
@@ -52,7 +53,7 @@ class Captures(list):
     """The graphs captured so far."""
 
     def record(self, body, warm_up, device, generators):
-        for _ in range(graph.WARM_UPS):
+        for _ in range(cuda.WARM_UPS):
             warm_up()
         try:
             recorded = RecordedGraph(body)
@@ -66,8 +67,8 @@ class Captures(list):
 def captures(monkeypatch):
     """Capture by recording, on the CPU, from an empty shelf."""
     captures = Captures()
-    monkeypatch.setattr(graph, "record", captures.record)
-    monkeypatch.setattr(graph, "available", lambda device: True)
+    monkeypatch.setattr(cuda, "record", captures.record)
+    monkeypatch.setattr(cuda, "available", lambda device: True)
     graph.clear()
     yield captures
     graph.clear()
@@ -181,7 +182,7 @@ class TestReplay:
 
     @pytest.mark.parametrize("inside", [False, True], ids=["staged", "registered"])
     def test_noise(self, mode, impl, inside, captures, monkeypatch):
-        monkeypatch.setattr(graph, "draws_inside", lambda generators, device: inside)
+        monkeypatch.setattr(capture, "draws_inside", lambda generators, device: inside)
         kind = {"eta": 1.0, "impl": impl, "x_T": latents()}
         net = SmallNet()
         follows(mode, net, [{"noise": latents((4, *SHAPE), seed=s)} for s in (1, 2)], **kind)
@@ -302,7 +303,7 @@ class TestReplay:
         assert not torch.equal(*results)
         assert len(captures) == 1
         sample(SmallNet(), mode, **kind)
-        assert len(graph.SHELF) == 0
+        assert len(pool.POOL) == 0
 
     def test_a_random_model(self, mode, impl, captures):
         """Dropout takes the numbers that it would take eagerly, and leaves as many."""
@@ -579,7 +580,7 @@ class TestKey:
         assert self.count(captures, calls) == [1] * len(calls)
 
     def test_registered_generators_by_identity(self, captures, monkeypatch):
-        monkeypatch.setattr(graph, "draws_inside", lambda generators, device: True)
+        monkeypatch.setattr(capture, "draws_inside", lambda generators, device: True)
         one, other = generator(1), generator(1)
         calls = [{"eta": 1.0, "noise": g} for g in (one, other, one, [one, other], [one, other])]
         assert self.count(captures, calls) == [1, 2, 2, 3, 3]
@@ -721,17 +722,17 @@ class TestModelState:
     @pytest.mark.parametrize("change", MOVED)
     def test_what_moves(self, change):
         net = Nested()
-        state = graph.ModelState(net)
+        state = model_state.ModelState(net)
         before = state.read()
         MOVED[change](net)
         after = state.read()
         assert after[0] != before[0]
-        assert state.read() == after == graph.ModelState(net).read()
+        assert state.read() == after == model_state.ModelState(net).read()
 
     @pytest.mark.parametrize("change", TRAINING)
     def test_what_trains(self, change):
         net = Nested()
-        state = graph.ModelState(net)
+        state = model_state.ModelState(net)
         before = state.read()
         TRAINING[change](net)
         assert state.read()[0] == before[0]
@@ -740,7 +741,7 @@ class TestModelState:
     @pytest.mark.parametrize("change", UNCHANGED)
     def test_what_stays(self, change):
         net = Nested()
-        state = graph.ModelState(net)
+        state = model_state.ModelState(net)
         before = state.read()
         UNCHANGED[change](net)
         assert state.read() == before
@@ -755,7 +756,7 @@ class TestModelState:
 
         holder, cell = Holder(), nn.Linear(2, 2)
         holder.net = nn.Linear(2, 2)
-        state = graph.ModelState(holder, lambda x, t: cell(x), None)
+        state = model_state.ModelState(holder, lambda x, t: cell(x), None)
         seen = [state.read()]
         holder.net = nn.Linear(2, 2)
         seen.append(state.read())
@@ -767,7 +768,7 @@ class TestModelState:
     @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
     def test_a_scripted_model(self):
         net = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
-        state = graph.ModelState(net)
+        state = model_state.ModelState(net)
         before = state.read()
         assert state.read() == before
         net.double()
@@ -777,7 +778,7 @@ class TestModelState:
     def test_tensors_without_an_address(self):
         """They count by identity."""
         net = nn.LazyLinear(2)
-        state = graph.ModelState(net, nn.Linear(2, 2, device="meta"))
+        state = model_state.ModelState(net, nn.Linear(2, 2, device="meta"))
         before = state.read()
         assert state.read() == before
         net(torch.zeros(1, 2))
@@ -785,7 +786,7 @@ class TestModelState:
 
     def test_the_model_is_walked_once(self, monkeypatch):
         net = Nested()
-        state = graph.ModelState(net)
+        state = model_state.ModelState(net)
         before = state.read()
 
         def walked(*args, **kwargs):
@@ -804,7 +805,7 @@ class TestModelState:
 
     def test_replaced_parameters_are_not_held(self):
         net = Nested()
-        state = graph.ModelState(net)
+        state = model_state.ModelState(net)
         state.read()
         ref = weakref.ref(net.blocks[0].weight)
         net.blocks[0].weight = nn.Parameter(torch.ones(2, 2))
@@ -815,10 +816,10 @@ class TestShelf:
     """Loops that wait for the next call."""
 
     def test_bound(self, captures):
-        models = [Scaled() for _ in range(graph.KEPT + 1)]
+        models = [Scaled() for _ in range(programs.KEPT + 1)]
         for model in models:
             sample(model, True)
-        assert len(graph.SHELF) == graph.KEPT
+        assert len(pool.POOL) == programs.KEPT
         for model in models[1:]:
             sample(model, True)
         assert len(captures) == len(models)
@@ -830,17 +831,17 @@ class TestShelf:
     def test_graphs_of_a_loop_are_bounded(self, captures):
         model = Scaled()
         # The first is used again before the last pushes one out.
-        for label in (*range(graph.KEPT), 0, graph.KEPT):
+        for label in (*range(programs.KEPT), 0, programs.KEPT):
             sample(model, True, model_kwargs={"label": label})
         alive = [weakref.ref(captured) for captured in captures]
         captures.clear()
         kept = [ref() is not None for ref in alive]
-        assert kept == [True, False] + [True] * (graph.KEPT - 1)
+        assert kept == [True, False] + [True] * (programs.KEPT - 1)
 
     def test_nothing_is_kept_without_graphs(self, captures):
         sample(Scaled(), False)
         sample(Scaled(), "auto", check_finite=True)
-        assert len(graph.SHELF) == 0
+        assert len(pool.POOL) == 0
         assert len(captures) == 0
 
     @pytest.mark.parametrize("mode", CAPTURED)
@@ -849,7 +850,7 @@ class TestShelf:
         models = [Scaled(), lambda x, t: x * 0.5, functools.partial(same)]
         for model in (*models, net.forward):
             sample(model, mode)
-        assert len(graph.SHELF) == 4
+        assert len(pool.POOL) == 4
         refs = [weakref.ref(captured) for captured in captures]
         captures.clear()
         gc.collect()
@@ -858,9 +859,9 @@ class TestShelf:
             del model
             for left in (3, 2, 1):
                 models.pop(0)
-                assert len(graph.SHELF) == left
+                assert len(pool.POOL) == left
             del net
-            assert len(graph.SHELF) == 0
+            assert len(pool.POOL) == 0
             assert [ref() for ref in refs] == [None] * 4
         finally:
             gc.enable()
@@ -889,7 +890,7 @@ class TestShelf:
         for _ in range(2):
             assert torch.equal(sample(model, True), sample(model, False))
         assert len(captures) == 2
-        assert len(graph.SHELF) == 0
+        assert len(pool.POOL) == 0
 
     def test_calls_within_calls_have_loops_of_their_own(self, captures):
         model, inner = Scaled(), []
@@ -920,7 +921,7 @@ class TestShelf:
 
         with pytest.raises(KeyboardInterrupt):
             sample(model, True, callback=callback)
-        assert len(graph.SHELF) == 0
+        assert len(pool.POOL) == 0
         assert torch.equal(sample(model, True), sample(model, False))
         assert len(captures) == 2
 
@@ -950,7 +951,7 @@ class TestShelf:
         sample(model, True, model_kwargs={"scale": scale}, schedule=schedule)
         del scale, schedule
         assert [ref() for ref in refs] == [None, None]
-        assert len(graph.SHELF) == 1
+        assert len(pool.POOL) == 1
 
 
 class TestSamplerObject:
@@ -964,7 +965,7 @@ class TestSamplerObject:
             assert torch.equal(sampler(**call), eager(**call))
             scale.mul_(0.75)
         assert len(captures) == 1
-        assert len(graph.SHELF) == 0
+        assert len(pool.POOL) == 0
         model.net.weight = nn.Parameter(model.net.weight.detach() * 0.5)
         assert torch.equal(sampler(), eager())
         assert len(captures) == 2
@@ -987,7 +988,7 @@ class TestSamplerObject:
             sampler = Sampler(model, 4, shape=SHAPE, graph=mode, eta=1.0)
             sampler(return_trajectory=True)
             sampler(noise=latents((4, *SHAPE)))
-            things = [sampler, sampler._loop, sampler._loop.state, *captures]
+            things = [sampler, sampler._loop, sampler._loop.buffers.state, *captures]
             refs = [weakref.ref(thing) for thing in things]
             captures.clear()
             del sampler, things
@@ -1074,7 +1075,7 @@ class TestInACaptureOfTheCallers:
         """It takes no loop from between the calls: a later call would load other values into it."""
         model = SmallNet()
         sample(model, "auto")
-        (kept,) = graph.SHELF._entries.values()
+        (kept,) = pool.POOL._entries.values()
         for call in ({}, {"seed": 3}, {"seed": [1, 2]}):
             expected = sample(model, False, **call)
             with monkeypatch.context() as patch:
@@ -1083,7 +1084,7 @@ class TestInACaptureOfTheCallers:
                 assert torch.equal(sample(model, "auto", **call), expected)
                 inverted = fastddim.invert(model, expected, 4)
             assert torch.equal(inverted, fastddim.invert(model, expected, 4, graph=False))
-        (left,) = graph.SHELF._entries.values()
+        (left,) = pool.POOL._entries.values()
         assert left is kept
         assert len(captures) == 1
 
@@ -1206,8 +1207,8 @@ def specialized(monkeypatch):
         captured.extend(launched)
         return recorded
 
-    monkeypatch.setattr(graph, "record", record)
-    monkeypatch.setattr(graph, "available", lambda device: True)
+    monkeypatch.setattr(cuda, "record", record)
+    monkeypatch.setattr(cuda, "available", lambda device: True)
     monkeypatch.setattr(triton, "unavailable", lambda device: None)
     # Counters do not advance here.
     monkeypatch.setattr(triton, "fit_rows", lambda *_: None)
@@ -1258,7 +1259,7 @@ class TestAlignment:
         monkeypatch.setattr(backend, "update_out", update_out)
         own = draw_odd(ODD["a step's noise"], inner, dtype, impl)
         assert torch.equal(own, expected)
-        assert len(addresses) > graph.WARM_UPS
+        assert len(addresses) > cuda.WARM_UPS
         assert not any(addresses)
 
 
@@ -1401,7 +1402,7 @@ def test_compiled_models(captures):
 
 
 class Driver:
-    """What `graph.record` and `graph.Turns` ask of torch.cuda, written down in order."""
+    """What `cuda.record` and `StreamOrder` ask of torch.cuda, written down in order."""
 
     def __init__(self, monkeypatch, end_fails=False):
         self.log = log = []
@@ -1482,13 +1483,13 @@ class Driver:
             lambda index: hash(driver.streams[-1]),
             raising=False,
         )
-        monkeypatch.setattr(graph, "_side_streams", {})
+        monkeypatch.setattr(cuda, "_side_streams", {})
         self.captured = False
         monkeypatch.setattr(transfer, "captured", lambda device: self.captured)
 
     def record(self, body=None, warm_up=None, generators=()):
         log = self.log
-        return graph.record(
+        return cuda.record(
             body or (lambda: log.append("body")),
             warm_up or (lambda: log.append(f"warm up on {self.streams[-1]}")),
             CPU,
@@ -1570,7 +1571,7 @@ class TestDriver:
 
     def test_turns(self, monkeypatch):
         driver = Driver(monkeypatch)
-        turns = graph.Turns(torch.device("cuda", 0))
+        turns = stream_order.StreamOrder(torch.device("cuda", 0))
         held = []
 
         class Buffer:
@@ -1579,7 +1580,7 @@ class TestDriver:
 
         for name in ("current", "other", "other", "current"):
             driver.streams = [name]
-            with turns.turn(lambda: [Buffer()]):
+            with turns.use(lambda: [Buffer()]):
                 driver.log.append("work")
         assert driver.log == [
             *("event on current", "work", "event on current"),
@@ -1588,23 +1589,23 @@ class TestDriver:
             *("current waits for the event on other", "work", "event on current"),
         ]
         assert held == ["other", "current"]
-        with pytest.raises(KeyboardInterrupt), turns.turn(lambda: []):
+        with pytest.raises(KeyboardInterrupt), turns.use(lambda: []):
             raise KeyboardInterrupt
         assert driver.log[-1] == "event on current"
 
     def test_no_turns_in_a_capture_of_the_callers(self, monkeypatch):
         """Whose stream may neither wait for an event from outside nor record one for outside."""
         driver = Driver(monkeypatch)
-        before = graph.Turns(torch.device("cuda", 0))
+        before = stream_order.StreamOrder(torch.device("cuda", 0))
         driver.captured, driver.streams = True, ["captured"]
-        inside = graph.Turns(torch.device("cuda", 0))
+        inside = stream_order.StreamOrder(torch.device("cuda", 0))
         for turns in (before, inside):
-            with turns.turn(lambda: pytest.fail("a graph's replays are on any stream")):
+            with turns.use(lambda: pytest.fail("a graph's replays are on any stream")):
                 driver.log.append("work")
         assert driver.log == ["event on current", "work", "work"]
         driver.captured, driver.streams = False, ["other"]
         driver.log.clear()
-        with before.turn(lambda: []):
+        with before.use(lambda: []):
             driver.log.append("work")
         assert driver.log == ["other waits for the event on current", "work", "event on other"]
 
@@ -1615,7 +1616,7 @@ def test_auto_is_eager_on_the_cpu():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(sample(model, "auto"), sample(model, False))
-    assert len(graph.SHELF) == 0
+    assert len(pool.POOL) == 0
 
 
 class TestAdvance:

@@ -54,10 +54,9 @@ class TestPeak:
         loop = fastddim.Sampler(
             Model(dtype), 5, shape=SHAPE, eta=eta, guidance_scale=guidance_scale, impl="cpu"
         )._loop
-        counters = loop._counters
-        counters.rewind()
+        loop.counters.rewind()
         with torch.no_grad(), LiveStorage() as probe:
-            loop.step(counters.now, None, with_x_0=False, masked=False)
+            loop.step.take(loop.counters.now, None, model_kwargs={})
         assert probe.peak == output * STATE
 
     def test_of_a_call(self, eta, dtype, guidance_scale, model_input, output):

@@ -300,17 +300,17 @@ def test_eta_per_sample():
     eta = torch.tensor([0.0, 0.5, 1.0])
     plan = make_plan(LINEAR, 20, Update(eta=eta).checked(3))
     assert plan.table.shape[:2] == (3, 20)
-    assert plan.noisy
+    assert plan.kind.noisy
     for i, value in enumerate(eta.tolist()):
         single = make_plan(LINEAR, 20, Update(eta=value))
         assert torch.equal(plan.table[i], single.table)
-        assert single.noisy == (value > 0)
+        assert single.kind.noisy == (value > 0)
 
 
 def test_guidance_per_sample():
     scales = torch.tensor([1.0, 7.5])
     plan = make_plan(LINEAR, 5, Update(guidance_scale=scales).checked(2))
-    assert plan.guided
+    assert plan.kind.guided
     assert plan.table[..., Row._fields.index("g")].tolist() == [[1.0] * 5, [7.5] * 5]
 
 
@@ -368,7 +368,9 @@ class TestZeroTerminalSnr:
     @pytest.mark.parametrize("variance", ["small", "large"])
     @pytest.mark.parametrize("rederive_eps", [False, True])
     def test_others_are_finite(self, prediction, eta, variance, rederive_eps):
-        update = Update(eta, variance, prediction, 1.0, rederive_eps)
+        update = Update(
+            eta=eta, variance=variance, prediction=prediction, clip=1.0, rederive_eps=rederive_eps
+        )
         for steps, spacing in ((10, "trailing"), (1, "trailing"), (1000, "linspace")):
             plan = make_plan(self.schedule, steps, update, spacing=spacing)
             assert plan.timesteps[0] == 999

@@ -12,6 +12,7 @@ import torch
 
 import fastddim
 from fastddim import Sampler, Schedule, philox, select_timesteps
+from fastddim.options import Reporting
 from fastddim.plan import PREDICTIONS, SPACINGS
 
 from .support.environment import CPU_IMPLS
@@ -873,9 +874,8 @@ class TestNoHostWork:
         with NoSync() as mode:
             own, _ = sampler._loop.run(
                 x_T,
+                Reporting(callback=lambda *args: seen.append(args), return_trajectory=True),
                 samples=samples,
-                callback=lambda *args: seen.append(args),
-                return_trajectory=True,
             )
         assert mode.calls > 4 * 3
         assert len(seen) == 4
@@ -968,13 +968,13 @@ class TestNoHostWork:
             peaks.append(probe.peak)
         assert peaks[0] > 0
         # Only the timesteps and the coefficient table are longer.
-        rows = sampler._loop.table.untyped_storage().nbytes() + 21 * 8
+        rows = sampler._loop.buffers.table.untyped_storage().nbytes() + 21 * 8
         assert peaks[1] - peaks[0] <= rows
 
     def test_buffers_stay(self, impl):
         sampler = Sampler(elementwise_model, 5, shape=SHAPE, eta=1.0, impl=impl)
         inputs = set()
-        sampler._loop.model = lambda x, t: inputs.add((x.data_ptr(), t.data_ptr())) or x * 0.5
+        sampler._loop.step.model = lambda x, t: inputs.add((x.data_ptr(), t.data_ptr())) or x * 0.5
         for seed in range(3):
             sampler(seed=seed)
         assert len(inputs) == 1

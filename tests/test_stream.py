@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import fastddim
-from fastddim import graph
-from fastddim.graph import CaptureError
+from fastddim.loop import cuda
+from fastddim.loop.cuda import CaptureError
 
 from .support.environment import CPU_IMPLS
 from .support.models import elementwise_model
@@ -80,7 +80,7 @@ def captures(monkeypatch):
     recorded = []
 
     def record(body, warm_up, device, generators):
-        for _ in range(graph.WARM_UPS):
+        for _ in range(cuda.WARM_UPS):
             warm_up()
         try:
             recorded.append(RecordedGraph(body))
@@ -88,8 +88,8 @@ def captures(monkeypatch):
             raise CaptureError(f"{type(error).__name__}: {error}") from error
         return recorded[-1]
 
-    monkeypatch.setattr(graph, "record", record)
-    monkeypatch.setattr(graph, "available", lambda device: True)
+    monkeypatch.setattr(cuda, "record", record)
+    monkeypatch.setattr(cuda, "available", lambda device: True)
     return recorded
 
 

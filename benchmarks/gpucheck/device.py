@@ -15,7 +15,7 @@ class Moved:
     """Copies of storages on a device.
 
     A tensor moves with its whole storage, so a view keeps its strides and its offset from an
-    aligned address, tensors that share memory share it there, and what a kernel writes beside a
+    aligned address, tensors that share memory share it there, and what a kernel writes outside a
     view comes back too.
     """
 

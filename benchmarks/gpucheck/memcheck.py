@@ -26,7 +26,7 @@ def tool() -> str | None:
 def memcheck(
     implementations: Iterable[str], device: torch.device, log: Path, limit: float
 ) -> str | None:
-    """What is wrong with the updates of these implementations, or None.
+    """The first fault in the updates of these implementations, or None.
 
     On the CPU they are run without the tool.
     """

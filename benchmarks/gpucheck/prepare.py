@@ -127,7 +127,7 @@ def compile_kernels(kit: Path, capability: int) -> None:
 
 
 def described(kit: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What the kit is of."""
+    """The record of the sources and versions in the kit."""
     facts = machine()
     (package,) = (d for d in distributions(path=[str(kit / SITE)]) if d.name == "fastddim")
     return {
@@ -149,7 +149,7 @@ def main() -> None:
     wrong = list(mismatches(options, home))
     if wrong or home is None:
         raise SystemExit("\n".join([f"{sys.executable} is not like the GPU machine:", *wrong]))
-    # Made beside the old kit and put in its place at the end: no kit is ever a half one.
+    # The new kit is made next to the old one and replaces it at the end, so a kit is always whole.
     kit = options.kit.with_name(f"{options.kit.name}.part")
     shutil.rmtree(kit, ignore_errors=True)
     kit.mkdir(parents=True)

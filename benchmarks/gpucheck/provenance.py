@@ -1,4 +1,4 @@
-"""Where a result comes from: the machine, the versions and the code."""
+"""The origin of a result: the machine, the versions and the code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUFFIXES = (".cpp", ".cu", ".h", ".py")
 
 
 def kit() -> dict[str, Any] | None:
-    """What `prepare.py` noted about the package under test; None where the installed one is."""
+    """The record of the package under test by `prepare.py`; None if the installed one is tested."""
     path = Path(os.environ.get("GPUCHECK_KIT", "")) / "kit.json"
     known: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
     return known
@@ -40,7 +40,7 @@ def digest(root: Path) -> str:
 
 
 def provenance(dry: bool) -> dict[str, Any]:
-    """What every result of this machine depends on; CUDA is not touched."""
+    """Facts that every result of this machine depends on; found without CUDA."""
     facts = {
         **machine(),
         "cuda": torch.version.cuda,

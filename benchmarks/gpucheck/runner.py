@@ -129,7 +129,7 @@ def _become(stage: Stage, settings: Settings, module: str) -> None:
 
 
 def _fork_is_bad() -> bool:
-    """Whether something has asked CUDA for its devices already: a fork then has none."""
+    """True if CUDA was asked for its devices already: after a fork it has none."""
     return bool(getattr(torch._C, "_cuda_isInBadFork", bool)())
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from fastddim.options import Graph
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Where a stage runs and what it may use.
+    """The place that a stage runs in and the means that it may use.
 
     Attributes:
         out: folder of the results.
@@ -42,7 +44,7 @@ class Settings:
         return ("cuda", "triton") if torch.version.hip is None else ("triton",)
 
     @property
-    def modes(self) -> tuple[bool | str, ...]:
+    def modes(self) -> tuple[Graph, ...]:
         """Values of `graph=`."""
         return (False,) if self.dry else (False, True, "loop")
 

@@ -57,7 +57,7 @@ class PlainUpdate:
         self._out.copy_(self.x)
 
     def wrong(self) -> int:
-        """How many elements at the beginning of the samples are not those of the CPU's kernel."""
+        """The number of elements at the beginning of the samples that differ from the CPU."""
         self()
         x, model_output, got = (
             values[:, :COMPARED].cpu() for values in (self.x, self._model_output, self._out)

@@ -28,7 +28,7 @@ def same_latents(
 
 
 def consistency(name: str, samples: Mapping[int, Tensor]) -> dict[int, tuple[float, float]]:
-    """How far the samples are from those of the most steps, for each smaller number of steps.
+    """The distance of the samples from those of the most steps, for each smaller number of steps.
 
     The distance is that of the classifier's features, averaged over the samples, as a multiple of
     the average distance between two samples of different x_T.

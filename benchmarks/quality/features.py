@@ -1,4 +1,4 @@
-"""What turns images into features, and the real images' features to compare with."""
+"""Networks that turn images into features, and the features of the real images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def quantized(images: Tensor) -> Tensor:
 
 @cache
 def extractor(space: str, name: str) -> Callable[[Tensor], Tensor]:
-    """What gives features `[N, D]` of images `[N, 1, H, W]` in [−1, 1] of the data `name`."""
+    """A function from images `[N, 1, H, W]` in [−1, 1] of the data `name` to features `[N, D]`."""
     return classifier.load(name).features if space == "classifier" else _efficientnet()
 
 

@@ -154,13 +154,13 @@ def store(path: Path, images: Tensor, row: dict[str, Any]) -> None:
 
 
 def stored(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """What `store` wrote."""
+    """The images and the row that `store` wrote."""
     with np.load(path) as file:
         return from_uint8(file["images"]), json.loads(str(file["row"]))
 
 
 def image_file(folder: Path, weights: str, cell: Cell) -> Path:
-    """Where `--images` has a cell's samples."""
+    """The file of a cell's samples under `--images`."""
     return folder / ("-".join([weights, *map(str, asdict(cell).values())]) + ".npz")
 
 
@@ -249,7 +249,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _context(name: str) -> dict[str, Any]:
-    """What the distances are to be read against."""
+    """The numbers that the distances are compared with."""
     floors = {}
     for space in SPACES:
         value, count = floor(space, name)

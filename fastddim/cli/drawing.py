@@ -69,14 +69,14 @@ class Encoding:
     """Inversion whose options are checked before anything is computed.
 
     Raises:
-        click.UsageError: `walk`, the steps of `fastddim.invert`, is refused.
+        click.UsageError: `visits`, the steps of `fastddim.invert`, is refused.
     """
 
-    def __init__(self, source: Source, machine: Machine, walk: Mapping[str, Any]) -> None:
-        self._source, self._machine, self._walk = source, machine, walk
+    def __init__(self, source: Source, machine: Machine, visits: Mapping[str, Any]) -> None:
+        self._source, self._machine, self._visits = source, machine, visits
         update = Update(prediction=source.prediction)
         with usage_errors():
-            make_inversion_plan(source.schedule, update=update, **walk)
+            make_inversion_plan(source.schedule, update=update, **visits)
             backends.choose(machine.impl, machine.torch_device)
 
     def batches(self, x_0: Tensor) -> Iterator[Tensor]:
@@ -90,7 +90,7 @@ class Encoding:
                 prediction=self._source.prediction,
                 impl=self._machine.impl,
                 progress=_shows_steps(count, self._machine),
-                **self._walk,
+                **self._visits,
             )
             assert isinstance(latents, Tensor)
             yield latents

@@ -35,7 +35,7 @@ def command(as_json: bool) -> None:
 
 
 def collect() -> dict[str, Any]:
-    """What the command prints: names of versions, packages, devices, backends and models."""
+    """Collect the report: versions, packages, devices, backends and models."""
     devices = _devices()
     return {
         "fastddim": fastddim.__version__,

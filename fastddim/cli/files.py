@@ -1,4 +1,4 @@
-"""What the commands read and write."""
+"""Files that the commands read and write."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Sink(Protocol):
 
 
 def open_sink(out: str, *, first: int, columns: int | None, scale: int | None) -> Sink:
-    """Where `--out` puts images: a grid (.png), an archive (.npz) or a folder.
+    """The place that `--out` names for images: a grid (.png), an archive (.npz) or a folder.
 
     Args:
         first: number of the first image in a folder.

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 import click
 import torch
 
-from fastddim import shards
+from fastddim import runs
 from fastddim.cli.options import (
-    SEED,
     Computation,
-    Walk,
+    Denoising,
+    Visits,
     computation_options,
+    denoising_options,
+    model_argument,
     prediction_option,
+    seed_option,
     shows_progress,
-    walk_options,
+    visits_options,
     working_device,
 )
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import load
-from fastddim.generate import Generation
-from fastddim.manifest import ManifestMismatchError
-from fastddim.plan import VARIANCES, Update
-from fastddim.shards import FORMATS
+from fastddim.options import GenerateOptions, Prediction
+from fastddim.runs import ManifestMismatchError
+from fastddim.runs.generation import Generation
+from fastddim.runs.shards import FORMATS
 
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -63,7 +67,7 @@ Killed at any moment and started again, with any number of processes, it goes
 on where it was and ends with the same bytes. It refuses to go on with other
 arguments, another model or other versions, and says what differs.""",
 )
-@click.argument("model")
+@model_argument
 @click.option(
     "--out",
     required=True,
@@ -71,7 +75,10 @@ arguments, another model or other versions, and says what differs.""",
     help="Folder of the run: new, empty, or one to go on with.",
 )
 @click.option(
-    "--start", type=click.IntRange(0, 2**32 - 1), default=0, help="Number of the first sample."
+    "--start",
+    type=click.IntRange(0, 2**32 - 1),
+    default=GenerateOptions.start,
+    help="Number of the first sample.",
 )
 @click.option(
     "--stop",
@@ -80,25 +87,17 @@ arguments, another model or other versions, and says what differs.""",
     show_default="none",
     help="Number after that of the last sample.",
 )
-@click.option("--seed", type=SEED, default=0, help="Seed of all noise.")
-@walk_options
-@click.option("--eta", type=float, default=0.0, help="0 is DDIM, 1 is DDPM's noise.")
+@seed_option
+@visits_options
+@denoising_options
 @click.option(
-    "--variance",
-    type=click.Choice(VARIANCES),
-    default="small",
-    help="Of the noise under --eta; with --eta 1, 'large' is DDPM's other choice.",
+    "--order", type=int, default=GenerateOptions.order, help="2 for second order, with --eta 0."
 )
-@click.option(
-    "--clip", type=float, show_default="no clipping", help="Clamp the predicted image to +-CLIP."
-)
-@click.option("--rederive-eps", is_flag=True, help="Recompute epsilon after clipping.")
-@click.option("--order", type=int, default=1, help="2 for second order, with --eta 0.")
 @prediction_option
 @click.option(
     "--format",
     type=click.Choice(FORMATS),
-    default="npz",
+    default=GenerateOptions.format,
     help="Of the shards: npz (uint8), safetensors (float32), or one PNG file an image.",
 )
 @click.option(
@@ -109,7 +108,7 @@ arguments, another model or other versions, and says what differs.""",
 @click.option(
     "--batch-size",
     callback=_batch_size,
-    default="auto",
+    default=GenerateOptions.batch_size,
     metavar="INT|auto",
     help="Images drawn and written at a time; 'auto' fits them to --memory.",
 )
@@ -118,7 +117,7 @@ arguments, another model or other versions, and says what differs.""",
     callback=_bytes,
     metavar="SIZE",
     show_default="a share of what is free",
-    help="What --batch-size auto may use beside the model, such as 4GiB.",
+    help="What --batch-size auto may use besides the model, such as 4GiB.",
 )
 @click.option(
     "--threads",
@@ -130,24 +129,12 @@ arguments, another model or other versions, and says what differs.""",
 @computation_options
 def command(
     model: str,
-    out: str,
-    start: int,
-    stop: int,
-    seed: int,
-    walk: Walk,
-    eta: float,
-    variance: str,
-    clip: float | None,
-    rederive_eps: bool,
-    order: int,
-    prediction: str | None,
-    format: str,
-    merged: str | None,
-    batch_size: int | str,
-    memory: int | None,
-    threads: int | None,
-    check_finite: bool,
+    visits: Visits,
+    denoising: Denoising,
+    prediction: Prediction | None,
     computation: Computation,
+    threads: int | None,
+    **options: Any,
 ) -> None:
     """Draw the samples [START, STOP) of a seed from MODEL into a folder.
 
@@ -155,43 +142,31 @@ def command(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    device = _own_device(computation)
+    device = _device_of_rank(computation)
     source = load(model, device, prediction)
-    arguments = {"spacing": "uniform", "steps_offset": 0, **walk.arguments()}
     with usage_errors():
         generation = Generation(
-            source.model,
-            arguments.pop("steps"),
-            out,
-            stop=stop,
-            start=start,
-            seed=seed,
-            batch_size=batch_size,
-            memory=memory,
-            format=format,
-            merged=merged,
-            sample_shape=source.sample_shape,
-            model_id=None,
-            update=Update(eta, variance, source.prediction, clip, rederive_eps),
-            order=order,
-            denoised_fn=None,
-            schedule=source.schedule,
-            device=device,
-            dtype=computation.torch_dtype,
-            impl=computation.impl,
-            graph="auto",
-            progress=shows_progress(computation.progress),
-            callback=None,
-            check_finite=check_finite,
-            model_kwargs=None,
-            **arguments,
+            GenerateOptions(
+                source.model,
+                sample_shape=source.sample_shape,
+                schedule=source.schedule,
+                prediction=source.prediction,
+                device=device,
+                dtype=computation.torch_dtype,
+                impl=computation.impl,
+                progress=shows_progress(computation.progress),
+                **visits.arguments(),
+                **vars(denoising),
+                **options,
+            )
         )
     try:
         generation.run()
     except ManifestMismatchError as error:
         raise click.UsageError(str(error)) from error
     if os.environ.get("RANK", "0") == "0":
-        click.echo(out if merged is None else f"{out}\n{merged}")
+        for path in filter(None, (options["out"], options["merged"])):
+            click.echo(path)
 
 
 @click.command(
@@ -208,7 +183,7 @@ def merge(folders: tuple[str, ...], out: str) -> None:
     It holds arr_0, uint8 [N, H, W, 3], as the evaluators of sample quality read it. The ranges of
     samples must follow one another.
     """
-    click.echo(shards.merge(folders, out))
+    click.echo(runs.merge(folders, out))
 
 
 @click.command(
@@ -224,11 +199,11 @@ def digest(folders: tuple[str, ...]) -> None:
     Without the checks, 'cat FOLDER/*.sha256 | sha256sum' prints the same.
     """
     for folder in folders:
-        click.echo(f"{shards.digest(folder)}  {folder}")
+        click.echo(f"{runs.digest(folder)}  {folder}")
 
 
-def _own_device(computation: Computation) -> torch.device:
-    """The device asked for; under torchrun a GPU for each process of a machine."""
+def _device_of_rank(computation: Computation) -> torch.device:
+    """The device asked for; under torchrun each process of a machine gets a GPU of its own."""
     local = os.environ.get("LOCAL_RANK", "")
     several = computation.device in ("auto", "cuda") and local.isdecimal()
     if not several or not torch.cuda.is_available():

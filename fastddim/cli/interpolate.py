@@ -8,21 +8,23 @@ import torch
 from torch import Tensor
 
 from fastddim import philox
-from fastddim.api import slerp
 from fastddim.cli.drawing import Drawing
 from fastddim.cli.files import open_sink
 from fastddim.cli.options import (
     Machine,
-    Walk,
+    Visits,
     integers,
     machine_options,
+    model_argument,
     prediction_option,
     scale_option,
-    walk_options,
+    visits_options,
 )
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import load
 from fastddim.images import to_uint8
+from fastddim.interpolation import slerp
+from fastddim.options import Prediction
 
 STRIP, CORNERS = 2, 4
 
@@ -34,7 +36,7 @@ Examples:
   fastddim interpolate digits --seeds 3,8
   fastddim interpolate fashion --seeds 1,2,3,4 --frames 7 --out square.png""",
 )
-@click.argument("model")
+@model_argument
 @click.option(
     "--seeds",
     callback=integers,
@@ -46,7 +48,7 @@ Examples:
 @click.option(
     "--frames", type=click.IntRange(min=2), default=9, help="Images from one end to the other."
 )
-@walk_options
+@visits_options
 @prediction_option
 @click.option(
     "--out",
@@ -59,8 +61,8 @@ def command(
     model: str,
     seeds: list[int],
     frames: int,
-    walk: Walk,
-    prediction: str | None,
+    visits: Visits,
+    prediction: Prediction | None,
     out: str,
     scale: int | None,
     machine: Machine,
@@ -76,7 +78,7 @@ def command(
     with usage_errors():
         ends = philox.initial_latents((len(seeds), *source.sample_shape), seeds)
     latents = mixed(ends, frames)
-    drawing = Drawing(source, machine, len(latents), walk.arguments())
+    drawing = Drawing(source, machine, len(latents), visits.arguments())
     sink = open_sink(out, first=0, columns=frames, scale=scale)
     for samples in drawing.batches(latents=latents):
         sink.add(to_uint8(samples))

@@ -12,15 +12,17 @@ from fastddim.cli.drawing import Drawing, Encoding
 from fastddim.cli.files import latents_path, open_sink, read_images, write_latents
 from fastddim.cli.options import (
     Machine,
-    Walk,
+    Visits,
     machine_options,
+    model_argument,
     prediction_option,
     scale_option,
-    walk_options,
+    visits_options,
 )
 from fastddim.cli.sources import load
 from fastddim.files import check_writable
 from fastddim.images import Images, from_uint8, to_uint8
+from fastddim.options import Prediction
 
 
 @click.command(
@@ -35,9 +37,9 @@ Examples:
 The last command decodes the latents: it must visit the timesteps of the
 encoding. The error falls as --steps grows.""",
 )
-@click.argument("model")
+@model_argument
 @click.argument("images", nargs=-1, required=True)
-@walk_options
+@visits_options
 @prediction_option
 @click.option(
     "--out",
@@ -54,8 +56,8 @@ encoding. The error falls as --steps grows.""",
 def command(
     model: str,
     images: tuple[str, ...],
-    walk: Walk,
-    prediction: str | None,
+    visits: Visits,
+    prediction: Prediction | None,
     out: str,
     decode: str | None,
     scale: int | None,
@@ -70,7 +72,7 @@ def command(
     """
     out_path = latents_path("--out", out)
     source = load(model, machine.torch_device, prediction)
-    encoding = Encoding(source, machine, walk.arguments())
+    encoding = Encoding(source, machine, visits.arguments())
     originals = from_uint8(read_images(images, source.sample_shape))
     check_writable(out_path)
     sink = (
@@ -83,7 +85,7 @@ def command(
     click.echo(out)
     if sink is None:
         return
-    drawing = Drawing(source, machine, len(originals), walk.arguments())
+    drawing = Drawing(source, machine, len(originals), visits.arguments())
     decoded = torch.cat([x.cpu() for x in drawing.batches(latents=latents)])
     sink.add(_pairs(originals, decoded))
     sink.finish()

@@ -12,12 +12,12 @@ import click
 import torch
 from click.core import ParameterSource
 
-from fastddim.plan import PREDICTIONS, SPACINGS
+from fastddim.options import PREDICTIONS, VARIANCES, SampleOptions, Variance
+from fastddim.plan import SPACINGS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-SEED = click.IntRange(0, 2**64 - 1)
 
 
 def integers(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
@@ -31,8 +31,8 @@ def integers(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 
 
 @dataclass(frozen=True)
-class Walk:
-    """Which timesteps are visited."""
+class Visits:
+    """The timesteps to visit: their number and spacing, or the timesteps themselves."""
 
     steps: int
     timesteps: list[int] | None
@@ -40,7 +40,7 @@ class Walk:
     steps_offset: int
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `fastddim.sample` and `invert` that say so.
+        """The values as arguments of `fastddim.sample` and `invert`.
 
         Raises:
             click.UsageError: timesteps and a way to choose them are both given.
@@ -60,8 +60,18 @@ class Walk:
 
 
 @dataclass(frozen=True)
+class Denoising:
+    """The computation of each step."""
+
+    eta: float
+    variance: Variance
+    clip: float | None
+    rederive_eps: bool
+
+
+@dataclass(frozen=True)
 class Computation:
-    """Where and how the computation runs."""
+    """The device, number type and backend of the computation, and its progress bar."""
 
     device: str
     dtype: str
@@ -81,16 +91,16 @@ class Computation:
 
 @dataclass(frozen=True)
 class Machine(Computation):
-    """The same with a batch size that the user gives."""
+    """The same with a batch size chosen by the user."""
 
     batch_size: int
 
 
 def working_device(name: str = "auto") -> torch.device:
-    """The device of that name, tried out; "auto" is CUDA where there is any, else the CPU.
+    """The device of that name, after a trial; "auto" is CUDA if there is any, else the CPU.
 
     Raises:
-        click.UsageError: it is unknown, or cannot be used here.
+        click.UsageError: the device is unknown, or cannot be used here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,14 +117,19 @@ def working_device(name: str = "auto") -> torch.device:
 
 
 def shows_progress(asked: bool | None = None) -> bool:
-    """As asked for, or else where somebody watches."""
+    """Return the user's choice; without one, True if stderr is a terminal."""
     return sys.stderr.isatty() if asked is None else asked
 
 
 def bundled(
     name: str, kind: type[Any], options: Sequence[Callable[[Any], Any]]
 ) -> Callable[[Command], Command]:
-    """A decorator that adds `options` and passes their values as one `kind` under `name`."""
+    """A decorator that adds `options` to a command, which gets their values as one argument.
+
+    Args:
+        name: of the argument.
+        kind: its dataclass, with a field for each option.
+    """
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
@@ -131,9 +146,9 @@ def bundled(
     return decorate
 
 
-walk_options = bundled(
-    "walk",
-    Walk,
+visits_options = bundled(
+    "visits",
+    Visits,
     [
         click.option("--steps", type=int, default=50, help="Number of sampling steps."),
         click.option(
@@ -146,12 +161,38 @@ walk_options = bundled(
         click.option(
             "--spacing",
             type=click.Choice(SPACINGS),
-            default="uniform",
+            default=SampleOptions.spacing,
             help="How --steps timesteps are chosen out of the model's.",
         ),
         click.option(
-            "--steps-offset", type=int, default=0, help="Added to every timestep of 'leading'."
+            "--steps-offset",
+            type=int,
+            default=SampleOptions.steps_offset,
+            help="Added to every timestep of 'leading'.",
         ),
+    ],
+)
+
+denoising_options = bundled(
+    "denoising",
+    Denoising,
+    [
+        click.option(
+            "--eta", type=float, default=SampleOptions.eta, help="0 is DDIM, 1 is DDPM's noise."
+        ),
+        click.option(
+            "--variance",
+            type=click.Choice(VARIANCES),
+            default=SampleOptions.variance,
+            help="Of the noise under --eta; with --eta 1, 'large' is DDPM's other choice.",
+        ),
+        click.option(
+            "--clip",
+            type=float,
+            show_default="no clipping",
+            help="Clamp the predicted image to +-CLIP.",
+        ),
+        click.option("--rederive-eps", is_flag=True, help="Recompute epsilon after clipping."),
     ],
 )
 
@@ -170,7 +211,7 @@ _COMPUTATION = [
     ),
     click.option(
         "--impl",
-        default="auto",
+        default=SampleOptions.impl,
         show_default="the fastest that works here",
         help="Backend of the update, used or refused with the reason; see 'fastddim env'.",
     ),
@@ -196,6 +237,12 @@ machine_options = bundled(
         ),
         *_COMPUTATION,
     ],
+)
+
+model_argument = click.argument("model")
+
+seed_option = click.option(
+    "--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Seed of all noise."
 )
 
 prediction_option = click.option(

@@ -1,4 +1,4 @@
-"""How the program ends: one line about an error, and an exit code that scripts can trust."""
+"""The end of the program: one line about an error, and an exit code that scripts can trust."""
 
 from __future__ import annotations
 

@@ -7,19 +7,22 @@ import click
 from fastddim.cli.drawing import Drawing
 from fastddim.cli.files import latents_path, open_sink, read_latents
 from fastddim.cli.options import (
-    SEED,
+    Denoising,
     Machine,
-    Walk,
+    Visits,
     columns_option,
+    denoising_options,
     machine_options,
+    model_argument,
     prediction_option,
     scale_option,
-    walk_options,
+    seed_option,
+    visits_options,
 )
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import load
 from fastddim.images import to_uint8
-from fastddim.plan import VARIANCES
+from fastddim.options import Prediction, SampleOptions
 from fastddim.validation import check_sample_range
 
 
@@ -39,15 +42,15 @@ Image i of a seed starts from the same noise in every batch size, on every
 device and whichever other images are drawn, so the last two .npz commands
 together draw the 5000 images of the folder.""",
 )
-@click.argument("model")
-@walk_options
-@click.option("--eta", type=float, default=0.0, help="0 is DDIM, 1 is DDPM's noise.")
+@model_argument
+@visits_options
+@denoising_options
 @click.option("--count", type=click.IntRange(min=1), default=64, help="Number of images.")
-@click.option("--seed", type=SEED, default=0, help="Seed of all noise.")
+@seed_option
 @click.option(
     "--sample-offset",
     type=click.IntRange(0, 2**32 - 1),
-    default=0,
+    default=SampleOptions.sample_offset,
     help="Number of the first image.",
 )
 @click.option(
@@ -55,16 +58,6 @@ together draw the 5000 images of the folder.""",
     show_default="drawn from --seed",
     help="File of 'fastddim invert' to start from; --count is then the number in it.",
 )
-@click.option(
-    "--variance",
-    type=click.Choice(VARIANCES),
-    default="small",
-    help="Of the noise under --eta; with --eta 1, 'large' is DDPM's other choice.",
-)
-@click.option(
-    "--clip", type=float, show_default="no clipping", help="Clamp the predicted image to +-CLIP."
-)
-@click.option("--rederive-eps", is_flag=True, help="Recompute epsilon after clipping.")
 @prediction_option
 @click.option(
     "--out",
@@ -77,16 +70,13 @@ together draw the 5000 images of the folder.""",
 @machine_options
 def command(
     model: str,
-    walk: Walk,
-    eta: float,
+    visits: Visits,
+    denoising: Denoising,
     count: int,
     seed: int,
     sample_offset: int,
     latents: str | None,
-    variance: str,
-    clip: float | None,
-    rederive_eps: bool,
-    prediction: str | None,
+    prediction: Prediction | None,
     out: str,
     columns: int | None,
     scale: int | None,
@@ -104,18 +94,8 @@ def command(
     count = count if x_T is None else len(x_T)
     with usage_errors():
         check_sample_range(sample_offset, count, per_sample_seed=False)
-    drawing = Drawing(
-        source,
-        machine,
-        count,
-        {
-            **walk.arguments(),
-            "eta": eta,
-            "variance": variance,
-            "clip": clip,
-            "rederive_eps": rederive_eps,
-        },
-    )
+    arguments = {**visits.arguments(), **vars(denoising)}
+    drawing = Drawing(source, machine, count, arguments)
     sink = open_sink(out, first=sample_offset, columns=columns, scale=scale)
     for samples in drawing.batches(seed=seed, sample_offset=sample_offset, latents=x_T):
         sink.add(to_uint8(samples))

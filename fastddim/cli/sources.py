@@ -13,25 +13,25 @@ import torch
 from fastddim import models
 from fastddim.adapter import Model, own_sample_shape
 from fastddim.models.files import MODEL, WEIGHTS
-from fastddim.plan import PREDICTIONS
+from fastddim.options import PREDICTIONS, Prediction
 from fastddim.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model with all that sampling from it needs."""
+    """A model, and the arguments of sampling that go with it."""
 
     model: Model
     sample_shape: tuple[int, int, int]
     schedule: Schedule
-    prediction: str
+    prediction: Prediction
 
 
-def load(name: str, device: torch.device, prediction: str | None) -> Source:
-    """The model that `name` stands for, on `device`.
+def load(name: str, device: torch.device, prediction: Prediction | None) -> Source:
+    """Load the model that `name` stands for onto `device`.
 
     Args:
-        prediction: what the model predicts, where the user says so.
+        prediction: what the model predicts, if the user says so.
 
     Raises:
         click.UsageError: `name` stands for nothing.
@@ -112,7 +112,7 @@ def _refuse_conditional(unet: Path) -> None:
     )
 
 
-def _read_scheduler(folder: Path) -> tuple[Schedule, str]:
+def _read_scheduler(folder: Path) -> tuple[Schedule, Prediction]:
     candidates = [folder / "scheduler", folder, folder.parent / "scheduler"]
     files = [candidate / "scheduler_config.json" for candidate in candidates]
     file = next((file for file in files if file.is_file()), None)

@@ -52,7 +52,7 @@ def load(
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
-    """The weights' file of what `load` takes; its record lies beside it, as `.json`.
+    """The file of the weights that `load` reads; the record is next to it, as `.json`.
 
     Raises:
         ValueError: neither a bundled model's name nor a path that could be one, or a link out of

@@ -1,4 +1,4 @@
-"""Model files: `<stem>.safetensors` holds the weights, `<stem>.json` beside it everything else."""
+"""Model files: `<stem>.safetensors` holds the weights, `<stem>.json` everything else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def save(model: UNet, folder: str | os.PathLike[str], record: Mapping[str, Any])
     Args:
         model: the network.
         folder: created if missing.
-        record: what the JSON says beside the architecture. It must hold `schedule`, the arguments
+        record: what the JSON says besides the architecture. It must hold `schedule`, the arguments
             of `Schedule.linear` (`T`, `beta_start`, `beta_end`) that give the model's schedule.
 
     Returns:
@@ -64,7 +64,7 @@ def save(model: UNet, folder: str | os.PathLike[str], record: Mapping[str, Any])
 
 
 def read(path: Path) -> UNet:
-    """The model in `path` (a `.safetensors` file with its `.json` beside it), float32 on the CPU.
+    """The model in `path` (a `.safetensors` file with a `.json` next to it), float32 on the CPU.
 
     Raises:
         FileNotFoundError: one of the two files is missing.

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastddim.elementary import sqrt
+from fastddim.options import Prediction
 from fastddim.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """What determines the network's parameters.
+    """The sizes that determine the network's parameters.
 
     Attributes:
         sample_shape: (C, H, W) of one image.
@@ -83,7 +84,7 @@ class UNet(nn.Module):
         sample_shape: (C, H, W) of one image.
     """
 
-    prediction = "epsilon"
+    prediction: Prediction = "epsilon"
     coefficient_bits: Tensor
 
     def __init__(self, config: UNetConfig, schedule: Schedule) -> None:

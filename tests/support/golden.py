@@ -79,7 +79,7 @@ def plans(prediction: str) -> Iterator[Tensor]:
     for spacing, eta, variance, limit, steps in kinds:
         update = Update(eta=eta, variance=variance, prediction=prediction, **limit)
         for hooked in (False, True):
-            yield from _numbers(make_plan(schedule, steps, update, spacing=spacing, hooked=hooked))
+            yield from _numbers(make_plan(schedule, steps, update, spacing=spacing, split=hooked))
         if eta == 0:
             yield from _numbers(make_plan(schedule, steps, update, spacing=spacing, order=2))
     update = Update(prediction=prediction, **TENSORS).checked(2)
@@ -167,8 +167,8 @@ def digest(tensors: Iterator[Tensor]) -> str:
 
 def _numbers(plan: Plan) -> Iterator[Tensor]:
     yield from (plan.timesteps, plan.alphas_cumprod, plan.table)
-    if plan.predicting is not None:
-        yield plan.predicting
+    if plan.first_half is not None:
+        yield plan.first_half
 
 
 def _states(count: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from loops import Loop, ddpm_loop, diffusers_loop, make
 from torch import Tensor
 
 from fastddim import philox
+from fastddim.options import Graph
 from gpucheck import measures
 from gpucheck.record import Record
 from gpucheck.settings import Settings
@@ -41,7 +42,7 @@ def one_model(record: Record, settings: Settings, name: str) -> None:
 
 
 def contenders(
-    model: Any, x_T: Tensor, few: int, many: int, modes: Sequence[bool | str]
+    model: Any, x_T: Tensor, few: int, many: int, modes: Sequence[Graph]
 ) -> dict[str, Callable[[], Loop]]:
     """Functions that prepare the loops, by the contender's name.
 

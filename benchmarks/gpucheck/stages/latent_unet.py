@@ -12,6 +12,7 @@ from loops import AGREEMENT, Loop, diffusers
 from torch import Tensor
 
 import fastddim
+from fastddim.options import Graph
 from gpucheck import measures
 from gpucheck.record import Record
 from gpucheck.settings import Settings
@@ -153,7 +154,7 @@ def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-def our_loop(settings: Settings, problem: Problem, mode: bool | str) -> Loop:
+def our_loop(settings: Settings, problem: Problem, mode: Graph) -> Loop:
     """The loop of a prepared `fastddim.Sampler` with one kind of graph."""
     prepared = fastddim.Sampler(
         problem.unet,

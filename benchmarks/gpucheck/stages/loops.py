@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastddim
 from fastddim import philox
+from fastddim.options import Graph
 from gpucheck import measures
 from gpucheck.record import Record
 from gpucheck.settings import Settings
@@ -88,7 +89,7 @@ def one_loop(record: Record, settings: Settings, name: str, eta: float) -> None:
     )
 
 
-def sampler(model: Any, x_T: Tensor, steps: int, eta: float, mode: bool | str) -> Loop:
+def sampler(model: Any, x_T: Tensor, steps: int, eta: float, mode: Graph) -> Loop:
     """The loop of a prepared `fastddim.Sampler` with one kind of graph."""
     prepared = fastddim.Sampler(
         model,

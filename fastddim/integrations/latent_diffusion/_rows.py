@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from fastddim.integrations._shared import each
-from fastddim.plan import Row, mixing_row
-from fastddim.plan import predicting_row as predicting
+from fastddim.plan import Row, first_half_row, mixing_row
 
 
 def stepping_row(sampler: Any, original: bool, batch: int, temperature: float) -> Row:
@@ -35,7 +34,7 @@ def stepping_row(sampler: Any, original: bool, batch: int, temperature: float) -
 
 def predicting_row(sampler: Any, original: bool, batch: int) -> Row:
     """x_0 as the new state."""
-    return predicting(stepping_row(sampler, original, batch, 1.0))
+    return first_half_row(stepping_row(sampler, original, batch, 1.0))
 
 
 def epsilon_row(sampler: Any, original: bool, batch: int) -> Row:

@@ -7,6 +7,7 @@ Run by tests/test_graph.py in a process of its own, since the device guard that 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import json
 import sys
@@ -23,11 +24,19 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 import fastddim
-from fastddim import Schedule, api, backends, graph, philox, transfer
-from fastddim.counters import Position
+from fastddim import Schedule, api, backends, philox, transfer
+from fastddim.loop import capture as capturing
+from fastddim.loop import loop as loop_module
+from fastddim.loop.counters import Position
+from fastddim.loop.loop import Loop
+from fastddim.loop.setup import Setup, make_setup
+from fastddim.loop.step import Step
+from fastddim.loop.stream_order import StreamOrder
+from fastddim.options import CallOptions, Placement, Reporting
 from fastddim.philox import Samples
 from fastddim.plan import Update, make_inversion_plan, make_plan, to_table
-from fastddim.sampler import Loop, Setup, make_setup
+from fastddim.stream import requests
+from fastddim.stream import stream as stream_module
 
 _spec = importlib.util.spec_from_file_location("probes", Path(__file__).parents[1] / "probes.py")
 probes = importlib.util.module_from_spec(_spec)
@@ -130,17 +139,15 @@ def setup(model: Any, mode: bool | str, model_kwargs: Any = None, **update: Any)
     if refine:
         plan = make_inversion_plan(Schedule.linear(), STEPS, update, refine=refine)
     else:
-        hooked = denoised_fn is not None
-        plan = make_plan(Schedule.linear(), STEPS, update, order=order, hooked=hooked)
+        split = denoised_fn is not None
+        plan = make_plan(Schedule.linear(), STEPS, update, order=order, split=split)
     return make_setup(
-        model,
-        plan,
-        SHAPE,
+        Placement(graph=mode),
+        model=model,
+        plan=plan,
+        shape=SHAPE,
         device=CUDA,
         dtype=dtype,
-        impl="auto",
-        graph=mode,
-        check_finite=False,
         model_kwargs=model_kwargs,
         denoised_fn=denoised_fn,
     )
@@ -152,7 +159,7 @@ def run(
     make_model: Callable[[], Any] = Net,
     make_noise: Callable[[], Any] = lambda: None,
     make_kwargs: Callable[[], Any] = lambda: None,
-    loop_type: type[Loop] = Loop,
+    step_type: type[Step] = Step,
     watch: bool = True,
     masked: bool = False,
     **update: Any,
@@ -163,7 +170,8 @@ def run(
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             given = {"model": make_model(), "model_kwargs": make_kwargs() or {}}
-            loop = loop_type(Setup(**{**vars(prepared), **given}))
+            loop_module.Step = step_type
+            loop = Loop(Setup(**{**vars(prepared), **given}))
             x = torch.zeros(SHAPE, dtype=prepared.dtype, device=CUDA)
             samples = Samples(torch.ones(SHAPE[0], dtype=torch.int64, device=CUDA), None)
             noise = make_noise()
@@ -171,12 +179,14 @@ def run(
             with OnDevice() if mode is False else nullcontext():
                 result = loop.run(
                     x,
+                    Reporting(
+                        callback=None if mode == "loop" or not watch else lambda *a: seen.append(a),
+                        return_trajectory=watch,
+                    ),
                     samples=samples,
                     noise=noise,
                     mask=torch.ones(1, 1, 8, 8, device=CUDA) if masked else None,
                     known=torch.ones(SHAPE, device=CUDA) if masked else None,
-                    callback=None if mode == "loop" or not watch else lambda *a: seen.append(a),
-                    return_trajectory=watch,
                 )
             state = result[0] if watch else result
             assert state.device == CUDA
@@ -187,6 +197,8 @@ def run(
                 assert program.graph.calls >= 2 * (STEPS if mode == "loop" else 1)
     except (AssertionError, ValueError) as error:
         return str(error) or "assertion"
+    finally:
+        loop_module.Step = Step
     return ""
 
 
@@ -228,21 +240,22 @@ HOST_NOISE: dict[str, dict[str, Any]] = {
 }
 
 
-class Reads(Loop):
-    def step(self, at: Position, *args: Any, **kwargs: Any) -> None:
-        super().step(at, *args, **kwargs)
-        at.t.fill_(self._timestep_list[min(int(at.step), STEPS - 1)])
+class Reads(Step):
+    def take(self, at: Position, *args: Any, **kwargs: Any) -> None:
+        super().take(at, *args, **kwargs)
+        timesteps = self._counting.timesteps
+        at.t.fill_(int(timesteps[min(int(at.step), STEPS - 1)]))
 
 
-class Uploads(Loop):
-    def step(self, at: Position, *args: Any, **kwargs: Any) -> None:
-        super().step(at, *args, **kwargs)
+class Uploads(Step):
+    def take(self, at: Position, *args: Any, **kwargs: Any) -> None:
+        super().take(at, *args, **kwargs)
         at.t.add_(torch.tensor([0]).to(at.t.device))
 
 
-class Zeroes(Loop):
-    def step(self, at: Position, *args: Any, **kwargs: Any) -> None:
-        super().step(at, *args, **kwargs)
+class Zeroes(Step):
+    def take(self, at: Position, *args: Any, **kwargs: Any) -> None:
+        super().take(at, *args, **kwargs)
         at.t.add_(self._zero)
 
     _zero = torch.tensor(0)
@@ -276,9 +289,9 @@ DEFECTS: dict[str, dict[str, Any]] = {
     "device to host": {"make_model": spoilt(lambda x, t: (x.cpu(), None)[1])},
     "0-dim host tensor": {"make_model": spoilt(lambda x, t: x * ZERO)},
     "tensor on the host": {"make_model": spoilt(lambda x, t: (torch.ones(1), None)[1])},
-    "loop reads a counter": {"loop_type": Reads},
-    "loop uploads": {"loop_type": Uploads},
-    "loop adds a host tensor": {"loop_type": Zeroes},
+    "loop reads a counter": {"step_type": Reads},
+    "loop uploads": {"step_type": Uploads},
+    "loop adds a host tensor": {"step_type": Zeroes},
 }
 
 KEYS = {"seed": 2**64 - 1, "sample_offset": 5}
@@ -291,16 +304,14 @@ def made_loop(mode: bool | str, **update: Any) -> Callable[[], Loop]:
 
 
 def a_call(mode: bool | str, keys: dict[str, Any]) -> Any:
-    given = dict.fromkeys(("x_T", "noise", "mask", "known", "callback"))
-    return made_loop(mode, eta=1.0), lambda loop: loop.sample(
-        **keys, **given, progress=False, return_trajectory=True
-    )
+    options = CallOptions(**keys, return_trajectory=True)
+    return made_loop(mode, eta=1.0), lambda loop: loop.sample(options)
 
 
 def a_masked_run(mode: bool | str) -> Any:
     def call(loop: Loop) -> None:
         mask, known = torch.ones(1, 1, 8, 8, device=CUDA), torch.ones(SHAPE, device=CUDA)
-        loop.run(loop.state.clone(), mask=mask, known=known)
+        loop.run(loop.buffers.state.clone(), mask=mask, known=known)
 
     return made_loop(mode), call
 
@@ -333,7 +344,7 @@ def steps_of_a_stream(mode: bool | str, guided: bool = False) -> Any:
 
 
 def submit(stream: fastddim.Stream) -> None:
-    guidance_scale = 2.0 if stream._parts == 2 else None
+    guidance_scale = 2.0 if stream._kind.guided else None
     for seed in (3, 2**64 - 1):
         stream.submit(2, eta=1.0, seed=seed, guidance_scale=guidance_scale)
 
@@ -392,14 +403,18 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
+def on_host(order: type[StreamOrder], device: torch.device) -> StreamOrder:
+    return order(torch.device("cpu"))
+
+
 def main() -> None:
     if sys.argv[1:]:
         ctypes.CDLL(sys.argv[1])
     # The operators themselves, for which fakes stand in; any other backend asks for a GPU.
     backends.choose = lambda impl, device: backends.BACKENDS["cpu"]
-    graph.capture = capture
-    in_order = graph.Turns
-    graph.Turns = lambda device: in_order(torch.device("cpu"))
+    capturing.capture = capture
+    for module in (loop_module, stream_module, requests):
+        module.StreamOrder = functools.partial(on_host, StreamOrder)
     transfer.captured = lambda device: False
     transfer.wait = lambda device: None
     Tensor.pin_memory = pin_memory

@@ -1,4 +1,4 @@
-"""Several processes at one task, by `torch.distributed`; or one process alone."""
+"""The processes that work on one run, connected by `torch.distributed`, or one process alone."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _PATIENCE = timedelta(days=7)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all that were started together.
+    """This process and the others that work on the same run.
 
     Attributes:
         rank: number of this process.
         world: how many there are.
-        group: what they talk through; None for one process.
+        group: the process group that they communicate in; None for one process.
     """
 
     rank: int = 0
@@ -38,7 +38,7 @@ class Ranks:
     group: Any = None
 
     def gather(self, value: Item) -> list[Item]:
-        """The value of every rank, in their order."""
+        """The values of all ranks, in the order of the ranks."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -46,41 +46,44 @@ class Ranks:
         return values
 
     def together(self, action: Callable[[], Result]) -> list[Result]:
-        """The results of `action` on every rank; where it fails on one, it fails on all.
+        """Run `action` on every rank and return all results; if it fails on one, it fails on all.
 
         Raises:
-            RuntimeError: it failed on another rank. Its own error is raised as it is.
+            RuntimeError: `action` failed on another rank. The error of this rank is raised as it
+                is.
         """
         result: Any = None
-        own: Exception | None = None
+        failure: Exception | None = None
         try:
             result = action()
         except Exception as error:
-            own = error
-        answers = self.gather((result, None if own is None else str(own) or type(own).__name__))
-        if own is not None:
-            raise own
+            failure = error
+        message = None if failure is None else str(failure) or type(failure).__name__
+        answers = self.gather((result, message))
+        if failure is not None:
+            raise failure
         for rank, (_, problem) in enumerate(answers):
             if problem is not None:
                 raise RuntimeError(f"rank {rank}: {problem}")
         return [answer for answer, _ in answers]
 
     def on_first(self, action: Callable[[], Result]) -> Result:
-        """The result of `action`, which rank 0 alone does."""
+        """Run `action` on rank 0 and return its result on every rank."""
         results: list[Any] = self.together(lambda: action() if self.rank == 0 else None)
         first: Result = results[0]
         return first
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """What of `items` falls to this rank."""
+        """The items that this rank works on."""
         return items[self.rank :: self.world]
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """The ranks of a group that is there, or of one that `torchrun` announces, or this process.
+    """Join the ranks of the process group in use, else those that `torchrun` started, if any.
 
-    A group that is made here (gloo for tensors on the CPU, NCCL for those on a GPU) is left again.
+    A group that is made here (gloo for tensors on the CPU, NCCL for those on a GPU) is destroyed at
+    the end of the `with` block.
     """
     made = False
     if not dist.is_available():
@@ -101,10 +104,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 
 def _join(device: torch.device) -> None:
-    """Join the group that the environment describes.
+    """Make the process group that the environment describes.
 
-    After a restart the store of `torchrun` still holds the addresses of the processes before, so
-    each attempt has keys of its own.
+    After a restart the store of `torchrun` still holds the addresses of the previous processes, so
+    each attempt uses keys of its own.
     """
     store, rank, world = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -1,4 +1,4 @@
-"""How many samples fit into memory at a time, measured on the model."""
+"""The number of samples that fit into memory at a time, measured on the model."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 LARGEST = 1024
-"""The most samples of a batch that is chosen here: a batch is what is lost when a run is killed."""
+"""Upper limit of a batch size chosen here: a killed run loses the batches that it was drawing."""
 
-# What is free is shared with others, and allocators cannot use all of it.
+# Other programs need a part of the free memory, and allocators cannot use all of it.
 _SHARE = {"cpu": 0.5, "cuda": 0.8}
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes that one process may use on `device`: its share of a part of what is free now."""
+    """Bytes that one process may use on `device`: its share of a part of the free memory."""
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -34,18 +34,18 @@ def default_budget(device: torch.device) -> int:
 def fitting_batch(
     draw: Callable[[int], object], budget: int, device: torch.device, largest: int = LARGEST
 ) -> int:
-    """A power of two of samples, up to `largest`, that takes at most `budget` bytes.
+    """A power of two of samples, at most `largest`, that takes at most `budget` bytes.
 
     Twice the samples take at most twice the memory. So the batch is doubled as long as that fits,
-    and nothing that is tried out here takes more than `budget` either.
+    and no trial takes more than `budget` either.
 
     Args:
-        draw: runs the loop for so many samples.
-        budget: bytes for everything that `draw` allocates at once, the model's activations among
-            them; its weights are there already.
+        draw: runs the loop for the given number of samples.
+        budget: bytes for everything that `draw` holds at once, including the model's activations
+            but not its weights.
 
     Raises:
-        ValueError: not even one sample fits.
+        ValueError: one sample does not fit.
     """
     size, peak = 1, peak_bytes(lambda: draw(1), device)
     if peak > budget:
@@ -59,7 +59,7 @@ def fitting_batch(
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most bytes alive at once among the tensors on `device` that `run` makes."""
+    """The largest number of bytes that the tensors made by `run` on `device` take at one time."""
     if device.type == "cuda":
         gc.collect()
         before = torch.cuda.memory_allocated(device)

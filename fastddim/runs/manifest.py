@@ -1,15 +1,11 @@
-"""What a run of `fastddim.generate` is, as JSON: everything that its bytes depend on."""
+"""The manifest of a run: a JSON file that lists everything that its bytes depend on."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import torch
-from torch import Tensor, nn
 
 from fastddim.files import atomic_file, read_file, sync_folder
 
@@ -23,21 +19,22 @@ _LISTED = 12
 
 
 class ManifestMismatchError(ValueError):
-    """A folder holds another run than the one asked for."""
+    """The folder holds a different run from the one asked for."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest into `folder` and wait until it is on the disk."""
     with atomic_file(folder / FILE) as file:
         file.write((json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode())
     sync_folder(folder)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in `folder`, or None where there is none.
+    """The manifest in `folder`, or None if it has none.
 
     Raises:
-        ValueError: it is not the manifest of a run, or of a version that is not known.
-        OSError: it cannot be read, or is a link.
+        ValueError: the file is not the manifest of a run, or has an unknown version.
+        OSError: the file cannot be read, or is a link.
     """
     path = folder / FILE
     try:
@@ -66,9 +63,10 @@ def differences(found: Manifest, wanted: Manifest, names: tuple[str, str]) -> li
 
 
 def refuse_differences(found: Manifest, wanted: Manifest, folder: Path) -> None:
-    """
+    """Compare the manifest in `folder` with the one of the run asked for.
+
     Raises:
-        ManifestMismatchError: the manifests are not the same.
+        ManifestMismatchError: they differ.
     """
     lines = differences(found, wanted, ("in the folder", "here"))
     if lines:
@@ -79,35 +77,10 @@ def refuse_differences(found: Manifest, wanted: Manifest, folder: Path) -> None:
 
 
 def listed(lines: list[str]) -> str:
-    """Lines of a message, the first ones if there are many."""
+    """`lines` as they stand in a message; of many only the first ones."""
     more = len(lines) - _LISTED
     shown = lines if more <= 0 else [*lines[:_LISTED], f"and {more} more"]
     return ";\n  ".join(shown)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
-        add_tensor(digest, name, value)
-    return digest.hexdigest()
-
-
-def digest_of(values: Mapping[str, Any]) -> str:
-    """SHA-256 over named values, with the content of those that are tensors."""
-    digest = hashlib.sha256()
-    for name, value in sorted(values.items()):
-        if isinstance(value, Tensor):
-            add_tensor(digest, name, value)
-        else:
-            digest.update(f"{name} {value!r}\n".encode())
-    return digest.hexdigest()
-
-
-def add_tensor(digest: Any, name: str, value: Tensor) -> None:
-    digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy())
 
 
 def _fields(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastddim import philox, transfer
 from fastddim.backends import Backend
-from fastddim.buffers import aligned, aligned_rows
+from fastddim.loop.alignment import aligned, aligned_rows
 from fastddim.philox import Keys, Samples
 from fastddim.plan import Plan
 
@@ -21,13 +21,34 @@ from fastddim.plan import Plan
 class Position(NamedTuple):
     """The numbers of one step: int64 tensors on the loop's device."""
 
-    step: Tensor  # [1], its index in the plan
+    step: Tensor  # [1], its index in the plan; [B] where each sample has a plan of its own
     row: Tensor  # [1], or [B] where each sample has rows of its own
     t: Tensor  # [B], or [2B] under guidance
     keys: Keys  # [B] each
 
 
-class Counters:
+class Counting:
+    """A position that moves on.
+
+    Attributes:
+        now: the position that `advance` writes.
+        counting: the numbers that grow with it, int64 `[n]`.
+        timesteps: those that the first of these numbers index, int64 `[m]`.
+    """
+
+    now: Position
+    counting: Tensor
+    timesteps: Tensor
+
+    def __init__(self, now: Position, counting: Tensor, timesteps: Tensor) -> None:
+        self.now, self.counting, self.timesteps = now, counting, timesteps
+
+    def advance(self, backend: Backend) -> None:
+        """Move to the next step."""
+        backend.advance(self.counting, self.timesteps, self.now.t)
+
+
+class Counters(Counting):
     """Positions of the steps of a plan, and the keys of a batch's noise.
 
     Attributes:
@@ -37,11 +58,11 @@ class Counters:
     """
 
     def __init__(self, plan: Plan, batch: int, device: torch.device, *, unrolled: bool) -> None:
-        model_batch = 2 * batch if plan.guided else batch
+        model_batch = plan.kind.parts * batch
         own_rows = plan.table.ndim == 3
         seed, sample = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
         # One step further than the plan goes: the last advance reads it.
-        self.timesteps = torch.zeros(plan.steps + 1, dtype=torch.int64, device=device)
+        timesteps = torch.zeros(plan.steps + 1, dtype=torch.int64, device=device)
 
         # The timesteps of now and the counters are one tensor, which one copy rewinds.
         begin = aligned(model_batch, torch.int64)
@@ -51,14 +72,15 @@ class Counters:
         )
         self._first[begin + model_batch :] = first_rows
         self._numbers = self._first.clone()
-        self.counting = self._numbers[begin:]
-        step, row = self.counting[:model_batch], self.counting[model_batch:]
-        self.now = Position(
+        counting = self._numbers[begin:]
+        step, row = counting[:model_batch], counting[model_batch:]
+        now = Position(
             step=step[:1],
             row=row if own_rows else step[:1],
             t=self._numbers[:model_batch],
             keys=Keys(seed, step[:batch], sample),
         )
+        super().__init__(now, counting, timesteps)
 
         count = plan.steps if unrolled else 0
         steps, rows, self._t = (
@@ -88,10 +110,6 @@ class Counters:
     def rewind(self) -> None:
         """Move to the first step."""
         self._numbers.copy_(self._first)
-
-    def advance(self, backend: Backend) -> None:
-        """Move to the next step."""
-        backend.advance(self.counting, self.timesteps, self.now.t)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.timesteps, self._first, self._numbers, self._t, *self._tables)

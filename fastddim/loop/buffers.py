@@ -1,0 +1,142 @@
+"""The tensors of a batch, which stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastddim import transfer
+from fastddim.plan import Row, StepKind, known_rows
+from fastddim.reference import compute_dtype
+
+
+class Buffers(NamedTuple):
+    """What the steps of a batch read and write, besides the counters.
+
+    Attributes:
+        state: x_t `[B, …]`.
+        x_0: the predicted x_0, like the state, where it is written.
+        table: coefficient rows `[R, K]`.
+        own_row: int64 `[B]`, where each sample finds its row among `own_rows`.
+        next_input: `[B or 2B, …]`, the state as the model reads it, where that is another tensor.
+        history: like the state in the model's dtype, the epsilon of the step before.
+        start: like the state, where a refined step begins.
+        first_half: where steps are split, the rows `[R, K]` of their first halves.
+        epsilon: like the state, the epsilon of the first half, where the second reads it.
+        own_rows: rows `[B, K]` that are made for the data of each sample.
+    """
+
+    state: Tensor
+    x_0: Tensor | None
+    table: Tensor
+    own_row: Tensor
+    next_input: Tensor | None
+    history: Tensor | None
+    start: Tensor | None
+    first_half: Tensor | None
+    epsilon: Tensor | None
+    own_rows: Tensor | None
+
+    @classmethod
+    def allocate(
+        cls,
+        kind: StepKind,
+        shape: tuple[int, ...],
+        rows: int,
+        *,
+        dtype: torch.dtype,
+        model_dtype: torch.dtype,
+        device: torch.device,
+        with_x_0: bool,
+    ) -> Buffers:
+        """Zeros for steps of a kind, with tables of so many rows."""
+        batch = shape[0]
+        state = torch.zeros(shape, dtype=dtype, device=device)
+        table = state.new_zeros((rows, len(Row._fields)), dtype=compute_dtype(dtype))
+        own_input = kind.guided or model_dtype != dtype
+        input_shape = (kind.parts * batch, *shape[1:])
+        return cls(
+            state=state,
+            x_0=torch.zeros_like(state) if with_x_0 or kind.split else None,
+            table=table,
+            own_row=torch.arange(batch, device=device),
+            next_input=state.new_zeros(input_shape, dtype=model_dtype) if own_input else None,
+            history=torch.zeros_like(state, dtype=model_dtype) if kind.history else None,
+            start=torch.zeros_like(state) if kind.refine else None,
+            first_half=torch.zeros_like(table) if kind.split else None,
+            epsilon=torch.zeros_like(state) if kind.split and not kind.rederived else None,
+            own_rows=table.new_zeros((batch, table.shape[1])) if kind.fit else None,
+        )
+
+    @property
+    def model_input(self) -> Tensor:
+        """What the model reads: the state in its dtype, twice under guidance."""
+        return self.state if self.next_input is None else self.next_input
+
+    def first(self, size: int) -> Buffers:
+        """Those of the first samples alone, in the same memory."""
+        parts = 0 if self.next_input is None else self.next_input.shape[0] // self.state.shape[0]
+        shared = {"table", "first_half"}
+        views = {
+            name: tensor[: size * (parts if name == "next_input" else 1)]
+            for name, tensor in self._asdict().items()
+            if tensor is not None and name not in shared
+        }
+        return self._replace(**views)
+
+    def follow_state(self) -> None:
+        """Write what a first step reads besides the state, from the state."""
+        if self.history is not None:
+            self.history.zero_()
+        self.write_input()
+
+    def write_input(self) -> None:
+        """Write what the model reads, from the state."""
+        if self.next_input is not None:
+            for part in self.next_input.split(max(len(self.state), 1)):
+                part.copy_(self.state)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (tensor for tensor in self if tensor is not None)
+
+
+class Inpainting(NamedTuple):
+    """Known data, and what mixes them for each step.
+
+    Attributes:
+        mask: weight of the known data in the state; like the state.
+        data: the known data; like the state.
+        x_T: the latents that they are mixed with; like the state.
+        known: the data as they are after a step; like the state.
+        table: the rows `[R, K]` that mix them.
+    """
+
+    mask: Tensor
+    data: Tensor
+    x_T: Tensor
+    known: Tensor
+    table: Tensor
+
+    @classmethod
+    def allocate(cls, buffers: Buffers, rows: int) -> Inpainting:
+        mask, data, x_T, known = (torch.zeros_like(buffers.state) for _ in range(4))
+        return cls(mask, data, x_T, known, buffers.table.new_zeros((rows, len(Row._fields))))
+
+    def first(self, size: int) -> Inpainting:
+        """That of the first samples alone, in the same memory."""
+        mask, data, x_T, known = (tensor[:size] for tensor in self[:-1])
+        return Inpainting(mask, data, x_T, known, self.table)
+
+    def load(self, mask: Tensor, known: Tensor, x_T: Tensor) -> None:
+        """Take over what all samples keep."""
+        self.mask.copy_(mask)
+        self.data.copy_(known)
+        self.x_T.copy_(x_T)
+
+    def load_rows(self, alphas_cumprod: Tensor, rows: slice) -> None:
+        """Take over the noise levels of a plan, as rows of the table."""
+        mixing = known_rows(alphas_cumprod)
+        self.table[rows].copy_(transfer.upload(mixing, self.table.device))

@@ -1,0 +1,347 @@
+"""The loop of one model and shape: buffers that stay, and the steps of a plan between them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastddim import philox, transfer
+from fastddim.loop import capture
+from fastddim.loop.alignment import aligned_rows
+from fastddim.loop.buffers import Buffers, Inpainting
+from fastddim.loop.capture import Graph, check_outer_capture
+from fastddim.loop.counters import Counters, Position
+from fastddim.loop.inputs import Inputs, kwargs_key
+from fastddim.loop.noise import check_noise_source, draw, listed, noise_at
+from fastddim.loop.programs import Programs
+from fastddim.loop.setup import Setup
+from fastddim.loop.step import Step
+from fastddim.loop.stream_order import StreamOrder
+from fastddim.options import CallOptions, NoiseSource, Reporting, Watching
+from fastddim.philox import Samples
+from fastddim.validation import check_bool, check_initial, check_like, check_mask
+
+_SILENT = Reporting()
+
+
+class Program(NamedTuple):
+    """A captured part of the loop, one step or all, and what it reads and writes besides the loop's
+    buffers.
+    """
+
+    graph: Graph
+    inputs: Inputs
+    noise: Tensor | None  # [steps, B, …]
+    trajectory: Tensor | None  # [steps, B, …], the states after each step
+
+    def tensors(self) -> list[Tensor]:
+        own = [t for t in (self.noise, self.trajectory) if t is not None]
+        return [*self.inputs.tensors, *own]
+
+
+class Loop:
+    """Runs plans of one kind for one model and shape; prepared once, run many times."""
+
+    # A buffer made under the caller's inference mode could not be written to outside it.
+    @torch.inference_mode(False)
+    def __init__(self, setup: Setup) -> None:
+        plan, device = setup.plan, setup.device
+        self._backend = setup.backend
+        self._graph = setup.graph
+        self._captures = setup.captures
+        self._whole = setup.captures and setup.graph == "loop"
+        self._running = threading.Lock()
+        self.buffers = Buffers.allocate(
+            plan.kind,
+            setup.shape,
+            len(setup.table),
+            dtype=setup.dtype,
+            model_dtype=setup.model_dtype,
+            device=device,
+            with_x_0=True,
+        )
+        self.counters = Counters(plan, setup.shape[0], device, unrolled=self._whole)
+        self.step = Step(
+            plan.kind, setup.backend, self.buffers, self.counters, captured=self._captures
+        )
+        self._programs: Programs[Program] = Programs(setup.graph, device)
+        self._order = StreamOrder(device)
+        self.load(setup)
+
+    @torch.inference_mode(False)
+    def load(self, setup: Setup) -> None:
+        """Take over everything in `setup` that is not in its key."""
+        self.plan = setup.plan
+        self.model_kwargs = setup.model_kwargs
+        self.step.model = setup.model
+        self.step.denoised_fn = setup.denoised_fn
+        self.step.check = self._refuse_nonfinite if setup.check_finite else None
+        self._check_finite = setup.check_finite
+        self._programs.follow(setup.model, setup.denoised_fn)
+        timesteps = setup.plan.timesteps
+        self._timesteps = timesteps.tolist()
+        buffers, device = self.buffers, setup.device
+        with self._order.use(self._tensors):
+            buffers.table.copy_(transfer.upload(setup.table, device))
+            if buffers.first_half is not None and setup.first_half is not None:
+                buffers.first_half.copy_(transfer.upload(setup.first_half, device))
+            self.counters.load(timesteps)
+
+    def unload(self) -> None:
+        """Let go of what is the caller's; `load` comes before the next run."""
+        del self.plan, self.model_kwargs
+        del self.step.model, self.step.denoised_fn, self.step.check
+        self._programs.unfollow()
+
+    def sample(self, options: CallOptions) -> Tensor | tuple[Tensor, Tensor]:
+        """Draw one batch; see `fastddim.sample` for the options."""
+        state = self.buffers.state
+        check_outer_capture(self._graph, state.device, self._check_finite)
+        noise, x_T = options.noise, options.x_T
+        samples = philox.check_samples(
+            options.seed, len(state), sample_offset=options.sample_offset
+        )
+        check_noise_source(noise, self.plan.steps, state)
+        if options.mask is not None or options.known is not None:
+            check_known(options.mask, options.known, state, self.plan.alphas_cumprod)
+        if x_T is not None:
+            check_initial("x_T", x_T, tuple(state.shape), state.dtype, state.device)
+        elif noise is not None and not isinstance(noise, Tensor):
+            x_T = draw(noise, state)
+        return self.run(
+            x_T,
+            options,
+            samples=samples,
+            noise=noise,
+            mask=options.mask,
+            known=options.known,
+        )
+
+    def run(
+        self,
+        x: Tensor | None,
+        reporting: Reporting = _SILENT,
+        *,
+        samples: Samples | None = None,
+        noise: NoiseSource = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Walk the plan from `x`, or from the latents of `samples`, step by step or by the graph of
+        all steps.
+        """
+        check_watching(reporting, self._graph)
+        check_bool("return_trajectory", reporting.return_trajectory)
+        noise = noise if self.plan.kind.noisy else None
+        callback = reporting.callback
+        with self._alone(), self._order.use(self._tensors), without_autograd():
+            masked = mask is not None
+            if masked and self.step.inpainting is None:
+                self.step.inpainting = Inpainting.allocate(self.buffers, self.plan.steps)
+            program = self._program(noise, reporting, masked)
+            self._begin(x, samples)
+            if mask is not None and known is not None:
+                self._load_known(mask, known)
+            state, x_0 = self.buffers.state, self.buffers.x_0
+            trajectory = self._new_trajectory() if reporting.return_trajectory else None
+            if program is not None and self._whole:
+                self._replay(program, noise, 0)
+                if trajectory is not None and program.trajectory is not None:
+                    trajectory[1:].copy_(program.trajectory)
+                for _ in self._step_indices(reporting.progress):
+                    pass
+            else:
+                now, with_x_0 = self.counters.now, callback is not None
+                for s in self._step_indices(reporting.progress):
+                    if program is not None:
+                        self._replay(program, noise, s)
+                    else:
+                        self.step.take(
+                            now,
+                            noise_at(noise, s, state),
+                            model_kwargs=self.model_kwargs,
+                            with_x_0=with_x_0,
+                            masked=masked,
+                        )
+                    if trajectory is not None:
+                        trajectory[s + 1].copy_(state)
+                    if callback is not None and x_0 is not None:
+                        callback(s, self._timesteps[s], state.clone(), x_0.clone())
+            x = state.clone()
+        return x if trajectory is None else (x, trajectory)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._running.acquire(blocking=False):
+            raise RuntimeError(
+                "Sampler: expected one call at a time, got another from a callback or a thread"
+            )
+        try:
+            yield
+        finally:
+            self._running.release()
+
+    def _begin(self, x: Tensor | None, samples: Samples | None) -> None:
+        """Write what a run begins with and the graph of the whole loop does not write."""
+        counters, state = self.counters, self.buffers.state
+        if not self._whole:
+            counters.rewind()
+        if samples is not None and (x is None or self.plan.kind.noisy):
+            counters.load_samples(samples)
+        if x is None:
+            keys = (counters.each[0] if self._whole else counters.now).keys
+            self._backend.normal_out(keys, philox.LATENTS, state)
+        else:
+            state.copy_(x)
+        if not self._whole:
+            self.buffers.follow_state()
+
+    def _load_known(self, mask: Tensor, known: Tensor) -> None:
+        inpainting = self.step.inpainting
+        assert inpainting is not None
+        inpainting.load(mask, known, self.buffers.state)
+        inpainting.load_rows(self.plan.alphas_cumprod, slice(None))
+
+    def _new_trajectory(self) -> Tensor:
+        state = self.buffers.state
+        trajectory = state.new_empty((self.plan.steps + 1, *state.shape))
+        trajectory[0].copy_(state)
+        return trajectory
+
+    def _step_indices(self, progress: bool) -> Any:
+        if not progress:
+            return range(self.plan.steps)
+        from tqdm.auto import tqdm
+
+        return tqdm(range(self.plan.steps), desc="sampling", unit="step")
+
+    def _refuse_nonfinite(self, output: Tensor) -> None:
+        if not bool(output.isfinite().all()):
+            s = int(self.counters.now.step)
+            raise ValueError(
+                "model output: expected finite values, got NaN or infinity "
+                f"at step {s} (timestep {self._timesteps[s]})"
+            )
+
+    def _program(self, noise: NoiseSource, reporting: Reporting, masked: bool) -> Program | None:
+        """The graph for this run, loaded with the caller's values; None where the run is eager."""
+        joins = self._graph == "auto" and transfer.captured(self.buffers.state.device)
+        if not self._captures or joins:
+            return None
+        with_x_0 = reporting.callback is not None
+        with_trajectory = reporting.return_trajectory and self._whole
+        program = self._programs.find(
+            (
+                kwargs_key(self.model_kwargs),
+                noise.dtype if isinstance(noise, Tensor) else listed(noise),
+                with_x_0,
+                with_trajectory,
+                masked,
+            ),
+            lambda: self._capture(noise, with_x_0, with_trajectory, masked),
+        )
+        if program is not None:
+            program.inputs.load(self.model_kwargs)
+        return program
+
+    def _capture(
+        self, noise: NoiseSource, with_x_0: bool, with_trajectory: bool, masked: bool
+    ) -> Program:
+        state = self.buffers.state
+        device, shape = state.device, tuple(state.shape)
+        positions = self.counters.each if self._whole else [self.counters.now]
+        steps = len(positions)
+        inputs = Inputs(self.model_kwargs, device)
+        generators = [] if isinstance(noise, Tensor) else listed(noise)
+        staged = None
+        if noise is not None and not (generators and capture.draws_inside(generators, device)):
+            dtype = noise.dtype if isinstance(noise, Tensor) else state.dtype
+            staged = aligned_rows(steps, shape, dtype, device)
+            noise, generators = staged, []
+        trajectory = None
+        if with_trajectory:
+            trajectory = torch.zeros((steps, *shape), dtype=state.dtype, device=device)
+
+        def take_steps(positions: Sequence[Position]) -> None:
+            if self._whole:
+                self.buffers.follow_state()
+            for s, at in enumerate(positions):
+                z = noise_at(noise, s, state)
+                self.step.take(
+                    at, z, model_kwargs=inputs.model_kwargs, with_x_0=with_x_0, masked=masked
+                )
+                if trajectory is not None:
+                    trajectory[s].copy_(state)
+
+        def warm_up() -> None:
+            take_steps(positions[:1])
+            self.counters.rewind()
+
+        def body() -> None:
+            take_steps(positions)
+
+        self.counters.rewind()
+        graph = capture.capture(body, warm_up=warm_up, device=device, generators=generators)
+        return Program(graph, inputs, staged, trajectory)
+
+    def _replay(self, program: Program, noise: NoiseSource, first: int) -> None:
+        if program.noise is not None:
+            for s, row in enumerate(program.noise, start=first):
+                z = noise_at(noise, s, self.buffers.state)
+                assert z is not None
+                row.copy_(z)
+        program.graph.replay()
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.buffers.tensors()
+        yield from self.counters.tensors()
+        yield from self.step.inpainting or ()
+        for program in self._programs.values():
+            yield from program.tensors()
+
+
+@contextmanager
+def without_autograd() -> Iterator[None]:
+    """Ordinary tensors without gradients, whatever the caller's modes are; no mode is entered where
+    it is on already, since that takes as long as a launch.
+    """
+    with ExitStack() as modes:
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+        if torch.is_grad_enabled():
+            modes.enter_context(torch.no_grad())
+        yield
+
+
+def check_known(
+    mask: Tensor | None, known: Tensor | None, state: Tensor, alphas_cumprod: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(mask, known), of which neither can be without the other."""
+    if known is None:
+        raise ValueError("known: expected data beside mask, got None")
+    if mask is None:
+        raise ValueError("mask: expected a weight of known, got None")
+    check_like("known", known, "the state", state)
+    check_mask("mask", mask, state)
+    if alphas_cumprod[0] == 1:
+        raise ValueError("mask: expected None where the first alpha_cumprod is 1, got a tensor")
+    return mask, known
+
+
+def check_watching(watching: Watching, graph: Any) -> None:
+    check_bool("progress", watching.progress)
+    callback = watching.callback
+    if callback is None:
+        return
+    if not callable(callback):
+        raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
+    if graph == "loop":
+        raise ValueError(
+            "callback: expected None with graph='loop', which runs all steps as one, "
+            f"got {callback!r}"
+        )

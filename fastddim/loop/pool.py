@@ -1,0 +1,82 @@
+"""Loops kept between calls, with their graphs."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import types
+import weakref
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from fastddim.adapter import Model
+from fastddim.loop.loop import Loop
+from fastddim.loop.programs import Recent
+from fastddim.loop.setup import Setup
+
+
+class LoopPool:
+    """Loops between calls, each there for one caller at a time and as long as its model lives."""
+
+    def __init__(self) -> None:
+        self._entries: Recent[tuple[weakref.ref[Any], Loop]] = Recent()
+        # Reentrant: what an entry lets go of may run code that comes back here.
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @contextmanager
+    def borrow(self, setup: Setup) -> Iterator[Loop]:
+        """A loop for one call: one that an earlier call left with its graphs, or a new one.
+
+        It is not kept after an error, nor where it holds a function of the caller's besides the
+        model.
+        """
+        if not setup.captures or setup.denoised_fn is not None:
+            yield Loop(setup)
+            return
+        loop = self.acquire(setup)
+        yield loop
+        self.release(setup, loop)
+
+    def acquire(self, setup: Setup) -> Loop:
+        """The loop that was released last for such a setup, or a new one; the caller's alone."""
+        with self._lock:
+            entry = self._entries.pop((_identity(setup.model), setup.key), None)
+        if entry is None:
+            return Loop(setup)
+        _, loop = entry
+        loop.load(setup)
+        return loop
+
+    def release(self, setup: Setup, loop: Loop) -> None:
+        """Keep the loop for a later call; dropped where the model cannot be watched.
+
+        The model of a bound method is the object that it is bound to.
+        """
+        loop.unload()
+        model = setup.model
+        owner = model.__self__ if isinstance(model, types.MethodType) else model
+        key = (_identity(model), setup.key)
+        entries = self._entries
+        with self._lock, suppress(TypeError):
+            entries.put(key, (weakref.ref(owner, lambda _: entries.pop(key, None)), loop))
+
+    def clear(self) -> None:
+        """Let go of all loops, of their graphs and of their memory."""
+        with self._lock:
+            self._entries.clear()
+
+
+def _identity(model: Model) -> Hashable:
+    if isinstance(model, types.MethodType):
+        return id(model.__self__), model.__func__
+    return id(model)
+
+
+POOL = LoopPool()
+
+# While CUDA is still there.
+atexit.register(POOL.clear)

@@ -1,0 +1,246 @@
+"""What a loop is made for: options, checked and resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddim import adapter, backends, transfer
+from fastddim.adapter import Model, check_model
+from fastddim.loop import cuda
+from fastddim.loop.capture import check_graph
+from fastddim.options import Graph, InvertOptions, Placement, SamplerOptions, Update
+from fastddim.plan import Plan, make_inversion_plan, make_plan, to_table
+from fastddim.reference import compute_dtype
+from fastddim.schedule import Schedule
+from fastddim.validation import check_bool, check_dtype, check_initial, check_int, check_state
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Setup:
+    """What a loop is made for, all of it checked."""
+
+    model: Model
+    plan: Plan
+    table: Tensor  # [R, K]
+    first_half: Tensor | None  # [R, K]
+    denoised_fn: Any
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    backend: backends.Backend
+    graph: Graph
+    check_finite: bool
+    model_kwargs: dict[str, Any]
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        return adapter.own_dtype(self.model) or self.dtype
+
+    @property
+    def captures(self) -> bool:
+        return captures(self.graph, self.device, self.check_finite)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All that a loop's buffers and programs depend on; `Loop.load` sets the rest."""
+        return (
+            self.plan.steps,
+            self.plan.table.ndim,
+            self.plan.kind,
+            self.shape,
+            self.device,
+            self.dtype,
+            self.model_dtype,
+            self.backend.__name__,
+            self.graph,
+        )
+
+
+def captures(graph: bool | str, device: torch.device, check_finite: bool) -> bool:
+    """Whether steps are captured."""
+    if graph == "auto":
+        joins = transfer.captured(device)
+        return cuda.available(device) and not (check_finite or joins)
+    return graph is not False
+
+
+def prepare_sampling(options: SamplerOptions, *, x_T: Tensor | None = None) -> Setup:
+    """The setup of `sample`.
+
+    Args:
+        options: what was asked for.
+        x_T: the starting state, if any, whose shape, dtype and device are the defaults.
+    """
+    check_model(options.model)
+    if options.denoised_fn is not None and not callable(options.denoised_fn):
+        name = type(options.denoised_fn).__name__
+        raise TypeError(f"denoised_fn: expected a callable, got {name}")
+    given = options.shape
+    if x_T is not None:
+        check_state("x_T", x_T)
+        given = tuple(x_T.shape) if given is None else given
+    shape = resolve_shape(options.model, given, options.batch_size)
+    dtype, device = resolve_placement(options, options.model, x_T)
+    plan = make_plan(
+        resolve_schedule(options.model, options.schedule),
+        options.steps,
+        options.checked(shape[0], per_step=True),
+        spacing=options.spacing,
+        steps_offset=options.steps_offset,
+        order=options.order,
+        split=options.denoised_fn is not None,
+    )
+    return make_setup(
+        options,
+        model=options.model,
+        plan=plan,
+        shape=shape,
+        dtype=dtype,
+        device=device,
+        denoised_fn=options.denoised_fn,
+        model_kwargs=options.model_kwargs,
+    )
+
+
+def prepare_inversion(options: InvertOptions) -> Setup:
+    """The setup of `invert`."""
+    x_0 = options.x_0
+    check_model(options.model)
+    check_state("x_0", x_0)
+    for name, neutral in (("eta", 0.0), ("clip", None), ("rederive_eps", False)):
+        value = getattr(options, name)
+        if isinstance(value, Tensor) or value != neutral:
+            raise ValueError(f"{name}: expected {neutral} for an invertible step, got {value!r}")
+    shape = tuple(x_0.shape)
+    dtype, device = resolve_placement(options, options.model, x_0)
+    check_initial("x_0", x_0, shape, dtype, device)
+    update = Update(
+        prediction=options.prediction,
+        guidance_scale=options.guidance_scale,
+        guidance_rescale=options.guidance_rescale,
+    )
+    plan = make_inversion_plan(
+        resolve_schedule(options.model, options.schedule),
+        options.steps,
+        update.checked(shape[0], per_step=True),
+        spacing=options.spacing,
+        steps_offset=options.steps_offset,
+        order=options.order,
+        refine=options.refine,
+    )
+    return make_setup(
+        options,
+        model=options.model,
+        plan=plan,
+        shape=shape,
+        dtype=dtype,
+        device=device,
+        model_kwargs=options.model_kwargs,
+    )
+
+
+def make_setup(
+    placement: Placement,
+    *,
+    model: Model,
+    plan: Plan,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    denoised_fn: Any = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Setup:
+    """A setup for a plan, with tables in the dtype that is computed in."""
+    halves = (plan.table, plan.first_half)
+    table, first_half = (
+        None if rows is None else to_table(rows, compute_dtype(dtype), rows.device)
+        for rows in halves
+    )
+    assert table is not None
+    return Setup(
+        model=model,
+        plan=plan,
+        table=table,
+        first_half=first_half,
+        denoised_fn=denoised_fn,
+        shape=shape,
+        device=device,
+        dtype=dtype,
+        backend=backends.choose(placement.impl, device),
+        graph=placement.graph,
+        check_finite=placement.check_finite,
+        model_kwargs=check_model_kwargs(model_kwargs),
+    )
+
+
+def resolve_placement(
+    placement: Placement, model: Model, like: Tensor | None = None
+) -> tuple[torch.dtype, torch.device]:
+    """dtype and device of the state; by default those of `like`, or float32 and the model's."""
+    if placement.dtype is None:
+        dtype = torch.float32 if like is None else like.dtype
+    else:
+        dtype = check_dtype("dtype", placement.dtype)
+    device = resolve_device(model, placement.device, like)
+    check_bool("check_finite", placement.check_finite)
+    check_graph(placement.graph, device, placement.check_finite)
+    return dtype, device
+
+
+def check_model_kwargs(model_kwargs: Any) -> dict[str, Any]:
+    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+        raise TypeError(
+            f"model_kwargs: expected a mapping of names to values, got {model_kwargs!r}"
+        )
+    return dict(model_kwargs or {})
+
+
+def resolve_shape(model: Model, shape: Sequence[int] | None, batch_size: int) -> tuple[int, ...]:
+    check_int("batch_size", batch_size, 1, 2**32)
+    if shape is None:
+        own = adapter.own_sample_shape(model)
+        if own is None:
+            raise ValueError(
+                "shape: expected (B, ...), since the model does not tell its sample shape; got None"
+            )
+        return (batch_size, *own)
+    if not isinstance(shape, Sequence) or not shape:
+        raise TypeError(f"shape: expected a sequence of integers (B, ...), got {shape!r}")
+    resolved = tuple(check_int(f"shape[{i}]", n, 0, 2**62) for i, n in enumerate(shape))
+    if batch_size not in (1, resolved[0]):
+        raise ValueError(f"batch_size: expected {resolved[0]}, as in shape, got {batch_size}")
+    return resolved
+
+
+def resolve_device(
+    model: Model, device: torch.device | str | None, x: Tensor | None = None
+) -> torch.device:
+    if device is not None:
+        if not isinstance(device, torch.device | str | int):
+            raise TypeError(f"device: expected a torch.device or its name, got {device!r}")
+        try:
+            return torch.empty(0, device=device).device
+        except (AssertionError, NotImplementedError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"device: expected a device that works here, got {device!r}: {reason}"
+            ) from error
+    if x is not None:
+        return x.device
+    return adapter.own_device(model) or torch.device("cpu")
+
+
+def resolve_schedule(model: Model, schedule: Schedule | None) -> Schedule:
+    if schedule is None:
+        return adapter.own_schedule(model) or Schedule.linear()
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            "schedule: expected a fastddim.Schedule (Schedule.from_diffusers converts one), "
+            f"got {type(schedule).__name__}"
+        )
+    return schedule

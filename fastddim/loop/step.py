@@ -1,0 +1,241 @@
+"""One step of a batch: the model, the update, the counters.
+
+Per step: the model is evaluated at (state, t), the fused update writes the next state over the old
+one, and the counters advance. Nothing in it is a Python number that a captured graph would freeze,
+waits for the device, or moves data between devices: so the same step runs eagerly, is captured as
+one CUDA graph a step, or as one for all steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddim import adapter
+from fastddim.adapter import Model
+from fastddim.backends import Backend, LoopStep
+from fastddim.loop.buffers import Buffers, Inpainting
+from fastddim.loop.counters import Counting, Position
+from fastddim.options import DenoisedFn, Fit
+from fastddim.philox import Keys
+from fastddim.plan import StepKind
+from fastddim.validation import check_like, check_model_output
+
+
+class Step:
+    """Takes the steps of one batch, in the memory of its buffers.
+
+    Attributes:
+        model: evaluated at every step.
+        denoised_fn: called where steps are split.
+        check: called with every model output, if anything is.
+        inpainting: what masked steps blend the state with.
+    """
+
+    model: Model
+    denoised_fn: DenoisedFn | None = None
+    check: Callable[[Tensor], None] | None = None
+    inpainting: Inpainting | None = None
+
+    def __init__(
+        self,
+        kind: StepKind,
+        backend: Backend,
+        buffers: Buffers,
+        counting: Counting,
+        *,
+        captured: bool,
+    ) -> None:
+        """
+        Args:
+            kind: what the steps have in common.
+            backend: what computes them.
+            buffers: what they read and write.
+            counting: the position that moves on.
+            captured: whether steps are captured in a graph.
+        """
+        self._kind = kind
+        self._backend = backend
+        self._buffers = buffers
+        self._counting = counting
+        self._model_input = buffers.model_input
+        minimal = not (kind.fit or kind.split or kind.refine)
+        # Captured graphs and fake tensors are made for operators.
+        minimal &= not captured and type(buffers.state) is Tensor
+        self._make_loop_step = getattr(backend, "loop_step", None) if minimal else None
+        self._loop_step: LoopStep | None = None
+
+    def take(
+        self,
+        at: Position,
+        noise: Tensor | None,
+        *,
+        model_kwargs: Mapping[str, Any],
+        with_x_0: bool = False,
+        masked: bool = False,
+    ) -> None:
+        """Take one step, and move on where `at` is the position that moves.
+
+        Args:
+            at: which step.
+            noise: z like the state; None for that of the seed.
+            model_kwargs: passed to the model.
+            with_x_0: whether the predicted x_0 is written too.
+            masked: whether the state is blended with known data.
+        """
+        x = self._refined(at, model_kwargs)
+        output = self._evaluate(at, model_kwargs)
+        minimal = noise is None and not (with_x_0 or masked or self.check)
+        if minimal and self._make_loop_step is not None and self._take_in_one_call(output):
+            return
+        self._update(at, x, self._checked(output), noise, with_x_0=with_x_0, masked=masked)
+        if at is self._counting.now:
+            self._counting.advance(self._backend)
+
+    def _evaluate(self, at: Position, model_kwargs: Mapping[str, Any]) -> Any:
+        """ε_θ(x_t, t), or whatever the model predicts."""
+        return adapter.output_tensor(self.model(self._model_input, at.t, **model_kwargs))
+
+    def _checked(self, output: Any) -> Tensor:
+        checked: Tensor = check_model_output(
+            "model output", output, self._buffers.state, guided=self._kind.guided
+        )
+        if self.check is not None:
+            self.check(checked)
+        return checked
+
+    def _refined(self, at: Position, model_kwargs: Mapping[str, Any]) -> Tensor:
+        """The state from which the step is taken, with the model's input at what `refine` steps
+        from there have led to.
+        """
+        start, state = self._buffers.start, self._buffers.state
+        if start is None:
+            return state
+        start.copy_(state)
+        for _ in range(self._kind.refine):
+            self._update(at, start, self._checked(self._evaluate(at, model_kwargs)), None)
+        return start
+
+    def _take_in_one_call(self, output: Any) -> bool:
+        """Update and advance by the backend's `loop_step`; False where it cannot take `output`."""
+        if self._loop_step is None:
+            assert self._make_loop_step is not None
+            like = self._checked(output)
+            if not like.is_contiguous() or not like.data_ptr():
+                like = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+            buffers, counting = self._buffers, self._counting
+            self._loop_step = self._make_loop_step(
+                buffers.state,
+                like,
+                buffers.table,
+                counting.now.row,
+                keys=counting.now.keys if self._kind.noisy else None,
+                history=buffers.history,
+                model_input=buffers.next_input,
+                counters=counting.counting,
+                timesteps=counting.timesteps,
+                t=counting.now.t,
+            )
+        return self._loop_step(output)
+
+    def _update(
+        self,
+        at: Position,
+        x: Tensor,
+        output: Tensor,
+        noise: Tensor | None,
+        *,
+        with_x_0: bool = False,
+        masked: bool = False,
+    ) -> None:
+        """The fused update of `x` into the state, and what some kinds of steps do before it."""
+        buffers, kind, fit = self._buffers, self._kind, self._kind.fit
+        if buffers.first_half is not None:
+            x, output = self._take_first_half(at, x, output, buffers.first_half)
+            fit = None if fit is None else fit._replace(rescale=0.0)
+        table, row = self._rows(at, x, output, buffers.table, fit)
+        inpainting = self._mix_known(at) if masked else None
+        self._write(
+            x,
+            output,
+            table,
+            row,
+            buffers.state,
+            noise=noise,
+            keys=at.keys if kind.noisy and noise is None else None,
+            history=buffers.history,
+            mask=None if inpainting is None else inpainting.mask,
+            known=None if inpainting is None else inpainting.known,
+            x_0=buffers.x_0 if with_x_0 else None,
+            model_input=buffers.next_input,
+            epsilon=buffers.history,
+        )
+
+    def _take_first_half(
+        self, at: Position, x: Tensor, output: Tensor, table: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the second half of a step reads as state and model output: the first half, up to
+        x_0, and the user's function of x_0.
+        """
+        x_0, epsilon, fit = self._buffers.x_0, self._buffers.epsilon, self._kind.fit
+        assert x_0 is not None
+        assert self.denoised_fn is not None
+        table, row = self._rows(at, x, output, table, fit and fit._replace(ratio=0.0))
+        self._write(x, output, table, row, x_0, epsilon=epsilon)
+        changed = self.denoised_fn(x_0, at.t[: len(x_0)])
+        check_like("denoised_fn's result", changed, "the state", x_0)
+        return (x if epsilon is None else epsilon), changed
+
+    def _rows(
+        self, at: Position, x: Tensor, output: Tensor, table: Tensor, fit: Fit | None
+    ) -> tuple[Tensor, Tensor]:
+        """The table of this step and the rows in it, which may be made for the data at hand."""
+        own_rows = self._buffers.own_rows
+        if own_rows is None or fit is None or (fit.rescale == 0 and fit.ratio == 0):
+            return table, at.row
+        self._backend.fit_rows(x, output, table, at.row, fit, own_rows)
+        return own_rows, self._buffers.own_row
+
+    def _mix_known(self, at: Position) -> Inpainting:
+        """Known data as they are after this step."""
+        own = self.inpainting
+        assert own is not None
+        self._write(own.data, own.x_T, own.table, at.step, own.known)
+        return own
+
+    def _write(
+        self,
+        x: Tensor,
+        output: Tensor,
+        table: Tensor,
+        row: Tensor,
+        out: Tensor,
+        *,
+        noise: Tensor | None = None,
+        keys: Keys | None = None,
+        history: Tensor | None = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        x_0: Tensor | None = None,
+        model_input: Tensor | None = None,
+        epsilon: Tensor | None = None,
+    ) -> None:
+        """An update by rows of a table; see `fastddim.backends.Backend.update_out`."""
+        self._backend.update_out(
+            x,
+            output,
+            table,
+            row,
+            noise=noise,
+            keys=keys,
+            history=history,
+            mask=mask,
+            known=known,
+            out=out,
+            x_0=x_0,
+            model_input=model_input,
+            epsilon=epsilon,
+        )

@@ -1,0 +1,46 @@
+"""The order in which CUDA streams use the same buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fastddim import transfer
+from fastddim.loop import cuda
+
+
+class StreamOrder:
+    """Uses of the same buffers, one after the other whatever streams they are on.
+
+    While the caller captures a graph there are no turns: a graph can wait for nothing outside it,
+    nor can anything outside wait for a part of it. The caller orders its replays.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            self._stream = torch.cuda.current_stream(device)
+            # To wait for an event that was never recorded is not to wait.
+            self._done = torch.cuda.Event()
+            if not transfer.captured(device):
+                self._done.record(self._stream)
+
+    @contextmanager
+    def use(self, buffers: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
+        if self._device.type != "cuda" or transfer.captured(self._device):
+            yield
+            return
+        if cuda.stream_handle(self._device) != self._stream.cuda_stream:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(self._done)
+            # Else memory freed after this turn could be given away before it is over.
+            for buffer in buffers():
+                buffer.record_stream(stream)
+            self._stream = stream
+        try:
+            yield
+        finally:
+            self._done.record(self._stream)

@@ -1,0 +1,188 @@
+"""The plan of a run: where it goes and with which numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastddim.options import Fit, Spacing, Steps, Update
+from fastddim.plan.multistep import NO_HISTORY, ORDERS, history_weights
+from fastddim.plan.rows import Row, coefficient_row, first_half_row, inversion_row, second_half_row
+from fastddim.plan.table import stack_rows
+from fastddim.plan.timesteps import select_timesteps
+from fastddim.schedule import Schedule
+from fastddim.validation import check_choice, check_int
+
+
+class StepKind(NamedTuple):
+    """What all steps of a loop have in common: the tensors and kernels that they need.
+
+    Attributes:
+        fit: what the rows of a step take from its data, if anything.
+        noisy: whether a step may add noise.
+        guided: whether the model is evaluated on 2B samples.
+        history: how many epsilons of earlier steps a step reads.
+        refine: how many times a step is repeated with the model evaluated at its result.
+        split: whether a function of the user comes between the predicted x_0 and the new state.
+        rederived: whether what follows that function reads the state, and not epsilon.
+    """
+
+    fit: Fit | None
+    noisy: bool
+    guided: bool
+    history: int = 0
+    refine: int = 0
+    split: bool = False
+    rederived: bool = False
+
+    @property
+    def parts(self) -> int:
+        """How many times the model's batch is the state's."""
+        return 2 if self.guided else 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """Where a run goes and with which numbers.
+
+    Attributes:
+        timesteps: int64 `[S]` in the order visited, as the model is given them.
+        alphas_cumprod: float64 `[S + 1]`, ᾱ of the states: before the first step and after each.
+        table: float64 `[S, K]`, or `[B, S, K]` where a coefficient differs between samples; K =
+            len(Row._fields).
+        first_half: where steps are split, rows like those of `table` that give the predicted x_0
+            as the new state; `table` then has the second halves.
+        kind: what the steps have in common.
+        order: of the integration.
+    """
+
+    timesteps: Tensor
+    alphas_cumprod: Tensor
+    table: Tensor
+    first_half: Tensor | None = None
+    kind: StepKind
+    order: int
+
+    @property
+    def steps(self) -> int:
+        return self.timesteps.shape[0]
+
+
+def make_plan(
+    schedule: Schedule,
+    steps: Steps,
+    update: Update,
+    *,
+    spacing: Spacing = "uniform",
+    steps_offset: int = 0,
+    order: int = 1,
+    split: bool = False,
+) -> Plan:
+    """The plan of `sample`: down the timesteps, to ᾱ = 1 after the last.
+
+    Args:
+        schedule: ᾱ of the model.
+        steps: how many steps (then `spacing` and `steps_offset` choose them), or the timesteps
+            themselves in the order they are visited.
+        update: the kind of step, checked.
+        order: 1, or 2 for the two-step Adams–Bashforth form of eq. 14, whose first step is of
+            order 1.
+        split: whether steps are split at the predicted x_0.
+
+    Raises:
+        TypeError, ValueError: see `select_timesteps` and `coefficient_row`; the message names the
+            step. So is an `order` that is not known, or that is 2 with noise.
+    """
+    check_choice("order", order, ORDERS)
+    if order > 1 and update.noisy:
+        raise ValueError("order: expected 1 with eta > 0, since order 2 solves an ODE, got 2")
+    timesteps = select_timesteps(schedule.T, steps, spacing, steps_offset)
+    alphas = [*schedule.alphas_cumprod[timesteps].tolist(), 1.0]
+    rows: list[Row] = []
+    first_half: list[Row] = []
+    for s, (t, each) in enumerate(
+        zip(timesteps.tolist(), update.at_each(len(timesteps)), strict=True)
+    ):
+        a, p = alphas[s], alphas[s + 1]
+        weights = history_weights(order, alphas[s - 1], a, p) if s > 0 else NO_HISTORY
+        row = coefficient_row(a, p, each, where=_where(s, t), weights=weights)
+        if split:
+            first_half.append(first_half_row(row))
+            row = second_half_row(a, p, each, row, weights)
+        rows.append(row)
+    return Plan(
+        timesteps=timesteps,
+        alphas_cumprod=torch.tensor(alphas, dtype=torch.float64, device="cpu"),
+        table=stack_rows(rows),
+        first_half=stack_rows(first_half) if split else None,
+        kind=StepKind(
+            fit=update.fit,
+            noisy=update.noisy,
+            guided=update.guided,
+            history=order - 1,
+            split=split,
+            rederived=split and update.rederive_eps,
+        ),
+        order=order,
+    )
+
+
+def make_inversion_plan(
+    schedule: Schedule,
+    steps: Steps,
+    update: Update,
+    *,
+    spacing: Spacing = "uniform",
+    steps_offset: int = 0,
+    order: int = 1,
+    refine: int = 0,
+) -> Plan:
+    """The plan of `invert`: the same timesteps upwards, from ᾱ = 1.
+
+    At order 1 the step to timestep t evaluates the model at t. At order 2 all but the first
+    evaluate it where they start, as the order asks for.
+
+    Raises:
+        TypeError, ValueError: see `select_timesteps` and `inversion_row`; also for an unknown
+            `order`, and for `refine` where it is not an integer in [0, 100] or not 0 at order 2.
+    """
+    check_choice("order", order, ORDERS)
+    check_int("refine", refine, 0, 100)
+    if refine and order > 1:
+        raise ValueError(
+            f"refine: expected 0 at order 2, which leaves nothing to iterate, got {refine}"
+        )
+    timesteps = select_timesteps(schedule.T, steps, spacing, steps_offset).flip(0)
+    alphas = [1.0, *schedule.alphas_cumprod[timesteps].tolist()]
+    rows = []
+    for s, (t, each) in enumerate(
+        zip(timesteps.tolist(), update.at_each(len(timesteps)), strict=True)
+    ):
+        p, a, where = alphas[s], alphas[s + 1], _where(s, t)
+        if order > 1 and s > 0:
+            weights = history_weights(order, alphas[s - 1], p, a)
+            rows.append(coefficient_row(p, a, each, where=where, weights=weights))
+        else:
+            rows.append(inversion_row(a, p, each, where=where))
+    if order > 1:
+        timesteps = torch.cat([timesteps[:1], timesteps[:-1]])
+    return Plan(
+        timesteps=timesteps,
+        alphas_cumprod=torch.tensor(alphas, dtype=torch.float64, device="cpu"),
+        table=stack_rows(rows),
+        kind=StepKind(
+            fit=update.fit,
+            noisy=False,
+            guided=update.guided,
+            history=order - 1,
+            refine=refine,
+        ),
+        order=order,
+    )
+
+
+def _where(s: int, t: int) -> str:
+    return f" at step {s} (timestep {t})"

@@ -1,0 +1,148 @@
+"""Complete runs: one digest of each, and one archive of several."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastddim.files import atomic_file, check_writable, read_file, sync_folder
+from fastddim.runs.manifest import FILE, differences, listed, read_manifest
+from fastddim.runs.shards import Sharding, array_in_npz, read_batch
+
+# Parts of one set of samples may differ in these.
+_PER_PART = ("start", "stop", "batch_size", "format")
+
+
+def digest(folder: str | os.PathLike[str]) -> str:
+    """One SHA-256 for all samples of a run, computed once every file has matched its own.
+
+    It is the SHA-256 of the `.sha256` files one after the other, so in the run's folder
+    `cat *.sha256 | sha256sum` prints the same.
+
+    Raises:
+        ValueError: the run is not complete, or a file is not as it was written.
+        OSError: there is no run in `folder`, or it cannot be read.
+    """
+    path, sharding = _opened(folder)
+    for _ in _samples(path, sharding):
+        pass
+    return recorded_digest(path, sharding)
+
+
+def recorded_digest(folder: Path, sharding: Sharding) -> str:
+    """The digest of a complete run, computed without reading its samples."""
+    total = hashlib.sha256()
+    for batch in sharding.batches():
+        total.update(read_file(folder / batch.record))
+    return total.hexdigest()
+
+
+def merge(
+    folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    path: str | os.PathLike[str],
+) -> Path:
+    """Write all samples of one or more runs into one `.npz`: `arr_0`, uint8 `[N, H, W, C]`.
+
+    The evaluator of guided-diffusion (ADM) reads this file. It expects three channels, so grey
+    images are repeated to RGB. The runs must be of one seed, model and plan, and their samples must
+    follow one another; different machines or versions only lead to a warning.
+
+    Args:
+        folders: one folder of `generate`, or several in any order.
+        path: the file, which is written whole or not at all.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: a run is not complete, holds no images or does not belong to the others, or
+            their samples do not follow one another; the message names it.
+        OSError: a file cannot be read or written.
+    """
+    many = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
+    if not many:
+        raise ValueError("folders: expected at least one folder, got none")
+    target = Path(path)
+    if target.suffix.lower() != ".npz":
+        raise ValueError(f"path: expected a name that ends in .npz, got {str(path)!r}")
+    runs = sorted((_opened(folder) for folder in many), key=lambda run: run[1].start)
+    _check_parts([folder for folder, _ in runs])
+    for (_, one), (folder, other) in itertools.pairwise(runs):
+        if one.stop != other.start:
+            raise ValueError(
+                f"folders: expected samples from {one.stop} on to follow, "
+                f"got [{other.start}, {other.stop}) in {folder}"
+            )
+    first, last = runs[0][1], runs[-1][1]
+    if len(first.sample_shape) != 3:
+        raise ValueError(f"folders: expected images, got samples of shape {first.sample_shape}")
+    channels, height, width = first.sample_shape
+    shape = (last.stop - first.start, height, width, 3 if channels == 1 else channels)
+    check_writable(target)
+    with atomic_file(target) as file, array_in_npz(file) as entry:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(entry, header)
+        for folder, sharding in runs:
+            for samples in _samples(folder, sharding):
+                entry.write(np.ascontiguousarray(_images(samples, shape[3])).data)
+    sync_folder(target.resolve().parent)
+    return target
+
+
+def _images(samples: NDArray[Any], channels: int) -> NDArray[Any]:
+    """uint8 `[n, H, W, channels]` from the samples that `Sharding.decode` gives."""
+    if samples.dtype != np.uint8:
+        from fastddim.images import to_uint8
+
+        samples = to_uint8(torch.from_numpy(samples))
+    return np.broadcast_to(samples, (*samples.shape[:3], channels))
+
+
+def _check_parts(folders: Sequence[Path]) -> None:
+    """Refuse runs that are not parts of one, and warn of different machines or versions."""
+    parts = []
+    for folder in folders:
+        manifest = read_manifest(folder) or {}
+        parts.append({name: v for name, v in manifest.items() if name not in _PER_PART})
+    for folder, part in zip(folders[1:], parts[1:], strict=True):
+        lines = differences(parts[0], part, (f"in {folders[0]}", f"in {folder}"))
+        harmless = [line for line in lines if line.startswith(("computation.", "versions."))]
+        if len(harmless) < len(lines):
+            wrong = [line for line in lines if line not in harmless]
+            raise ValueError(f"folders: expected parts of one run, got\n  {listed(wrong)}")
+        if harmless:
+            warnings.warn(
+                f"fastddim: the parts were not drawn alike:\n  {listed(harmless)}", stacklevel=3
+            )
+
+
+def _opened(folder: str | os.PathLike[str]) -> tuple[Path, Sharding]:
+    path = Path(folder)
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise FileNotFoundError(errno.ENOENT, "expected the folder of a run", str(path / FILE))
+    return path, Sharding.of(manifest)
+
+
+def _samples(folder: Path, sharding: Sharding) -> Iterator[NDArray[Any]]:
+    for batch in sharding.batches():
+        try:
+            samples = read_batch(folder, sharding, batch)
+        except ValueError as error:
+            raise ValueError(f"{folder}: corrupt; generate it again to mend it: {error}") from error
+        if samples is None:
+            raise ValueError(
+                f"{folder}: expected a complete run, got none of the samples "
+                f"[{batch.first}, {batch.stop}); generate it again to go on"
+            )
+        yield samples

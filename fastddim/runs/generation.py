@@ -1,0 +1,282 @@
+"""The work behind `fastddim.generate`: find what is missing in a folder, and draw it.
+
+The samples are cut into batches at fixed multiples of the batch size, and the bytes of a batch do
+not depend on the process that draws it. So a run may be killed and continued on more or fewer
+processes, and ends with the bytes that one process would have written. The manifest lists
+everything that these bytes depend on, and a run is compared with it before it goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastddim import adapter
+from fastddim.adapter import Model, check_model
+from fastddim.api import sample
+from fastddim.files import check_writable
+from fastddim.loop.loop import check_watching
+from fastddim.loop.setup import prepare_sampling, resolve_schedule
+from fastddim.options import (
+    Callback,
+    GenerateOptions,
+    SampleOptions,
+    SamplerOptions,
+    Update,
+    shared,
+)
+from fastddim.runs.complete import merge, recorded_digest
+from fastddim.runs.description import backend_name, describe
+from fastddim.runs.folder import RunFolder
+from fastddim.runs.manifest import Manifest, differences, listed
+from fastddim.runs.memory import LARGEST, default_budget, fitting_batch
+from fastddim.runs.ranks import Ranks, joined
+from fastddim.runs.shards import Batch, Sharding, check_format, write_batch
+from fastddim.validation import check_int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A complete run.
+
+    Attributes:
+        folder: where its files are.
+        start: number of the first sample in them.
+        stop: number after that of the last one.
+        batch_size: samples in each batch but the last, chosen if it was "auto".
+        digest: one SHA-256 for all of them, as `fastddim.runs.digest` computes it.
+        drawn: how many samples this call drew on all ranks together; the others were there before.
+    """
+
+    folder: Path
+    start: int
+    stop: int
+    batch_size: int
+    digest: str
+    drawn: int
+
+
+class Generation:
+    """A call of `generate` in two parts: the constructor checks all arguments, `run` draws."""
+
+    def __init__(self, options: GenerateOptions) -> None:
+        model = options.model
+        check_model(model)
+        _check_eval(model)
+        _check_identity(model, options.model_id)
+        start = check_int("start", options.start, 0, 2**32 - 1)
+        stop = check_int("stop", options.stop, start + 1, 2**32)
+        self._seed = check_int("seed", options.seed, 0, 2**64 - 1)
+        check_watching(options, options.graph)
+        self._batch_size = _checked_batch_size(options.batch_size, options.memory)
+        shape = _checked_sample_shape(model, options.sample_shape)
+        self._sharding = Sharding(start, stop, 1, check_format(options.format, shape), shape)
+        self._merged = None if options.merged is None else _checked_archive(options.merged, shape)
+        self._update = _checked_update(options)
+        self._setup = prepare_sampling(
+            shared(SamplerOptions, options, shape=(1, *shape), batch_size=1)
+        )
+        self._schedule = resolve_schedule(model, options.schedule)
+        self._folder = Path(options.out)
+        self._options = options
+
+    def run(self) -> Run:
+        """Draw the samples that are missing."""
+        with joined(self._setup.device) as ranks, RunFolder(self._folder) as folder:
+            manifest = ranks.together(self._describe)[ranks.rank]
+            found = ranks.on_first(lambda: self._open(folder))
+            manifest["batch_size"] = self._choose_batch_size(ranks, found)
+            self._agree(ranks, manifest)
+            ranks.on_first(lambda: folder.begin(found, manifest))
+            ranks.together(lambda: folder.join(ranks.rank, manifest))
+            sharding = replace(self._sharding, batch_size=manifest["batch_size"])
+            missing = self._missing(ranks, folder, sharding)
+            self._draw_all(ranks, sharding, ranks.share(missing))
+            # No rank may leave, or read the whole run, before all of them are done.
+            ranks.gather(None)
+            digest = ranks.on_first(lambda: self._finish(sharding))
+        return Run(
+            self._folder,
+            sharding.start,
+            sharding.stop,
+            sharding.batch_size,
+            digest,
+            sum(batch.size for batch in missing),
+        )
+
+    def _describe(self) -> Manifest:
+        model_id = self._options.model_id
+        return describe(
+            self._setup, self._update, self._sharding, seed=self._seed, model_id=model_id
+        )
+
+    def _open(self, folder: RunFolder) -> Manifest | None:
+        """The manifest of the run to go on with; None for a new run."""
+        found = folder.open()
+        if self._merged is not None:
+            check_writable(self._merged)
+        if found is None:
+            folder.check_empty()
+        return found
+
+    def _choose_batch_size(self, ranks: Ranks, found: Manifest | None) -> int:
+        if self._batch_size is not None:
+            return self._batch_size
+        if found is not None:
+            return Sharding.of(found).batch_size
+        # With larger batches some rank would have nothing to do.
+        share = -(-(self._sharding.stop - self._sharding.start) // ranks.world)
+        return min(ranks.together(lambda: self._fitting(min(LARGEST, share))))
+
+    def _fitting(self, largest: int) -> int:
+        device = self._setup.device
+        memory = self._options.memory
+        budget = default_budget(device) if memory is None else memory
+        return fitting_batch(self._try_out, budget, device, largest)
+
+    def _try_out(self, count: int) -> None:
+        """Take the first step of a batch, and encode the result as after the last step."""
+        steps = self._setup.plan.timesteps
+        samples = self._sample(Batch(0, count), steps[:1], self._update.at_each(len(steps))[0])
+        self._sharding.encode(samples.cpu().nan_to_num())
+
+    @staticmethod
+    def _agree(ranks: Ranks, manifest: Manifest) -> None:
+        first, *others = ranks.gather(manifest)
+        for rank, other in enumerate(others, 1):
+            lines = differences(first, other, ("on rank 0", f"on rank {rank}"))
+            if lines:
+                raise ValueError(
+                    f"ranks: expected the same run on all of them, got\n  {listed(lines)}"
+                )
+
+    @staticmethod
+    def _missing(ranks: Ranks, folder: RunFolder, sharding: Sharding) -> list[Batch]:
+        """All batches that have to be drawn, the same list on every rank."""
+        checked = ranks.share(list(sharding.batches()))
+        missing = [batch for batch in checked if not folder.holds(sharding, batch)]
+        return sorted(batch for part in ranks.gather(missing) for batch in part)
+
+    def _draw_all(self, ranks: Ranks, sharding: Sharding, batches: Sequence[Batch]) -> None:
+        """Draw each batch while the previous one is being written."""
+        pending: Future[int] | None = None
+        steps = self._setup.plan.timesteps
+        with self._bar(ranks, batches) as bar, ThreadPoolExecutor(1, "fastddim-writer") as writer:
+            for batch in batches:
+                samples = self._sample(batch, steps, self._update, self._options.callback).cpu()
+                if pending is not None:
+                    bar.update(pending.result())
+                pending = writer.submit(self._write, sharding, batch, samples)
+            if pending is not None:
+                bar.update(pending.result())
+
+    def _write(self, sharding: Sharding, batch: Batch, samples: Tensor) -> int:
+        write_batch(self._folder, sharding, batch, samples)
+        return batch.size
+
+    def _sample(
+        self, batch: Batch, steps: Tensor, update: Update, callback: Callback | None = None
+    ) -> Tensor:
+        setup = self._setup
+        options = shared(
+            SampleOptions,
+            self._options,
+            **vars(update),
+            steps=steps,
+            schedule=self._schedule,
+            seed=self._seed,
+            sample_offset=batch.first,
+            shape=(batch.size, *self._sharding.sample_shape),
+            batch_size=batch.size,
+            device=setup.device,
+            dtype=setup.dtype,
+            impl=backend_name(setup),
+            progress=False,
+            callback=callback,
+        )
+        samples = sample(**vars(options))
+        assert isinstance(samples, Tensor)
+        return samples
+
+    def _bar(self, ranks: Ranks, batches: Sequence[Batch]) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(
+            total=sum(batch.size for batch in batches),
+            desc="generating" if ranks.world == 1 else f"rank 0 of {ranks.world}",
+            unit="sample",
+            disable=not self._options.progress or ranks.rank > 0,
+        )
+
+    def _finish(self, sharding: Sharding) -> str:
+        if self._merged is not None:
+            merge(self._folder, self._merged)
+        return recorded_digest(self._folder, sharding)
+
+
+def _check_eval(model: Model) -> None:
+    if isinstance(model, nn.Module) and model.training:
+        raise ValueError("model: expected eval mode (model.eval()), got training mode")
+
+
+def _check_identity(model: Model, model_id: Any) -> None:
+    if model_id is not None and not isinstance(model_id, str):
+        raise TypeError(f"model_id: expected a string, got {model_id!r}")
+    if model_id is None and not isinstance(model, nn.Module):
+        raise ValueError(
+            "model_id: expected a string that tells this model from others, since it is no "
+            "nn.Module whose weights do, got None"
+        )
+
+
+def _checked_sample_shape(model: Model, sample_shape: Any) -> tuple[int, ...]:
+    shape = adapter.own_sample_shape(model) if sample_shape is None else sample_shape
+    if shape is None:
+        raise ValueError(
+            "sample_shape: expected the shape of one sample, since the model does not tell it; "
+            "got None"
+        )
+    if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
+        raise TypeError(f"sample_shape: expected a sequence of integers, got {shape!r}")
+    return tuple(check_int(f"sample_shape[{i}]", n, 1, 2**32) for i, n in enumerate(shape))
+
+
+def _checked_batch_size(batch_size: Any, memory: Any) -> int | None:
+    """None for "auto"."""
+    if isinstance(batch_size, str):
+        if batch_size != "auto":
+            raise ValueError(f"batch_size: expected an integer or 'auto', got {batch_size!r}")
+        if memory is not None:
+            check_int("memory", memory, 1, 2**62)
+        return None
+    if memory is not None:
+        raise ValueError(f"memory: expected None unless batch_size='auto', got {memory!r}")
+    return check_int("batch_size", batch_size, 1, 2**32)
+
+
+def _checked_archive(path: str | os.PathLike[str], sample_shape: Sequence[int]) -> Path:
+    target = Path(path)
+    if target.suffix.lower() != ".npz":
+        raise ValueError(f"merged: expected a name that ends in .npz, got {str(path)!r}")
+    if len(sample_shape) != 3:
+        raise ValueError(
+            f"merged: expected None for samples that are no images, got {str(path)!r} "
+            f"for shape {tuple(sample_shape)}"
+        )
+    return target
+
+
+def _checked_update(update: Update) -> Update:
+    """With plain numbers, which a manifest can hold."""
+    checked = update.checked(None, per_step=True)
+    for name, value in vars(checked).items():
+        values = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, Tensor) for v in values):
+            raise ValueError(f"{name}: expected a number or one a step, got a tensor")
+    return checked

@@ -1,0 +1,376 @@
+"""Continuous batching: requests that come and go share one batch, each at a step of its own.
+
+Every sample reads its row of one coefficient table and is keyed by its own seed, step and index.
+So what a step does to a sample depends neither on the others nor on its place in the batch, and a
+request gives what `fastddim.sample` gives for it alone, as far as the model does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddim import adapter, backends, transfer
+from fastddim.adapter import check_model
+from fastddim.loop import capture, cuda
+from fastddim.loop.capture import Graph, check_outer_capture
+from fastddim.loop.programs import Programs
+from fastddim.loop.setup import resolve_placement, resolve_schedule, resolve_shape
+from fastddim.loop.step import Step
+from fastddim.loop.stream_order import StreamOrder
+from fastddim.options import Reading, RequestOptions, StreamOptions, Thresholding, Update, shared
+from fastddim.plan import ORDERS, StepKind
+from fastddim.signatures import method_takes
+from fastddim.stream.conditions import Conditions, check_same_conditions
+from fastddim.stream.requests import Request, Requests
+from fastddim.stream.slots import Batch, Running, Slots
+from fastddim.stream.tickets import Ticket, in_order, settle
+from fastddim.validation import (
+    check_bool,
+    check_choice,
+    check_int,
+)
+
+
+class Stream:
+    """Many requests in one batch of constant memory, each with its own number of steps, η, seed,
+    guidance scale and time of arrival.
+
+    `submit` queues a request for one sample and returns its `Ticket`; `step` gives free slots to
+    waiting requests, in the order of arrival, and takes one step of every request that has a slot.
+    A request gives the sample that `fastddim.sample` gives for the same arguments and
+    `batch_size=1`, bit for bit where the model's output for a sample does not depend on the batch.
+
+    Where there is no CUDA graph, the model is evaluated on as many samples as have a slot, from 1
+    to B. A captured graph always runs B: slots without a request then hold zeros at timestep 0,
+    with the `model_kwargs` that they held last, and a step that leaves the state as it is.
+
+    Threads: `submit` and everything of a `Ticket` may be called from any thread, at any time.
+    `step` (and `run` and iteration, which call it) is for one thread at a time, and refuses others.
+
+    A batch cannot mix what a kernel does for all samples or for none: noise from the caller or a
+    generator, for which there is `fastddim.sample`; guidance and masks, which all requests of a
+    stream have or none (`guided`, `masked`); thresholding, `guidance_rescale`, `order` and
+    `denoised_fn`, which are one for all requests.
+    """
+
+    # A buffer made under the caller's inference mode could not be written to outside it.
+    @method_takes(StreamOptions)
+    @torch.inference_mode(False)
+    def __init__(self, options: StreamOptions) -> None:
+        """
+        Arguments not named here are those of `fastddim.sample`.
+
+        Args:
+            batch_size: B, how many requests have a slot at once.
+            shape: (B, …) of the state; by default B samples of the shape that the model tells.
+            max_steps: the most steps that a request may have, at most T, the default; B·max_steps
+                rows of coefficients are kept.
+            max_pending: how many requests may wait for a slot; None is no limit.
+            guided: whether the model is evaluated on 2B samples and every request has a
+                `guidance_scale`.
+            masked: whether every request has a `mask` and `known` data.
+            denoised_fn: called with the predicted x_0 of the whole batch; no request then has
+                `rederive_eps`.
+            order: 2 leaves no request with eta > 0.
+            graph: "auto", True or False, as in `fastddim.sample`.
+            check_finite: fail a request, and it alone, at the step where the model returns NaN or
+                infinity for it. This waits for the device at every step.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type, shape or range; the message
+                names it.
+        """
+        check_model(options.model)
+        check_bool("guided", options.guided)
+        check_bool("masked", options.masked)
+        if options.denoised_fn is not None and not callable(options.denoised_fn):
+            name = type(options.denoised_fn).__name__
+            raise TypeError(f"denoised_fn: expected a callable, got {name}")
+        self.shape = _slots_shape(options)
+        if options.graph == "loop":
+            raise ValueError("graph: expected 'auto', True or False, got 'loop'")
+        self.dtype, self.device = resolve_placement(options, options.model)
+        schedule = resolve_schedule(options.model, options.schedule)
+        most = schedule.T if options.max_steps is None else options.max_steps
+        self.max_steps = check_int("max_steps", most, 1, schedule.T)
+        self.max_pending = (
+            None
+            if options.max_pending is None
+            else check_int("max_pending", options.max_pending, 1, 2**62)
+        )
+        update = shared(
+            Update,
+            shared(Reading, options),
+            **vars(shared(Thresholding, options)),
+            guidance_scale=1.0 if options.guided else None,
+        ).checked(1)
+        check_choice("order", options.order, ORDERS)
+
+        self._options = options
+        self._backend = backends.choose(options.impl, self.device)
+        self._kind = StepKind(
+            fit=update.fit,
+            noisy=options.order == 1,
+            guided=options.guided,
+            history=options.order - 1,
+            split=options.denoised_fn is not None,
+        )
+        captures = cuda.available(self.device) and not options.check_finite
+        self._static = captures if options.graph == "auto" else bool(options.graph)
+        self._requests = Requests(
+            options, schedule, self.shape, self.max_steps, dtype=self.dtype, device=self.device
+        )
+        self._slots = Slots(
+            self._kind,
+            self._backend,
+            self.shape,
+            self.max_steps,
+            dtype=self.dtype,
+            model_dtype=adapter.own_dtype(options.model) or self.dtype,
+            device=self.device,
+            masked=options.masked,
+            whole=self._static,
+            prepare=self._prepare,
+        )
+        self._programs: Programs[Graph] = Programs(options.graph, self.device)
+        self._programs.follow(options.model, options.denoised_fn)
+        self._order = StreamOrder(self.device)
+
+        self._pending: deque[Request] = deque()
+        self._running: list[Running] = []
+        self._blocks = list(range(self.shape[0]))
+        self._batch: Batch | None = None
+        self._broken: set[int] = set()
+        self._indices = itertools.count()
+        self._queue_lock = threading.Lock()
+        self._stepping = threading.Lock()
+
+    @method_takes(RequestOptions)
+    def submit(self, options: RequestOptions) -> Ticket:
+        """Queue a request for one sample.
+
+        Arguments not named here are those of `fastddim.sample`. Tensors are copied.
+
+        Args:
+            guidance_scale: a number or one a step where the stream is guided, else None.
+            seed: int in [0, 2⁶⁴).
+            sample_offset: which sample of the seed.
+            x_T: starting state `[1, …]`, of the stream's dtype and on its device; by default drawn
+                from the seed.
+            model_kwargs: as in `fastddim.sample` for one sample: tensors `[1, …]`, or `[2, …]`
+                where the stream is guided, on the stream's device, which become rows of the batch.
+                Names, shapes, dtypes and all that is not a tensor must be those of the stream's
+                first request; what all requests share belongs into the model, as by
+                `functools.partial`.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type, shape or range; the message
+                names it.
+            queue.Full: `max_pending` requests are waiting.
+        """
+        request = self._requests.make(options)
+        with torch.inference_mode(False), self._queue_lock:
+            self._make_room()
+            self._take_conditions(request.model_kwargs)
+            request.ticket.index = next(self._indices)
+            self._pending.append(request)
+        return request.ticket
+
+    def step(self) -> list[Ticket]:
+        """Take one step of every request that has a slot, and give the tickets that are done.
+
+        They come in the order of their `index`. A ticket is done with a sample, its `result()`, or
+        with an error, its `exception()`, which `result()` raises: where the model raises, that is
+        every request in the batch, and the stream goes on with those that wait. Cancelled ones are
+        left out. Without requests nothing happens.
+
+        Raises:
+            RuntimeError: another call is not over.
+            ValueError: the caller is capturing a CUDA graph, which cannot hold one of the stream's.
+        """
+        check_outer_capture(self._options.graph, self.device, self._options.check_finite)
+        with (
+            self._alone(),
+            self._order.use(self._slots.tensors),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            try:
+                self._drop_cancelled()
+                self._admit()
+                return self._take_step() if self._running else []
+            except Exception as error:
+                return self._fail_all(error)
+            except BaseException as error:
+                self._fail_all(error)
+                raise
+
+    def run(self) -> list[Ticket]:
+        """Step until no request is left; the tickets in the order in which they were done."""
+        return list(self)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        """Step until no request is left, also those that come meanwhile."""
+        while self.pending or self.running:
+            yield from self.step()
+
+    @property
+    def pending(self) -> int:
+        """How many requests wait for a slot, with those that were cancelled meanwhile."""
+        return len(self._pending)
+
+    @property
+    def running(self) -> int:
+        """How many requests have a slot."""
+        return len(self._running)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._stepping.acquire(blocking=False):
+            raise RuntimeError(
+                "Stream: expected one call of step at a time, got another from a callback or a "
+                "thread"
+            )
+        try:
+            yield
+        finally:
+            self._stepping.release()
+
+    def _prepare(self, step: Step) -> None:
+        step.model, step.denoised_fn = self._options.model, self._options.denoised_fn
+        step.check = self._note_broken if self._options.check_finite else None
+
+    def _take_conditions(self, kwargs: dict[str, Any]) -> None:
+        slots = self._slots
+        if slots.conditions is None:
+            slots.conditions = Conditions(kwargs, self.shape[0], self._kind.parts)
+        else:
+            check_same_conditions(kwargs, slots.conditions)
+
+    def _make_room(self) -> None:
+        if self.max_pending is None or len(self._pending) < self.max_pending:
+            return
+        for request in [r for r in self._pending if r.ticket.cancelled()]:
+            self._pending.remove(request)
+            request.ticket.set_running_or_notify_cancel()
+        if len(self._pending) >= self.max_pending:
+            raise queue.Full(
+                f"max_pending: expected at most {self.max_pending} waiting requests, got another"
+            )
+
+    def _drop_cancelled(self) -> None:
+        for slot in reversed(range(len(self._running))):
+            ticket = self._running[slot].request.ticket
+            if ticket.cancelled():
+                self._release(slot)
+                ticket.set_running_or_notify_cancel()
+
+    def _admit(self) -> None:
+        while len(self._running) < self.shape[0]:
+            with self._queue_lock:
+                if not self._pending:
+                    return
+                request = self._pending.popleft()
+                # Asked once: a ticket may be cancelled at any time.
+                cancelled = request.ticket.cancelled()
+                if not cancelled:
+                    self._running.append(Running(request, self._blocks.pop()))
+            if cancelled:
+                request.ticket.set_running_or_notify_cancel()
+            else:
+                self._batch = None
+                self._slots.load(len(self._running) - 1, self._running[-1])
+
+    def _release(self, slot: int) -> None:
+        """Free a slot; the last one moves into it, so that those in use are the first ones."""
+        self._batch = None
+        self._slots.release(slot, len(self._running) - 1)
+        self._blocks.append(self._running[slot].block)
+        self._running[slot] = self._running[-1]
+        self._running.pop()
+
+    def _take_step(self) -> list[Ticket]:
+        if self._batch is None:
+            self._batch = self._slots.compose(self._running)
+        batch = self._batch
+        self._broken.clear()
+        program = self._program(batch)
+        if program is not None:
+            program.replay()
+        else:
+            batch.take_step()
+        done = [slot for slot in range(len(self._running)) if self._conclude(slot, batch)]
+        tickets = [self._running[slot].request.ticket for slot in done]
+        for slot in reversed(done):
+            self._release(slot)
+        return in_order(tickets)
+
+    def _conclude(self, slot: int, batch: Batch) -> bool:
+        """Count the step of a request; whether it is the last, or has failed."""
+        request = self._running[slot].request
+        ticket = request.ticket
+        broken, last = slot in self._broken, ticket.taken + 1 == ticket.steps
+        if broken:
+            settle(ticket, request.nonfinite_error())
+        elif last:
+            settle(ticket, batch.buffers.state[slot : slot + 1].clone())
+        ticket.taken += 1
+        return broken or last
+
+    def _note_broken(self, output: Tensor) -> None:
+        """Note the samples for which the model has given NaN or infinity."""
+        finite = output.isfinite()
+        finite = finite.flatten(1).all(dim=1) if finite.ndim > 1 else finite
+        whole = finite.reshape(self._kind.parts, -1).all(dim=0).tolist()
+        self._broken.update(slot for slot, fine in enumerate(whole) if not fine)
+
+    def _fail_all(self, error: BaseException) -> list[Ticket]:
+        """Give every request that has a slot the error, and all slots free."""
+        failed, self._running = self._running, []
+        self._blocks = list(range(self.shape[0]))
+        self._batch = None
+        indices = sorted(running.request.ticket.index for running in failed)
+        for request, _ in failed:
+            others = [str(i) for i in indices if i != request.ticket.index]
+            settle(request.ticket, request.batch_error(others, error))
+        return in_order([running.request.ticket for running in failed])
+
+    def _program(self, batch: Batch) -> Graph | None:
+        """The captured step; None where steps are eager."""
+        if not self._static or transfer.captured(self.device):
+            return None
+        return self._programs.find(None, lambda: self._capture(batch))
+
+    def _capture(self, batch: Batch) -> Graph:
+        kept = [(tensor, tensor.clone()) for tensor in batch.written()]
+
+        def restore() -> None:
+            for tensor, values in kept:
+                tensor.copy_(values)
+
+        def warm_up() -> None:
+            batch.take_step()
+            restore()
+
+        try:
+            return capture.capture(batch.take_step, warm_up=warm_up, device=self.device)
+        finally:
+            restore()
+
+
+def _slots_shape(options: StreamOptions) -> tuple[int, ...]:
+    if options.shape is None and options.batch_size is None:
+        raise ValueError("batch_size: expected the number of slots, or shape, got None for both")
+    batch_size = 1 if options.batch_size is None else options.batch_size
+    resolved = resolve_shape(options.model, options.shape, batch_size)
+    check_int("shape[0]", resolved[0], 1, 2**32)
+    return resolved

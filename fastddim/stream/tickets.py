@@ -1,0 +1,45 @@
+"""Tickets: the requests of a stream, as their owners see them."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+
+from torch import Tensor
+
+
+class Ticket(Future[Tensor]):
+    """A request to a `Stream`, as a `concurrent.futures.Future` of its sample `[1, …]`.
+
+    `result()` waits for another thread to take the steps; where there is none, call `Stream.run`
+    or `Stream.step` first. `cancel()` works until the sample is there, also once steps have been
+    taken, and the slot is free at the next step. `asyncio.wrap_future` makes it awaitable.
+
+    Attributes:
+        index: how many requests the stream got before.
+        steps: S of the request.
+        taken: how many of them have been taken.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.index = -1
+        self.steps = steps
+        self.taken = 0
+
+
+def settle(ticket: Ticket, outcome: Tensor | BaseException) -> None:
+    """Give a ticket its outcome, unless it was cancelled, or settled before an interrupt."""
+    with suppress(InvalidStateError):
+        if not (ticket.done() or ticket.running()) or ticket.cancelled():
+            ticket.set_running_or_notify_cancel()
+        if isinstance(outcome, Tensor):
+            ticket.set_result(outcome)
+        else:
+            ticket.set_exception(outcome)
+
+
+def in_order(tickets: list[Ticket]) -> list[Ticket]:
+    """Those that were not cancelled, in the order of their index."""
+    done = [ticket for ticket in tickets if not ticket.cancelled()]
+    return sorted(done, key=lambda ticket: ticket.index)
