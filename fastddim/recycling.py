@@ -1,67 +1,66 @@
 """Large results in memory that an earlier one has left.
 
-The C library tends to give memory of this size back to the system when it is freed, and the system
-clears every page of it when it is asked for again, which takes several times as long as a step.
+The C library gives memory of this size back to the system when it is freed, and the system clears
+every page of it when it is asked for again, which takes several times as long as a step.
 """
 
 from __future__ import annotations
 
-import sys
-import threading
+import weakref
+from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor
 
-LARGE = 512 << 10
-"""Bytes from which on results are recycled."""
+LARGE = 2 << 20
+"""Bytes from which on results are recycled; smaller ones the C library tends to keep."""
 
 KEPT = 4
-"""How many of them are kept, all of one size."""
+"""How many blocks of memory are kept while nobody uses them, all of one size."""
 
 
 class Recycler:
-    """Makes tensors, and makes them again of the memory of those that nobody holds any more."""
+    """Makes tensors of the memory of earlier ones that nobody holds any more.
+
+    A tensor made here holds its memory by way of an array that is its alone. PyTorch lets go of the
+    array when the last tensor, view or array on the memory is gone, and the block comes back then.
+    """
 
     def __init__(self) -> None:
-        self._kept: list[torch.UntypedStorage] = []
-        self._lock = threading.Lock()
+        self._idle: deque[Tensor] = deque(maxlen=KEPT)
+        self._lent: dict[int, tuple[weakref.ref[Any], Tensor]] = {}
 
     def empty_like(self, like: Tensor) -> Tensor:
-        """`torch.empty_like(like)` on the CPU, whose memory is kept for later ones."""
-        made = torch.empty(0, dtype=like.dtype, device="cpu")
+        """`torch.empty_like(like)` on the CPU, in memory that later ones use again.
+
+        Its storage cannot be resized.
+        """
         meta = torch.empty_like(like, device="meta")
-        size = meta.untyped_storage().nbytes()
-        with self._lock:
-            storage = self._take(size)
-            # Holds the storage from here on, so that no other call takes it.
-            made.set_(storage, 0, meta.shape, meta.stride())
-        return made
+        block = self._block(meta.untyped_storage().nbytes())
+        array = block.numpy()
+        loan = weakref.ref(array, self._give_back)
+        self._lent[id(loan)] = loan, block
+        made = torch.empty(0, dtype=like.dtype, device="cpu")
+        return made.set_(torch.from_numpy(array).untyped_storage(), 0, meta.shape, meta.stride())
 
     def clear(self) -> None:
-        """Let go of what is kept."""
-        with self._lock:
-            self._kept.clear()
+        """Let go of the blocks that nobody uses."""
+        self._idle.clear()
 
-    def _take(self, size: int) -> torch.UntypedStorage:
-        if any(storage.nbytes() != size for storage in self._kept):
-            self._kept.clear()
-        for storage in self._kept:
-            if _only_here(storage):
-                return storage
-        storage = torch.UntypedStorage(size, device="cpu")
-        if len(self._kept) < KEPT:
-            self._kept.append(storage)
-        return storage
+    def _block(self, size: int) -> Tensor:
+        """An idle block of this size, or a new one; idle blocks of other sizes are dropped."""
+        try:
+            while (block := self._idle.pop()).nbytes != size:
+                pass
+        except IndexError:
+            block = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return block
 
+    def _give_back(self, loan: weakref.ref[Any]) -> None:
+        _, block = self._lent.pop(id(loan))
+        self._idle.append(block)
 
-def _only_here(storage: torch.UntypedStorage) -> bool:
-    """Whether no tensor uses it, and no variable of the caller's holds it."""
-    unused = torch._C._storage_Use_Count(storage._cdata) == 1
-    return bool(unused and sys.getrefcount(storage) <= _REFERENCES)
-
-
-# The list, the loop's variable, the argument here and that of getrefcount.
-_REFERENCES = 4
 
 RECYCLER = Recycler()
 """That of the process, so that what it keeps is bounded."""

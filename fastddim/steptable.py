@@ -1,12 +1,12 @@
-"""Steps by row: the coefficients of many steps worked out once, so that a step only says which.
+"""Steps by row: the coefficients of many steps computed once, so that a step only names its row.
 
-This is what code with a loop of its own needs (`fastddim.integrations`): `step` works its
-coefficients out from ᾱ at each call, a `Sampler` owns the loop.
+This is what code with a loop of its own needs (`fastddim.integrations`): `step` computes its
+coefficients from ᾱ at each call, and a `Sampler` owns the loop.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,33 +14,46 @@ from torch import Tensor
 
 from fastddim import backends, ops, reference
 from fastddim.backends import cpu
+from fastddim.cache import Cache
 from fastddim.philox import Keys
-from fastddim.plan import Fit, Update, stack_row, to_table, unchecked_row
+from fastddim.plan import Fit, to_table
 from fastddim.recycling import LARGE, RECYCLER
 from fastddim.reference import compute_dtype
+
+# Kinds of states that a table is prepared for at the same time.
+_KINDS_KEPT = 8
+
+
+class _RowIndices(dict[int, Tensor]):
+    """Rows as the kernel takes them, int64 `[1]` on a device, made when first asked for."""
+
+    def __init__(self, count: int, device: torch.device, position: Callable[[int, int], int]):
+        super().__init__()
+        self._position = position
+        self._all = torch.arange(count, device=device)
+
+    # An index that is kept must serve calls outside the caller's inference mode too.
+    @torch.inference_mode(False)
+    def __missing__(self, row: int) -> Tensor:
+        position = self._position(len(self._all), row)
+        index = self[row] = self._all[position : position + 1]
+        return index
 
 
 class _Prepared(NamedTuple):
     """A table for states of one dtype on one device."""
 
-    dtype: torch.dtype | None
-    device: torch.device | None
     backend: backends.Backend
     table: Tensor  # [R, K]
-    indices: Tensor  # [R]
-    single: dict[int, Tensor]  # those of one row, [1]
-    fast: bool  # whether `ops.step` does it
-
-
-_NOTHING = torch.empty(0, device="cpu")
-_NONE = _Prepared(None, None, backends.BACKENDS["reference"], _NOTHING, _NOTHING, {}, False)
+    indices: _RowIndices
+    fast: bool  # whether `ops.step` takes the step
 
 
 class StepTable:
     """Coefficient rows `[R, K]` of any R steps.
 
     Values are not checked: what `fastddim.step` refuses gives infinity or NaN here, and only in the
-    steps that ask for it.
+    steps that use the row.
     """
 
     def __init__(self, rows: Tensor, *, fit: Fit | None = None, impl: str = "auto") -> None:
@@ -53,18 +66,7 @@ class StepTable:
         self.rows = rows
         self._fit = fit
         self._impl = impl
-        self._prepared: dict[tuple[torch.device, torch.dtype], _Prepared] = {}
-        self._last = _NONE
-
-    @classmethod
-    def of(cls, alphas_t: Tensor, alphas_prev: Tensor, update: Update) -> StepTable:
-        """Row i steps from ᾱ = `alphas_t[i]` to `alphas_prev[i]` (float64 `[R]`, on the CPU).
-
-        Kept for later calls with the same values, since loops that are called again make them anew.
-        """
-        values = (tuple(alphas_t.tolist()), tuple(alphas_prev.tolist()))
-        with_tensors = any(isinstance(value, Tensor) for value in vars(update).values())
-        return (_table_of if with_tensors else _kept)(*values, update)
+        self._prepared: Cache[_Prepared] = Cache(_KINDS_KEPT)
 
     def __call__(
         self,
@@ -88,19 +90,19 @@ class StepTable:
         Raises:
             RuntimeError: a tensor does not fit; the message names it.
         """
-        prepared = self._last
-        if x.dtype is not prepared.dtype or x.device != prepared.device:
-            prepared = self._last = self._prepare(x)
-        _, _, backend, table, indices, single, fast = prepared
+        prepared = self._prepared.get((x.device, x.dtype))
+        if prepared is None:
+            prepared = self._prepare(x)
+        backend, table, indices, fast = prepared
         if not isinstance(row, Tensor):
-            row = single[row] if row in single else self._index(indices, single, row)
+            row = indices[row]
         if torch.is_grad_enabled() and (
             x.requires_grad
             or model_output.requires_grad
             or (noise is not None and noise.requires_grad)
         ):
             return self._differentiable(prepared, x, model_output, row, noise, keys)
-        large = fast and x.nbytes >= LARGE
+        large = fast and x.nbytes >= LARGE and not torch.compiler.is_compiling()
         if fast and not large and keys is None:
             results = ops.step(x, model_output, table, row, noise)
             return results if return_x0 else (results[0], None)
@@ -122,23 +124,25 @@ class StepTable:
         )
         return x_prev, x_0
 
+    @staticmethod
+    def _position(count: int, row: int) -> int:
+        """The place of a row among `count`, which may be given from the end."""
+        return range(count)[row]
+
     # What is kept must serve calls outside the caller's inference mode too.
     @torch.inference_mode(False)
     def _prepare(self, x: Tensor) -> _Prepared:
-        key = (x.device, x.dtype)
-        if key not in self._prepared:
-            backend = backends.choose(self._impl, x.device)
-            fast = self._fit is None and backend.__name__ == cpu.__name__
-            table = to_table(self.rows, compute_dtype(x.dtype), x.device, checked=False)
-            indices = torch.arange(len(table), device=x.device)
-            self._prepared[key] = _Prepared(*key[::-1], backend, table, indices, {}, fast)
-        return self._prepared[key]
-
-    @torch.inference_mode(False)
-    def _index(self, indices: Tensor, single: dict[int, Tensor], row: int) -> Tensor:
-        position = range(len(indices))[row]
-        index = single[row] = indices[position : position + 1]
-        return index
+        """The table for states like `x`: the only place that puts coefficients on a device."""
+        backend = backends.choose(self._impl, x.device)
+        table = to_table(self.rows, compute_dtype(x.dtype), x.device, checked=False)
+        prepared = _Prepared(
+            backend,
+            table,
+            _RowIndices(len(table), x.device, self._position),
+            self._fit is None and backend.__name__ == cpu.__name__,
+        )
+        self._prepared.put((x.device, x.dtype), prepared)
+        return prepared
 
     def _differentiable(
         self,
@@ -163,7 +167,7 @@ def fitted(
     row: Tensor,
     fit: Fit,
 ) -> tuple[Tensor, Tensor]:
-    """A table of the rows of these samples, and where each sample finds its own."""
+    """A table with one row for each of these samples, and the index of the row of each."""
     batch = x.shape[0]
     rows = table.new_empty((batch, table.shape[1]))
     backend.fit_rows(x, model_output, table, row, fit, rows)
@@ -173,21 +177,8 @@ def fitted(
 def fitted_differentiably(
     x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, fit: Fit
 ) -> tuple[backends.Backend, Tensor, Tensor]:
-    """The same, and the backend for it: what rows take from the data has gradients too, which only
+    """`fitted`, and the backend for it: rows that come from the data have gradients too, which only
     the reference follows.
     """
     rows = reference.fitted_rows(x, model_output, table.index_select(0, row), fit)
     return backends.BACKENDS["reference"], rows, torch.arange(x.shape[0], device=x.device)
-
-
-def _table_of(
-    alphas_t: tuple[float, ...], alphas_prev: tuple[float, ...], update: Update
-) -> StepTable:
-    a, p = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (alphas_t, alphas_prev))
-    row = unchecked_row(a, p, update)
-    # A row of numbers alone, as of sample prediction without noise, is still one a step.
-    row = row._replace(k0=torch.as_tensor(row.k0).expand_as(a))
-    return StepTable(stack_row(row), fit=update.fit)
-
-
-_kept = lru_cache(maxsize=16)(_table_of)

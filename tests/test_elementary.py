@@ -26,8 +26,8 @@ from fastddim.plan import (
     make_plan,
     mixing_row,
     stack_row,
+    unchecked_row,
 )
-from fastddim.steptable import StepTable
 
 from .support.probes import OtherProcessor
 
@@ -176,7 +176,7 @@ def test_rows_of_tensors_are_those_of_numbers(update: Update) -> None:
 @pytest.mark.parametrize("update", UPDATES, ids=range(len(UPDATES)))
 def test_table_rows_are_those_of_numbers(update: Update) -> None:
     a, p = some_steps(100, update.prediction, 5)
-    rows = StepTable.of(vector(a), vector(p), update).rows
+    rows = stack_row(unchecked_row(vector(a), vector(p), update))
     expected = [bits(coefficient_row(*step, update)) for step in zip(a, p, strict=True)]
     assert torch.equal(rows.view(torch.int64), torch.stack(expected))
 

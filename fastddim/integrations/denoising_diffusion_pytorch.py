@@ -28,8 +28,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastddim.integrations._shared import each
-from fastddim.plan import Row, stack_row
-from fastddim.steptable import StepTable
+from fastddim.integrations._tables import step_table
+from fastddim.plan import Row
 
 
 @torch.inference_mode()
@@ -48,7 +48,7 @@ def ddim_sample(self: Any, shape: Sequence[int], return_all_timesteps: bool = Fa
         Unnormalized samples like `shape`, or states `[B, S + 1, C, H, W]`.
     """
     steps = _Steps.of(self)
-    table = StepTable(stack_row(_row(self, steps, 1.0, rederive=True)))
+    table = step_table(_row(self, steps, 1.0, rederive=True))
     img = torch.randn(shape, device=self.device)
     imgs, x_start = [img], None
     for i, t in _progress(steps, img):
@@ -93,9 +93,9 @@ def classifier_free_ddim_sample(
     row = _row(self, steps, clip, rederive=self.objective != "pred_noise")
     if self.use_cfg_plus_plus:
         # Two steps: what comes from epsilon, which the other then adds to what comes from x_0.
-        direction = StepTable(stack_row(row._replace(k0=row.k0 - steps.signal)))
+        direction = step_table(row._replace(k0=row.k0 - steps.signal))
         row = row._replace(k0=steps.signal, kx=0.0, km=0.0, pn=1.0)
-    table = StepTable(stack_row(row))
+    table = step_table(row)
     img = torch.randn(shape, device=self.device)
     for i, t in _progress(steps, img):
         model_output, unconditional = self.model.forward_with_cond_scale(

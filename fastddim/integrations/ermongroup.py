@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from fastddim.integrations._shared import each
-from fastddim.plan import Row, stack_row
-from fastddim.steptable import StepTable
+from fastddim.integrations._tables import step_table
+from fastddim.plan import Row
 
 Model = Callable[[Tensor, Tensor], Tensor]
 Steps = tuple[list[Tensor], list[Tensor]]
@@ -103,7 +103,7 @@ def _run(
     dtype: torch.dtype,
     draw: Callable[[Tensor], Tensor],
 ) -> Steps:
-    table = StepTable(stack_row(row))
+    table = step_table(row)
     xs, x0_preds = [x], []
     for i, timestep in enumerate(timesteps):
         t = torch.full((x.shape[0],), float(timestep), device=x.device)

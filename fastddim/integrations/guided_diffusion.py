@@ -34,14 +34,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastddim.integrations._shared import Kept, give_methods
-from fastddim.plan import Row, stack_row
+from fastddim.integrations._shared import give_methods
+from fastddim.integrations._tables import CacheOf, step_table
+from fastddim.plan import Row
 from fastddim.steptable import StepTable
 
 Output = dict[str, Tensor]
 
-# Step tables, and the timesteps of SpacedDiffusion on each device.
-_kept = Kept(16)
+_tables = CacheOf(16)
+
+# One for each device.
+_timestep_maps = CacheOf(16)
 
 
 def install(diffusion: Any) -> None:
@@ -238,25 +241,25 @@ def _evaluate(
 
 
 def _timestep_map(diffusion: Any, device: torch.device) -> Tensor:
-    def make() -> Tensor:
-        return torch.tensor(diffusion.timestep_map, device=device)
-
-    timestep_map: Tensor = _kept.get(diffusion, _basis(diffusion), device, make)
-    return timestep_map
+    """The timesteps of SpacedDiffusion on a device."""
+    kept, alphas = _timestep_maps[diffusion], diffusion.alphas_cumprod
+    key = (device, id(alphas))
+    timesteps: Tensor | None = kept.get(key)
+    if timesteps is None:
+        timesteps = torch.tensor(diffusion.timestep_map, device=device)
+        kept.put(key, timesteps, (alphas,))
+    return timesteps
 
 
 def _table(diffusion: Any, make_row: Callable[..., Row], *arguments: Any) -> StepTable:
     """The rows `make_row(diffusion, *arguments)`, one a timestep."""
-
-    def make() -> StepTable:
-        return StepTable(stack_row(make_row(diffusion, *arguments)))
-
-    table: StepTable = _kept.get(diffusion, _basis(diffusion), (make_row, *arguments), make)
+    kept, alphas = _tables[diffusion], diffusion.alphas_cumprod
+    key = (make_row, *arguments, id(alphas))
+    table: StepTable | None = kept.get(key)
+    if table is None:
+        table = step_table(make_row(diffusion, *arguments))
+        kept.put(key, table, (alphas,))
     return table
-
-
-def _basis(diffusion: Any) -> tuple[Any, ...]:
-    return (diffusion.alphas_cumprod,)
 
 
 def _row_down(diffusion: Any, kind: str, clip: float | None, eta: float) -> Row:

@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastddim.integrations._shared import each
-from fastddim.plan import Row, stack_row
+from fastddim.integrations._tables import step_table
+from fastddim.plan import Row
 from fastddim.steptable import StepTable
 
 
@@ -101,4 +102,4 @@ def _table(sigmas: Tensor, eta: float, s_noise: float) -> StepTable:
         pn=up.double() * s_noise,
         g=1.0,
     )
-    return StepTable(stack_row(row))
+    return step_table(row)

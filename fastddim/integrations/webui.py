@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fastddim import elementary
 from fastddim.integrations._shared import each
-from fastddim.plan import Row, Scales, Update, row_of, stack_row
-from fastddim.steptable import StepTable
+from fastddim.integrations._tables import step_table
+from fastddim.plan import Row, Scales, Update, row_of
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def ddim(
     """
     alphas = model.inner_model.inner_model.alphas_cumprod[timesteps].cpu()
     visited = timesteps.tolist()[:0:-1]
-    table = StepTable(stack_row(_row(alphas, eta, x)))
+    table = step_table(_row(alphas, eta, x))
     extra_args = {} if extra_args is None else extra_args
     s_in = x.new_ones(x.shape[0])
     for i, timestep in enumerate(tqdm.tqdm(visited, disable=disable)):

@@ -6,6 +6,7 @@ import copy
 import inspect
 import itertools
 import pickle
+import pickletools
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -629,6 +630,65 @@ def test_copies(name: str, copied: Any) -> None:
         assert_alike(own.step(m, 500, x, **eta), copied(own).step(m, 500, x, **eta))
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_pickles_and_pipelines_name_the_package_alone(name: str) -> None:
+    """Files are laid out anew in later versions, which load what earlier ones have saved."""
+    _, own = pair(name)
+    own.set_noise("philox", seed=5)
+    strings = [
+        argument
+        for _, argument, _ in pickletools.genops(pickle.dumps(own))
+        if isinstance(argument, str) and argument.startswith("fastddim")
+    ]
+    assert set(strings) == {"fastddim.integrations.diffusers"}
+    assert type(own).__module__ == "fastddim.integrations.diffusers"
+    # What earlier versions have pickled in the place of a scheduler's tables.
+    restored = ours._restored(5, 2)
+    assert (restored.seed, restored.sample_offset) == (5, 2)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("whole", [True, False], ids=["made and used", "used"])
+def test_in_inference_mode(name: str, whole: bool) -> None:
+    """Where pipelines are run; and their schedulers outside it afterwards."""
+    theirs, own = pair(name, None)
+    x, m = draw(*SHAPE), draw(*SHAPE)
+    with torch.inference_mode():
+        if whole:
+            theirs, own = pair(name, None)
+        for scheduler in (theirs, own):
+            scheduler.set_timesteps(10)
+        results = []
+        for scheduler in (theirs, own):
+            torch.manual_seed(0)
+            results.append(scheduler.step(m, 500, x))
+        assert_alike(*results, 1e-5)
+    results = []
+    for scheduler in (theirs, own):
+        torch.manual_seed(0)
+        results.append(scheduler.step(m, 500, x))
+    assert_alike(*results, 1e-5)
+
+
+def test_an_eta_that_is_no_number_is_for_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it equals the η of the step before."""
+    _, own = pair("DDIMScheduler")
+    x, m = draw(*SHAPE), draw(*SHAPE)
+    own.step(m, 500, x, 0.5, variance_noise=x)
+    calls = []
+    original = diffusers.DDIMScheduler.step
+    monkeypatch.setattr(
+        diffusers.DDIMScheduler,
+        "step",
+        lambda self, *arguments: calls.append(1) or original(self, *arguments),
+    )
+    own.step(m, 500, x, torch.tensor(0.5), variance_noise=x)
+    assert calls
+    own.step(m, 500, x, True, variance_noise=x)
+    own.step(m, 500, x, 1, variance_noise=x)
+    assert len(calls) == 1
+
+
 def test_the_output_object_is_a_whole_one() -> None:
     theirs, own = pair("DDIMScheduler")
     x, m = draw(*SHAPE), draw(*SHAPE)
@@ -811,7 +871,7 @@ class TestPhilox:
         own.save_pretrained(tmp_path)
         assert "philox" not in (tmp_path / "scheduler_config.json").read_text()
         diffusers.DDIMScheduler.from_pretrained(tmp_path)
-        assert ours.DDIMScheduler.from_pretrained(tmp_path)._work.seed is None
+        assert ours.DDIMScheduler.from_pretrained(tmp_path)._fastddim_work.seed is None
         again = ours.DDIMScheduler.from_pretrained(tmp_path, noise="philox", seed=3)
         x, m = draw(*SHAPE), draw(*SHAPE)
         for scheduler in (own, again):
@@ -825,7 +885,7 @@ def test_schedulers_that_are_left_take_their_tables_along() -> None:
     x = draw(*SHAPE)
     for i in range(100):
         own.step(x, 500, x, i / 100, variance_noise=x)
-    assert len(own._work.cached["step"].tables) <= ours._TABLES_KEPT + 1
+    assert len(own._fastddim_work.tables) == 16
 
 
 @pytest.mark.parametrize("name", [*CLASSES, None])

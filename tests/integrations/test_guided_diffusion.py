@@ -193,7 +193,7 @@ def test_tables_follow_the_object():
     for eta in torch.linspace(0, 1, 40).tolist():
         draws = same_draws(lambda: run(own, eta), lambda: run(diffusion, eta))  # noqa: B023
         assert_same(*draws, 1e-10)
-    assert len(guided_diffusion._kept._of[own][1]) <= 16
+    assert len(guided_diffusion._tables[own]) == 16
     own.__dict__.update(other.__dict__)
     assert_same(*same_draws(lambda: run(own), lambda: run(other)), 1e-10)
 
@@ -201,14 +201,14 @@ def test_tables_follow_the_object():
 def test_tables_are_no_part_of_the_object():
     own = fast(make())
     own.ddim_sample(Model(), draw(torch.float64), torch.tensor([0, 19, 7]))
-    assert own in guided_diffusion._kept._of
+    assert own in guided_diffusion._tables
     assert not [v for v in vars(own).values() if isinstance(v, StepTable)]
     copy.deepcopy(own)
-    kept, alive = len(guided_diffusion._kept._of), weakref.ref(own)
+    kept, alive = len(guided_diffusion._tables), weakref.ref(own)
     del own
     gc.collect()
     assert alive() is None
-    assert len(guided_diffusion._kept._of) < kept
+    assert len(guided_diffusion._tables) < kept
 
 
 def test_refused():

@@ -316,19 +316,19 @@ def test_tables_follow_the_object():
             torch.randn(SHAPE), c, torch.full((3,), 1), 0, unconditional_guidance_scale=scale,
             unconditional_conditioning=u,
         )  # fmt: skip
-    assert len(fast._kept._of[own][1]) <= 64
+    assert len(fast._tables[own]) == 64
 
 
 def test_tables_are_no_part_of_the_object():
     own, (c, _) = fast_of(make()), conditions("tensor")
     own.p_sample_ddim(torch.randn(SHAPE), c, torch.full((3,), 1), 0)
-    assert own in fast._kept._of
+    assert own in fast._tables
     assert not [v for v in vars(own).values() if isinstance(v, StepTable)]
-    kept, alive = len(fast._kept._of), weakref.ref(own)
+    kept, alive = len(fast._tables), weakref.ref(own)
     del own
     gc.collect()
     assert alive() is None
-    assert len(fast._kept._of) < kept
+    assert len(fast._tables) < kept
 
 
 def test_nothing_waits_for_the_device():

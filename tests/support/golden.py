@@ -31,9 +31,10 @@ from fastddim.plan import (
     known_rows,
     make_inversion_plan,
     make_plan,
+    stack_row,
     to_table,
+    unchecked_row,
 )
-from fastddim.steptable import StepTable
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden.json"
 
@@ -103,7 +104,7 @@ def tables() -> Iterator[Tensor]:
     for prediction, variance in itertools.product(PREDICTIONS, VARIANCES):
         for eta in ETAS:
             update = Update(eta=eta, variance=variance, prediction=prediction)
-            rows = StepTable.of(alphas[20:], alphas[:-20], update).rows
+            rows = stack_row(unchecked_row(alphas[20:], alphas[:-20], update))
             yield rows
             yield to_table(rows, torch.float32, rows.device)
 

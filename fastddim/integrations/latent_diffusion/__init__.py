@@ -25,7 +25,6 @@ Guidance is taken inside the step, from the model output for both conditions. Wi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,14 +32,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastddim.integrations._shared import Kept, each, give_methods
-from fastddim.plan import Row, first_half_row, mixing_row, stack_row
+from fastddim.integrations._shared import give_methods
+from fastddim.integrations._tables import CacheOf, step_table
+from fastddim.integrations.latent_diffusion._rows import (
+    concluding_row,
+    encoding_row,
+    epsilon_row,
+    guiding_row,
+    noising_row,
+    predicting_row,
+    stepping_row,
+)
+from fastddim.plan import Row
 from fastddim.steptable import StepTable
 
 Callback = Callable[[int], Any]
 ImageCallback = Callable[[Tensor, int], Any]
 
-_kept = Kept(64)
+# Steps, with quantized and guided ones besides plain ones, at many temperatures and scales.
+_tables = CacheOf(64)
 
 
 def install(sampler: Any) -> None:
@@ -106,16 +116,16 @@ def p_sample_ddim(
         assert self.model.parameterization == "eps", "score_corrector: expected a model of epsilon"
         output = score_corrector.modify_score(self.model, output, x, t, c, **corrector_kwargs)
     if quantize_denoised:
-        predicting = _table(self, _predicting_row, original, len(x))
+        predicting = _table(self, predicting_row, original, len(x))
         x_0, _ = predicting(state, output, index, return_x0=False)
         x_0 = self.model.first_stage_model.quantize(x_0)[0]
         if self.model.parameterization == "v":
-            epsilon = _table(self, _epsilon_row, original, len(x))
+            epsilon = _table(self, epsilon_row, original, len(x))
             output, _ = epsilon(state, output, index, return_x0=False)
         state, output = output.to(state.dtype), x_0
-        table = _table(self, _concluding_row, original, len(x), temperature)
+        table = _table(self, concluding_row, original, len(x), temperature)
     else:
-        table = _table(self, _row, original, len(x), temperature, scale=scale)
+        table = _table(self, stepping_row, original, len(x), temperature, scale=scale)
     noise = _noise_like(x, repeat_noise)
     if noise_dropout > 0.0:
         noise = torch.nn.functional.dropout(noise, p=noise_dropout)
@@ -239,7 +249,7 @@ def encode(
         "unconditional_conditioning: expected a tensor with guidance, got None"
     )
     guided_by = None if scale == 1.0 else unconditional_conditioning
-    table = _table(self, _encoding_row, use_original_steps, scale=scale)
+    table = _table(self, encoding_row, use_original_steps, scale=scale)
     x_next, intermediates, steps = x0, [], []
     for i in tqdm(range(t_enc), desc="Encoding Image"):
         t = torch.full((x0.shape[0],), i, device=self.model.device, dtype=torch.long)
@@ -313,7 +323,7 @@ def stochastic_encode(
     """
     noise = torch.randn_like(x0) if noise is None else noise
     state = x0.to(torch.promote_types(x0.dtype, self.sqrt_alphas_cumprod.dtype))
-    table = _table(self, _noising_row, use_original_steps)
+    table = _table(self, noising_row, use_original_steps)
     noisy, _ = table(state, noise, t.contiguous(), return_x0=False)
     return noisy
 
@@ -339,7 +349,7 @@ def _joined(unconditional: Any, c: Any) -> Any:
 def _guide(sampler: Any, output: Tensor, scale: float, original: bool) -> Tensor:
     """The guided output on its own, for a function that comes before the step."""
     unconditional, conditional = output.chunk(2)
-    table = _table(sampler, _guiding_row, original, scale)
+    table = _table(sampler, guiding_row, original, scale)
     guided, _ = table(unconditional, conditional, 0, return_x0=False)
     return guided
 
@@ -367,117 +377,12 @@ def _table(
 ) -> StepTable:
     """The rows `make_row(sampler, original, *arguments)`, one a step, under guidance by `scale`."""
     model = sampler.model
-    buffers = (
-        sampler.ddim_sigmas,
-        sampler.ddim_alphas,
-        model.alphas_cumprod,
-        model.parameterization,
-    )
-
-    def make() -> StepTable:
-        return StepTable(stack_row(make_row(sampler, original, *arguments)._replace(g=scale)))
-
-    table: StepTable = _kept.get(sampler, buffers, (make_row, original, *arguments, scale), make)
+    kept = _tables[sampler]
+    sources = (sampler.ddim_sigmas, sampler.ddim_alphas, model.alphas_cumprod)
+    key = (make_row, original, *arguments, scale, model.parameterization, *map(id, sources))
+    table: StepTable | None = kept.get(key)
+    if table is None:
+        row = make_row(sampler, original, *arguments)._replace(g=scale)
+        table = step_table(row)
+        kept.put(key, table, sources)
     return table
-
-
-def _row(sampler: Any, original: bool, batch: int, temperature: float) -> Row:
-    cx, cm, ex, em = _prediction(sampler, original, batch)
-    signal, direction, sigma = _destination(sampler, original, batch)
-    return Row(
-        cx=cx,
-        cm=cm,
-        r=math.inf,
-        k0=signal,
-        kx=direction * ex,
-        km=direction * em,
-        pn=sigma * temperature,
-        g=1.0,
-    )
-
-
-def _predicting_row(sampler: Any, original: bool, batch: int) -> Row:
-    """x_0 as the new state."""
-    return first_half_row(_row(sampler, original, batch, 1.0))
-
-
-def _epsilon_row(sampler: Any, original: bool, batch: int) -> Row:
-    _, _, ex, em = _prediction(sampler, original, batch)
-    return mixing_row(ex, em)
-
-
-def _concluding_row(sampler: Any, original: bool, batch: int, temperature: float) -> Row:
-    """The step from epsilon as the state and x_0 as the model output."""
-    signal, direction, sigma = _destination(sampler, original, batch)
-    return Row(
-        cx=0.0,
-        cm=1.0,
-        r=math.inf,
-        k0=signal,
-        kx=direction,
-        km=0.0,
-        pn=sigma * temperature,
-        g=1.0,
-    )
-
-
-def _guiding_row(_sampler: Any, _original: bool, scale: float) -> Row:
-    """u + g·(c − u) from u as the state and c as the model output."""
-    g = torch.tensor([scale], dtype=torch.float64)
-    return mixing_row(1 - g, g)
-
-
-def _encoding_row(sampler: Any, original: bool) -> Row:
-    """Eq. 13 upwards, multiplied by √ᾱ of where it goes."""
-    name = "alphas_cumprod" if original else "ddim_alphas"
-    a, p = _host(getattr(sampler, name)), _host(getattr(sampler, f"{name}_prev"))
-    kept, signal = each(torch.sqrt, a / p), each(torch.sqrt, a)
-    added = signal * (each(torch.sqrt, 1 / a - 1) - each(torch.sqrt, 1 / p - 1))
-    return mixing_row(kept.double(), added.double())
-
-
-def _noising_row(sampler: Any, original: bool) -> Row:
-    if original:
-        signal, noise = sampler.sqrt_alphas_cumprod, sampler.sqrt_one_minus_alphas_cumprod
-    else:
-        signal, noise = torch.sqrt(sampler.ddim_alphas), sampler.ddim_sqrt_one_minus_alphas
-    return mixing_row(_host(signal).double(), _host(noise).double())
-
-
-def _prediction(sampler: Any, original: bool, batch: int) -> tuple[Any, Any, Any, Any]:
-    """(cx, cm, ex, em): x_0 = cx·x + cm·m and eps = ex·x + em·m."""
-    model = sampler.model
-    if model.parameterization == "v":
-        steps = slice(None) if original else sampler.ddim_timesteps
-        signal = _host(model.sqrt_alphas_cumprod)[steps].double()
-        noise = _host(model.sqrt_one_minus_alphas_cumprod)[steps].double()
-        return signal, -noise, noise, signal
-    a, noise = (
-        (model.alphas_cumprod, model.sqrt_one_minus_alphas_cumprod)
-        if original
-        else (sampler.ddim_alphas, sampler.ddim_sqrt_one_minus_alphas)
-    )
-    signal, noise = each(torch.sqrt, _narrow(a), batch).double(), _narrow(noise).double()
-    return 1 / signal, -noise / signal, 0.0, 1.0
-
-
-def _destination(sampler: Any, original: bool, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """√ᾱ_prev, √(1 − ᾱ_prev − σ²) and σ; the original takes roots of `[batch, 1, 1, 1]`."""
-    name, model = "ddim_sigmas_for_original_num_steps", sampler.model
-    if original:
-        p, sigma = model.alphas_cumprod_prev, getattr(model, name, getattr(sampler, name))
-    else:
-        p, sigma = sampler.ddim_alphas_prev, sampler.ddim_sigmas
-    p, sigma = _narrow(p), _narrow(sigma)
-    signal, direction = (each(torch.sqrt, v, batch) for v in (p, 1 - p - sigma**2))
-    return signal.double(), direction.double(), sigma.double()
-
-
-def _narrow(values: Any) -> Tensor:
-    """A buffer in torch's default dtype, to which the original's step rounds it."""
-    return _host(values).to(torch.get_default_dtype())
-
-
-def _host(values: Any) -> Tensor:
-    """A buffer, which is a tensor or an array, on the CPU."""
-    return torch.as_tensor(values).detach().cpu()

@@ -1,0 +1,65 @@
+"""Drop-ins for the schedulers of diffusers, whose step is one pass over memory.
+
+```python
+import diffusers, fastddim.integrations.diffusers
+unet = diffusers.UNet2DModel(sample_size=16, block_out_channels=(32, 32, 32, 32))
+pipe = diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())  # or any of yours
+pipe.scheduler = fastddim.integrations.diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+image = pipe(num_inference_steps=2).images[0]
+```
+
+Every class is a subclass of the one that it is named after, takes what that takes and gives what
+that gives, to rounding: noise is drawn with the same calls from the same generators, roots are
+those that diffusers takes, one timestep at a time in the dtype of `alphas_cumprod`, and what
+diffusers does against the paper is done here too:
+
+- the timestep before is `t - T // N`, whatever timesteps are visited next;
+- `set_alpha_to_one=False` adds noise in the last step where that does not end at t = 0;
+- `timestep_spacing="trailing"` visits t = -1, which reads the last ᾱ, for 62 values of N;
+- epsilon is divided by √ᾱ = 0 at zero terminal SNR, which only clipping hides: infinite without
+  it in diffusers, of the order of 1e30 here;
+- an η for which 1 − ᾱ_prev − σ² < 0 gives NaN, and so does `fixed_large_log`.
+
+Where only rounding takes 1 − ᾱ_prev − σ² below 0, as η = 1 does at zero terminal SNR, diffusers
+gives NaN and this gives the limit.
+
+`fastddim.sample` does none of this. A half-precision state is computed in float32 and rounded once,
+where diffusers rounds every operation. What the kernel has no case for (tensors that broadcast, an
+η that is not a number ≥ 0, integer samples) goes to diffusers' own code.
+
+Nothing waits for a device: timesteps that `set_timesteps` has put there are known on the host too.
+Only `DDPMScheduler` and philox noise read a timestep that lies on a device and comes from
+elsewhere, since they need its value.
+
+`from_config(..., noise="philox", seed=0, sample_offset=0)`, or `set_noise` later, takes the noise
+of the steps from the seed instead of from torch: see `fastddim.sample`. It is no part of the
+config, and a saved pipeline does not have it.
+"""
+
+from __future__ import annotations
+
+# A pipeline that is loaded looks for SchedulerMixin in the scheduler's module.
+from diffusers import SchedulerMixin
+
+from fastddim.integrations.diffusers._ddim import DDIMParallelScheduler, DDIMScheduler
+from fastddim.integrations.diffusers._ddpm import DDPMScheduler
+from fastddim.integrations.diffusers._inverse import DDIMInverseScheduler
+from fastddim.integrations.diffusers._scheduler import _restored
+
+__all__ = [
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "SchedulerMixin",
+]
+
+# Saved pipelines and pickles name the module of a class, which must outlast the layout of files.
+for _saved in (
+    DDIMScheduler,
+    DDIMParallelScheduler,
+    DDIMInverseScheduler,
+    DDPMScheduler,
+    _restored,
+):
+    _saved.__module__ = __name__

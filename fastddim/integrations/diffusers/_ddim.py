@@ -1,0 +1,222 @@
+"""The two DDIM schedulers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.schedulers import scheduling_ddim as _ddim
+from diffusers.schedulers import scheduling_ddim_parallel as _ddim_parallel
+from torch import Tensor
+
+from fastddim.integrations._tables import version
+from fastddim.integrations.diffusers._rows import (
+    SignedTable,
+    doubled,
+    limits,
+    scales,
+    signed_table,
+    strided,
+    valid,
+)
+from fastddim.integrations.diffusers._scheduler import Noising, drawn_like, output_object
+from fastddim.plan import Update, row_of
+
+_ONE = torch.tensor(1.0, device="cpu")
+
+
+class _Ddim(Noising):
+    """`step` of the two DDIM schedulers."""
+
+    final_alpha_cumprod: Tensor
+    _output_class: Any
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """As in diffusers."""
+        super().set_timesteps(num_inference_steps)  # type: ignore[misc]
+        self._move_timesteps(device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """One step, as in diffusers, in one pass.
+
+        Args:
+            model_output, sample: `[B, …]`, floating point.
+            timestep: an int, or a tensor with one; need not be among `timesteps`.
+            eta: η of eq. 16 of arXiv 2010.02502.
+            use_clipped_model_output: re-derive epsilon from the clipped x_0.
+            generator, variance_noise: of the noise where η > 0; at most one of them.
+            return_dict: return diffusers' output object instead of a tuple.
+
+        Returns:
+            prev_sample and pred_original_sample, each shaped like `sample`.
+
+        Raises:
+            ValueError: both kinds of noise are given, `set_timesteps` was not called, or the
+                config's prediction type is unknown.
+            IndexError: the timestep is no index of `alphas_cumprod`.
+        """
+        state = self._state(sample, model_output)
+        table = None if state is None else self._table(eta, use_clipped_model_output)
+        if state is None or table is None:
+            return super().step(  # type: ignore[misc]
+                model_output,
+                timestep,
+                sample,
+                eta,
+                use_clipped_model_output,
+                generator,
+                variance_noise,
+                return_dict,
+            )
+        noise, keys = None, None
+        if eta > 0:
+            if (
+                variance_noise is None
+                and generator is None
+                and self._fastddim_work.seed is not None
+            ):
+                keys = self._philox_keys(timestep, state)
+            else:
+                noise = _noise(model_output, sample, generator, variance_noise)
+        row = timestep if type(timestep) is int else self._row(timestep, state.device)
+        results = table(state, model_output, row, noise=noise, keys=keys)
+        return output_object(self._output_class, *results) if return_dict else results
+
+    def _table(
+        self, eta: Any, rederive_eps: bool, final: Tensor | None = None
+    ) -> SignedTable | None:
+        """The table of an η; None where diffusers has to say what is wrong, or to do what the
+        kernel does not.
+
+        Args:
+            final: ᾱ after the last timestep, by default the scheduler's.
+        """
+        if not isinstance(eta, (float, int)):
+            return None
+        alphas, steps, config = self.alphas_cumprod, self.num_inference_steps, self.config
+        last = self.final_alpha_cumprod if final is None else final
+        key = (
+            eta,
+            rederive_eps,
+            steps,
+            version(alphas),
+            version(last),
+            id(config),
+            id(alphas),
+            id(last),
+        )
+        kept = self._fastddim_work.tables
+        table: SignedTable | None = kept.get(key)
+        if table is None and steps is not None and not eta < 0 and valid(config):
+            table = _table(config, alphas, last, steps, float(eta), bool(rederive_eps))
+            kept.put(key, table, (config, alphas, last))
+        return table
+
+
+def _table(
+    config: Mapping[str, Any],
+    alphas: Tensor,
+    final: Tensor,
+    steps: int,
+    eta: float,
+    rederive_eps: bool,
+) -> SignedTable:
+    alphas = alphas.to("cpu")
+    final = final.to(alphas)
+    clip, fit = limits(config)
+    update = Update(
+        eta=eta, prediction=config["prediction_type"], clip=clip, rederive_eps=rederive_eps
+    )
+    before = strided(alphas, config["num_train_timesteps"] // steps, final)
+    return signed_table(row_of(scales(*doubled(alphas, before, final), eta), update), fit)
+
+
+def _noise(
+    model_output: Tensor,
+    sample: Tensor,
+    generator: torch.Generator | None,
+    variance_noise: Tensor | None,
+) -> Tensor:
+    """The noise that is given, or else drawn as diffusers draws it."""
+    if variance_noise is None:
+        return drawn_like(model_output, generator)
+    if generator is not None:
+        raise ValueError(
+            "Cannot pass both generator and variance_noise. Please make sure that either "
+            "`generator` or `variance_noise` stays `None`."
+        )
+    if variance_noise.shape != sample.shape:
+        return variance_noise.expand(sample.shape)
+    return variance_noise
+
+
+class DDIMScheduler(_Ddim, _ddim.DDIMScheduler):  # type: ignore[misc]
+    """diffusers' `DDIMScheduler` with fused steps; see the module for what is the same.
+
+    ```python
+    import diffusers, fastddim.integrations.diffusers, torch
+    theirs = diffusers.DDIMScheduler()
+    scheduler = fastddim.integrations.diffusers.DDIMScheduler.from_config(theirs.config)
+    scheduler.set_timesteps(50)
+    x = scheduler.step(torch.zeros(1, 3, 8, 8), scheduler.timesteps[0], torch.ones(1, 3, 8, 8))
+    ```
+    """
+
+    _output_class = _ddim.DDIMSchedulerOutput
+
+
+class DDIMParallelScheduler(_Ddim, _ddim_parallel.DDIMParallelScheduler):  # type: ignore[misc]
+    """diffusers' `DDIMParallelScheduler` with fused steps; see the module for what is the same.
+
+    ```python
+    import diffusers, fastddim.integrations.diffusers, torch
+    theirs = diffusers.DDIMParallelScheduler()
+    scheduler = fastddim.integrations.diffusers.DDIMParallelScheduler.from_config(theirs.config)
+    scheduler.set_timesteps(50)
+    x = scheduler.batch_step_no_noise(torch.zeros(2, 8), torch.tensor([980, 0]), torch.ones(2, 8))
+    ```
+    """
+
+    _output_class = _ddim_parallel.DDIMParallelSchedulerOutput
+
+    def batch_step_no_noise(
+        self,
+        model_output: Tensor,
+        timesteps: Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+    ) -> Tensor:
+        """A step of each sample from its own timestep, as in diffusers.
+
+        After the last timestep ᾱ is 1 here even where `set_alpha_to_one` is False.
+
+        Args:
+            model_output, sample: `[B, …]`.
+            timesteps: `[B]`.
+            eta: 0.
+
+        Returns:
+            The samples at the timesteps before, in float32 at least.
+        """
+        state, table = self._state(sample, model_output), None
+        if state is not None and eta == 0 and timesteps.numel() in (1, sample.shape[0]):
+            table = self._table(0.0, use_clipped_model_output, _ONE)
+        if state is None or table is None:
+            return super().batch_step_no_noise(
+                model_output, timesteps, sample, eta, use_clipped_model_output
+            )
+        # ᾱ of many timesteps has a part in the dtype of the result, unlike ᾱ of one.
+        state = state.to(torch.promote_types(state.dtype, self.alphas_cumprod.dtype))
+        return table(state, model_output, self._rows(timesteps, state.device), return_x0=False)[0]

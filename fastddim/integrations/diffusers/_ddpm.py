@@ -1,0 +1,181 @@
+"""The scheduler of DDPM's ancestral steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.schedulers import scheduling_ddpm as _ddpm
+from torch import Tensor
+
+from fastddim.integrations._shared import each
+from fastddim.integrations._tables import version
+from fastddim.integrations.diffusers._rows import SignedTable, limits, roots, signed_table, valid
+from fastddim.integrations.diffusers._scheduler import Noising, drawn_like, output_object
+from fastddim.plan import Row, prediction_coefficients
+
+
+class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
+    """diffusers' `DDPMScheduler` with fused steps; see the module for what is the same.
+
+    ```python
+    import diffusers, fastddim.integrations.diffusers, torch
+    theirs = diffusers.DDPMScheduler()
+    scheduler = fastddim.integrations.diffusers.DDPMScheduler.from_config(theirs.config)
+    scheduler.set_timesteps(50)
+    x = scheduler.step(torch.zeros(1, 3, 8, 8), scheduler.timesteps[0], torch.ones(1, 3, 8, 8))
+    ```
+    """
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """As in diffusers."""
+        super().set_timesteps(num_inference_steps, timesteps=timesteps)  # type: ignore[arg-type]
+        self._move_timesteps(device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """One ancestral step (arXiv 2006.11239, eq. 7), as in diffusers, in one pass.
+
+        Args:
+            model_output: `[B, C, …]`, or `[B, 2C, …]` where the variance is learned.
+            timestep: an int, or a tensor with one, among `timesteps` once these are set.
+            sample: `[B, C, …]`, floating point.
+            generator: of the noise, which is added where t > 0.
+            return_dict: return diffusers' output object instead of a tuple.
+
+        Returns:
+            prev_sample and pred_original_sample, each shaped like `sample`.
+
+        Raises:
+            IndexError: the timestep is not among `timesteps`.
+            ValueError: the config's prediction type is unknown.
+        """
+        learned = self.variance_type in ("learned", "learned_range")
+        predicted = None
+        mean = model_output
+        if learned and model_output.shape[1] == 2 * sample.shape[1]:
+            mean, predicted = model_output.split(sample.shape[1], dim=1)
+        state = self._state(sample, mean)
+        steps = None if state is None else self._ancestral()
+        t = self._host_value(timestep)
+        t = int(timestep) if t is None else t
+        missing = learned and predicted is None
+        if state is None or steps is None or t not in steps.visited or missing:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        noise, keys = None, None
+        if t > 0:
+            if predicted is None and generator is None and self._fastddim_work.seed is not None:
+                keys = self._philox_keys(t, state)
+            else:
+                noise = drawn_like(mean, generator)
+        if noise is not None and predicted is not None:
+            noise = self._deviation(steps, t, predicted) * noise
+        results = steps.table(state, mean, t, noise=noise, keys=keys)
+        return output_object(_ddpm.DDPMSchedulerOutput, *results) if return_dict else results
+
+    def _deviation(self, steps: _Ancestral, t: int, predicted: Tensor) -> Tensor:
+        """Standard deviation of the noise of each element, where it is learned."""
+        if self.variance_type == "learned":
+            return predicted**0.5
+        low, high = steps.log_variances[t]
+        fraction = (predicted + 1) / 2
+        return torch.exp(0.5 * (fraction * high + (1 - fraction) * low))
+
+    def _ancestral(self) -> _Ancestral | None:
+        """The steps; None where diffusers has to say what is wrong."""
+        alphas, timesteps, config = self.alphas_cumprod, self.timesteps, self.config
+        kind, custom, steps = self.variance_type, self.custom_timesteps, self.num_inference_steps
+        key = (
+            steps,
+            custom,
+            kind,
+            version(alphas),
+            version(timesteps),
+            id(config),
+            id(alphas),
+            id(timesteps),
+        )
+        kept = self._fastddim_work.tables
+        found: _Ancestral | None = kept.get(key)
+        if found is None and kind == config["variance_type"] and valid(config):
+            every = range(len(alphas))[::-1]
+            visited = self._host_timesteps().values if custom or steps else every
+            found = _ancestral(config, alphas.to("cpu"), visited)
+            kept.put(key, found, (config, alphas, timesteps))
+        return found
+
+
+class _Ancestral(NamedTuple):
+    """The steps of DDPM down some timesteps."""
+
+    table: SignedTable
+    visited: frozenset[int]
+    log_variances: list[list[float]]
+    """(smallest, largest) of each timestep, where the variance is learned between them."""
+
+
+def _ancestral(config: Mapping[str, Any], alphas: Tensor, visited: Sequence[int]) -> _Ancestral:
+    # Of a timestep that is there twice, diffusers finds the first.
+    pairs = list(zip(visited, [*visited[1:], -1], strict=True))[::-1]
+    previous = dict(pairs)
+    before = torch.ones_like(alphas).repeat(2)
+    for t, earlier in previous.items():
+        if earlier >= 0:
+            before[t] = alphas[earlier]
+    a, p = alphas.repeat(2), before
+    k0, kx, variance, large = _posterior(a, p)
+    signal, sigma = roots(a).double(), roots(1 - a).double()
+    cx, cm, _, _ = prediction_coefficients(signal, sigma, config["prediction_type"])
+    clip, fit = limits(config)
+    row = Row(
+        cx=cx,
+        cm=cm,
+        r=float("inf") if clip is None else clip,
+        k0=k0.double(),
+        kx=kx.double(),
+        km=0.0,
+        pn=_fixed_deviation(config["variance_type"], variance, large).double(),
+        g=1.0,
+    )
+    log_variances: list[list[float]] = []
+    if config["variance_type"] == "learned_range":
+        logs = [each(torch.log, v[: len(alphas)]) for v in (variance, large)]
+        log_variances = torch.stack(logs, dim=1).tolist()
+    return _Ancestral(signed_table(row, fit), frozenset(previous), log_variances)
+
+
+def _posterior(a: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Coefficients of x_0 and x_t in the posterior mean, and the smaller and the larger variance
+    (arXiv 2006.11239, eq. 7 and section 3.2).
+    """
+    ratio = a / p
+    large = 1 - ratio
+    k0 = roots(p) * large / (1 - a)
+    kx = roots(ratio) * (1 - p) / (1 - a)
+    variance = ((1 - p) / (1 - a) * large).clamp(min=1e-20)
+    return k0, kx, variance, large
+
+
+def _fixed_deviation(variance_type: str, variance: Tensor, large: Tensor) -> Tensor:
+    """Standard deviation of the noise of each timestep; 1 where the noise is scaled before."""
+    if variance_type == "fixed_small":
+        return roots(variance)
+    if variance_type == "fixed_small_log":
+        return each(lambda v: torch.exp(0.5 * torch.log(v)), variance)
+    if variance_type == "fixed_large":
+        return roots(large)
+    if variance_type == "fixed_large_log":
+        return roots(each(torch.log, large))
+    return torch.ones_like(variance)

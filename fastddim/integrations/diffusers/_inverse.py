@@ -1,0 +1,91 @@
+"""The scheduler of DDIM's way back, from an image to noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.schedulers import scheduling_ddim_inverse as _ddim_inverse
+from torch import Tensor
+
+from fastddim.integrations._tables import version
+from fastddim.integrations.diffusers._rows import (
+    SignedTable,
+    doubled,
+    limits,
+    scales,
+    signed_table,
+    strided,
+    valid,
+)
+from fastddim.integrations.diffusers._scheduler import Fused, output_object
+from fastddim.plan import Update, row_of
+
+
+class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: ignore[misc]
+    """diffusers' `DDIMInverseScheduler` with fused steps; see the module for what is the same.
+
+    The model is to be run at the timestep that a step ends at, an explicit guess;
+    `fastddim.invert(refine=…)` iterates on it.
+
+    ```python
+    import diffusers, fastddim.integrations.diffusers, torch
+    theirs = diffusers.DDIMInverseScheduler()
+    scheduler = fastddim.integrations.diffusers.DDIMInverseScheduler.from_config(theirs.config)
+    scheduler.set_timesteps(50)
+    x = scheduler.step(torch.zeros(1, 3, 8, 8), scheduler.timesteps[0], torch.ones(1, 3, 8, 8))
+    ```
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """As in diffusers."""
+        super().set_timesteps(num_inference_steps)
+        self._move_timesteps(device)
+
+    def step(
+        self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True
+    ) -> Any:
+        """One step up to `timestep`, as in diffusers, in one pass.
+
+        Args:
+            model_output, sample: `[B, …]`, floating point.
+            timestep: an int, or a tensor with one.
+            return_dict: return diffusers' output object instead of a tuple.
+
+        Returns:
+            prev_sample and pred_original_sample, each shaped like `sample`.
+
+        Raises:
+            IndexError: the timestep is no index of `alphas_cumprod`.
+        """
+        state = self._state(sample, model_output)
+        table = None if state is None else self._table()
+        if state is None or table is None:
+            return super().step(model_output, timestep, sample, return_dict)
+        row = timestep if type(timestep) is int else self._row(timestep, state.device)
+        results = table(state, model_output, row)
+        return (
+            output_object(_ddim_inverse.DDIMSchedulerOutput, *results) if return_dict else results
+        )
+
+    def _table(self) -> SignedTable | None:
+        """The table of all steps; None where diffusers has to say what is wrong."""
+        alphas, steps, config = self.alphas_cumprod, self.num_inference_steps, self.config
+        initial = self.initial_alpha_cumprod
+        key = (steps, version(alphas), version(initial), id(config), id(alphas), id(initial))
+        kept = self._fastddim_work.tables
+        table: SignedTable | None = kept.get(key)
+        if table is None and steps is not None and valid(config):
+            table = _table(config, alphas, initial, steps)
+            kept.put(key, table, (config, alphas, initial))
+        return table
+
+
+def _table(config: Mapping[str, Any], alphas: Tensor, initial: Tensor, steps: int) -> SignedTable:
+    alphas = alphas.to("cpu")
+    initial = initial.to(alphas)
+    clip, _ = limits(config)
+    update = Update(prediction=config["prediction_type"], clip=clip)
+    at_start = strided(alphas, config["num_train_timesteps"] // steps, initial)
+    ends, starts = doubled(alphas, at_start, initial)
+    return signed_table(row_of(scales(starts, ends), update))

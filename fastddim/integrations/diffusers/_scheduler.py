@@ -1,0 +1,242 @@
+"""The part that all schedulers share: configuration, noise, timesteps and tables."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fastddim import transfer
+from fastddim.cache import Cache
+from fastddim.integrations._tables import step_table, version
+from fastddim.integrations.diffusers._rows import roots
+from fastddim.integrations.diffusers._timesteps import HostTimesteps
+from fastddim.philox import Keys, make_keys
+from fastddim.plan import mixing_row
+from fastddim.steptable import StepTable
+from fastddim.validation import STATE_DTYPES, check_choice
+
+_TABLES_KEPT = 16
+
+# One for each step of a long run, since making them waits for the device.
+_KEYS_KEPT = 1024
+
+
+class FusedState:
+    """What a scheduler has here besides the attributes that diffusers gives it.
+
+    A copy of the scheduler has the same noise and its own tables.
+    """
+
+    def __init__(self, seed: Any = None, sample_offset: int = 0) -> None:
+        """
+        Args:
+            seed, sample_offset: of philox noise; no seed where torch draws the noise.
+        """
+        self.seed = seed
+        self.sample_offset = sample_offset
+        self.tables: Cache[Any] = Cache(_TABLES_KEPT)
+        self.keys: Cache[Keys] = Cache(_KEYS_KEPT)
+        self.timesteps: HostTimesteps | None = None
+
+    def __deepcopy__(self, memo: Any) -> FusedState:
+        state, timesteps = FusedState(self.seed, self.sample_offset), self.timesteps
+        if timesteps is not None and timesteps.current:
+            # The scheduler's copy has the same copy of its timesteps.
+            tensor = copy.deepcopy(timesteps.tensor, memo)
+            state.timesteps = HostTimesteps.of(tensor, timesteps.values)
+        return state
+
+    def __reduce__(self) -> Any:
+        return _restored, (self.seed, self.sample_offset)
+
+
+def _restored(seed: Any, sample_offset: int) -> FusedState:
+    """Make the state of a scheduler that was pickled. Pickles hold the name of this function."""
+    return FusedState(seed, sample_offset)
+
+
+class Fused:
+    """The base that comes before diffusers' class in the order of bases."""
+
+    # Set by diffusers.
+    config: Any
+    alphas_cumprod: Tensor
+    timesteps: Tensor
+    num_inference_steps: int | None
+
+    @cached_property
+    def _fastddim_work(self) -> FusedState:
+        """Made when first asked for; its name is that in pickles, those of earlier versions too."""
+        return FusedState()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any = None,
+        return_unused_kwargs: bool = False,
+        *,
+        noise: str = "torch",
+        seed: Any = 0,
+        sample_offset: int = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """As in diffusers; `noise`, `seed` and `sample_offset` go to `set_noise`."""
+        made = super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
+        (made[0] if return_unused_kwargs else made).set_noise(noise, seed, sample_offset)
+        return made
+
+    def set_noise(self, noise: str, seed: Any = 0, sample_offset: int = 0) -> None:
+        """Choose where the noise of the steps comes from.
+
+        Args:
+            noise: "torch": drawn as diffusers draws it, or "philox": drawn in the kernel, keyed by
+                the seed, the step's index in `timesteps` and the sample.
+            seed, sample_offset: as in `fastddim.sample`; of philox.
+
+        Raises:
+            ValueError: `noise` is neither.
+        """
+        check_choice("noise", noise, ("torch", "philox"))
+        fused = self._fastddim_work
+        fused.seed, fused.sample_offset = (seed if noise == "philox" else None), sample_offset
+        fused.keys.clear()
+
+    def _state(self, sample: Tensor, model_output: Tensor) -> Tensor | None:
+        """The state in the dtype of the result; None where the kernel does not take these two."""
+        shape, dtype = sample.shape, sample.dtype
+        if not shape or shape != model_output.shape or dtype not in STATE_DTYPES:
+            return None
+        if dtype is model_output.dtype:
+            return sample
+        # A model that predicts x_0 sets the dtype of x_0 in diffusers; the kernel's is the state's.
+        if model_output.dtype not in STATE_DTYPES or self.config["prediction_type"] == "sample":
+            return None
+        return sample.to(torch.promote_types(dtype, model_output.dtype))
+
+    def _move_timesteps(self, device: Any) -> None:
+        """Move the timesteps, which are on the host, to the device, and remember their values."""
+        values = self.timesteps.tolist()
+        # Only tensors made outside inference mode count their changes.
+        with torch.inference_mode(False):
+            self.timesteps = self.timesteps.to(device, copy=self.timesteps.is_inference())
+        self._fastddim_work.timesteps = HostTimesteps.of(self.timesteps, values)
+
+    def _host_timesteps(self) -> HostTimesteps:
+        """The timesteps; read, once, where `set_timesteps` is not what has put them there."""
+        fused, timesteps = self._fastddim_work, self.timesteps
+        known = fused.timesteps
+        if known is None or known.tensor is not timesteps or not known.current:
+            known = fused.timesteps = HostTimesteps.of(timesteps, timesteps.tolist())
+        return known
+
+    def _host_value(self, timestep: Any) -> int | None:
+        """The value of a timestep; None where it lies on a device and would have to be read."""
+        if not isinstance(timestep, Tensor) or timestep.is_cpu:
+            return int(timestep)
+        known = self._fastddim_work.timesteps
+        return None if known is None else known.value_of(timestep)
+
+    def _row(self, timestep: Any, device: torch.device) -> int | Tensor:
+        """The row of a timestep in a `SignedTable`, for a state on the device."""
+        t = self._host_value(timestep)
+        return self._rows(timestep, device) if t is None else t
+
+    def _rows(self, timesteps: Tensor, device: torch.device) -> Tensor:
+        """The rows of timesteps in a `SignedTable`, read on the device."""
+        rows: Tensor = timesteps.reshape(-1).to(device, torch.int64)
+        return rows.remainder(2 * self.alphas_cumprod.shape[0])
+
+    def _philox_keys(self, timestep: Any, sample: Tensor) -> Keys:
+        fused = self._fastddim_work
+        t = self._host_value(timestep)
+        t = int(timestep) if t is None else t
+        step = self._host_timesteps().step_of.get(t)
+        if step is None:
+            raise ValueError(
+                f"timestep: expected one of the scheduler's timesteps with noise='philox', got {t}"
+            )
+        key = (step, sample.shape[0], sample.device)
+        keys = fused.keys.get(key)
+        if keys is None:
+            keys = make_keys(
+                fused.seed,
+                sample.shape[0],
+                sample_offset=fused.sample_offset,
+                step_index=step,
+                device=sample.device,
+            )
+            if not transfer.captured(sample.device):
+                transfer.wait(sample.device)  # Another stream may use them.
+                fused.keys.put(key, keys)
+        return keys
+
+
+class Noising(Fused):
+    """`add_noise` and `get_velocity` of the schedulers that have them."""
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """√ᾱ_t·original_samples + √(1 − ᾱ_t)·noise, as in diffusers."""
+        mixed = self._mixed("add_noise", original_samples, noise, timesteps)
+        if mixed is None:
+            return super().add_noise(original_samples, noise, timesteps)  # type: ignore[misc,no-any-return]
+        return mixed
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """√ᾱ_t·noise − √(1 − ᾱ_t)·sample, as in diffusers."""
+        mixed = self._mixed("get_velocity", sample, noise, timesteps)
+        if mixed is None:
+            return super().get_velocity(sample, noise, timesteps)  # type: ignore[misc,no-any-return]
+        return mixed
+
+    def _mixed(self, method: str, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor | None:
+        """The result of a method; None where it is a case for diffusers."""
+        state = self._state(x, noise)
+        if state is None or timesteps.numel() not in (1, x.shape[0]):
+            return None
+        if timesteps.is_cpu:
+            values = timesteps.reshape(-1).tolist()
+            if not values or min(values) < 0 or max(values) >= len(self.alphas_cumprod):
+                return None
+        alphas, kept = self.alphas_cumprod, self._fastddim_work.tables
+        key = (method, version(alphas), id(alphas))
+        table: StepTable | None = kept.get(key)
+        if table is None:
+            table = _mixing_table(method, alphas)
+            kept.put(key, table, (alphas,))
+        row = timesteps.reshape(-1).to(x.device, torch.int64)
+        return table(state, noise, row, return_x0=False)[0]
+
+
+def _mixing_table(method: str, alphas: Tensor) -> StepTable:
+    alphas = alphas.to("cpu")
+    signal, sigma = roots(alphas).double(), roots(1 - alphas).double()
+    of_x, of_noise = (signal, sigma) if method == "add_noise" else (-sigma, signal)
+    return step_table(mixing_row(of_x, of_noise))
+
+
+def drawn_like(like: Tensor, generator: Any) -> Tensor:
+    """Noise in the shape of a tensor, drawn as diffusers draws it."""
+    noise: Tensor = randn_tensor(
+        like.shape, generator=generator, device=like.device, dtype=like.dtype
+    )
+    return noise
+
+
+_set_item = OrderedDict.__setitem__
+
+
+def output_object(cls: Any, prev_sample: Tensor, pred_original_sample: Tensor) -> Any:
+    """The output object of diffusers, whose own constructor takes longer than a small step."""
+    output = cls.__new__(cls)
+    _set_item(output, "prev_sample", prev_sample)
+    _set_item(output, "pred_original_sample", pred_original_sample)
+    fields = output.__dict__
+    fields["prev_sample"] = prev_sample
+    fields["pred_original_sample"] = pred_original_sample
+    return output
