@@ -303,19 +303,23 @@ for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"fastddim::{_name}", _fake, lib=_library)
 
 
+_ADDED = ("noise", "history", "known")
+"""Inputs that are added to the new state, each with a factor of its own."""
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     given = Inputs(*inputs)
     if given.mask is not None and given.mask.requires_grad:
         raise NotImplementedError("mask: expected a tensor that does not require grad")
     ctx.save_for_backward(given.x, given.model_output, given.table, given.row, given.mask)
-    others = (given.noise, given.history, given.known)
-    ctx.dtypes = [None if other is None else other.dtype for other in others]
+    added = {name: getattr(given, name) for name in _ADDED}
+    ctx.dtypes = {name: tensor.dtype for name, tensor in added.items() if tensor is not None}
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad_x_prev: Tensor | None, grad_x_0: Tensor | None) -> tuple[Any, ...]:
     x, model_output, table, row, mask = ctx.saved_tensors
-    grads = dict.fromkeys(("x", "model_output", "noise", "history", "known"))
+    grads: dict[str, Tensor | None] = {}
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         grads["x"], grads["model_output"] = torch.ops.fastddim.backward(
             grad_x_prev, grad_x_0, x, model_output, table, row, mask
@@ -326,8 +330,8 @@ def _gradients(ctx: Any, grad_x_prev: Tensor | None, grad_x_0: Tensor | None) ->
         kept = grad_x_prev if mask is None else grad_x_prev * (1 - mask)
         known = None if mask is None else grad_x_prev * mask
         grads |= {"noise": pn * kept, "history": ph * kept, "known": known}
-    for name, dtype in zip(("noise", "history", "known"), ctx.dtypes, strict=True):
-        grad = grads[name]
+    for name in _ADDED:
+        grad, dtype = grads.get(name), ctx.dtypes.get(name)
         grads[name] = None if grad is None or dtype is None else grad.to(dtype)
     return tuple(map(grads.get, Inputs._fields))
 

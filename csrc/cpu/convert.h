@@ -133,6 +133,18 @@ void write(const View& view, const Span& span, const T* from) {
   }
 }
 
+// An operand of a span to be read, in place or in its buffer.
+template <class T, int COUNT>
+FASTDDIM_FN const T* input(const Span& span, int v, T (&buffers)[COUNT][TILE]) {
+  return read(span.job.views[v], span, buffers[v]);
+}
+
+// An operand of a span to be written, in place or in its buffer.
+template <class T, int COUNT>
+FASTDDIM_FN T* output(const Span& span, int v, T (&buffers)[COUNT][TILE]) {
+  return direct_or_buffer(span.job.views[v], span, buffers[v]);
+}
+
 // The tile rounded to the state's dtype, as a user who casts the new state for the model would see
 // it.
 FASTDDIM_FN const float* rounded(Dtype dtype, int64_t count, float* tile) {

@@ -7,12 +7,12 @@
 // Calls visit(x, m, conditional, count) for each tile of a sample, with m guided.
 template <class T, class Visit>
 FASTDDIM_FN void for_each_tile(const Job& job, int64_t sample, const Row<T>& row, Visit visit) {
-  alignas(64) T buffers[3][TILE], m[TILE];
+  alignas(64) T buffers[operand::OF_UPDATE][TILE], m[TILE];
   for (int64_t first = 0; first < job.count; first += job.tile) {
     const Span span{job, sample, first};
-    const T* x = read(job.views[operand::x], span, buffers[0]);
-    const T* unconditional = read(job.views[operand::unconditional], span, buffers[1]);
-    const T* conditional = read(job.views[operand::conditional], span, buffers[2]);
+    const T* x = input(span, operand::x, buffers);
+    const T* unconditional = input(span, operand::unconditional, buffers);
+    const T* conditional = input(span, operand::conditional, buffers);
     for (int64_t i = 0; i < span.count; ++i) {
       m[i] = conditional ? guided(row, unconditional[i], conditional[i]) : unconditional[i];
     }

@@ -190,29 +190,24 @@ void update_tiles(const Job& job, int64_t begin, int64_t end) {
     const int64_t sample = index / per_sample;
     const Span span{job, sample, index % per_sample * job.tile};
     const Row<T> row = row_of<T>(job, sample);
-    const auto input = [&](int v) __attribute__((always_inline)) {
-      return read(job.views[v], span, buffers[v]);
-    };
-    const auto output = [&](int v) __attribute__((always_inline)) {
-      return direct_or_buffer(job.views[v], span, buffers[v]);
-    };
     Tile<T> tile;
-    tile.x = input(operand::x);
-    tile.unconditional = input(operand::unconditional);
-    tile.conditional = input(operand::conditional);
-    tile.history = input(operand::history);
-    tile.mask = input(operand::mask);
-    tile.known = input(operand::known);
-    tile.out = output(operand::out);
-    tile.x_0 = output(operand::x_0);
-    tile.epsilon = output(operand::epsilon);
+    tile.x = input(span, operand::x, buffers);
+    tile.unconditional = input(span, operand::unconditional, buffers);
+    tile.conditional = input(span, operand::conditional, buffers);
+    tile.history = input(span, operand::history, buffers);
+    tile.mask = input(span, operand::mask, buffers);
+    tile.known = input(span, operand::known, buffers);
+    tile.out = output(span, operand::out, buffers);
+    tile.x_0 = output(span, operand::x_0, buffers);
+    tile.epsilon = output(span, operand::epsilon, buffers);
     tile.stream = job.streaming && tile.out != buffers[operand::out] &&
                   (uintptr_t)tile.out % 64 == 0 && tile.x_0 != buffers[operand::x_0] &&
                   (uintptr_t)tile.x_0 % 64 == 0;
     tile.noise = nullptr;
     if (row.pn == 0 || !update_drawing(job, span, row, tile, buffers[operand::noise])) {
       if (row.pn != 0) {
-        tile.noise = job.seed ? draw(job, span, buffers[operand::noise]) : input(operand::noise);
+        tile.noise = job.seed ? draw(job, span, buffers[operand::noise])
+                              : input(span, operand::noise, buffers);
       }
       update_tile(row, tile, span.count);
     }
@@ -236,15 +231,12 @@ void backward_tiles(const Job& job, int64_t begin, int64_t end) {
     const int64_t sample = index / per_sample;
     const Span span{job, sample, index % per_sample * job.tile};
     const Row<T> row = row_of<T>(job, sample);
-    const auto input = [&](int v) __attribute__((always_inline)) {
-      return read(job.views[v], span, buffers[v]);
-    };
-    const T* x = input(operand::x);
-    const T* unconditional = input(operand::unconditional);
-    const T* conditional = input(operand::conditional);
-    const T* mask = input(operand::mask);
-    const T* grad_out = input(operand::grad_out);
-    const T* grad_x_0 = input(operand::grad_x_0);
+    const T* x = input(span, operand::x, buffers);
+    const T* unconditional = input(span, operand::unconditional, buffers);
+    const T* conditional = input(span, operand::conditional, buffers);
+    const T* mask = input(span, operand::mask, buffers);
+    const T* grad_out = input(span, operand::grad_out, buffers);
+    const T* grad_x_0 = input(span, operand::grad_x_0, buffers);
     T *grad_x = buffers[operand::grad_x], *grad_u = buffers[operand::grad_unconditional];
     T* grad_c = buffers[operand::grad_conditional];
     for (int64_t i = 0; i < span.count; ++i) {
