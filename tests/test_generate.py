@@ -200,7 +200,6 @@ class TestBytes:
         shard = safetensors.torch.load_file("run/samples-0000000000-0000000003.safetensors")
         assert torch.equal(shard["samples"], fastddim.sample(policy, 2, shape=(3, 5)))
 
-
     def test_numpy_integers_are_written_like_python_s(self, net):
         given = {"start": np.int64(2), "stop": np.int64(COUNT), "seed": np.uint8(5)}
         fastddim.generate(net, 2, "run", **{**ARGUMENTS, **given})
