@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+# The check itself starts before the package under test is installed.
 if TYPE_CHECKING:
     from fastddim.options import Graph
 
