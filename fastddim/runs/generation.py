@@ -21,7 +21,7 @@ from fastddim import adapter
 from fastddim.adapter import Model, check_model
 from fastddim.api import sample
 from fastddim.files import check_writable
-from fastddim.loop.loop import check_reporting
+from fastddim.loop.loop import check_progress
 from fastddim.loop.setup import prepare_sampling, resolve_schedule
 from fastddim.options import (
     Callback,
@@ -73,7 +73,7 @@ class Generation:
         start = check_int("start", options.start, 0, 2**32 - 1)
         stop = check_int("stop", options.stop, start + 1, 2**32)
         self._seed = check_int("seed", options.seed, 0, 2**64 - 1)
-        check_reporting(options, options.graph)
+        check_progress(options, options.graph)
         self._batch_size = _checked_batch_size(options.batch_size, options.memory)
         shape = _checked_sample_shape(model, options.sample_shape)
         self._sharding = Sharding(start, stop, 1, check_format(options.format, shape), shape)
