@@ -25,7 +25,7 @@ GPUCHECK_STAGES ?=
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-CXX_FILES := $(shell find csrc tests/native tests/support/gpuless benchmarks/gpucheck -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+CXX_FILES := $(shell find csrc tests/native tests/support/gpuless benchmarks/gpucheck -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help report demo test test-oldest test-newest test-gpu test-sanitize test-faults lint docs bench gpucheck gpucheck-prepare format clean

@@ -4,9 +4,9 @@ The list of packages is explicit because `fastddim.kernels` lives in `kernels/`,
 
 Without torch, without a C++ compiler, or with FASTDDIM_BUILD_EXT=0 in the environment, the package
 is built without the extension. The CUDA kernels are part of it where torch is a CUDA build and nvcc
-is found with its static runtime; FASTDDIM_BUILD_CUDA=1 asks for them beside any torch (they then
-fail to build rather than be left out), FASTDDIM_BUILD_CUDA=0 leaves them out. FASTDDIM_WERROR=1
-turns compilers' warnings into errors: another release of a compiler may warn of what ours does not.
+is found with its static runtime. FASTDDIM_BUILD_CUDA=1 asks for them with any torch: if they cannot
+be built, the build fails. FASTDDIM_BUILD_CUDA=0 leaves them out. FASTDDIM_WERROR=1 turns compilers'
+warnings into errors; it is off by default, since other releases of a compiler may warn of more.
 """
 
 import os
@@ -30,7 +30,7 @@ WARNINGS_ARE_ERRORS = os.environ.get("FASTDDIM_WERROR") == "1"
 
 
 def missing_for_extension() -> str | None:
-    """What keeps the extension from being built, or None."""
+    """The reason why the extension cannot be built, or None."""
     if os.environ.get("FASTDDIM_BUILD_EXT") == "0":
         return "FASTDDIM_BUILD_EXT=0"
     try:
@@ -42,14 +42,14 @@ def missing_for_extension() -> str | None:
 
 
 class Toolkit(NamedTuple):
-    """What the CUDA kernels are built with."""
+    """The compiler of the CUDA kernels, and its libraries."""
 
     nvcc: Path
     libraries: Path  # where libcudart_static.a is
 
 
 def cuda_toolkit() -> Toolkit | None:
-    """The toolkit in use; None, with a line that says why, where the CUDA kernels are left out."""
+    """The toolkit in use; None, and a line that says why, where the CUDA kernels are left out."""
     import torch
 
     asked = os.environ.get("FASTDDIM_BUILD_CUDA")
@@ -67,7 +67,7 @@ def cuda_toolkit() -> Toolkit | None:
 
 
 def find_toolkit() -> Toolkit:
-    """Raises LookupError where a part of it is missing."""
+    """The toolkit found; raises LookupError if a part of it is missing."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     # torch looks for a toolkit only where it is a CUDA build itself.
@@ -82,8 +82,9 @@ def find_toolkit() -> Toolkit:
 
 
 def library_folders(nvcc: str) -> list[Path]:
-    """Where nvcc says that its libraries are: the file found may be a script that calls it from
-    elsewhere. Toolkits have them in a folder that it links with, the packages from PyPI in `lib`.
+    """Folders that may hold the libraries of `nvcc`, by its own account: the file found may be a
+    script that calls an nvcc elsewhere. A toolkit has its libraries in a folder that nvcc links
+    with, the packages from PyPI have them in `lib`.
     """
     asked = [nvcc, "--dryrun", "-x", "cu", os.devnull]
     said = subprocess.run(asked, check=False, capture_output=True, text=True).stderr
@@ -143,7 +144,7 @@ def extension_arguments() -> dict[str, object]:
     sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
     if toolkit is not None:
         sources.append(Path("csrc/cuda/binding.cpp"))
-    headers = [path for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cu")]
+    headers = [path for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cu", ".cuh")]
     extension = CppExtension(
         "fastddim._C",
         sorted(map(str, sources)),

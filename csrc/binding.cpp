@@ -25,7 +25,7 @@ using namespace fastddim;
 // A second thread costs about as much as this many elements.
 constexpr int64_t GRAIN = 32768, NOISY_GRAIN = 16384;
 
-// How often a sample is read to fit its row.
+// The passes over a sample that fitting its row takes.
 constexpr int64_t FIT_PASSES = 4;
 
 // Above this many bytes the output would only push the inputs out of the caches.
@@ -51,21 +51,20 @@ void run(const Job& job, Kernel kernel, bool noisy) {
                               [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 }
 
-void set_tile(Job& job, const Layout& layout) {
+void set_tile(Job& job, const JobLayout& layout) {
   const Dtype computed = job.float64 ? Dtype::float64 : Dtype::float32;
   if (!job.seed && layout.direct(computed)) job.tile = DIRECT_TILE;
 }
 
-void update_out(Tensor x, Tensor model_output, Tensor table, Tensor row, Optional noise,
-                Optional seed, Optional step, Optional sample, Optional history, Optional mask,
-                Optional known, Tensor out, Optional x_0, Optional model_input, Optional epsilon) {
-  const Shape shape(x, "x");
-  Job job = update_job(shape, x, model_output, table, row, noise, seed, step, sample, history, mask,
-                       known, out, x_0, model_input, epsilon);
-  const Layout layout(job, shape.sizes, (int)shape.dims, job.seed != nullptr, job.row_stride == 0);
+void update_out(const UpdateArguments& given) {
+  const Shape shape(given.x, "x");
+  Job job = update_job(shape, given);
+  const JobLayout layout(job, shape.sizes, (int)shape.dims, job.seed != nullptr,
+                         job.row_stride == 0);
   set_tile(job, layout);
-  job.streaming = job.out.data != job.x.data && !model_input &&
-                  job.batch * job.count * size_of(job.out.dtype) >= STREAMING_BYTES;
+  const View& out = job.views[operand::out];
+  job.streaming = out.data != job.views[operand::x].data && !given.model_input &&
+                  job.batch * job.count * size_of(out.dtype) >= STREAMING_BYTES;
   run(job, current_kernels().update, job.seed != nullptr);
 }
 
@@ -81,12 +80,18 @@ Tensor new_like(const Tensor& tensor) {
   return Tensor(made);
 }
 
-// What a step from outside a loop needs: two tensors fewer to make and ten arguments fewer to pass
-// in Python take half of the time of a small one.
+// A step from outside a loop. That Python makes two tensors fewer and passes ten arguments fewer
+// halves the time of a small one.
 std::tuple<Tensor, Tensor> step(Tensor x, Tensor model_output, Tensor table, Tensor row,
                                 Optional noise) {
   Tensor x_prev = new_like(x), x_0 = new_like(x);
-  update_out(x, model_output, table, row, noise, {}, {}, {}, {}, {}, {}, x_prev, x_0, {}, {});
+  update_out({.x = x,
+              .model_output = model_output,
+              .table = table,
+              .row = row,
+              .noise = noise,
+              .out = x_prev,
+              .x_0 = x_0});
   return {x_prev, x_0};
 }
 
@@ -94,7 +99,7 @@ void fit_rows(Tensor x, Tensor model_output, Tensor table, Tensor row, double re
               double limit, Tensor out) {
   const Shape shape(x, "x");
   Job job = fit_job(shape, x, model_output, table, row, rescale, ratio, limit, out);
-  const Layout layout(job, shape.sizes, (int)shape.dims, true, false, Interleaved::as_any);
+  const JobLayout layout(job, shape.sizes, (int)shape.dims, true, false, Interleaved::as_any);
   const Kernel kernel = current_kernels().fit;
   const int64_t grain = GRAIN / (FIT_PASSES * std::max<int64_t>(job.count, 1)) + 1;
   if (job.batch <= grain) return kernel(job, 0, job.batch);
@@ -106,24 +111,24 @@ void backward_out(Optional grad_out, Optional grad_x_0, Tensor x, Tensor model_o
                   Tensor row, Optional mask, Tensor grad_x, Tensor grad_model_output) {
   const Shape shape(x, "x");
   Job job = job_of(x, shape);
-  set_halves(job.unconditional, job.conditional, model_output, "model_output", shape);
-  job.mask = view_of(mask, "mask", shape);
-  job.grad_out = view_of(grad_out, "grad_out", shape);
-  job.grad_x_0 = view_of(grad_x_0, "grad_x_0", shape);
-  job.grad_x = view_of(grad_x, "grad_x", shape);
+  View* const views = job.views;
+  set_halves(job, operand::unconditional, model_output, "model_output", shape, true);
+  views[operand::mask] = view_of(mask, "mask", shape);
+  views[operand::grad_out] = view_of(grad_out, "grad_out", shape);
+  views[operand::grad_x_0] = view_of(grad_x_0, "grad_x_0", shape);
+  views[operand::grad_x] = view_of(grad_x, "grad_x", shape);
   STD_TORCH_CHECK(grad_model_output.size(0) == model_output.size(0),
                   "fastddim: grad_model_output: expected the batch of model_output");
-  set_halves(job.grad_unconditional, job.grad_conditional, grad_model_output, "grad_model_output",
-             shape);
+  set_halves(job, operand::grad_unconditional, grad_model_output, "grad_model_output", shape, true);
   set_rows(job, table, row, shape.place);
-  const Layout layout(job, shape.sizes, (int)shape.dims, false, job.row_stride == 0);
+  const JobLayout layout(job, shape.sizes, (int)shape.dims, false, job.row_stride == 0);
   run(job, current_kernels().backward, false);
 }
 
 void normal_out(Tensor seed, Tensor step, Tensor sample, int64_t stream, Tensor out) {
   const Shape shape(out, "out");
   Job job = normal_job(shape, seed, step, sample, stream, out);
-  const Layout layout(job, shape.sizes, (int)shape.dims, true, false);
+  const JobLayout layout(job, shape.sizes, (int)shape.dims, true, false);
   run(job, current_kernels().normal, true);
 }
 
@@ -142,7 +147,7 @@ void run(const Advance& call) {
 
 void advance(Tensor counters, Tensor timesteps, Tensor t) { run(Advance(counters, timesteps, t)); }
 
-// A loop's step, all of it looked up but where the model's output lies. It keeps the tensors that
+// A loop's step, prepared except for the address of the model's output. It keeps the tensors that
 // it reads and writes.
 class LoopStep {
  public:
@@ -152,21 +157,31 @@ class LoopStep {
            const Tensor& timesteps, const Tensor& t)
       : kept_{state, table, row, counters, timesteps, t},
         shape_(state, "state"),
-        job_(update_job(shape_, state, model_output, table, row, {}, seed, step, sample, history,
-                        {}, {}, state, {}, model_input, history)),
+        job_(update_job(shape_, {.x = state,
+                                 .model_output = model_output,
+                                 .table = table,
+                                 .row = row,
+                                 .seed = seed,
+                                 .step = step,
+                                 .sample = sample,
+                                 .history = history,
+                                 .out = state,
+                                 .model_input = model_input,
+                                 .epsilon = history})),
         layout_(job_, shape_.sizes, (int)shape_.dims, job_.seed != nullptr, job_.row_stride == 0),
         advance_(counters, timesteps, t) {
     for (const Optional& tensor : {seed, step, sample, history, model_input}) {
       if (tensor) kept_.push_back(*tensor);
     }
     set_tile(job_, layout_);
-    guided_ = job_.conditional.data != nullptr;
-    conditional_ = job_.conditional.data - job_.unconditional.data;
+    const View& second = job_.views[operand::conditional];
+    guided_ = second.data != nullptr;
+    conditional_ = second.data - job_.views[operand::unconditional].data;
   }
 
   void operator()(char* model_output) {
-    job_.unconditional.data = model_output;
-    if (guided_) job_.conditional.data = model_output + conditional_;
+    job_.views[operand::unconditional].data = model_output;
+    if (guided_) job_.views[operand::conditional].data = model_output + conditional_;
     run(job_, current_kernels().update, job_.seed != nullptr);
     run(advance_);
   }
@@ -175,7 +190,7 @@ class LoopStep {
   std::vector<Tensor> kept_;
   Shape shape_;
   Job job_;
-  Layout layout_;
+  JobLayout layout_;
   Advance advance_;
   bool guided_;
   ptrdiff_t conditional_;
@@ -235,7 +250,7 @@ PyModuleDef module = {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastddim, CPU, m) {
-  m.impl("update_out", TORCH_BOX(&update_out));
+  m.impl("update_out", TORCH_BOX(&update_operator<update_out>));
   m.impl("backward_out", TORCH_BOX(&backward_out));
   m.impl("step", TORCH_BOX(&step));
   m.impl("fit_rows", TORCH_BOX(&fit_rows));

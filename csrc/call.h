@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <utility>
 
 #include "formula.h"
 #include "job.h"
@@ -43,7 +44,7 @@ inline int64_t size_of(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
-// Where every tensor of a call must be.
+// The device that every tensor of a call must be on.
 struct Place {
   bool cuda;
   int32_t index;
@@ -62,7 +63,7 @@ inline void check_place(const Tensor& tensor, const char* name, const Place& pla
                   " tensor on the device of the state");
 }
 
-// What a state `[B, …]` asks of the tensors beside it.
+// The shape of a state `[B, …]`, which the other tensors of a call must fit.
 struct Shape {
   const int64_t* sizes;
   int64_t dims;
@@ -105,13 +106,14 @@ inline View view_of(const Optional& tensor, const char* name, const Shape& shape
   return tensor ? view_of(*tensor, name, shape) : View();
 }
 
-// A model output, or its gradient: B samples, or under guidance B unconditional, then B
-// conditional.
-inline void set_halves(View& unconditional, View& conditional, const Tensor& tensor,
-                       const char* name, const Shape& shape) {
+// Sets the operand `first` to a tensor of B samples; or under guidance, `first` and the operand
+// after it to the halves of one of 2B.
+inline void set_halves(Job& job, operand::Operand first, const Tensor& tensor, const char* name,
+                       const Shape& shape, bool wide) {
   const int64_t parts = tensor.size(0) == shape.sizes[0] ? 1 : 2;
-  unconditional = view_of(tensor, name, shape, parts, 0, true);
-  if (parts == 2) conditional = view_of(tensor, name, shape, 2, 1, true);
+  for (int64_t part = 0; part < parts; ++part) {
+    job.views[first + part] = view_of(tensor, name, shape, parts, part, wide);
+  }
 }
 
 inline const int64_t* integers_of(const Tensor& tensor, const char* name, const Place& place) {
@@ -169,37 +171,51 @@ inline void set_keys(Job& job, const Optional& seed, const Optional& step, const
 inline Job job_of(const Tensor& x, const Shape& shape) {
   Job job{};
   job.tile = TILE;
-  job.x = view_of(x, "x", shape);
-  job.float64 = job.x.dtype == Dtype::float64;
+  job.views[operand::x] = view_of(x, "x", shape);
+  job.float64 = job.views[operand::x].dtype == Dtype::float64;
   job.batch = shape.sizes[0];
   return job;
 }
 
-inline Job update_job(const Shape& shape, const Tensor& x, const Tensor& model_output,
-                      const Tensor& table, const Tensor& row, const Optional& noise,
-                      const Optional& seed, const Optional& step, const Optional& sample,
-                      const Optional& history, const Optional& mask, const Optional& known,
-                      const Tensor& out, const Optional& x_0, const Optional& model_input,
-                      const Optional& epsilon) {
-  Job job = job_of(x, shape);
-  set_halves(job.unconditional, job.conditional, model_output, "model_output", shape);
-  job.noise = view_of(noise, "noise", shape);
-  job.history = view_of(history, "history", shape);
-  job.mask = view_of(mask, "mask", shape);
-  job.known = view_of(known, "known", shape);
-  STD_TORCH_CHECK(!mask == !known, "fastddim: mask, known: expected both");
-  job.out = view_of(out, "out", shape);
-  STD_TORCH_CHECK(job.out.dtype == job.x.dtype, "fastddim: out: expected the dtype of x");
-  job.x_0 = view_of(x_0, "x_0", shape);
-  job.epsilon = view_of(epsilon, "epsilon", shape);
-  if (model_input) {
-    const int64_t parts = model_input->size(0) == shape.sizes[0] ? 1 : 2;
-    for (int64_t part = 0; part < parts; ++part) {
-      job.model_input[part] = view_of(*model_input, "model_input", shape, parts, part);
-    }
+// The arguments of `fastddim::update_out`, in the order of its schema.
+struct UpdateArguments {
+  Tensor x, model_output, table, row;
+  Optional noise = {}, seed = {}, step = {}, sample = {}, history = {}, mask = {}, known = {};
+  Tensor out;
+  Optional x_0 = {}, model_input = {}, epsilon = {};
+};
+
+// UPDATE as a function of the operands one by one, which is what TORCH_BOX takes.
+template <void (*UPDATE)(const UpdateArguments&)>
+void update_operator(Tensor x, Tensor model_output, Tensor table, Tensor row, Optional noise,
+                     Optional seed, Optional step, Optional sample, Optional history, Optional mask,
+                     Optional known, Tensor out, Optional x_0, Optional model_input,
+                     Optional epsilon) {
+  UPDATE({std::move(x), std::move(model_output), std::move(table), std::move(row), std::move(noise),
+          std::move(seed), std::move(step), std::move(sample), std::move(history), std::move(mask),
+          std::move(known), std::move(out), std::move(x_0), std::move(model_input),
+          std::move(epsilon)});
+}
+
+inline Job update_job(const Shape& shape, const UpdateArguments& given) {
+  Job job = job_of(given.x, shape);
+  View* const views = job.views;
+  set_halves(job, operand::unconditional, given.model_output, "model_output", shape, true);
+  views[operand::noise] = view_of(given.noise, "noise", shape);
+  views[operand::history] = view_of(given.history, "history", shape);
+  views[operand::mask] = view_of(given.mask, "mask", shape);
+  views[operand::known] = view_of(given.known, "known", shape);
+  STD_TORCH_CHECK(!given.mask == !given.known, "fastddim: mask, known: expected both");
+  views[operand::out] = view_of(given.out, "out", shape);
+  STD_TORCH_CHECK(views[operand::out].dtype == views[operand::x].dtype,
+                  "fastddim: out: expected the dtype of x");
+  views[operand::x_0] = view_of(given.x_0, "x_0", shape);
+  views[operand::epsilon] = view_of(given.epsilon, "epsilon", shape);
+  if (given.model_input) {
+    set_halves(job, operand::model_input, *given.model_input, "model_input", shape, false);
   }
-  set_rows(job, table, row, shape.place);
-  set_keys(job, seed, step, sample, STEP_NOISE, shape);
+  set_rows(job, given.table, given.row, shape.place);
+  set_keys(job, given.seed, given.step, given.sample, STEP_NOISE, shape);
   return job;
 }
 
@@ -208,14 +224,14 @@ inline Job fit_job(const Shape& shape, const Tensor& x, const Tensor& model_outp
                    const Tensor& table, const Tensor& row, double rescale, double ratio,
                    double limit, const Tensor& out) {
   Job job = job_of(x, shape);
-  set_halves(job.unconditional, job.conditional, model_output, "model_output", shape);
+  set_halves(job, operand::unconditional, model_output, "model_output", shape, true);
   set_rows(job, table, row, shape.place);
   check_place(out, "out", shape.place);
   STD_TORCH_CHECK(out.scalar_type() == table.scalar_type() && out.is_contiguous() &&
                       out.dim() == 2 && out.size(0) == job.batch && out.size(1) == ROW_FIELDS,
                   "fastddim: out: expected a contiguous tensor [B, ", ROW_FIELDS,
                   "] in the dtype of table");
-  STD_TORCH_CHECK(!(rescale > 0) || job.conditional.data || job.batch == 0,
+  STD_TORCH_CHECK(!(rescale > 0) || job.views[operand::conditional].data || job.batch == 0,
                   "fastddim: rescale: expected 0 where the model output is not guided");
   job.rescale = rescale;
   job.ratio = ratio;
@@ -229,7 +245,7 @@ inline Job normal_job(const Shape& shape, const Tensor& seed, const Tensor& step
   Job job{};
   job.tile = TILE;
   job.batch = shape.sizes[0];
-  job.out = view_of(out, "out", shape);
+  job.views[operand::out] = view_of(out, "out", shape);
   set_keys(job, seed, step, sample, (uint32_t)stream, shape);
   return job;
 }

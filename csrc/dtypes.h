@@ -12,13 +12,13 @@ namespace FASTDDIM_NAMESPACE {
 struct Half {
   uint16_t word;
 };
-struct Brain {
+struct BFloat16 {
   uint16_t word;
 };
 
 FASTDDIM_FN float widened(float a) { return a; }
 FASTDDIM_FN double widened(double a) { return a; }
-FASTDDIM_FN float widened(Brain a) { return from_bits((int32_t)((uint32_t)a.word << 16)); }
+FASTDDIM_FN float widened(BFloat16 a) { return from_bits((int32_t)((uint32_t)a.word << 16)); }
 
 FASTDDIM_FN void narrow(float a, float& out) { out = a; }
 FASTDDIM_FN void narrow(double a, double& out) { out = a; }
@@ -34,13 +34,13 @@ FASTDDIM_FN float widened(Half a) {
 FASTDDIM_FN void narrow(float a, Half& out) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.word) : "f"(a));
 }
-FASTDDIM_FN void narrow(float a, Brain& out) {
+FASTDDIM_FN void narrow(float a, BFloat16& out) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.word) : "f"(a));
 }
 FASTDDIM_FN void narrow_pair(float a, float b, Half, uint32_t& pair) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
 }
-FASTDDIM_FN void narrow_pair(float a, float b, Brain, uint32_t& pair) {
+FASTDDIM_FN void narrow_pair(float a, float b, BFloat16, uint32_t& pair) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
 }
 
@@ -54,7 +54,7 @@ FASTDDIM_FN float widened(Half a) {
   uint32_t special = magnitude >= 0x7C00 ? 0x7F800000 | magnitude << 13 : (uint32_t)bits(scaled);
   return from_bits((int32_t)(sign | special));
 }
-FASTDDIM_FN void narrow(float a, Brain& out) {
+FASTDDIM_FN void narrow(float a, BFloat16& out) {
   uint32_t word = (uint32_t)bits(a);
   uint32_t even = word + 0x7FFF + (word >> 16 & 1);
   out.word = (uint16_t)(a != a ? 0x7FC0 : even >> 16);
@@ -77,7 +77,7 @@ FASTDDIM_FN void narrow(float a, Half& out) {
 // As torch converts: by way of float.
 FASTDDIM_FN void narrow(double a, float& out) { out = (float)a; }
 FASTDDIM_FN void narrow(double a, Half& out) { narrow((float)a, out); }
-FASTDDIM_FN void narrow(double a, Brain& out) { narrow((float)a, out); }
+FASTDDIM_FN void narrow(double a, BFloat16& out) { narrow((float)a, out); }
 
 // Two neighbours in memory, the first of them in the lower half of a word.
 template <class T>
@@ -86,7 +86,7 @@ FASTDDIM_FN void widen_pair(uint32_t pair, T, float& a, float& b) {
   b = widened(T{(uint16_t)(pair >> 16)});
 }
 // Written out, for compilers that would move the upper half down and up again.
-FASTDDIM_FN void widen_pair(uint32_t pair, Brain, float& a, float& b) {
+FASTDDIM_FN void widen_pair(uint32_t pair, BFloat16, float& a, float& b) {
   a = from_bits((int32_t)(pair << 16));
   b = from_bits((int32_t)(pair & 0xFFFF0000));
 }

@@ -15,6 +15,34 @@ constexpr int MAX_DIMS = 64;
 // of noise. Tiles that need no buffer are longer.
 constexpr int64_t TILE = 1024, DIRECT_TILE = 16 * TILE;
 
+// The tensors of a call, each shaped like the state: of a tensor that may have twice as many
+// samples, each half is one.
+namespace operand {
+enum Operand : int {
+  x,
+  unconditional,  // the model output; under guidance its first half
+  conditional,    // the second half
+  noise,
+  history,
+  mask,
+  known,
+  out,
+  x_0,
+  model_input,
+  second_input,  // the second half of the model input
+  epsilon,
+  OF_UPDATE,  // how many an update has
+
+  // The backward pass has inputs of the update, and these.
+  grad_out = OF_UPDATE,
+  grad_x_0,
+  grad_x,
+  grad_unconditional,
+  grad_conditional,
+  COUNT
+};
+}  // namespace operand
+
 struct View {
   char* data = nullptr;  // null where the optional tensor is absent
   Dtype dtype = Dtype::float32;
@@ -31,8 +59,7 @@ struct Job {
   bool float64;          // what is computed in
   bool streaming;        // the output is too large to stay in a cache
 
-  View x, unconditional, conditional, noise, history, mask, known;
-  View out, x_0, epsilon, model_input[2];
+  View views[operand::COUNT];
 
   // Where elements are counted pixel by pixel, each with this many channels (channels_last), while
   // noise is keyed channel by channel; 0 where they are counted as noise is keyed.
@@ -44,13 +71,9 @@ struct Job {
   const int64_t *seed, *step, *sample;
   uint32_t stream;
 
-  // What fitted rows take from the data, and where they go: see Fit in fastddim/plan.py.
+  // What fitted rows take from the data, and where they go: see Fit in fastddim/options.py.
   double rescale, ratio, limit;
   void* fitted;
-
-  // The backward pass reads these and writes grad_x, grad_unconditional, grad_conditional.
-  View grad_out, grad_x_0;
-  View grad_x, grad_unconditional, grad_conditional;
 
   // Inlined always: a copy of its own would be shared between instruction sets.
   __attribute__((always_inline)) int64_t tiles_per_sample() const {

@@ -1,5 +1,5 @@
-// How a job walks its tensors: dimensions reordered and merged until as many tensors as possible
-// are one run.
+// The order in which a job goes over its tensors: dimensions are reordered and merged until as many
+// tensors as possible are one run.
 
 #pragma once
 
@@ -14,24 +14,24 @@
 
 namespace fastddim {
 
-// How elements are counted where few channels, each a plane, are interleaved in memory: pixel by
+// The order of elements where few channels, each a plane, are interleaved in memory: pixel by
 // pixel, or as in any other layout.
 enum class Interleaved { by_pixel, as_any };
 
 // A job together with the sizes and strides that it points to.
-class Layout {
+class JobLayout {
  public:
   // `shape` is that of the state, batch first; each view has the strides of one sample, in the
   // same dimensions. `ordered`: elements must be counted in row-major order, since noise is keyed
   // by it. `one_row`: all samples share one row.
-  Layout(Job& job, const int64_t* shape, int dims, bool ordered, bool one_row,
-         Interleaved interleaved = Interleaved::by_pixel)
+  JobLayout(Job& job, const int64_t* shape, int dims, bool ordered, bool one_row,
+            Interleaved interleaved = Interleaved::by_pixel)
       : job_(job) {
     job.batch = shape[0];
     job.count = 1;
     for (int d = 1; d < dims; ++d) job.count *= shape[d];
     collect(shape + 1, dims - 1);
-    if (!ordered) sort_by(job.out);
+    if (!ordered) sort_by(job.views[operand::out]);
     merge();
     if (ordered && interleaved == Interleaved::by_pixel) turn_channels_last();
     mark_contiguous();
@@ -39,53 +39,34 @@ class Layout {
     job.ndim = ndim_;
     job.sizes = sizes_.data();
   }
-  // Whether every tensor can be read and written where it lies, in the order elements are counted.
+  // True if every tensor can be read and written where it lies, in the order elements are counted.
   bool direct(Dtype computed) const {
     bool all = true;
     for (int v = 0; v < views_; ++v) all &= view_[v]->contiguous && view_[v]->dtype == computed;
     return all;
   }
-  Layout(const Layout&) = delete;
-  Layout& operator=(const Layout&) = delete;
+  JobLayout(const JobLayout&) = delete;
+  JobLayout& operator=(const JobLayout&) = delete;
 
  private:
-  static constexpr int VIEWS = 17;
-
   // With more channels than these the runs of noise in a tile are too short to be worth it.
   static constexpr int64_t MAX_CHANNELS = 8;
 
   void collect(const int64_t* sizes, int dims) {
-    View* all[VIEWS] = {&job_.x,
-                        &job_.unconditional,
-                        &job_.conditional,
-                        &job_.noise,
-                        &job_.history,
-                        &job_.mask,
-                        &job_.known,
-                        &job_.out,
-                        &job_.x_0,
-                        &job_.epsilon,
-                        &job_.model_input[0],
-                        &job_.model_input[1],
-                        &job_.grad_out,
-                        &job_.grad_x_0,
-                        &job_.grad_x,
-                        &job_.grad_unconditional,
-                        &job_.grad_conditional};
-    for (View* view : all) add(view, sizes, dims);
+    for (View& view : job_.views) add(view, sizes, dims);
     for (int d = 0; d < dims; ++d) {
       if (sizes[d] != 1) sizes_[ndim_++] = sizes[d];
     }
   }
 
-  void add(View* view, const int64_t* sizes, int dims) {
-    if (!view->data) return;
+  void add(View& view, const int64_t* sizes, int dims) {
+    if (!view.data) return;
     int64_t* strides = strides_[views_];
     for (int d = 0, kept = 0; d < dims; ++d) {
-      if (sizes[d] != 1) strides[kept++] = view->strides[d];
+      if (sizes[d] != 1) strides[kept++] = view.strides[d];
     }
-    view->strides = strides;
-    view_[views_++] = view;
+    view.strides = strides;
+    view_[views_++] = &view;
   }
 
   // Largest stride first, as `like` lies in memory.
@@ -102,7 +83,7 @@ class Layout {
 
   void permute(int64_t* values, const std::array<int, MAX_DIMS>& order) {
     std::array<int64_t, MAX_DIMS> old;
-    std::copy(values, values + ndim_, old.begin());
+    for (int d = 0; d < ndim_; ++d) old[d] = values[d];
     for (int d = 0; d < ndim_; ++d) values[d] = old[order[d]];
   }
 
@@ -120,7 +101,7 @@ class Layout {
   }
 
   void turn_channels_last() {
-    const View& out = job_.out;
+    const View& out = job_.views[operand::out];
     if (ndim_ != 2 || sizes_[0] > MAX_CHANNELS || out.strides[0] != 1) return;
     if (out.strides[1] != sizes_[0]) return;
     job_.channels = sizes_[0];
@@ -155,8 +136,8 @@ class Layout {
   Job& job_;
   int ndim_ = 0, views_ = 0;
   std::array<int64_t, MAX_DIMS> sizes_;
-  View* view_[VIEWS];
-  int64_t strides_[VIEWS][MAX_DIMS];
+  View* view_[operand::COUNT];
+  int64_t strides_[operand::COUNT][MAX_DIMS];
 };
 
 }  // namespace fastddim

@@ -1,4 +1,4 @@
-"""What a user's model tells about itself, and how its output is read."""
+"""Facts that a user's model tells about itself, and the reading of its output."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
@@ -112,7 +112,7 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
             "auto" is True on a CUDA device and False elsewhere; where the model cannot be captured,
             or with `check_finite`, it runs without a graph, and warns of the former. Graphs are
             kept for later calls with the same model, shapes and kind of arguments, until
-            `fastddim.graph.clear()`. What a captured model reads beside x, t, its parameters and
+            `fastddim.graph.clear()`. What a captured model reads besides x, t, its parameters and
             the tensors in `model_kwargs` stays as it was at capture.
         progress: show a tqdm bar on stderr.
         callback: `callback(step_index, timestep, x_t, x_0)` after each update, with copies of the
@@ -225,22 +225,19 @@ def step(
     check_state("x_t", x_t)
     check_bool("return_x0", return_x0)
     batch = x_t.shape[0]
-    backend, table, row, fit, noisy, guided = _prepared_step(
-        x_t,
-        alpha_t,
-        alpha_prev,
-        impl,
-        eta=eta,
-        variance=variance,
-        prediction=prediction,
-        clip=clip,
-        rederive_eps=rederive_eps,
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        guidance_rescale=guidance_rescale,
-        dynamic_thresholding_ratio=dynamic_thresholding_ratio,
-        sample_max_value=sample_max_value,
-    )
+    update = {
+        "eta": eta,
+        "variance": variance,
+        "prediction": prediction,
+        "clip": clip,
+        "rederive_eps": rederive_eps,
+        "guidance_scale": guidance_scale,
+        "temperature": temperature,
+        "guidance_rescale": guidance_rescale,
+        "dynamic_thresholding_ratio": dynamic_thresholding_ratio,
+        "sample_max_value": sample_max_value,
+    }
+    backend, table, row, fit, noisy, guided = _prepared_step(x_t, alpha_t, alpha_prev, impl, update)
     check_model_output("model_output", model_output, x_t, guided=guided)
     keys = None
     if noise is not None:
@@ -300,11 +297,14 @@ class _Step(NamedTuple):
 
 
 def _prepared_step(
-    x_t: Tensor, alpha_t: Coefficient, alpha_prev: Coefficient, impl: str, **update: Any
+    x_t: Tensor,
+    alpha_t: Coefficient,
+    alpha_prev: Coefficient,
+    impl: str,
+    update: Mapping[str, Any],
 ) -> _Step:
     """Everything about a step except its tensors; what follows from plain numbers is remembered."""
-    values = (alpha_t, alpha_prev, *update.values())
-    plain = not any(isinstance(value, Tensor) for value in values)
+    plain = not any(isinstance(v, Tensor) for v in (alpha_t, alpha_prev, *update.values()))
     # What is made while a graph is captured holds its values only once the graph was replayed.
     if plain and not torch.compiler.is_compiling() and not transfer.captured(x_t.device):
         try:

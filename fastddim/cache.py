@@ -69,6 +69,11 @@ class Cache(Generic[Value]):
             value, _ = self._entries.pop(key, (None, ()))
         return value
 
+    def values(self) -> list[Value]:
+        """Return all values, the one that was not used for longest first."""
+        with self._lock:
+            return [value for value, _ in self._entries.values()]
+
     def clear(self) -> None:
         """Drop all values."""
         with self._lock:

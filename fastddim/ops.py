@@ -2,34 +2,87 @@
 
 `fastddim::update_out` writes into tensors it is given; `fastddim::update` returns new ones and is
 differentiable; `fastddim::fit_rows` takes factors of coefficients from the data;
-`fastddim::normal_out` draws; `fastddim::advance` moves a loop to its next step. Compiled backends
-implement `update_out`, `backward_out`, `fit_rows`, `normal_out` and `advance`, or some of them;
-the others run the reference.
+`fastddim::normal_out` draws; `fastddim::advance` moves a loop to its next step. The compiled
+extension implements `update_out`, `backward_out`, `fit_rows`, `normal_out` and `advance`, or some
+of them; `fastddim.backends.reference` implements them wherever the extension does not.
 """
 
 from __future__ import annotations
 
 import importlib
+import string
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastddim.backends import reference
 from fastddim.philox import Keys
 from fastddim.plan import Fit, Row
 
-_INPUTS = (
-    "Tensor x, Tensor model_output, Tensor table, Tensor row, Tensor? noise, "
-    "Tensor? seed, Tensor? step, Tensor? sample, Tensor? history, Tensor? mask, Tensor? known"
-)
+
+class Inputs(NamedTuple):
+    """The tensors that an update reads, in the order of the schemas.
+
+    `fastddim.backends.Backend.update_out` explains each; `seed`, `step` and `sample` are its keys.
+    """
+
+    x: Tensor
+    model_output: Tensor
+    table: Tensor
+    row: Tensor
+    noise: Tensor | None = None
+    seed: Tensor | None = None
+    step: Tensor | None = None
+    sample: Tensor | None = None
+    history: Tensor | None = None
+    mask: Tensor | None = None
+    known: Tensor | None = None
+
+    @property
+    def keys(self) -> Keys | None:
+        """The keys of the noise drawn inside, or None where it is given or there is none."""
+        if self.seed is None or self.step is None or self.sample is None:
+            return None
+        return Keys(self.seed, self.step, self.sample)
+
+
+class Outputs(NamedTuple):
+    """The tensors that an update writes, in the order of the schemas."""
+
+    out: Tensor
+    x_0: Tensor | None = None
+    model_input: Tensor | None = None
+    epsilon: Tensor | None = None
+
+
+LoopStep: TypeAlias = Callable[[Tensor], bool]
+"""A loop's step: `take(output)` updates the state in place (and history and model input), advances
+the counters and returns True; or does nothing and returns False where `output` is laid out
+otherwise.
+"""
+
+
+def split_operands(operands: tuple[Any, ...]) -> tuple[Inputs, Outputs]:
+    """The inputs and outputs among the arguments of `fastddim::update_out`."""
+    count = len(Inputs._fields)
+    return Inputs(*operands[:count]), Outputs(*operands[count:])
+
+
+def _arguments(operands: type[Inputs] | type[Outputs]) -> str:
+    """The operands as a schema lists them; each that is written has an alias of its own."""
+    arguments = []
+    for letter, name in zip(string.ascii_lowercase, operands._fields, strict=False):
+        alias = f"({letter}!)" if operands is Outputs else ""
+        optional = "?" if name in operands._field_defaults else ""
+        arguments.append(f"Tensor{alias}{optional} {name}")
+    return ", ".join(arguments)
+
+
+_INPUTS = _arguments(Inputs)
 
 _library = torch.library.Library("fastddim", "DEF")
-_library.define(
-    f"update_out({_INPUTS}, Tensor(a!) out, Tensor(b!)? x_0, Tensor(c!)? model_input, "
-    "Tensor(d!)? epsilon) -> ()"
-)
+_library.define(f"update_out({_INPUTS}, {_arguments(Outputs)}) -> ()")
 _library.define(f"update({_INPUTS}) -> (Tensor x_prev, Tensor x_0)")
 _library.define(
     "step(Tensor x, Tensor model_output, Tensor table, Tensor row, Tensor? noise) "
@@ -71,8 +124,13 @@ except ImportError as error:
     EXTENSION_ERROR = f"the compiled extension is missing ({error})"
 
 
-def update_out_through(operator: Callable[..., None]) -> Callable[..., None]:
-    """`update_out` of a backend whose operator has the schema of `fastddim::update_out`."""
+def update_out_through(
+    operator: Callable[..., None], *, differentiable: bool = False
+) -> Callable[..., None]:
+    """`update_out` of a backend, by an operator that takes the arguments of `fastddim::update_out`.
+
+    Unless the operator is differentiable, an input that requires grad is refused in grad mode.
+    """
 
     def update_out(
         x: Tensor,
@@ -90,22 +148,26 @@ def update_out_through(operator: Callable[..., None]) -> Callable[..., None]:
         model_input: Tensor | None,
         epsilon: Tensor | None = None,
     ) -> None:
-        """One update into `out`, by the implementation compiled for the device; the arguments are
-        those of `fastddim.backends.Backend.update_out`.
+        """One update into `out`; the arguments are those of `fastddim.backends.Backend.update_out`.
 
         Raises:
             RuntimeError: grad mode is on and an input requires grad (`torch.ops.fastddim.update` is
                 differentiable), or a tensor does not fit.
         """
-        if torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad
-            for tensor in (x, model_output, noise, history, mask, known, out)
+        if (
+            not differentiable
+            and torch.is_grad_enabled()
+            and any(
+                tensor is not None and tensor.requires_grad
+                for tensor in (x, model_output, noise, history, mask, known, out)
+            )
         ):
             raise RuntimeError(
                 "out: writing into a given tensor is not differentiable; "
                 "call without out=, or under torch.no_grad()"
             )
         seed, step, sample = keys if keys is not None else (None, None, None)
+        # One by one: a tuple of them costs a small update 4 % of its time.
         operator(
             x,
             model_output,
@@ -129,6 +191,32 @@ def update_out_through(operator: Callable[..., None]) -> Callable[..., None]:
 
 update_out = update_out_through(torch.ops.fastddim.update_out.default)
 """See `fastddim.backends.Backend.update_out`. Refuses an input that requires grad in grad mode."""
+
+
+def update_through(
+    operator: Callable[..., tuple[Tensor, Tensor]],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`update` of a backend, by an operator that takes the arguments of `fastddim::update`."""
+
+    def update(
+        x: Tensor,
+        model_output: Tensor,
+        table: Tensor,
+        row: Tensor,
+        *,
+        noise: Tensor | None,
+        keys: Keys | None,
+        **others: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(x_prev, x_0); see `fastddim.backends.Backend.update`."""
+        drawn = {} if keys is None else keys._asdict()
+        return operator(*Inputs(x, model_output, table, row, noise, **drawn, **others))
+
+    return update
+
+
+update = update_through(torch.ops.fastddim.update.default)
+"""See `fastddim.backends.Backend.update`."""
 
 
 def step(
@@ -158,75 +246,10 @@ def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
     _advance_op(counters, timesteps, t)
 
 
-@torch.library.impl(_library, "advance", "CompositeExplicitAutograd")
-def _advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
-    reference.advance(counters, timesteps, t)
-
-
-@torch.library.impl(_library, "fit_rows", "CompositeExplicitAutograd")
-def _fit_rows(
-    x: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    row: Tensor,
-    rescale: float,
-    ratio: float,
-    limit: float,
-    out: Tensor,
-) -> None:
-    reference.fit_rows(x, model_output, table, row, Fit(rescale, ratio, limit), out)
-
-
-@torch.library.impl(_library, "normal_out", "CompositeExplicitAutograd")
-def _normal_out(seed: Tensor, step: Tensor, sample: Tensor, stream: int, out: Tensor) -> None:
-    reference.normal_out(Keys(seed, step, sample), stream, out)
-
-
-@torch.library.impl(_library, "update_out", "CompositeExplicitAutograd")
-def _update_out(
-    x: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    row: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    step: Tensor | None,
-    sample: Tensor | None,
-    history: Tensor | None,
-    mask: Tensor | None,
-    known: Tensor | None,
-    out: Tensor,
-    x_0: Tensor | None,
-    model_input: Tensor | None,
-    epsilon: Tensor | None,
-) -> None:
-    reference.update_out(
-        x,
-        model_output,
-        table,
-        row,
-        noise=noise,
-        keys=_keys(seed, step, sample),
-        history=history,
-        mask=mask,
-        known=known,
-        out=out,
-        x_0=x_0,
-        model_input=model_input,
-        epsilon=epsilon,
-    )
-
-
-def _keys(seed: Tensor | None, step: Tensor | None, sample: Tensor | None) -> Keys | None:
-    if seed is None or step is None or sample is None:
-        return None
-    return Keys(seed, step, sample)
-
-
 @torch.library.impl(_library, "update", "CompositeExplicitAutograd")
 def _update(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     x_prev, x_0 = torch.empty_like(x), torch.empty_like(x)
-    torch.ops.fastddim.update_out(x, *inputs, x_prev, x_0, None, None)
+    torch.ops.fastddim.update_out(x, *inputs, *Outputs(x_prev, x_0))
     return x_prev, x_0
 
 
@@ -234,36 +257,10 @@ def _update(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
 def _step(
     x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, noise: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    inputs = (x, model_output, table, row, noise, *(None,) * 6)
+    inputs = Inputs(x, model_output, table, row, noise)
     x_prev, x_0 = torch.empty_like(x), torch.empty_like(x)
-    torch.ops.fastddim.update_out(*inputs, x_prev, x_0, None, None)
+    torch.ops.fastddim.update_out(*inputs, *Outputs(x_prev, x_0))
     return x_prev, x_0
-
-
-@torch.library.impl(_library, "backward_out", "CompositeExplicitAutograd")
-def _backward_out(
-    grad_x_prev: Tensor | None,
-    grad_x_0: Tensor | None,
-    x: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    row: Tensor,
-    mask: Tensor | None,
-    grad_x: Tensor,
-    grad_model_output: Tensor,
-) -> None:
-    known = None if mask is None else torch.zeros_like(x)
-    with torch.enable_grad():
-        inputs = (x.detach().requires_grad_(), model_output.detach().requires_grad_())
-        outputs = reference.update(
-            *inputs, table, row, noise=None, keys=None, mask=mask, known=known
-        )
-        pairs = [
-            (o, g) for o, g in zip(outputs, (grad_x_prev, grad_x_0), strict=True) if g is not None
-        ]
-        grads = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs])
-    grad_x.copy_(grads[0])
-    grad_model_output.copy_(grads[1])
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
@@ -292,31 +289,37 @@ def _fake_backward(
     return torch.empty_like(x), torch.empty_like(model_output)
 
 
-for _name, _fake in (
-    ("update_out", _fake_out),
-    ("backward_out", _fake_out),
-    ("normal_out", _fake_out),
-    ("advance", _fake_out),
-    ("fit_rows", _fake_out),
-    ("update", _fake_update),
-    ("step", _fake_update),
-    ("backward", _fake_backward),
-):
+_FAKES: dict[str, Callable[..., Any]] = {
+    "update_out": _fake_out,
+    "backward_out": _fake_out,
+    "normal_out": _fake_out,
+    "advance": _fake_out,
+    "fit_rows": _fake_out,
+    "update": _fake_update,
+    "step": _fake_update,
+    "backward": _fake_backward,
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"fastddim::{_name}", _fake, lib=_library)
 
 
+_ADDED = ("noise", "history", "known")
+"""Inputs that are added to the new state, each with a factor of its own."""
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, model_output, table, row, noise, _, _, _, history, mask, known = inputs
-    if mask is not None and mask.requires_grad:
+    given = Inputs(*inputs)
+    if given.mask is not None and given.mask.requires_grad:
         raise NotImplementedError("mask: expected a tensor that does not require grad")
-    ctx.save_for_backward(x, model_output, table, row, mask)
-    ctx.dtypes = [None if other is None else other.dtype for other in (noise, history, known)]
+    ctx.save_for_backward(given.x, given.model_output, given.table, given.row, given.mask)
+    added = {name: getattr(given, name) for name in _ADDED}
+    ctx.dtypes = {name: tensor.dtype for name, tensor in added.items() if tensor is not None}
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad_x_prev: Tensor | None, grad_x_0: Tensor | None) -> tuple[Any, ...]:
     x, model_output, table, row, mask = ctx.saved_tensors
-    grads = dict.fromkeys(("x", "model_output", "noise", "history", "known"))
+    grads: dict[str, Tensor | None] = {}
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         grads["x"], grads["model_output"] = torch.ops.fastddim.backward(
             grad_x_prev, grad_x_0, x, model_output, table, row, mask
@@ -327,20 +330,10 @@ def _gradients(ctx: Any, grad_x_prev: Tensor | None, grad_x_0: Tensor | None) ->
         kept = grad_x_prev if mask is None else grad_x_prev * (1 - mask)
         known = None if mask is None else grad_x_prev * mask
         grads |= {"noise": pn * kept, "history": ph * kept, "known": known}
-    for name, dtype in zip(("noise", "history", "known"), ctx.dtypes, strict=True):
-        grad = grads[name]
+    for name in _ADDED:
+        grad, dtype = grads.get(name), ctx.dtypes.get(name)
         grads[name] = None if grad is None or dtype is None else grad.to(dtype)
-    return (
-        grads["x"],
-        grads["model_output"],
-        None,
-        None,
-        grads["noise"],
-        *(None,) * 3,
-        grads["history"],
-        None,
-        grads["known"],
-    )
+    return tuple(map(grads.get, Inputs._fields))
 
 
 torch.library.register_autograd(
@@ -348,30 +341,12 @@ torch.library.register_autograd(
 )
 
 
-def update_through(
-    operator: Callable[..., tuple[Tensor, Tensor]],
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`update` of a backend whose operator has the schema of `fastddim::update`."""
-
-    def update(
-        x: Tensor,
-        model_output: Tensor,
-        table: Tensor,
-        row: Tensor,
-        *,
-        noise: Tensor | None,
-        keys: Keys | None,
-        history: Tensor | None = None,
-        mask: Tensor | None = None,
-        known: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(x_prev, x_0); see `fastddim.backends.Backend.update`."""
-        seed, step, sample = keys if keys is not None else (None, None, None)
-        inputs = (x, model_output, table, row, noise, seed, step, sample, history, mask, known)
-        return operator(*inputs)
-
-    return update
-
-
-update = update_through(torch.ops.fastddim.update.default)
-"""See `fastddim.backends.Backend.update`."""
+def define_like(library: torch.library.Library, name: str, original: str) -> None:
+    """Define `fastddim::name` with the schema, the fake and the gradients of `original`."""
+    schema = str(getattr(torch.ops.fastddim, original).default._schema)
+    library.define(schema.replace(f"fastddim::{original}", name))
+    torch.library.register_fake(f"fastddim::{name}", _FAKES[original], lib=library)
+    if original == "update":
+        torch.library.register_autograd(
+            f"fastddim::{name}", _gradients, setup_context=_setup_context, lib=library
+        )

@@ -43,25 +43,25 @@ VARIANCES = get_args(Variance)
 PREDICTIONS = get_args(Prediction)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Reading:
-    """How the output of the model is read."""
+    """The meaning of the model's output."""
 
     prediction: Prediction = "epsilon"
     guidance_rescale: float = 0.0
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Thresholding:
-    """How the predicted x_0 is limited by what is in it."""
+    """A limit of the predicted x_0 that follows from its values."""
 
     dynamic_thresholding_ratio: float | None = None
     sample_max_value: float | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Direction:
-    """How the predicted x_0 and epsilon make the new state."""
+    """The new state, made of the predicted x_0 and epsilon."""
 
     eta: PerStep = 0.0
     clip: float | None = None
@@ -69,16 +69,16 @@ class Direction:
     guidance_scale: PerStep | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Noising:
-    """How much noise a step adds, besides `eta`."""
+    """The noise of a step, besides `eta`."""
 
     variance: Variance = "small"
     temperature: PerStep = 1.0
 
 
 class Fit(NamedTuple):
-    """What a row takes from the data of its sample, as `reference.fitted_rows` specifies it.
+    """The part of a row that comes from the data of its sample; see `reference.fitted_rows`.
 
     Attributes:
         rescale: φ of guidance rescale, in [0, 1].
@@ -95,9 +95,9 @@ PER_STEP = ("eta", "guidance_scale", "temperature")
 """The options that may be sequences, one value a step."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Update(Noising, Direction, Thresholding, Reading):
-    """How a step is taken, apart from where it is on the schedule."""
+    """A kind of step, wherever it is on the schedule."""
 
     def checked(self, batch: int | None, *, per_step: bool = False) -> Update:
         """An `Update` alone, with every field checked and tensors turned to float64.
@@ -158,18 +158,18 @@ class Update(Noising, Direction, Thresholding, Reading):
 
     @property
     def noisy(self) -> bool:
-        """Whether any noise is added at all."""
+        """True where any noise is added at all."""
         etas = self.eta if isinstance(self.eta, tuple) else (self.eta,)
         return any(isinstance(eta, Tensor) or eta > 0 for eta in etas)
 
     @property
     def guided(self) -> bool:
-        """Whether the model is evaluated on 2B samples."""
+        """True where the model is evaluated on 2B samples."""
         return self.guidance_scale is not None
 
     @property
     def fit(self) -> Fit | None:
-        """What each step takes from the data, if anything."""
+        """The part of each row that comes from the data, if any does."""
         ratio, limit = self.dynamic_thresholding_ratio, self.sample_max_value
         if ratio is None and self.guidance_rescale == 0:
             return None
@@ -194,40 +194,40 @@ class Update(Noising, Direction, Thresholding, Reading):
         return [replace(self, **{n: v[s] for n, v in series.items()}) for s in range(steps)]
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Solver:
-    """Which equation is solved, and how."""
+    """The equation, and the order to which it is solved."""
 
     schedule: Schedule | None = None
     order: int = 1
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Visited:
-    """Which timesteps are visited, where `steps` only says how many."""
+    """The timesteps that are visited, where `steps` only says how many."""
 
     spacing: Spacing = "uniform"
     steps_offset: int = 0
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Hook:
     """A function of the user within each step."""
 
     denoised_fn: DenoisedFn | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Batch:
-    """How many samples are drawn, and of which shape."""
+    """The number of samples, and their shape."""
 
     shape: Sequence[int] | None = None
     batch_size: int = 1
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Placement:
-    """Where and how steps are computed."""
+    """The device, the dtype and the means of computation."""
 
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
@@ -236,16 +236,16 @@ class Placement:
     check_finite: bool = False
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Conditioning:
-    """What the model is given besides the state and the timestep."""
+    """The arguments of the model besides the state and the timestep."""
 
     model_kwargs: Mapping[str, Any] | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Drawing:
-    """Which sample is drawn, and from what."""
+    """The sample that is drawn, and what it is made from."""
 
     seed: Seed = 0
     sample_offset: int = 0
@@ -254,17 +254,17 @@ class Drawing:
     known: Tensor | None = None
 
 
-@dataclass(kw_only=True)
-class Watching:
-    """What is told on the way."""
+@dataclass(kw_only=True, eq=False)
+class Progress:
+    """Reports on the way."""
 
     progress: bool = False
     callback: Callback | None = None
 
 
-@dataclass(kw_only=True)
-class Reporting(Watching):
-    """What is told on the way, and kept of it."""
+@dataclass(kw_only=True, eq=False)
+class Reporting(Progress):
+    """Reports on the way, and the states that are kept."""
 
     return_trajectory: bool = False
 
@@ -321,7 +321,7 @@ class RequestOptions(Conditioning, Drawing, Noising, Direction, Visited):
 
 
 @dataclass(kw_only=True, eq=False)
-class GenerateOptions(Watching, Conditioning, Placement, Hook, Update, Visited, Solver):
+class GenerateOptions(Progress, Conditioning, Placement, Hook, Update, Visited, Solver):
     """The arguments of `fastddim.generate`."""
 
     model: Model = field(kw_only=False)

@@ -58,7 +58,7 @@ _SQRT_HALF_BITS = 0x3F3504F3
 
 
 class Keys(NamedTuple):
-    """What keys the noise of a batch; each an int64 tensor `[B]` on the state's device.
+    """The keys of the noise of a batch; each an int64 tensor `[B]` on the state's device.
 
     Attributes:
         seed: the 64 bits of the seed.

@@ -27,7 +27,7 @@ from fastddim.plan import Fit, Row
 
 
 class Updated(NamedTuple):
-    """What one update can give, each shaped like the state.
+    """The results of one update, each shaped like the state.
 
     Attributes:
         x_prev: the new state, in the dtype of the state.
@@ -150,5 +150,5 @@ def _threshold(x_0: Tensor, fit: Fit) -> Tensor:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a state of `dtype` is computed in, and what its coefficients are stored in."""
+    """The dtype that a state of `dtype` is computed in, and its coefficients are stored in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

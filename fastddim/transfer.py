@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def captured(device: torch.device) -> bool:
-    """Whether the work that is now launched on `device` goes into a CUDA graph under capture."""
+    """True where the work that is now launched on `device` goes into a graph under capture."""
     if device.type != "cuda":
         return False
     if torch.cuda.is_initialized() and torch.cuda.current_device() == device.index:

@@ -49,8 +49,8 @@ def check_number(
 
 
 def readable(values: Tensor) -> bool:
-    """Whether values are there, to be looked at without waiting for a device or breaking a traced
-    graph. A subclass, as of fake tensors, may have none.
+    """True where values can be looked at without waiting for a device or breaking a traced graph.
+    A subclass, as of fake tensors, may have none.
     """
     plain = type(values) is Tensor and values.device.type == "cpu"
     return plain and not torch.compiler.is_compiling()

@@ -1,5 +1,7 @@
-"""How a launch walks its tensors: dimensions reordered and merged until as many tensors as possible
-are one run, and what is left of them as arguments of a kernel.
+"""Tensors as kernels address them.
+
+The dimensions of a launch's tensors are reordered and merged until as many tensors as possible are
+one run; sizes and strides of the rest are arguments of a kernel.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -23,7 +25,9 @@ class View(NamedTuple):
     """Of one sample, in the layout's dimensions; empty where a sample is one run."""
 
 
-class Layout(NamedTuple):
+class SampleLayout(NamedTuple):
+    """The samples of a launch, and the strides in each of its tensors."""
+
     batch: int
     """Samples; 1 where all of them are taken as one."""
     elements: int
@@ -33,7 +37,7 @@ class Layout(NamedTuple):
     strides: tuple[tuple[int, tuple[int, ...]] | None, ...]
     """(sample_stride, strides) of each tensor's `View`; None where the tensor is absent."""
     wide: bool
-    """Whether 32 bits are too few for an index or offset inside a sample."""
+    """True if 32 bits are too few for an index or offset inside a sample."""
 
 
 def lay_out(
@@ -42,7 +46,7 @@ def lay_out(
     *,
     ordered_by: int | None,
     one_row: bool,
-) -> Layout:
+) -> SampleLayout:
     """The layout of tensors of one shape `[B, …]`.
 
     Args:
@@ -78,7 +82,7 @@ def lay_out(
         ),
         default=0,
     )
-    return Layout(
+    return SampleLayout(
         batch,
         count,
         () if all(runs) else tuple(sizes),
@@ -119,7 +123,7 @@ def _is_run(sizes: list[int], strides: list[int]) -> bool:
 
 
 class Tiles(NamedTuple):
-    """How samples are cut among programs."""
+    """The division of samples among programs."""
 
     size: int
     """Elements of a tile."""
@@ -133,7 +137,7 @@ QUAD = 4
 """Elements that one call of the generator draws; a thread without vectors takes as many."""
 
 
-def cut(layout: Layout, itemsize: int, warp_size: int, *, aligned: bool) -> Tiles:
+def cut(layout: SampleLayout, itemsize: int, warp_size: int, *, aligned: bool) -> Tiles:
     """Tiles in which a thread moves 16 bytes of the tensor with the largest items at once, and as
     many elements of the others.
 
@@ -153,8 +157,8 @@ def cut(layout: Layout, itemsize: int, warp_size: int, *, aligned: bool) -> Tile
     return Tiles(size, vector, threads // warp_size, -(-layout.elements // size))
 
 
-def _divides(layout: Layout, alignment: int) -> bool:
-    """Whether every sample is a run that begins and ends at a multiple of `alignment` elements.
+def _divides(layout: SampleLayout, alignment: int) -> bool:
+    """True if every sample is a run that begins and ends at a multiple of `alignment` elements.
 
     16 is what Triton's launches tell its compiler about integers.
     """
@@ -185,7 +189,7 @@ class Span(NamedTuple):
     sample: Any
     element: Any
     inside: Any
-    """Whether each of them exists."""
+    """True for each of them that exists."""
 
 
 @triton.jit

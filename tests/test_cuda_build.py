@@ -38,7 +38,7 @@ def update(state: str, model: str, kind: str, noise: str) -> str:
     return f"update<{state}, {model}, {kind}, {noise}, {8 if state in HALVES else 4}>"
 
 
-HALVES = ("Half", "Brain")
+HALVES = ("Half", "BFloat16")
 LONG = [f"update<{half}, {half}, plain, true, 16>" for half in HALVES]
 
 
@@ -128,8 +128,8 @@ def test_registers_leave_room_for_threads(
         assert kernels[update(state, model, "plain", "true")].registers <= three_quarters
         assert kernels[update(state, model, "guided", "true")].registers <= three_quarters
     assert kernels[update("float", "float", "guided", "false")].registers <= full
-    assert kernels[update("Brain", "Brain", "plain", "false")].registers <= full
-    assert kernels[update("Brain", "Brain", "plain", "true")].registers <= three_quarters
+    assert kernels[update("BFloat16", "BFloat16", "plain", "false")].registers <= full
+    assert kernels[update("BFloat16", "BFloat16", "plain", "true")].registers <= three_quarters
     assert all(kernels[name].registers <= half for name in LONG)
 
 
@@ -138,14 +138,14 @@ def test_accesses_are_sixteen_bytes_wide(
     functions: dict[int, dict[str, Function]], arch: int
 ) -> None:
     """One load of each input and one store of each output move a whole chunk."""
-    for state in ("float", "Half", "Brain"):
+    for state in ("float", "Half", "BFloat16"):
         for noise in ("false", "true"):
             # Noise that is drawn is not read.
             of_any = 6 if noise == "true" else 7
             for kind, loads, stores in (("plain", 2, 2), ("guided", 3, 3), ("any", of_any, 5)):
                 sass = functions[arch][update(state, state, kind, noise)].sass
                 assert wide(sass) == (loads, stores)
-    mixed = functions[arch][update("float", "Brain", "plain", "false")].sass
+    mixed = functions[arch][update("float", "BFloat16", "plain", "false")].sass
     assert wide(mixed) == (1, 1)
     for name in LONG:
         assert wide(functions[arch][name].sass) == (4, 4)

@@ -17,6 +17,7 @@ from fastddim import ops
 
 from .support.environment import COMPILER, ROOT
 from .support.gpuless.launcher import build_library
+from .support.gpuless.toolchain import changed_cuda_source
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 CASES = ROOT / "tests/support/gpuless/on_host.py"
@@ -33,13 +34,9 @@ def sanitizers() -> list[str]:
     return found if len(found) == 2 else []
 
 
-def compiled(source: str, folder: Path) -> Path:
-    """`csrc/cuda/update.cu` with another text, as a library of operators on CPU tensors."""
-    (folder / "csrc/cuda").mkdir(parents=True)
-    for header in ROOT.glob("csrc/*.h"):
-        shutil.copy(header, folder / "csrc" / header.name)
-    shutil.copy(ROOT / "csrc/cuda/launch.h", folder / "csrc/cuda/launch.h")
-    (folder / "csrc/cuda/update.cu").write_text(source)
+def compiled(folder: Path, right: str, wrong: str) -> Path:
+    """The CUDA source with `wrong` for `right`, as a library of operators on CPU tensors."""
+    changed_cuda_source(folder, right, wrong)
     (folder / "tests/native").mkdir(parents=True)
     shim = shutil.copy(ROOT / "tests/native/cuda_on_host.cpp", folder / "tests/native")
     built = folder / "update.o"
@@ -74,7 +71,6 @@ needs_sanitizers = pytest.mark.skipif(
     shutil.which(COMPILER) is None or not sanitizers() or ops.EXTENSION_ERROR is not None,
     reason=f"needs {COMPILER} with AddressSanitizer and UBSan, and the compiled extension",
 )
-SOURCE = (ROOT / "csrc/cuda/update.cu").read_text()
 
 
 @needs_sanitizers
@@ -83,10 +79,7 @@ def test_memory_and_bits(tmp_path: Path, along_y: str) -> None:
     """Also where a grid has more samples than may be counted along one axis, which takes less of
     them here.
     """
-    assert "ALONG_Y = 0xFFFF" in SOURCE
-    result = run_cases(
-        compiled(SOURCE.replace("ALONG_Y = 0xFFFF", f"ALONG_Y = {along_y}"), tmp_path)
-    )
+    result = run_cases(compiled(tmp_path, "ALONG_Y = 0xFFFF", f"ALONG_Y = {along_y}"))
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastddim
 from fastddim import backends
 
-from .support.environment import ROOT, needs_compiler, needs_extension
+from .support.environment import needs_compiler, needs_extension
 from .support.gpuless import launcher, ptx
 from .support.gpuless.cases import (
     DIGITS,
@@ -28,8 +28,8 @@ from .support.gpuless.cases import (
     same_bits,
     update_case,
 )
-from .support.gpuless.cuda_on_ptx import NAMESPACE, SOURCE, Device, device, ptx_of
-from .support.gpuless.toolchain import needs_nvcc
+from .support.gpuless.cuda_on_ptx import NAMESPACE, Device, device, ptx_of
+from .support.gpuless.toolchain import changed_cuda_source, needs_nvcc
 from .support.updates import DTYPES, Case, make_case, run, written_only_inside
 
 __all__ = ["device"]
@@ -241,15 +241,7 @@ BROKEN = {
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_kernel_is_caught(device: Device, tmp_path: Path, fault: str) -> None:
     """Each fault in the source is seen by the comparison of bits or by the checks of memory."""
-    right, wrong = BROKEN[fault]
-    text = SOURCE.read_text()
-    assert right in text
-    source = tmp_path / "csrc/cuda/update.cu"
-    source.parent.mkdir(parents=True)
-    for header in [*ROOT.glob("csrc/*.h"), ROOT / "csrc/cuda/launch.h"]:
-        target = tmp_path / header.relative_to(ROOT)
-        target.write_text(header.read_text())
-    source.write_text(text.replace(right, wrong))
+    source = changed_cuda_source(tmp_path, *BROKEN[fault])
     before = device.gpu.module
     device.gpu.module = ptx.parse(ptx_of("sm_90", source))
     try:

@@ -104,7 +104,8 @@ def test_a_torch_without_cuda_is_named(
 
 def test_the_source_is_written_for_the_oldest_torch() -> None:
     """What a later release has added would compile there alone."""
-    files = (path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
+    suffixes = (".h", ".cpp", ".cu", ".cuh")
+    files = (path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes)
     source = "\n".join(re.sub(r"//.*|#include.*", "", path.read_text()) for path in files)
     macros_and_c = r"\b(?:(?:STD_|STABLE_)?TORCH_\w+|(?:AOTI|Aten|aoti_|torch_)\w+)"
     used = set(re.findall(rf"{macros_and_c}|\btorch::(?:\w+::)+\w+", source))

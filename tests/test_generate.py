@@ -106,6 +106,11 @@ def interrupted(net, after, out="run", **arguments):
         fastddim.generate(net, 2, out, callback=stopping, **{**ARGUMENTS, **arguments})
 
 
+def test_the_name_of_generate_is_that_of_the_function_alone():
+    assert fastddim.generate is runs.generate
+    assert importlib.util.find_spec("fastddim.generate") is None
+
+
 class TestBytes:
     def test_samples_are_those_of_sample(self, net):
         run = fastddim.generate(net, 2, "run", merged="all.npz", **ARGUMENTS)
@@ -194,6 +199,12 @@ class TestBytes:
         fastddim.generate(policy, 2, "run", model_id="half", **arguments)
         shard = safetensors.torch.load_file("run/samples-0000000000-0000000003.safetensors")
         assert torch.equal(shard["samples"], fastddim.sample(policy, 2, shape=(3, 5)))
+
+    def test_numpy_integers_are_written_like_python_s(self, net):
+        given = {"start": np.int64(2), "stop": np.int64(COUNT), "seed": np.uint8(5)}
+        fastddim.generate(net, 2, "run", **{**ARGUMENTS, **given})
+        fastddim.generate(net, 2, "same", **{**ARGUMENTS, "start": 2})
+        assert contents("run") == contents("same")
 
 
 class TestMerge:

@@ -58,6 +58,24 @@ def with_conditions(request, parts):
     return {**request, "model_kwargs": {"shift": shift, "extra": extra}}
 
 
+def with_mask(request):
+    mask = torch.rand(SHAPE[-1]) * (torch.rand(SHAPE[-1]) < 0.7)
+    return {**request, "mask": mask, "known": torch.randn(1, *SHAPE)}
+
+
+def halved(x_0, t):
+    return x_0.mul_(0.5) + t.reshape(-1, *[1] * (x_0.ndim - 1)) * (1 / 4096)
+
+
+HOOKED = [
+    {},
+    {"guided": True, "guidance_rescale": 0.7},
+    {"order": 2},
+    {"dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.5},
+    {"guided": True, "masked": True},
+]
+
+
 def drawn_alone(model, request, **common):
     common.setdefault("dtype", torch.float32)
     return fastddim.sample(model, shape=(1, *SHAPE), **{**request, **common})
@@ -94,8 +112,11 @@ def captures(monkeypatch):
 
 
 class TestIsSample:
-    def check(self, model, requests, rng, *, slots, guided=False, static=False, **common):
-        stream = fastddim.Stream(model, shape=(slots, *SHAPE), guided=guided, **common)
+    def check(
+        self, model, requests, rng, *, slots, guided=False, masked=False, static=False, **common
+    ):
+        kind = {"guided": guided, "masked": masked}
+        stream = fastddim.Stream(model, shape=(slots, *SHAPE), **kind, **common)
         tickets = run_in_random_order(stream, requests, rng)
         if static:
             common = {**common, "graph": False}
@@ -182,6 +203,59 @@ class TestIsSample:
         common = {"guided": guided, "order": order, "impl": impl, "graph": True, "static": True}
         self.check(conditioned, requests, rng, slots=3, **common)
         assert len(captures) == 1
+
+    @pytest.mark.parametrize("impl", CPU_IMPLS)
+    @pytest.mark.parametrize(("guided", "order"), [(False, 1), (True, 1), (False, 2), (True, 2)])
+    @pytest.mark.parametrize("static", [False, True])
+    def test_masks(self, impl, guided, order, static, captures):
+        rng = random.Random(7)
+        requests = [
+            with_mask(with_conditions(random_request(rng, guided=guided, order=order), 1 + guided))
+            for _ in range(9)
+        ]
+        common = {"guided": guided, "order": order, "impl": impl, "graph": static}
+        self.check(conditioned, requests, rng, slots=3, masked=True, static=static, **common)
+        assert len(captures) == static
+
+    @pytest.mark.parametrize("impl", CPU_IMPLS)
+    @pytest.mark.parametrize("kind", HOOKED, ids=range(len(HOOKED)))
+    @pytest.mark.parametrize("static", [False, True])
+    def test_changed_x_0(self, impl, kind, static, captures):
+        rng = random.Random(8)
+        guided, order = kind.get("guided", False), kind.get("order", 1)
+        fitted = "dynamic_thresholding_ratio" in kind
+        requests = []
+        for _ in range(9):
+            request = random_request(rng, guided=guided, order=order, fitted=fitted)
+            request["rederive_eps"] = False
+            request = with_conditions(request, 1 + guided)
+            requests.append(with_mask(request) if kind.get("masked") else request)
+        common = {**kind, "denoised_fn": halved, "impl": impl, "graph": static}
+        self.check(conditioned, requests, rng, slots=3, static=static, **common)
+        assert len(captures) == static
+
+    @pytest.mark.skipif("cpu" not in CPU_IMPLS, reason="the cpu backend alone has such a step")
+    def test_steps_are_taken_in_one_call(self, monkeypatch):
+        """Where nothing but the model comes between two states."""
+        from fastddim.backends import cpu
+
+        taken, made = [], cpu.loop_step
+
+        def loop_step(*args, **kwargs):
+            take = made(*args, **kwargs)
+            return lambda output: taken.append(len(output)) or take(output)
+
+        monkeypatch.setattr(cpu, "loop_step", loop_step)
+        monkeypatch.setattr(cpu, "update_out", None)
+        rng = random.Random(9)
+        requests = [random_request(rng) for _ in range(6)]
+        stream = fastddim.Stream(elementwise_model, shape=(3, *SHAPE), impl="cpu")
+        tickets = run_in_random_order(stream, requests, rng)
+        monkeypatch.undo()
+        for ticket, request in zip(tickets, requests, strict=True):
+            expected = drawn_alone(elementwise_model, request, impl="reference")
+            torch.testing.assert_close(ticket.result(0), expected)
+        assert set(taken) == {1, 2, 3}
 
     @pytest.mark.parametrize("impl", CPU_IMPLS)
     def test_captured_again_where_the_model_changed_between_steps(self, impl, captures):
@@ -509,6 +583,8 @@ class TestBadInput:
             ({"shape": (1, 2), "max_steps": 1001}, "max_steps: expected an integer in [1, 1000]"),
             ({"shape": (1, 2), "max_pending": 0}, "max_pending: expected an integer in [1, "),
             ({"shape": (1, 2), "guided": 1}, "guided: expected True or False, got 1 (int)"),
+            ({"shape": (1, 2), "masked": None}, "masked: expected True or False, got None"),
+            ({"shape": (1, 2), "denoised_fn": 3}, "denoised_fn: expected a callable, got int"),
             ({"shape": (1, 2), "order": 3}, "order: expected one of 1, 2, got 3"),
             ({"shape": (1, 2), "guidance_rescale": 0.5}, "guidance_rescale: expected 0 without"),
             ({"shape": (1, 2), "impl": "nothing"}, "impl: expected one of 'auto'"),
@@ -528,6 +604,8 @@ class TestBadInput:
             ({"eta": -1.0}, "eta: expected a finite number >= 0, got -1.0"),
             ({"eta": [0.1]}, "eta: expected one value a step, 2, got 1 of them"),
             ({"guidance_scale": 2.0}, "guidance_scale: expected None in a stream with guided=Fal"),
+            ({"mask": torch.ones(5)}, "mask: expected None in a stream with masked=False, got"),
+            ({"known": torch.ones(1, 2, 5)}, "mask: expected a weight of known, got None"),
             ({"seed": [1]}, "seed: expected an integer, got [1] (list)"),
             ({"seed": -1}, "seed: expected an integer in [0, 18446744073709551615], got -1"),
             ({"sample_offset": 2**32}, "sample_offset: expected an integer in [0, 4294967295]"),
@@ -553,6 +631,26 @@ class TestBadInput:
         stream = fastddim.Stream(elementwise_model, shape=(1, *SHAPE), guided=True)
         with pytest.raises(ValueError, match="guidance_scale: expected a number in a stream with"):
             stream.submit(2)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({}, "mask: expected a tensor in a stream with masked=True, got None"),
+            ({"mask": torch.ones(5)}, "known: expected data beside mask, got None"),
+            ({"mask": torch.ones(3), "known": torch.ones(1, *SHAPE)}, "mask: expected"),
+            ({"mask": torch.ones(5), "known": torch.ones(SHAPE)}, "known: expected the shape of"),
+        ],
+    )
+    def test_masks(self, arguments, message):
+        stream = fastddim.Stream(elementwise_model, shape=(1, *SHAPE), masked=True)
+        with pytest.raises(ValueError, match=message):
+            stream.submit(2, **arguments)
+        assert stream.pending == 0
+
+    def test_rederived_epsilon_beside_a_changed_x_0(self):
+        stream = fastddim.Stream(elementwise_model, shape=(1, *SHAPE), denoised_fn=halved)
+        with pytest.raises(ValueError, match="rederive_eps: expected False in a stream with"):
+            stream.submit(2, rederive_eps=True)
 
     @pytest.mark.parametrize(
         "other", [{}, {"y": torch.zeros(1, 3)}, {"y": torch.zeros(1, 2), "flag": False}]

@@ -71,7 +71,7 @@ def built(target: Any, variant: str) -> triton_jit.Binary:
     case = make_case(torch.Generator().manual_seed(1), (2, 4, 384, 384), **VARIANTS[variant])
     with triton_jit.compiled_for(target, binaries.append):
         # With x_0, into memory that is not aligned, or without it where it is.
-        (run if variant == "strided, noise" else run_bare)(triton_jit.update.update_out, case)
+        (run if variant == "strided, noise" else run_bare)(triton_jit.LAUNCHERS.update_out, case)
     (binary,) = binaries
     return binary
 
@@ -169,6 +169,6 @@ def test_other_sizes_need_no_other_kernel() -> None:
             case = make_case(torch.Generator().manual_seed(1), shape, layout=layout, noise=noise)
             binaries: list[triton_jit.Binary] = []
             with triton_jit.compiled_for(triton_jit.SM_90, binaries.append):
-                run_bare(triton_jit.update.update_out, case)
+                run_bare(triton_jit.LAUNCHERS.update_out, case)
             hashes |= {binary.kernel.hash for binary in binaries}
         assert len(hashes) == 1

@@ -159,7 +159,7 @@ def test_another_device_becomes_current_for_the_launch() -> None:
         mock.patch.object(torch.cuda, "current_device", return_value=0),
         mock.patch.object(torch.cuda, "device") as guard,
     ):
-        assert triton_jit.update._device_of(tensor) is guard.return_value
+        assert triton_jit.launch._device_of(tensor) is guard.return_value
         guard.assert_called_once_with(torch.device("cuda", 1))
         tensor.device = torch.device("cuda", 0)
-        assert triton_jit.update._device_of(tensor) is not guard.return_value
+        assert triton_jit.launch._device_of(tensor) is not guard.return_value

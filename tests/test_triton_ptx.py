@@ -68,7 +68,7 @@ def interpreter() -> Iterator[Interpreter]:
 @pytest.mark.parametrize("name", UPDATES)
 def test_updates(interpreter: Interpreter, name: str) -> None:
     in_place = list(UPDATES).index(name) % 2 == 1
-    assert_bits_of_cpu(triton_jit.update.update_out, update_case(name), in_place=in_place)
+    assert_bits_of_cpu(triton_jit.LAUNCHERS.update_out, update_case(name), in_place=in_place)
     assert all(launch.bytes_written for launch in interpreter.launches)
 
 
@@ -78,9 +78,9 @@ def test_other_targets(target: Any) -> None:
     interpreter = Interpreter()
     with triton_jit.compiled_for(target, interpreter):
         for name in list(UPDATES)[::23]:
-            assert_bits_of_cpu(triton_jit.update.update_out, update_case(name))
+            assert_bits_of_cpu(triton_jit.LAUNCHERS.update_out, update_case(name))
         for dtype in DTYPES:
-            assert_bits_of_cpu(triton_jit.update.update_out, aligned_case(dtype))
+            assert_bits_of_cpu(triton_jit.LAUNCHERS.update_out, aligned_case(dtype))
     pairs = sum(n for launch in interpreter.launches for n in paired(launch.executed))
     assert (pairs > 0) == (target.arch >= 100)
 
@@ -101,7 +101,7 @@ def test_vectors(interpreter: Interpreter, dtype: torch.dtype, noise: str) -> No
     """Where everything is aligned, every tensor is moved 16 bytes at a time."""
     case = aligned_case(dtype, noise=noise, clip=0.5, per_sample=True)
     for got, expected in zip(
-        run_bare(triton_jit.update.update_out, case),
+        run_bare(triton_jit.LAUNCHERS.update_out, case),
         run_bare(backends.BACKENDS["cpu"].update_out, case),
         strict=True,
     ):
@@ -126,7 +126,7 @@ def test_alignments(interpreter: Interpreter, dtype: torch.dtype) -> None:
         buffer = torch.full((case.x.numel() + 32,), 12345.0).to(dtype)
         view = buffer[offset : offset + case.x.numel()].view(case.x.shape)
         view.copy_(case.x)
-        triton_jit.update.update_out(
+        triton_jit.LAUNCHERS.update_out(
             *(view, case.model_output, case.table, case.row),
             **{"noise": None, "keys": case.keys, "out": view, "x_0": None, "model_input": None},
         )
@@ -136,13 +136,13 @@ def test_alignments(interpreter: Interpreter, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("hold", FACTS, ids=lambda fact: fact.__name__)
 def test_special_values(interpreter: Interpreter, hold: Callable[..., None]) -> None:
-    hold(triton_jit.update, torch.Generator().manual_seed(20))
+    hold(triton_jit.LAUNCHERS, torch.Generator().manual_seed(20))
 
 
 def test_no_noise_is_read_in_vain(interpreter: Interpreter) -> None:
     case = aligned_case(torch.float32, noise="given")
     case.rows[:, Row._fields.index("pn")] = 0
-    run_bare(triton_jit.update.update_out, case)
+    run_bare(triton_jit.LAUNCHERS.update_out, case)
     (launch,) = interpreter.launches
     assert "noise" not in launch.bytes_read
 
@@ -151,7 +151,7 @@ def test_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than there may be programs along the second axis of a grid, of which few are enough
     here.
     """
-    monkeypatch.setattr(triton_jit.update, "_MOST_PROGRAMS", 1)
+    monkeypatch.setattr(triton_jit.launch, "_MOST_PROGRAMS", 1)
     interpreter, grids = Interpreter(), set()
 
     def execute(binary: triton_jit.Binary) -> None:
@@ -159,7 +159,7 @@ def test_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:
         interpreter(binary)
 
     with triton_jit.compiled_for(triton_jit.SM_90, execute):
-        assert_bits_of_cpu(triton_jit.update.update_out, aligned_case(torch.bfloat16))
+        assert_bits_of_cpu(triton_jit.LAUNCHERS.update_out, aligned_case(torch.bfloat16))
     assert grids == {(2, 3), (2, 5)}
 
 
@@ -195,7 +195,7 @@ def test_normals(interpreter: Interpreter, dtype: torch.dtype) -> None:
         case = make_case(generator, shape, dtype=dtype, layout=layout, noise="keyed")
         assert case.keys is not None
         out, buffer = poisoned_like(case.x)
-        triton_jit.update.normal_out(case.keys, philox.LATENTS, out)
+        triton_jit.LAUNCHERS.normal_out(case.keys, philox.LATENTS, out)
         assert torch.equal(out, philox.normal(case.keys, shape[1:], philox.LATENTS).to(dtype))
         assert written_only_inside(out, buffer)
 
@@ -205,7 +205,7 @@ def test_advance(interpreter: Interpreter, count: int) -> None:
     timesteps = torch.randint(0, 1000, (9,))
     counters = torch.randint(0, 8, (count + 3,))
     before, t = counters.clone(), torch.zeros(count, dtype=torch.int64)
-    triton_jit.update.advance(counters, timesteps, t)
+    triton_jit.LAUNCHERS.advance(counters, timesteps, t)
     assert torch.equal(counters, before + 1)
     assert torch.equal(t, timesteps[counters[:count]])
     assert len(interpreter.launches) == 1
@@ -218,7 +218,7 @@ def test_bytes_moved_are_the_floor(
 ) -> None:
     """Each input is read once, each output written once; coefficients are not part of it."""
     case = aligned_case(dtype, noise=noise)
-    _, model_input = run_bare(triton_jit.update.update_out, case)
+    _, model_input = run_bare(triton_jit.LAUNCHERS.update_out, case)
     (launch,) = interpreter.launches
     assert launch.bytes_read["x"] == case.x.nbytes
     assert launch.bytes_read["model_output"] == case.model_output.nbytes
@@ -230,7 +230,7 @@ def test_the_same_digits(interpreter: Interpreter, monkeypatch: pytest.MonkeyPat
     """The images of the CPU, from its recorded model outputs: latents, updates and counters."""
     outputs, images = recorded_digits()
     answers = iter(outputs)
-    monkeypatch.setattr(backends, "choose", lambda impl, where: triton_jit.update)
+    monkeypatch.setattr(backends, "choose", lambda impl, where: triton_jit.LAUNCHERS)
     again = fastddim.sample(
         lambda x, t: next(answers), 50, **DIGITS, schedule=fastddim.models.load("digits").schedule
     )
@@ -277,7 +277,7 @@ def changed_kernels(folder: Path, module: str, right: str, wrong: str) -> Any:
             text = text.replace(right, wrong)
         (package / source.name).write_text(text)
     with mock.patch.object(sys, "path", [str(folder), *sys.path]):
-        return importlib.import_module(f"{package.name}.update")
+        return importlib.import_module(f"{package.name}.launch")
 
 
 def revealing_cases() -> Iterator[Case]:
@@ -306,7 +306,7 @@ def is_right(update_out: Callable[..., None], case: Case) -> bool:
 
 
 def test_the_kernels_are_right_where_faults_show(interpreter: Interpreter) -> None:
-    assert all(is_right(triton_jit.update.update_out, case) for case in revealing_cases())
+    assert all(is_right(triton_jit.LAUNCHERS.update_out, case) for case in revealing_cases())
 
 
 @pytest.mark.parametrize("fault", BROKEN)
@@ -314,7 +314,9 @@ def test_a_broken_kernel_is_caught(fault: str, tmp_path: Path) -> None:
     """Each fault in the source is seen by the comparison of bits or by the checks of memory."""
     broken = changed_kernels(tmp_path, *BROKEN[fault])
     with triton_jit.compiled_for(triton_jit.SM_90, Interpreter(), broken):
-        assert not all(is_right(broken.update_out, case) for case in revealing_cases())
+        assert not all(
+            is_right(triton_jit.backend(broken).update_out, case) for case in revealing_cases()
+        )
 
 
 CHECKS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -376,5 +378,5 @@ def test_a_tensor_that_does_not_fit(name: str, interpreter: Interpreter) -> None
         **dict.fromkeys(("noise", "keys", "x_0", "model_input")),
     }
     with pytest.raises(error, match=re.escape(message)):
-        triton_jit.update.update_out(**{**arguments, **changed})
+        triton_jit.LAUNCHERS.update_out(**{**arguments, **changed})
     assert not interpreter.launches

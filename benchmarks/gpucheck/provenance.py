@@ -17,7 +17,7 @@ UNKNOWN, DRY = "unknown", "dry run"
 
 # What a kit is built from, and what tests it.
 SOURCES = ("csrc", "fastddim", "kernels", "tests")
-SUFFIXES = (".cpp", ".cu", ".h", ".py")
+SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".py")
 
 
 def kit() -> dict[str, Any] | None:

@@ -6,11 +6,13 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastddim.options import Graph
+# The check itself starts before the package under test is installed.
+if TYPE_CHECKING:
+    from fastddim.options import Graph
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,24 @@ from unittest import mock
 
 import torch
 import triton
-from fastddim.kernels import update
+from fastddim.kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from fastddim import ops
+
+
+def backend(module: Any) -> SimpleNamespace:
+    """The launchers of `module` as functions of a backend."""
+    return SimpleNamespace(
+        update_out=ops.update_out_through(module.update_out),
+        normal_out=module.normal_out,
+        advance=module.advance,
+    )
+
+
+LAUNCHERS = backend(launch)
 
 KERNELS = ("update_kernel", "normal_kernel", "advance_kernel")
 SM_90 = GPUTarget("cuda", 90, 32)
@@ -105,10 +119,10 @@ class Specializer(Compiler):
 def compiled_for(
     target: GPUTarget,
     then: Callable[[Any], None],
-    module: Any = update,
+    module: Any = launch,
     stand_in: type[Compiler] = Compiler,
 ) -> Iterator[None]:
-    """Launches from `fastddim.kernels.update`, or a copy of it, are compiled for `target`, then
+    """Launches from `fastddim.kernels.launch`, or a copy of it, are compiled for `target`, then
     handed to `then`.
     """
     stand_ins: dict[str, Any] = {

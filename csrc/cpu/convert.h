@@ -84,9 +84,10 @@ FASTDDIM_FN void write_as(const View& view, const Span& span, const T* buffer) {
 FASTDDIM_FN bool same(Dtype dtype, float) { return dtype == Dtype::float32; }
 FASTDDIM_FN bool same(Dtype dtype, double) { return dtype == Dtype::float64; }
 
-// Where the span lies in memory if it can be used there, else `buffer`; null for an absent tensor.
+// The address of the span in memory if it can be used there, else `buffer`; null for an absent
+// tensor.
 template <class T>
-FASTDDIM_FN T* place(const View& view, const Span& span, T* buffer) {
+FASTDDIM_FN T* direct_or_buffer(const View& view, const Span& span, T* buffer) {
   if (!view.data) return nullptr;
   if (!view.contiguous || !same(view.dtype, T())) return buffer;
   return (T*)view.data + span.sample * view.sample_stride + span.first;
@@ -94,7 +95,7 @@ FASTDDIM_FN T* place(const View& view, const Span& span, T* buffer) {
 
 template <class T>
 const T* read(const View& view, const Span& span, T* buffer) {
-  T* at = place(view, span, buffer);
+  T* at = direct_or_buffer(view, span, buffer);
   if (at != buffer) return at;
   switch (view.dtype) {
     case Dtype::float32:
@@ -107,7 +108,7 @@ const T* read(const View& view, const Span& span, T* buffer) {
       read_as<Half>(view, span, buffer);
       break;
     case Dtype::bfloat16:
-      read_as<Brain>(view, span, buffer);
+      read_as<BFloat16>(view, span, buffer);
       break;
   }
   return buffer;
@@ -115,7 +116,7 @@ const T* read(const View& view, const Span& span, T* buffer) {
 
 template <class T>
 void write(const View& view, const Span& span, const T* from) {
-  if (!view.data || place(view, span, (T*)nullptr) == from) return;
+  if (!view.data || direct_or_buffer(view, span, (T*)nullptr) == from) return;
   switch (view.dtype) {
     case Dtype::float32:
       write_as<float>(view, span, from);
@@ -127,9 +128,21 @@ void write(const View& view, const Span& span, const T* from) {
       write_as<Half>(view, span, from);
       break;
     case Dtype::bfloat16:
-      write_as<Brain>(view, span, from);
+      write_as<BFloat16>(view, span, from);
       break;
   }
+}
+
+// An operand of a span to be read, in place or in its buffer.
+template <class T, int COUNT>
+FASTDDIM_FN const T* input(const Span& span, int v, T (&buffers)[COUNT][TILE]) {
+  return read(span.job.views[v], span, buffers[v]);
+}
+
+// An operand of a span to be written, in place or in its buffer.
+template <class T, int COUNT>
+FASTDDIM_FN T* output(const Span& span, int v, T (&buffers)[COUNT][TILE]) {
+  return direct_or_buffer(span.job.views[v], span, buffers[v]);
 }
 
 // The tile rounded to the state's dtype, as a user who casts the new state for the model would see
@@ -137,9 +150,9 @@ void write(const View& view, const Span& span, const T* from) {
 FASTDDIM_FN const float* rounded(Dtype dtype, int64_t count, float* tile) {
   for (int64_t i = 0; i < count; ++i) {
     Half half;
-    Brain brain;
+    BFloat16 bfloat16;
     if (dtype == Dtype::float16) narrow(tile[i], half), tile[i] = widened(half);
-    if (dtype == Dtype::bfloat16) narrow(tile[i], brain), tile[i] = widened(brain);
+    if (dtype == Dtype::bfloat16) narrow(tile[i], bfloat16), tile[i] = widened(bfloat16);
   }
   return tile;
 }

@@ -1,5 +1,5 @@
-// What rows take from the data of their samples: see fitted_rows in fastddim/reference.py, which
-// specifies it. Included inside the namespace of an instruction set.
+// The factors that rows take from the data of their samples, as fitted_rows in
+// fastddim/reference.py specifies them. Included inside the namespace of an instruction set.
 //
 // Nothing of the size of a sample is kept: each pass works the values out anew from x and the model
 // output. Sums have a fixed order, so that the result depends on neither threads nor batch.
@@ -7,12 +7,12 @@
 // Calls visit(x, m, conditional, count) for each tile of a sample, with m guided.
 template <class T, class Visit>
 FASTDDIM_FN void for_each_tile(const Job& job, int64_t sample, const Row<T>& row, Visit visit) {
-  alignas(64) T buffers[3][TILE], m[TILE];
+  alignas(64) T buffers[operand::OF_UPDATE][TILE], m[TILE];
   for (int64_t first = 0; first < job.count; first += job.tile) {
     const Span span{job, sample, first};
-    const T* x = read(job.x, span, buffers[0]);
-    const T* unconditional = read(job.unconditional, span, buffers[1]);
-    const T* conditional = read(job.conditional, span, buffers[2]);
+    const T* x = input(span, operand::x, buffers);
+    const T* unconditional = input(span, operand::unconditional, buffers);
+    const T* conditional = input(span, operand::conditional, buffers);
     for (int64_t i = 0; i < span.count; ++i) {
       m[i] = conditional ? guided(row, unconditional[i], conditional[i]) : unconditional[i];
     }

@@ -13,6 +13,7 @@
 
 namespace FASTDDIM_NAMESPACE {
 
+namespace operand = fastddim::operand;
 using fastddim::Dtype;
 using fastddim::Job;
 using fastddim::TILE;
@@ -57,8 +58,8 @@ struct Tile {
   bool stream;
 };
 
-// What a tile has beside a state, a model output and a result. Each question that is answered here
-// is not asked for every element.
+// What a tile has besides a state, a model output and a result. A question that is answered here is
+// not asked again for every element.
 enum Features { CLIP = 1, GUIDED = 2, NOISE = 4, X_0 = 8, REST = 16, ALL = 31 };
 
 template <int FEATURES, class V, class T>
@@ -108,15 +109,16 @@ FASTDDIM_FN void update_run(const Row<T>& row, const Tile<T>& tile, int64_t coun
   for (; i < count; ++i) update_at<FEATURES>(row, tile, i);
 }
 
-// Nothing but what every step has. The questions that update_at asks are answered at compile time.
+// A step with nothing that is optional: the questions that update_at asks are answered at compile
+// time.
 template <bool STREAM, class T>
-FASTDDIM_FN void bare_run(const Row<T>& row, const Tile<T>& tile, int64_t count) {
-  const Tile<T> bare{tile.x, tile.unconditional, {}, {}, {}, {}, {}, tile.out, {}, {}, STREAM};
-  update_run<0>(row, bare, count);
+FASTDDIM_FN void minimal_run(const Row<T>& row, const Tile<T>& tile, int64_t count) {
+  const Tile<T> minimal{tile.x, tile.unconditional, {}, {}, {}, {}, {}, tile.out, {}, {}, STREAM};
+  update_run<0>(row, minimal, count);
 }
 
 template <class T>
-FASTDDIM_FN bool is_bare(const Row<T>& row, const Tile<T>& tile) {
+FASTDDIM_FN bool is_minimal(const Row<T>& row, const Tile<T>& tile) {
   const bool clip = row.r < __builtin_inff();
   return !clip && !tile.conditional && !tile.history && !tile.mask && !tile.x_0 && !tile.epsilon;
 }
@@ -129,7 +131,8 @@ FASTDDIM_FN void update_tile(const Row<T>& row, const Tile<T>& tile, int64_t cou
   switch (features) {
     case 0:
       if (row.r < __builtin_inff()) return update_run<CLIP>(row, tile, count);
-      return tile.stream ? bare_run<true>(row, tile, count) : bare_run<false>(row, tile, count);
+      return tile.stream ? minimal_run<true>(row, tile, count)
+                         : minimal_run<false>(row, tile, count);
     case GUIDED:
       return update_run<CLIP | GUIDED>(row, tile, count);
     case NOISE:
@@ -146,7 +149,7 @@ FASTDDIM_FN void update_tile(const Row<T>& row, const Tile<T>& tile, int64_t cou
 }
 
 #if FASTDDIM_LANES > 1
-// A bare step that takes each vector of noise as it is drawn, so that memory answers meanwhile.
+// A minimal step that takes each vector of noise as it is drawn, so that memory answers meanwhile.
 // `buffer` holds the noise of the elements after the last whole vector.
 template <bool STREAM>
 FASTDDIM_FN void drawing_run(const Job& job, const Span& span, const Row<float>& row,
@@ -166,14 +169,14 @@ FASTDDIM_FN void drawing_run(const Job& job, const Span& span, const Row<float>&
 
 FASTDDIM_FN bool update_drawing(const Job& job, const Span& span, const Row<float>& row,
                                 const Tile<float>& tile, float* buffer) {
-  if (!job.seed || job.channels || !is_bare(row, tile)) return false;
+  if (!job.seed || job.channels || !is_minimal(row, tile)) return false;
   tile.stream ? drawing_run<true>(job, span, row, tile, buffer)
               : drawing_run<false>(job, span, row, tile, buffer);
   return true;
 }
 #endif
 
-// Whether the tile was updated with noise drawn on the way.
+// Updates the tile with noise drawn on the way, if that is possible; returns false if it is not.
 template <class T>
 FASTDDIM_FN bool update_drawing(const Job&, const Span&, const Row<T>&, const Tile<T>&, T*) {
   return false;
@@ -181,36 +184,40 @@ FASTDDIM_FN bool update_drawing(const Job&, const Span&, const Row<T>&, const Ti
 
 template <class T>
 void update_tiles(const Job& job, int64_t begin, int64_t end) {
-  alignas(64) T buffers[10][TILE];
+  alignas(64) T buffers[operand::OF_UPDATE][TILE];
   const int64_t per_sample = job.tiles_per_sample();
   for (int64_t index = begin; index < end; ++index) {
     const int64_t sample = index / per_sample;
     const Span span{job, sample, index % per_sample * job.tile};
     const Row<T> row = row_of<T>(job, sample);
     Tile<T> tile;
-    tile.x = read(job.x, span, buffers[0]);
-    tile.unconditional = read(job.unconditional, span, buffers[1]);
-    tile.conditional = read(job.conditional, span, buffers[2]);
-    tile.history = read(job.history, span, buffers[3]);
-    tile.mask = read(job.mask, span, buffers[4]);
-    tile.known = read(job.known, span, buffers[5]);
-    tile.out = place(job.out, span, buffers[7]);
-    tile.x_0 = place(job.x_0, span, buffers[8]);
-    tile.epsilon = place(job.epsilon, span, buffers[9]);
-    tile.stream = job.streaming && tile.out != buffers[7] && (uintptr_t)tile.out % 64 == 0 &&
-                  tile.x_0 != buffers[8] && (uintptr_t)tile.x_0 % 64 == 0;
+    tile.x = input(span, operand::x, buffers);
+    tile.unconditional = input(span, operand::unconditional, buffers);
+    tile.conditional = input(span, operand::conditional, buffers);
+    tile.history = input(span, operand::history, buffers);
+    tile.mask = input(span, operand::mask, buffers);
+    tile.known = input(span, operand::known, buffers);
+    tile.out = output(span, operand::out, buffers);
+    tile.x_0 = output(span, operand::x_0, buffers);
+    tile.epsilon = output(span, operand::epsilon, buffers);
+    tile.stream = job.streaming && tile.out != buffers[operand::out] &&
+                  (uintptr_t)tile.out % 64 == 0 && tile.x_0 != buffers[operand::x_0] &&
+                  (uintptr_t)tile.x_0 % 64 == 0;
     tile.noise = nullptr;
-    if (row.pn == 0 || !update_drawing(job, span, row, tile, buffers[6])) {
+    if (row.pn == 0 || !update_drawing(job, span, row, tile, buffers[operand::noise])) {
       if (row.pn != 0) {
-        tile.noise = job.seed ? draw(job, span, buffers[6]) : read(job.noise, span, buffers[6]);
+        tile.noise = job.seed ? draw(job, span, buffers[operand::noise])
+                              : input(span, operand::noise, buffers);
       }
       update_tile(row, tile, span.count);
     }
-    write(job.out, span, tile.out);
-    write(job.x_0, span, tile.x_0);
-    write(job.epsilon, span, tile.epsilon);
-    for (const View& input : job.model_input) {
-      if (input.data) write(input, span, rounded(job.out.dtype, span.count, tile.out));
+    const View& out = job.views[operand::out];
+    write(out, span, tile.out);
+    write(job.views[operand::x_0], span, tile.x_0);
+    write(job.views[operand::epsilon], span, tile.epsilon);
+    for (int v = operand::model_input; v <= operand::second_input; ++v) {
+      const View& next = job.views[v];
+      if (next.data) write(next, span, rounded(out.dtype, span.count, tile.out));
     }
   }
 }
@@ -218,19 +225,20 @@ void update_tiles(const Job& job, int64_t begin, int64_t end) {
 // The gradient of the update, which is affine where the clip does not act.
 template <class T>
 void backward_tiles(const Job& job, int64_t begin, int64_t end) {
-  alignas(64) T buffers[8][TILE];
+  alignas(64) T buffers[operand::COUNT][TILE];
   const int64_t per_sample = job.tiles_per_sample();
   for (int64_t index = begin; index < end; ++index) {
     const int64_t sample = index / per_sample;
     const Span span{job, sample, index % per_sample * job.tile};
     const Row<T> row = row_of<T>(job, sample);
-    const T* x = read(job.x, span, buffers[0]);
-    const T* unconditional = read(job.unconditional, span, buffers[1]);
-    const T* conditional = read(job.conditional, span, buffers[2]);
-    const T* mask = read(job.mask, span, buffers[3]);
-    const T* grad_out = read(job.grad_out, span, buffers[4]);
-    const T* grad_x_0 = read(job.grad_x_0, span, buffers[5]);
-    T *grad_x = buffers[6], *grad_u = buffers[7], *grad_c = buffers[2];
+    const T* x = input(span, operand::x, buffers);
+    const T* unconditional = input(span, operand::unconditional, buffers);
+    const T* conditional = input(span, operand::conditional, buffers);
+    const T* mask = input(span, operand::mask, buffers);
+    const T* grad_out = input(span, operand::grad_out, buffers);
+    const T* grad_x_0 = input(span, operand::grad_x_0, buffers);
+    T *grad_x = buffers[operand::grad_x], *grad_u = buffers[operand::grad_unconditional];
+    T* grad_c = buffers[operand::grad_conditional];
     for (int64_t i = 0; i < span.count; ++i) {
       T m = unconditional[i];
       if (conditional) m = guided(row, m, conditional[i]);
@@ -245,9 +253,9 @@ void backward_tiles(const Job& job, int64_t begin, int64_t end) {
       grad_u[i] = conditional ? to_m - row.g * to_m : to_m;
       if (conditional) grad_c[i] = row.g * to_m;
     }
-    write(job.grad_x, span, grad_x);
-    write(job.grad_unconditional, span, grad_u);
-    write(job.grad_conditional, span, grad_c);
+    write(job.views[operand::grad_x], span, grad_x);
+    write(job.views[operand::grad_unconditional], span, grad_u);
+    write(job.views[operand::grad_conditional], span, grad_c);
   }
 }
 
@@ -257,7 +265,7 @@ void normal(const Job& job, int64_t begin, int64_t end) {
   const int64_t per_sample = job.tiles_per_sample();
   for (int64_t index = begin; index < end; ++index) {
     const Span span{job, index / per_sample, index % per_sample * job.tile};
-    write(job.out, span, draw(job, span, buffer));
+    write(job.views[operand::out], span, draw(job, span, buffer));
   }
 }
 

@@ -1,5 +1,5 @@
-// What the CUDA library offers. It knows no framework: plain pointers and sizes in, and what
-// cudaGetLastError() says of the launch out (0 is success). Nothing here waits or allocates.
+// The functions of the CUDA library. They know no framework: they take plain pointers and sizes,
+// and return what cudaGetLastError() says of the launch (0 is success). None waits or allocates.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 extern "C" {
 
 // The update of job.h on the device that is current, queued on `stream` (a cudaStream_t). Every
-// pointer in the job is to device memory but those to sizes and strides.
+// pointer in the job is to device memory, except those to sizes and strides.
 int fastddim_cuda_update(const fastddim::Job* job, void* stream);
 
 // Standard normals into `job->out`.

@@ -18,15 +18,11 @@ inline void check_launch(int code) {
 // the launchers take.
 template <class Stream>
 struct CudaOperators {
-  static void update_out(Tensor x, Tensor model_output, Tensor table, Tensor row, Optional noise,
-                         Optional seed, Optional step, Optional sample, Optional history,
-                         Optional mask, Optional known, Tensor out, Optional x_0,
-                         Optional model_input, Optional epsilon) {
-    const Shape shape(x, "x");
-    Job job = update_job(shape, x, model_output, table, row, noise, seed, step, sample, history,
-                         mask, known, out, x_0, model_input, epsilon);
-    const Layout layout(job, shape.sizes, (int)shape.dims, job.seed != nullptr, job.row_stride == 0,
-                        Interleaved::as_any);
+  static void update_out(const UpdateArguments& given) {
+    const Shape shape(given.x, "x");
+    Job job = update_job(shape, given);
+    const JobLayout layout(job, shape.sizes, (int)shape.dims, job.seed != nullptr,
+                           job.row_stride == 0, Interleaved::as_any);
     const Stream stream(shape.place);
     check_launch(fastddim_cuda_update(&job, stream.handle));
   }
@@ -35,7 +31,7 @@ struct CudaOperators {
                          Tensor out) {
     const Shape shape(out, "out");
     Job job = normal_job(shape, seed, step, sample, stream_of_noise, out);
-    const Layout layout(job, shape.sizes, (int)shape.dims, true, false, Interleaved::as_any);
+    const JobLayout layout(job, shape.sizes, (int)shape.dims, true, false, Interleaved::as_any);
     const Stream stream(shape.place);
     check_launch(fastddim_cuda_normal(&job, stream.handle));
   }
@@ -49,7 +45,7 @@ struct CudaOperators {
 
   template <class Library>
   static void implement(Library& m) {
-    m.impl("update_out", TORCH_BOX(&update_out));
+    m.impl("update_out", TORCH_BOX(&update_operator<update_out>));
     m.impl("normal_out", TORCH_BOX(&normal_out));
     m.impl("advance", TORCH_BOX(&advance));
   }

@@ -11,23 +11,20 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Callable
-from typing import Protocol, TypeAlias, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
+from fastddim.ops import LoopStep
 from fastddim.philox import Keys
 from fastddim.plan import Fit
 
-LoopStep: TypeAlias = Callable[[Tensor], bool]
-"""`take(output)` updates the state in place (and history and model input), advances the counters
-and returns True; or does nothing and returns False where `output` is laid out otherwise.
-"""
+__all__ = ["BACKENDS", "Backend", "LoopStep", "choose"]
 
 
 class Backend(Protocol):
-    """What a backend defines: these names, as functions of a module.
+    """The functions that a backend's module defines.
 
     The results are the reference's: same formula, same order of operations, same noise.
 
@@ -80,12 +77,12 @@ class Backend(Protocol):
         *,
         noise: Tensor | None,
         keys: Keys | None,
-        history: Tensor | None = None,
-        mask: Tensor | None = None,
-        known: Tensor | None = None,
+        **others: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(x_prev, x_0) in new tensors, differentiable in every floating-point input but `table`
-        and `mask`; the arguments are those of `update_out`.
+        """(x_prev, x_0) in new tensors, differentiable in every floating-point input except `table`
+        and `mask`.
+
+        The arguments are those of `update_out`; `others` are `history`, `mask` and `known`.
         """
 
     def update_out(

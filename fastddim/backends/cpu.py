@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fastddim import ops
-from fastddim.backends import LoopStep
-from fastddim.ops import advance, fit_rows, normal_out, update, update_out
+from fastddim.ops import LoopStep, advance, fit_rows, normal_out, update, update_out
 from fastddim.philox import Keys
 
 __all__ = [
@@ -49,21 +48,9 @@ def loop_step(
 
     For small states most of a step is the passing of its fifteen arguments.
     """
-    seed, step, sample = keys if keys is not None else (None, None, None)
-    made = torch.ops.fastddim.make_loop_step(
-        state,
-        model_output,
-        table,
-        row,
-        seed,
-        step,
-        sample,
-        history,
-        model_input,
-        counters,
-        timesteps,
-        t,
-    )
+    given = keys if keys is not None else (None, None, None)
+    inputs = (state, model_output, table, row, *given, history, model_input)
+    made = torch.ops.fastddim.make_loop_step(*inputs, counters, timesteps, t)
     call = importlib.import_module("fastddim._C").take_loop_step(made)
     dtype, shape = model_output.dtype, model_output.shape
 

@@ -1,21 +1,30 @@
-"""Eager PyTorch, on any device: what every other backend is compared with."""
+"""The backend `reference`: the formulas of the module `fastddim.reference`, on any device.
+
+Every other backend is compared with this one. The operators of `fastddim.ops` run it where nothing
+is compiled for a device.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastddim import philox, reference
+from fastddim import ops, philox, reference
 from fastddim.philox import Keys
 from fastddim.plan import Fit
 
 PRIORITY = 0
+
+_library = torch.library.Library("fastddim", "IMPL")
 
 
 def unavailable(device: torch.device) -> str | None:
     return None
 
 
+@torch.library.impl(_library, "advance", "CompositeExplicitAutograd")
 def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
     """See `fastddim.backends.Backend.advance`."""
     counters.add_(1)
@@ -27,52 +36,6 @@ def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
     out.copy_(philox.normal(keys, out.shape[1:], stream))
 
 
-def update(
-    x: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    row: Tensor,
-    *,
-    noise: Tensor | None,
-    keys: Keys | None,
-    history: Tensor | None = None,
-    mask: Tensor | None = None,
-    known: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """See `fastddim.backends.Backend.update`."""
-    inputs = (x, model_output, table, row, noise, keys, history, mask, known)
-    return _updated(*inputs)[:2]
-
-
-def update_out(
-    x: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    row: Tensor,
-    *,
-    noise: Tensor | None,
-    keys: Keys | None,
-    history: Tensor | None = None,
-    mask: Tensor | None = None,
-    known: Tensor | None = None,
-    out: Tensor,
-    x_0: Tensor | None,
-    model_input: Tensor | None,
-    epsilon: Tensor | None = None,
-) -> None:
-    """See `fastddim.backends.Backend.update_out`."""
-    new = _updated(x, model_output, table, row, noise, keys, history, mask, known)
-    out.copy_(new.x_prev)
-    if x_0 is not None:
-        x_0.copy_(new.x_0)
-    if epsilon is not None:
-        epsilon.copy_(new.epsilon)
-    if model_input is not None:
-        batch = x.shape[0]
-        for first in range(0, model_input.shape[0], max(batch, 1)):
-            model_input[first : first + batch].copy_(new.x_prev)
-
-
 def fit_rows(
     x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, fit: Fit, out: Tensor
 ) -> None:
@@ -80,18 +43,77 @@ def fit_rows(
     out.copy_(reference.fitted_rows(x, model_output, table.index_select(0, row), fit))
 
 
-def _updated(
+@torch.library.impl(_library, "normal_out", "CompositeExplicitAutograd")
+def _normal_out(seed: Tensor, step: Tensor, sample: Tensor, stream: int, out: Tensor) -> None:
+    normal_out(Keys(seed, step, sample), stream, out)
+
+
+@torch.library.impl(_library, "fit_rows", "CompositeExplicitAutograd")
+def _fit_rows(
     x: Tensor,
     model_output: Tensor,
     table: Tensor,
     row: Tensor,
-    noise: Tensor | None,
-    keys: Keys | None,
-    history: Tensor | None,
-    mask: Tensor | None,
-    known: Tensor | None,
-) -> reference.Updated:
+    rescale: float,
+    ratio: float,
+    limit: float,
+    out: Tensor,
+) -> None:
+    fit_rows(x, model_output, table, row, Fit(rescale, ratio, limit), out)
+
+
+@torch.library.impl(_library, "update_out", "CompositeExplicitAutograd")
+def _update_out(*operands: Any) -> None:
+    inputs, outputs = ops.split_operands(operands)
+    new = _updated(inputs)
+    outputs.out.copy_(new.x_prev)
+    if outputs.x_0 is not None:
+        outputs.x_0.copy_(new.x_0)
+    if outputs.epsilon is not None:
+        outputs.epsilon.copy_(new.epsilon)
+    if outputs.model_input is not None:
+        batch = inputs.x.shape[0]
+        for first in range(0, outputs.model_input.shape[0], max(batch, 1)):
+            outputs.model_input[first : first + batch].copy_(new.x_prev)
+
+
+def _update(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return _updated(ops.Inputs(*inputs))[:2]
+
+
+def _updated(inputs: ops.Inputs) -> reference.Updated:
+    x, keys, noise = inputs.x, inputs.keys, inputs.noise
     if keys is not None:
         noise = philox.normal(keys, x.shape[1:], philox.STEP_NOISE)
-    rows = table.index_select(0, row)
-    return reference.updated(x, model_output, rows, noise, history, mask, known)
+    rows = inputs.table.index_select(0, inputs.row)
+    return reference.updated(
+        x, inputs.model_output, rows, noise, inputs.history, inputs.mask, inputs.known
+    )
+
+
+update = ops.update_through(_update)
+update_out = ops.update_out_through(_update_out, differentiable=True)
+
+
+@torch.library.impl(_library, "backward_out", "CompositeExplicitAutograd")
+def _backward_out(
+    grad_x_prev: Tensor | None,
+    grad_x_0: Tensor | None,
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    mask: Tensor | None,
+    grad_x: Tensor,
+    grad_model_output: Tensor,
+) -> None:
+    known = None if mask is None else torch.zeros_like(x)
+    with torch.enable_grad():
+        inputs = (x.detach().requires_grad_(), model_output.detach().requires_grad_())
+        outputs = update(*inputs, table, row, noise=None, keys=None, mask=mask, known=known)
+        pairs = [
+            (o, g) for o, g in zip(outputs, (grad_x_prev, grad_x_0), strict=True) if g is not None
+        ]
+        grads = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs])
+    grad_x.copy_(grads[0])
+    grad_model_output.copy_(grads[1])

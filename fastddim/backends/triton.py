@@ -1,7 +1,7 @@
 """The Triton kernels (kernels/), on NVIDIA and AMD GPUs.
 
 Each launch is an operator, so that `torch.compile` takes it without a graph break, and fake tensors
-and dispatch modes see it. The operator's own call is short beside Triton's launch from Python.
+and dispatch modes see it. The call of the operator is short in comparison with Triton's launch.
 """
 
 from __future__ import annotations
@@ -28,16 +28,8 @@ __all__ = [
 PRIORITY = 15
 
 _library = torch.library.Library("fastddim", "FRAGMENT")
-
-
-def _define(name: str) -> None:
-    """`fastddim::triton_…` with the schema of `fastddim::…`."""
-    schema = str(getattr(torch.ops.fastddim, name).default._schema)
-    _library.define(schema.replace("fastddim::", "triton_"))
-
-
 for _name in ("update_out", "update", "normal_out", "advance"):
-    _define(_name)
+    ops.define_like(_library, f"triton_{_name}", _name)
 
 _advance_op = torch.ops.fastddim.triton_advance.default
 
@@ -69,55 +61,20 @@ def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
 
 def _launchers() -> Any:
     """Imported once it is used: it imports Triton."""
-    from fastddim.kernels import update
+    from fastddim.kernels import launch
 
-    return update
+    return launch
 
 
 @torch.library.impl(_library, "triton_update_out", "CompositeExplicitAutograd")
-def _update_out(
-    x: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    row: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    step: Tensor | None,
-    sample: Tensor | None,
-    history: Tensor | None,
-    mask: Tensor | None,
-    known: Tensor | None,
-    out: Tensor,
-    x_0: Tensor | None,
-    model_input: Tensor | None,
-    epsilon: Tensor | None,
-) -> None:
-    keys = None
-    if seed is not None:
-        if step is None or sample is None:
-            raise ValueError("step, sample: expected both beside seed, got None")
-        keys = Keys(seed, step, sample)
-    _launchers().update_out(
-        x,
-        model_output,
-        table,
-        row,
-        noise=noise,
-        keys=keys,
-        history=history,
-        mask=mask,
-        known=known,
-        out=out,
-        x_0=x_0,
-        model_input=model_input,
-        epsilon=epsilon,
-    )
+def _update_out(*operands: Any) -> None:
+    _launchers().update_out(*operands)
 
 
 @torch.library.impl(_library, "triton_update", "CompositeExplicitAutograd")
 def _update(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     x_prev, x_0 = torch.empty_like(x), torch.empty_like(x)
-    torch.ops.fastddim.triton_update_out(x, *inputs, x_prev, x_0, None, None)
+    torch.ops.fastddim.triton_update_out(x, *inputs, *ops.Outputs(x_prev, x_0))
     return x_prev, x_0
 
 
@@ -129,16 +86,3 @@ def _normal_out(seed: Tensor, step: Tensor, sample: Tensor, stream: int, out: Te
 @torch.library.impl(_library, "triton_advance", "CompositeExplicitAutograd")
 def _advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
     _launchers().advance(counters, timesteps, t)
-
-
-for _name, _fake in (
-    ("triton_update_out", ops._fake_out),
-    ("triton_normal_out", ops._fake_out),
-    ("triton_advance", ops._fake_out),
-    ("triton_update", ops._fake_update),
-):
-    torch.library.register_fake(f"fastddim::{_name}", _fake, lib=_library)
-
-torch.library.register_autograd(
-    "fastddim::triton_update", ops._gradients, setup_context=ops._setup_context, lib=_library
-)

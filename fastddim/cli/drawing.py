@@ -14,7 +14,8 @@ from fastddim import backends
 from fastddim.cli.options import Machine, shows_progress
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import Source
-from fastddim.plan import Update, make_inversion_plan
+from fastddim.options import Update
+from fastddim.plan import make_inversion_plan
 
 
 class Drawing:

@@ -14,7 +14,7 @@ from fastddim.reference import compute_dtype
 
 
 class Buffers(NamedTuple):
-    """What the steps of a batch read and write, besides the counters.
+    """The tensors that the steps of a batch read and write, besides the counters.
 
     Attributes:
         state: x_t `[B, …]`.
@@ -73,11 +73,11 @@ class Buffers(NamedTuple):
 
     @property
     def model_input(self) -> Tensor:
-        """What the model reads: the state in its dtype, twice under guidance."""
+        """The state as the model reads it: in its dtype, twice under guidance."""
         return self.state if self.next_input is None else self.next_input
 
     def first(self, size: int) -> Buffers:
-        """Those of the first samples alone, in the same memory."""
+        """The buffers of the first samples alone, in the same memory."""
         parts = 0 if self.next_input is None else self.next_input.shape[0] // self.state.shape[0]
         shared = {"table", "first_half"}
         views = {
@@ -126,7 +126,7 @@ class Inpainting(NamedTuple):
         return cls(mask, data, x_T, known, buffers.table.new_zeros((rows, len(Row._fields))))
 
     def first(self, size: int) -> Inpainting:
-        """That of the first samples alone, in the same memory."""
+        """The inpainting of the first samples alone, in the same memory."""
         mask, data, x_T, known = (tensor[:size] for tensor in self[:-1])
         return Inpainting(mask, data, x_T, known, self.table)
 

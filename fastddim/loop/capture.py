@@ -90,7 +90,7 @@ def capture(
 
 
 def capture_if_possible(mode: bool | str, capture: Callable[[], Value]) -> Value | None:
-    """What `capture` gives; None, with a warning, where it fails and `mode` is "auto".
+    """The result of `capture`, or None with a warning where it fails and `mode` is "auto".
 
     Raises:
         ValueError: it fails and the caller asked for a graph.
@@ -131,7 +131,7 @@ def _uncached_autocast() -> Iterator[None]:
 
 
 def draws_inside(generators: Sequence[torch.Generator], device: torch.device) -> bool:
-    """Whether a graph on `device` can hold the draws of these generators."""
+    """True where a graph on `device` can hold the draws of these generators."""
     return device.type == "cuda" and all(g.device == device for g in generators)
 
 

@@ -13,7 +13,7 @@ WARM_UPS = 2
 
 
 class CaptureError(Exception):
-    """Why something cannot be captured; the message is the reason alone."""
+    """Something cannot be captured; the message is the reason alone."""
 
 
 def available(device: torch.device) -> bool:

@@ -22,7 +22,7 @@ from fastddim.loop.programs import Programs
 from fastddim.loop.setup import Setup
 from fastddim.loop.step import Step
 from fastddim.loop.stream_order import StreamOrder
-from fastddim.options import CallOptions, NoiseSource, Reporting, Watching
+from fastddim.options import CallOptions, NoiseSource, Progress, Reporting
 from fastddim.philox import Samples
 from fastddim.validation import check_bool, check_initial, check_like, check_mask
 
@@ -135,7 +135,7 @@ class Loop:
         """Walk the plan from `x`, or from the latents of `samples`, step by step or by the graph of
         all steps.
         """
-        check_watching(reporting, self._graph)
+        check_progress(reporting, self._graph)
         check_bool("return_trajectory", reporting.return_trajectory)
         noise = noise if self.plan.kind.noisy else None
         callback = reporting.callback
@@ -333,9 +333,9 @@ def check_known(
     return mask, known
 
 
-def check_watching(watching: Watching, graph: Any) -> None:
-    check_bool("progress", watching.progress)
-    callback = watching.callback
+def check_progress(options: Progress, graph: Any) -> None:
+    check_bool("progress", options.progress)
+    callback = options.callback
     if callback is None:
         return
     if not callable(callback):

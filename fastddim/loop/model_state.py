@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 
 class ModelState:
-    """What a graph depends on in the modules that models show: themselves, what a method is bound
-    to, what a partial, a closure or an instance holds.
+    """The state of the modules that models show, as far as a graph depends on it.
+
+    A model shows itself, what a method is bound to, and what a partial, a closure or an instance
+    holds.
 
     It is read before every replay. Walking a tree of modules would take as long as the replay of a
     small model, so the modules are listed once, and again only after one came, went or changed

@@ -11,8 +11,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from fastddim.adapter import Model
+from fastddim.cache import Cache
 from fastddim.loop.loop import Loop
-from fastddim.loop.programs import Recent
+from fastddim.loop.programs import KEPT
 from fastddim.loop.setup import Setup
 
 
@@ -20,7 +21,7 @@ class LoopPool:
     """Loops between calls, each there for one caller at a time and as long as its model lives."""
 
     def __init__(self) -> None:
-        self._entries: Recent[tuple[weakref.ref[Any], Loop]] = Recent()
+        self._entries: Cache[tuple[weakref.ref[Any], Loop]] = Cache(KEPT)
         # Reentrant: what an entry lets go of may run code that comes back here.
         self._lock = threading.RLock()
 
@@ -44,7 +45,7 @@ class LoopPool:
     def acquire(self, setup: Setup) -> Loop:
         """The loop that was released last for such a setup, or a new one; the caller's alone."""
         with self._lock:
-            entry = self._entries.pop((_identity(setup.model), setup.key), None)
+            entry = self._entries.pop((_identity(setup.model), setup.key))
         if entry is None:
             return Loop(setup)
         _, loop = entry
@@ -62,7 +63,7 @@ class LoopPool:
         key = (_identity(model), setup.key)
         entries = self._entries
         with self._lock, suppress(TypeError):
-            entries.put(key, (weakref.ref(owner, lambda _: entries.pop(key, None)), loop))
+            entries.put(key, (weakref.ref(owner, lambda _: entries.pop(key)), loop))
 
     def clear(self) -> None:
         """Let go of all loops, of their graphs and of their memory."""

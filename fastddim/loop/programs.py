@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from fastddim.cache import Cache
 from fastddim.loop.capture import capture_if_possible, torch_settings
 from fastddim.loop.model_state import ModelState
 
 KEPT = 4
-"""How many loops are kept between calls, and how many programs a loop keeps."""
+"""The number of loops kept between calls, and of programs that a loop keeps."""
 
 Value = TypeVar("Value")
-
-
-class Recent(OrderedDict[Hashable, Value]):
-    """The last `KEPT` values put in or used."""
-
-    def put(self, key: Hashable, value: Value) -> None:
-        self.pop(key, None)
-        self[key] = value
-        while len(self) > KEPT:
-            self.popitem(last=False)
 
 
 class Programs(Generic[Value]):
@@ -40,7 +30,8 @@ class Programs(Generic[Value]):
         self._device = device
         self._model_state: ModelState | None = None
         self._parameters: Any = None
-        self._recent: Recent[Value | None] = Recent()
+        # A tuple without a program stands for what cannot be captured.
+        self._kept: Cache[tuple[Value, ...]] = Cache(KEPT)
 
     def follow(self, *models: Any) -> None:
         """Let programs depend on these models."""
@@ -61,15 +52,16 @@ class Programs(Generic[Value]):
         parameters, training = self._model_state.read()
         if parameters != self._parameters:
             # The graphs read memory that is no longer the model's.
-            self._recent.clear()
+            self._kept.clear()
             self._parameters = parameters
         full_key = (training, torch_settings(self._device), key)
-        program = self._recent.get(full_key)
-        if full_key not in self._recent:
-            program = capture_if_possible(self._mode, capture)
-        self._recent.put(full_key, program)
-        return program
+        found = self._kept.get(full_key)
+        if found is None:
+            captured = capture_if_possible(self._mode, capture)
+            found = () if captured is None else (captured,)
+            self._kept.put(full_key, found)
+        return found[0] if found else None
 
     def values(self) -> list[Value]:
         """The programs, without those that could not be captured."""
-        return [program for program in self._recent.values() if program is not None]
+        return [program for found in self._kept.values() for program in found]

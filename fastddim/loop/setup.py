@@ -1,4 +1,4 @@
-"""What a loop is made for: options, checked and resolved."""
+"""Options, checked and resolved: all that a loop is made for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastddim.validation import check_bool, check_dtype, check_initial, check_in
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Setup:
-    """What a loop is made for, all of it checked."""
+    """All that a loop is made for, checked."""
 
     model: Model
     plan: Plan
@@ -62,7 +62,7 @@ class Setup:
 
 
 def captures(graph: bool | str, device: torch.device, check_finite: bool) -> bool:
-    """Whether steps are captured."""
+    """True where steps are captured."""
     if graph == "auto":
         joins = transfer.captured(device)
         return cuda.available(device) and not (check_finite or joins)

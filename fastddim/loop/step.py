@@ -20,7 +20,6 @@ from fastddim.backends import Backend, LoopStep
 from fastddim.loop.buffers import Buffers, Inpainting
 from fastddim.loop.counters import Counting, Position
 from fastddim.options import DenoisedFn, Fit
-from fastddim.philox import Keys
 from fastddim.plan import StepKind
 from fastddim.validation import check_like, check_model_output
 
@@ -86,7 +85,7 @@ class Step:
             with_x_0: whether the predicted x_0 is written too.
             masked: whether the state is blended with known data.
         """
-        x = self._refined(at, model_kwargs)
+        x = self._refined(at, model_kwargs) if self._kind.refine else self._buffers.state
         output = self._evaluate(at, model_kwargs)
         minimal = noise is None and not (with_x_0 or masked or self.check)
         if minimal and self._make_loop_step is not None and self._take_in_one_call(output):
@@ -111,10 +110,9 @@ class Step:
         """The state from which the step is taken, with the model's input at what `refine` steps
         from there have led to.
         """
-        start, state = self._buffers.start, self._buffers.state
-        if start is None:
-            return state
-        start.copy_(state)
+        start = self._buffers.start
+        assert start is not None
+        start.copy_(self._buffers.state)
         for _ in range(self._kind.refine):
             self._update(at, start, self._checked(self._evaluate(at, model_kwargs)), None)
         return start
@@ -158,17 +156,17 @@ class Step:
             fit = None if fit is None else fit._replace(rescale=0.0)
         table, row = self._rows(at, x, output, buffers.table, fit)
         inpainting = self._mix_known(at) if masked else None
-        self._write(
+        self._backend.update_out(
             x,
             output,
             table,
             row,
-            buffers.state,
             noise=noise,
             keys=at.keys if kind.noisy and noise is None else None,
             history=buffers.history,
             mask=None if inpainting is None else inpainting.mask,
             known=None if inpainting is None else inpainting.known,
+            out=buffers.state,
             x_0=buffers.x_0 if with_x_0 else None,
             model_input=buffers.next_input,
             epsilon=buffers.history,
@@ -177,8 +175,9 @@ class Step:
     def _take_first_half(
         self, at: Position, x: Tensor, output: Tensor, table: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What the second half of a step reads as state and model output: the first half, up to
-        x_0, and the user's function of x_0.
+        """Take the first half of a split step, up to x_0, and call the user's function of x_0.
+
+        Returns the state and the model output that the second half reads.
         """
         x_0, epsilon, fit = self._buffers.x_0, self._buffers.epsilon, self._kind.fit
         assert x_0 is not None
@@ -213,29 +212,18 @@ class Step:
         table: Tensor,
         row: Tensor,
         out: Tensor,
-        *,
-        noise: Tensor | None = None,
-        keys: Keys | None = None,
-        history: Tensor | None = None,
-        mask: Tensor | None = None,
-        known: Tensor | None = None,
-        x_0: Tensor | None = None,
-        model_input: Tensor | None = None,
         epsilon: Tensor | None = None,
     ) -> None:
-        """An update by rows of a table; see `fastddim.backends.Backend.update_out`."""
+        """An update without noise and all else that only a whole step has."""
         self._backend.update_out(
             x,
             output,
             table,
             row,
-            noise=noise,
-            keys=keys,
-            history=history,
-            mask=mask,
-            known=known,
+            noise=None,
+            keys=None,
             out=out,
-            x_0=x_0,
-            model_input=model_input,
+            x_0=None,
+            model_input=None,
             epsilon=epsilon,
         )

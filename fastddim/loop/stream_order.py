@@ -13,10 +13,10 @@ from fastddim.loop import cuda
 
 
 class StreamOrder:
-    """Uses of the same buffers, one after the other whatever streams they are on.
+    """The order of uses of the same buffers, one after the other on whatever streams they are.
 
-    While the caller captures a graph there are no turns: a graph can wait for nothing outside it,
-    nor can anything outside wait for a part of it. The caller orders its replays.
+    While the caller captures a graph, nothing is ordered: a graph cannot wait for work outside it,
+    and no work outside can wait for a part of it. The caller orders the replays.
     """
 
     def __init__(self, device: torch.device) -> None:

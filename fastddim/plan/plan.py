@@ -18,7 +18,7 @@ from fastddim.validation import check_choice, check_int
 
 
 class StepKind(NamedTuple):
-    """What all steps of a loop have in common: the tensors and kernels that they need.
+    """All that the steps of a loop have in common: the tensors and kernels that they need.
 
     Attributes:
         fit: what the rows of a step take from its data, if anything.
@@ -40,13 +40,13 @@ class StepKind(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """How many times the model's batch is the state's."""
+        """The size of the model's batch in batches of the state."""
         return 2 if self.guided else 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """Where a run goes and with which numbers.
+    """The way of a run, and the numbers of its steps.
 
     Attributes:
         timesteps: int64 `[S]` in the order visited, as the model is given them.

@@ -267,7 +267,7 @@ def _guidance(update: Update) -> Coefficient:
 
 
 def _coefficient(value: PerStep) -> Coefficient:
-    """That of the one step that an update is for."""
+    """The value at the one step that an update is for."""
     return cast(Coefficient, value)
 
 
@@ -296,7 +296,7 @@ def _refuse_epsilon_at_zero(a: Coefficient, prediction: str, where: str) -> None
 
 
 def _any(condition: Any) -> bool:
-    """Whether a condition holds anywhere; values on an accelerator are not read."""
+    """True where a condition holds anywhere; values on an accelerator are not read."""
     if isinstance(condition, Tensor):
         return readable(condition) and bool(condition.any())
     return bool(condition)

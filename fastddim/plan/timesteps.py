@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastddim.options import Spacing, Steps
 from fastddim.validation import check_choice, check_int
 
-Timesteps: TypeAlias = npt.NDArray[np.int64]
+Timesteps: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def _uniform(T: int, S: int) -> Timesteps:
@@ -51,7 +50,7 @@ SPACINGS: dict[Spacing, Callable[[int, int], Timesteps]] = {
     "trailing": _trailing,
     "linspace": _linspace,
 }
-"""How S timesteps are chosen out of T: functions of (T, S) that give them increasing."""
+"""The ways to choose S timesteps out of T: functions of (T, S) that give them increasing."""
 
 
 def select_timesteps(

@@ -77,17 +77,8 @@ def merge(
         raise ValueError(f"path: expected a name that ends in .npz, got {str(path)!r}")
     runs = sorted((_opened(folder) for folder in many), key=lambda run: run[1].start)
     _check_parts([folder for folder, _ in runs])
-    for (_, one), (folder, other) in itertools.pairwise(runs):
-        if one.stop != other.start:
-            raise ValueError(
-                f"folders: expected samples from {one.stop} on to follow, "
-                f"got [{other.start}, {other.stop}) in {folder}"
-            )
-    first, last = runs[0][1], runs[-1][1]
-    if len(first.sample_shape) != 3:
-        raise ValueError(f"folders: expected images, got samples of shape {first.sample_shape}")
-    channels, height, width = first.sample_shape
-    shape = (last.stop - first.start, height, width, 3 if channels == 1 else channels)
+    _check_ranges(runs)
+    shape = _images_shape([sharding for _, sharding in runs])
     check_writable(target)
     with atomic_file(target) as file, array_in_npz(file) as entry:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -126,7 +117,26 @@ def _check_parts(folders: Sequence[Path]) -> None:
             )
 
 
+def _check_ranges(runs: Sequence[tuple[Path, Sharding]]) -> None:
+    for (_, one), (folder, other) in itertools.pairwise(runs):
+        if one.stop != other.start:
+            raise ValueError(
+                f"folders: expected samples from {one.stop} on to follow, "
+                f"got [{other.start}, {other.stop}) in {folder}"
+            )
+
+
+def _images_shape(parts: Sequence[Sharding]) -> tuple[int, int, int, int]:
+    """[N, H, W, C] of all images of consecutive parts."""
+    first, last = parts[0], parts[-1]
+    if len(first.sample_shape) != 3:
+        raise ValueError(f"folders: expected images, got samples of shape {first.sample_shape}")
+    channels, height, width = first.sample_shape
+    return last.stop - first.start, height, width, 3 if channels == 1 else channels
+
+
 def _opened(folder: str | os.PathLike[str]) -> tuple[Path, Sharding]:
+    """The folder of a run and how its manifest divides the samples."""
     path = Path(folder)
     manifest = read_manifest(path)
     if manifest is None:
@@ -135,6 +145,7 @@ def _opened(folder: str | os.PathLike[str]) -> tuple[Path, Sharding]:
 
 
 def _samples(folder: Path, sharding: Sharding) -> Iterator[NDArray[Any]]:
+    """The samples of a complete run, batch by batch, after comparing each file with its SHA-256."""
     for batch in sharding.batches():
         try:
             samples = read_batch(folder, sharding, batch)

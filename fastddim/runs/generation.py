@@ -21,7 +21,7 @@ from fastddim import adapter
 from fastddim.adapter import Model, check_model
 from fastddim.api import sample
 from fastddim.files import check_writable
-from fastddim.loop.loop import check_watching
+from fastddim.loop.loop import check_progress
 from fastddim.loop.setup import prepare_sampling, resolve_schedule
 from fastddim.options import (
     Callback,
@@ -73,7 +73,7 @@ class Generation:
         start = check_int("start", options.start, 0, 2**32 - 1)
         stop = check_int("stop", options.stop, start + 1, 2**32)
         self._seed = check_int("seed", options.seed, 0, 2**64 - 1)
-        check_watching(options, options.graph)
+        check_progress(options, options.graph)
         self._batch_size = _checked_batch_size(options.batch_size, options.memory)
         shape = _checked_sample_shape(model, options.sample_shape)
         self._sharding = Sharding(start, stop, 1, check_format(options.format, shape), shape)
@@ -248,7 +248,7 @@ def _checked_sample_shape(model: Model, sample_shape: Any) -> tuple[int, ...]:
 
 
 def _checked_batch_size(batch_size: Any, memory: Any) -> int | None:
-    """None for "auto"."""
+    """The given batch size, or None for "auto"."""
     if isinstance(batch_size, str):
         if batch_size != "auto":
             raise ValueError(f"batch_size: expected an integer or 'auto', got {batch_size!r}")
@@ -273,7 +273,7 @@ def _checked_archive(path: str | os.PathLike[str], sample_shape: Sequence[int]) 
 
 
 def _checked_update(update: Update) -> Update:
-    """With plain numbers, which a manifest can hold."""
+    """The arguments of each step as numbers; a manifest cannot hold tensors."""
     checked = update.checked(None, per_step=True)
     for name, value in vars(checked).items():
         values = value if isinstance(value, tuple) else (value,)

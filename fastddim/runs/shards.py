@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     Attributes:
         first, stop: numbers of the first sample and of the one after the last.
         size: how many samples there are.
-        stem: the names of its files without their endings (but those of PNG files).
+        stem: the name of its file without the ending; PNG files have names of their own.
         record: the name of the file with their SHA-256.
     """
 

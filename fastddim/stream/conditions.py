@@ -1,4 +1,4 @@
-"""What the model is given besides the state, for each request of a batch."""
+"""The `model_kwargs` of the requests that share a batch."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _KEPT_ROUTES = 64
 
 
 class Route(NamedTuple):
-    """Where a request goes and with which numbers; tables are in the dtype that is computed in."""
+    """The timesteps and rows of a request; tables are in the dtype that is computed in."""
 
     timesteps: Tensor  # [S]
     alphas_cumprod: Tensor  # [S + 1]
@@ -67,7 +67,7 @@ class Request:
         )
 
     def batch_error(self, others: Sequence[str], error: BaseException) -> RuntimeError:
-        """What the request fails with where a step with these others in the batch raises."""
+        """The error of the request where a step with these others in the batch raises."""
         beside = f", in a batch with {', '.join(others)}" if others else ""
         named = RuntimeError(
             f"request {self.ticket.index} failed {self._place()}{beside}: "

@@ -225,12 +225,12 @@ class Stream:
 
     @property
     def pending(self) -> int:
-        """How many requests wait for a slot, with those that were cancelled meanwhile."""
+        """The number of requests that wait for a slot, with those that were cancelled meanwhile."""
         return len(self._pending)
 
     @property
     def running(self) -> int:
-        """How many requests have a slot."""
+        """The number of requests that have a slot."""
         return len(self._running)
 
     @contextmanager

@@ -40,6 +40,6 @@ def settle(ticket: Ticket, outcome: Tensor | BaseException) -> None:
 
 
 def in_order(tickets: list[Ticket]) -> list[Ticket]:
-    """Those that were not cancelled, in the order of their index."""
+    """The tickets that were not cancelled, in the order of their index."""
     done = [ticket for ticket in tickets if not ticket.cancelled()]
     return sorted(done, key=lambda ticket: ticket.index)

@@ -14,7 +14,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastddim.kernels import update, views
+from fastddim.kernels import launch, views
+from gpucheck.triton_jit import LAUNCHERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -52,21 +53,21 @@ def test_the_interpreter_is_corrected(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_updates(name: str) -> None:
-    assert_bits_of_cpu(update.update_out, update_case(name), in_place=CASES.index(name) % 2 == 1)
+    assert_bits_of_cpu(LAUNCHERS.update_out, update_case(name), in_place=CASES.index(name) % 2 == 1)
 
 
 @pytest.fixture
 def huge_tiles() -> Iterator[None]:
     """Tiles of 65,536 elements, with or without vectors."""
 
-    def cut(layout: views.Layout, *args: object, **kwargs: object) -> views.Tiles:
+    def cut(layout: views.SampleLayout, *args: object, **kwargs: object) -> views.Tiles:
         tiles = views.cut(layout, *args, **kwargs)
         return tiles._replace(size=65536, per_sample=-(-layout.elements // 65536))
 
-    with mock.patch.object(update, "cut", cut):
-        update._prepare_update.cache_clear()
+    with mock.patch.object(launch, "cut", cut):
+        launch._prepare_update.cache_clear()
         yield
-    update._prepare_update.cache_clear()
+    launch._prepare_update.cache_clear()
 
 
 @pytest.mark.usefixtures("huge_tiles")
@@ -75,7 +76,7 @@ def huge_tiles() -> Iterator[None]:
 def test_large_samples(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(8)
     case = make_case(generator, shape, dtype=dtype, noise="keyed", guided=True)
-    assert_bits_of_cpu(update.update_out, case)
+    assert_bits_of_cpu(LAUNCHERS.update_out, case)
 
 
 @settings(max_examples=40)
@@ -83,7 +84,7 @@ def test_large_samples(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 def test_random_cases(data: st.DataObject) -> None:
     """Any combination of features."""
     case = any_case(data, largest_batch=4)
-    assert_bits_of_cpu(update.update_out, case, in_place=data.draw(st.booleans()))
+    assert_bits_of_cpu(LAUNCHERS.update_out, case, in_place=data.draw(st.booleans()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,7 +98,7 @@ def test_normals(dtype: torch.dtype, layout: str) -> None:
         expected = philox.normal(case.keys, shape[1:], philox.LATENTS).to(dtype)
         framed, buffer = poisoned_like(case.x)
         for out in (framed, torch.full_like(case.x, float("nan"))):
-            update.normal_out(case.keys, philox.LATENTS, out)
+            LAUNCHERS.normal_out(case.keys, philox.LATENTS, out)
             assert torch.equal(out, expected)
         assert written_only_inside(framed, buffer)
 
@@ -107,7 +108,7 @@ def test_advance(count: int) -> None:
     timesteps = torch.randint(0, 1000, (9,))
     counters = torch.randint(0, 8, (count + 3,))
     before, t = counters.clone(), torch.zeros(count, dtype=torch.int64)
-    update.advance(counters, timesteps, t)
+    LAUNCHERS.advance(counters, timesteps, t)
     assert torch.equal(counters, before + 1)
     assert torch.equal(t, timesteps[counters[:count]])
 
@@ -126,13 +127,13 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
     case = make_case(generator, (2, 2, 80), dtype=torch.float16, noise="keyed")
     expected = torch.empty_like(case.x)
     arguments = {"noise": None, "keys": case.keys, "x_0": None, "model_input": None}
-    update.update_out(case.x, case.model_output, case.table, case.row, **arguments, out=expected)
+    LAUNCHERS.update_out(case.x, case.model_output, case.table, case.row, **arguments, out=expected)
     x, m, out = (
         memory[start:].as_strided(case.x.shape, (200, distance, 1)) for start in (0, 400, 800)
     )
     x.copy_(case.x)
     m.copy_(case.model_output)
-    update.update_out(x, m, case.table, case.row, **arguments, out=out)
+    LAUNCHERS.update_out(x, m, case.table, case.row, **arguments, out=out)
     assert torch.equal(out, expected)
 
 

@@ -34,9 +34,9 @@ extern "C" int64_t last_tile(const char* instruction_set, int64_t rows, int64_t 
   job.count = rows * width;
   job.ndim = 2;
   job.sizes = sizes;
-  job.x = view_of(x, extent, strides, contiguous);
-  job.unconditional = view_of(m, extent, strides, contiguous);
-  job.out = view_of(out, extent, strides, contiguous);
+  job.views[fastddim::operand::x] = view_of(x, extent, strides, contiguous);
+  job.views[fastddim::operand::unconditional] = view_of(m, extent, strides, contiguous);
+  job.views[fastddim::operand::out] = view_of(out, extent, strides, contiguous);
   job.table = table;
   job.row = &row;
   job.seed = key;

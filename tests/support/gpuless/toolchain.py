@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from gpucheck.machine_code import nvcc
 
+from ..environment import ROOT
 from .gpu import FakeGpu
 
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="there is no nvcc")
@@ -23,6 +24,19 @@ def compile_ptx(source: Path, arch: str, *flags: str) -> str:
         output = Path(folder) / "kernel.ptx"
         subprocess.run([compiler, *options, source, "-o", output], check=True)
         return output.read_text()
+
+
+def changed_cuda_source(folder: Path, right: str, wrong: str) -> Path:
+    """A copy of csrc/cuda/update.cu, with what it includes, in which `right` reads `wrong`."""
+    sources = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*")]
+    changed = [source for source in sources if right in source.read_text()]
+    assert len(changed) == 1, f"expected {right!r} in one file, found it in {changed}"
+    for source in sources:
+        copy = folder / source.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        text = source.read_text()
+        copy.write_text(text.replace(right, wrong) if source in changed else text)
+    return folder / "csrc/cuda/update.cu"
 
 
 def compile_shared(source: Path, arch: str, output: Path, gpu: FakeGpu, *flags: str) -> Path:

@@ -1,0 +1,260 @@
+// The update of tensors that are contiguous within a sample and have the dtypes of an ordinary
+// step.
+
+#pragma once
+
+#include "../dtypes.h"
+#include "../formula.h"
+#include "../job.h"
+#include "grid.cuh"
+#include "pack.cuh"
+#include "rows.cuh"
+
+namespace FASTDDIM_NAMESPACE {
+
+namespace operand = fastddim::operand;
+using fastddim::Dtype;
+using fastddim::Job;
+using fastddim::View;
+
+// Two words, where noise is drawn for halves: the more quads a thread draws, the more of their
+// arithmetic they share. All chunks are moved in words then. Fewer elements than these would leave
+// multiprocessors without work.
+template <class T>
+constexpr int LONG_CHUNK = 2 * SIZE_OF_CHUNK<T>;
+constexpr int64_t LONG_FROM = (int64_t)1 << 21;
+
+struct Call {
+  Grid grid;
+  Rows rows;
+  DenseView views[operand::OF_UPDATE];
+};
+
+// `plain` has what every step has, and the next model input; `guided` reads two model outputs and
+// writes two inputs; `any` has all there is. Fewer tensors need fewer registers, and so more
+// threads wait for memory at once.
+enum class Kind { plain, guided, any };
+
+// Blocks that fit into a multiprocessor by its number of threads.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int FULL = 1536 / BLOCK;
+#else
+constexpr int FULL = 2048 / BLOCK;
+#endif
+
+// How many of them the registers must leave room for: all without noise; three quarters with it,
+// and where two outputs of eight elements each are read; half with long chunks.
+template <class T, Kind KIND, bool KEYED, int SIZE>
+constexpr int RESIDENT = sizeof(T) == 8                           ? 3
+                         : KIND == Kind::any                      ? FULL / 2
+                         : SIZE > SIZE_OF_CHUNK<T>                ? FULL / 2
+                         : KEYED                                  ? FULL * 3 / 4
+                         : sizeof(T) == 2 && KIND == Kind::guided ? FULL * 3 / 4
+                                                                  : FULL;
+
+template <class C, class S, int SIZE>
+FASTDDIM_FN void add_scaled(C scale, const Pack<S, SIZE>& pack, C (&sum)[SIZE]) {
+  C values[SIZE];
+  widen(pack, values);
+  FASTDDIM_UNROLL
+  for (int i = 0; i < SIZE; ++i) sum[i] = fma(scale, values[i], sum[i]);
+}
+
+template <class C, int SIZE>
+FASTDDIM_FN void add_normals(C scale, const Key& key, const Chunk& chunk, C (&sum)[SIZE]) {
+  constexpr int QUADS = SIZE / 4;
+  uint32_t words[QUADS][4];
+  philox(key, chunk.index * QUADS, words);
+  FASTDDIM_UNROLL
+  for (int quad = 0; quad < QUADS; ++quad) {
+    float z[4];
+    normals_of_words(words[quad], z);
+    FASTDDIM_UNROLL
+    for (int i = 0; i < 4; ++i) sum[4 * quad + i] = fma(scale, (C)z[i], sum[4 * quad + i]);
+  }
+}
+
+// State of type T, model output of type M.
+template <class T, class M, Kind KIND, bool KEYED, int SIZE>
+__global__ void __launch_bounds__(BLOCK, (RESIDENT<T, KIND, KEYED, SIZE>)) update(const Call call) {
+  using C = typename Compute<T>::type;
+  constexpr bool GUIDED = KIND != Kind::plain, ANY = KIND == Kind::any;
+  Chunk chunk;
+  if (!chunk_of<SIZE>(call.grid, chunk)) return;
+  if constexpr (SIZE > SIZE_OF_CHUNK<T>) chunk.wide = true;
+  const bool guided_here = GUIDED && call.views[operand::conditional].data;
+  Row<C> row;
+  Pack<T, SIZE> x;
+  Pack<M, SIZE> u, c{};
+  if (chunk.wide) {
+    x = load_words<T, SIZE>(call.views[operand::x], chunk);
+    u = load_words<M, SIZE>(call.views[operand::unconditional], chunk);
+    if (guided_here) c = load_words<M, SIZE>(call.views[operand::conditional], chunk);
+    row = row_in_words<C>(call.rows, chunk.sample);
+  } else {
+    const int count = elements_of<SIZE>(call.grid, chunk);
+    x = load_elements<T, SIZE>(call.views[operand::x], chunk, count);
+    u = load_elements<M, SIZE>(call.views[operand::unconditional], chunk, count);
+    if (guided_here) c = load_elements<M, SIZE>(call.views[operand::conditional], chunk, count);
+    row = row_of<C>(call.rows, chunk.sample);
+  }
+
+  C state[SIZE], m[SIZE], x_prev[SIZE], x_0[SIZE], eps[SIZE];
+  widen(x, state);
+  widen(u, m);
+  if (guided_here) {
+    C conditional[SIZE];
+    widen(c, conditional);
+    FASTDDIM_UNROLL
+    for (int i = 0; i < SIZE; ++i) m[i] = guided<C>(row, m[i], conditional[i]);
+  }
+  FASTDDIM_UNROLL
+  for (int i = 0; i < SIZE; ++i) {
+    const C predicted = clipped(row, unclipped_x_0<C>(row, state[i], m[i]));
+    x_prev[i] = noiseless<C>(row, state[i], m[i], predicted);
+    if constexpr (ANY) {
+      x_0[i] = predicted;
+      eps[i] = epsilon<C>(row, state[i], m[i], predicted);
+    }
+  }
+  if constexpr (ANY) {
+    if (call.views[operand::x_0].data)
+      store(call.views[operand::x_0], call.grid, chunk, narrowed<T>(x_0));
+    if (call.views[operand::history].data) {
+      add_scaled(row.ph, load<M, SIZE>(call.views[operand::history], call.grid, chunk), x_prev);
+    }
+    if (call.views[operand::epsilon].data)
+      store(call.views[operand::epsilon], call.grid, chunk, narrowed<M>(eps));
+  }
+  if constexpr (KEYED) {
+    if (row.pn != 0) add_normals(row.pn, key_of(call.rows, chunk.sample), chunk, x_prev);
+  } else if constexpr (ANY) {
+    if (call.views[operand::noise].data && row.pn != 0) {
+      add_scaled(row.pn, load<T, SIZE>(call.views[operand::noise], call.grid, chunk), x_prev);
+    }
+  }
+  if constexpr (ANY) {
+    if (call.views[operand::mask].data) {
+      C mask[SIZE], known[SIZE];
+      widen(load<T, SIZE>(call.views[operand::mask], call.grid, chunk), mask);
+      widen(load<T, SIZE>(call.views[operand::known], call.grid, chunk), known);
+      FASTDDIM_UNROLL
+      for (int i = 0; i < SIZE; ++i) x_prev[i] = blended<C>(x_prev[i], mask[i], known[i]);
+    }
+  }
+
+  const auto out = narrowed<T>(x_prev);
+  store(call.views[operand::out], call.grid, chunk, out);
+  if (call.views[operand::model_input].data) {
+    const auto input = converted<M>(out);
+    store(call.views[operand::model_input], call.grid, chunk, input);
+    if (GUIDED && call.views[operand::second_input].data) {
+      store(call.views[operand::second_input], call.grid, chunk, input);
+    }
+  }
+}
+
+template <class T>
+constexpr Dtype DTYPE = Dtype::float32;
+template <>
+constexpr Dtype DTYPE<double> = Dtype::float64;
+template <>
+constexpr Dtype DTYPE<Half> = Dtype::float16;
+template <>
+constexpr Dtype DTYPE<BFloat16> = Dtype::bfloat16;
+
+// True for a tensor with the dtype of the model output, false for one with that of the state.
+constexpr bool is_of_model(int v) {
+  return v == operand::unconditional || v == operand::conditional || v == operand::history ||
+         v == operand::epsilon || v == operand::model_input || v == operand::second_input;
+}
+
+// Collects the tensors of a call and what they have in common.
+struct Collector {
+  const Job& job;
+  bool contiguous = true, words = true;
+
+  template <class T>
+  DenseView of(const View& view) {
+    if (!view.data) return {};
+    contiguous &= view.contiguous && view.dtype == DTYPE<T>;
+    words &= (uintptr_t)view.data % 16 == 0;
+    words &= job.batch == 1 || view.sample_stride * (int64_t)sizeof(T) % 16 == 0;
+    return {view.data, view.sample_stride};
+  }
+};
+
+// `aligned`: every word of every tensor and row is.
+template <class T, class M, Kind KIND, bool KEYED, int SIZE>
+int launch_update(const Job& job, Call& call, bool aligned, void* stream) {
+  Extent extent;
+  if (!make_grid(call.grid, extent, job.batch, job.count, SIZE)) {
+    return cudaErrorInvalidConfiguration;
+  }
+  if (aligned) call.grid.wide = (uint32_t)(job.count / SIZE);
+  FASTDDIM_LAUNCH((update<T, M, KIND, KEYED, SIZE>), extent, stream, call);
+  return cudaGetLastError();
+}
+
+template <class T, class M, bool KEYED>
+int launch_kind(const Job& job, Call& call, bool aligned, void* stream) {
+  constexpr int SIZE = SIZE_OF_CHUNK<T>;
+  if (job.views[operand::noise].data || job.views[operand::history].data ||
+      job.views[operand::mask].data || job.views[operand::x_0].data ||
+      job.views[operand::epsilon].data) {
+    return launch_update<T, M, Kind::any, KEYED, SIZE>(job, call, aligned, stream);
+  }
+  if (job.views[operand::conditional].data || job.views[operand::second_input].data) {
+    return launch_update<T, M, Kind::guided, KEYED, SIZE>(job, call, aligned, stream);
+  }
+  if constexpr (KEYED && sizeof(T) == 2) {
+    if (aligned && job.count % LONG_CHUNK<T> == 0 && job.batch * job.count >= LONG_FROM) {
+      return launch_update<T, M, Kind::plain, KEYED, LONG_CHUNK<T>>(job, call, aligned, stream);
+    }
+  }
+  return launch_update<T, M, Kind::plain, KEYED, SIZE>(job, call, aligned, stream);
+}
+
+constexpr int NOT_CONTIGUOUS = -1;
+
+// The kernel for a state of type T and a model output of type M, if the tensors fit it.
+template <class T, class M>
+int update_contiguous(const Job& job, void* stream) {
+  Collector collector{job};
+  Call call;
+  for (int v = 0; v < operand::OF_UPDATE; ++v) {
+    const View& view = job.views[v];
+    call.views[v] = is_of_model(v) ? collector.of<M>(view) : collector.of<T>(view);
+  }
+  if (!collector.contiguous) return NOT_CONTIGUOUS;
+  call.rows = rows_of(job);
+  const bool aligned = collector.words && (uintptr_t)job.table % sizeof(uint4) == 0;
+  return job.seed ? launch_kind<T, M, true>(job, call, aligned, stream)
+                  : launch_kind<T, M, false>(job, call, aligned, stream);
+}
+
+int update_contiguous(const Job& job, void* stream) {
+  const Dtype state = job.views[operand::x].dtype, model = job.views[operand::unconditional].dtype;
+  if (state == Dtype::float32 && model == Dtype::float32) {
+    return update_contiguous<float, float>(job, stream);
+  }
+  if (state == Dtype::float32 && model == Dtype::float16) {
+    return update_contiguous<float, Half>(job, stream);
+  }
+  if (state == Dtype::float32 && model == Dtype::bfloat16) {
+    return update_contiguous<float, BFloat16>(job, stream);
+  }
+  if (state == Dtype::float16 && model == Dtype::float16) {
+    return update_contiguous<Half, Half>(job, stream);
+  }
+  if (state == Dtype::bfloat16 && model == Dtype::bfloat16) {
+    return update_contiguous<BFloat16, BFloat16>(job, stream);
+  }
+  if (state == Dtype::float64 && model == Dtype::float64) {
+    return update_contiguous<double, double>(job, stream);
+  }
+  return NOT_CONTIGUOUS;
+}
+
+}  // namespace FASTDDIM_NAMESPACE

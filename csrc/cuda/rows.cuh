@@ -1,0 +1,65 @@
+// Rows of coefficients and keys of noise, which are read from device memory.
+
+#pragma once
+
+#include <stdint.h>
+
+#include "../formula.h"
+#include "../job.h"
+#include "grid.cuh"
+
+namespace FASTDDIM_NAMESPACE {
+
+using fastddim::Job;
+
+// The word of an integer that holds all of it.
+FASTDDIM_FN uint32_t low_word(const int64_t* at) {
+  uint32_t word;
+  __builtin_memcpy(&word, __builtin_assume_aligned(at, sizeof *at), sizeof word);
+  return word;
+}
+
+// Coefficients and keys, in device memory.
+struct Rows {
+  const void* table;
+  const int64_t* row;
+  uint32_t row_stride;
+  const int64_t *seed, *step, *sample;
+  uint32_t stream;
+};
+
+template <class C>
+FASTDDIM_FN const C* row_at(const Rows& rows, uint32_t sample) {
+  const uint32_t row = low_word(rows.row + sample * rows.row_stride);
+  return (const C*)rows.table + (uint64_t)row * ROW_FIELDS;
+}
+
+template <class C>
+FASTDDIM_FN Row<C> row_of(const Rows& rows, uint32_t sample) {
+  const C* at = row_at<C>(rows, sample);
+  return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10], at[11]};
+}
+
+// Of a table that is aligned to them.
+template <class C>
+FASTDDIM_FN Row<C> row_in_words(const Rows& rows, uint32_t sample) {
+  constexpr int WORDS = sizeof(Row<C>) / sizeof(uint4);
+  const auto* at = (const uint4*)row_at<C>(rows, sample);
+  uint4 words[WORDS];
+  FASTDDIM_UNROLL
+  for (int i = 0; i < WORDS; ++i) words[i] = at[i];
+  Row<C> row;
+  __builtin_memcpy(&row, words, sizeof row);
+  return row;
+}
+
+FASTDDIM_FN Key key_of(const Rows& rows, uint32_t sample) {
+  return {(uint64_t)rows.seed[sample], low_word(rows.step + sample), low_word(rows.sample + sample),
+          rows.stream};
+}
+
+inline Rows rows_of(const Job& job) {
+  return {job.table, job.row, (uint32_t)job.row_stride, job.seed, job.step, job.sample, job.stream};
+}
+
+}  // namespace FASTDDIM_NAMESPACE
