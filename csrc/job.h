@@ -71,7 +71,7 @@ struct Job {
   const int64_t *seed, *step, *sample;
   uint32_t stream;
 
-  // What fitted rows take from the data, and where they go: see Fit in fastddim/options.py.
+  // What rescaled rows take from the data, and where they go: see Rescaling in fastddim/options.py.
   double rescale, ratio, limit;
   void* fitted;
 

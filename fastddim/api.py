@@ -17,10 +17,10 @@ from fastddim.loop.setup import prepare_inversion, prepare_sampling
 from fastddim.options import (
     PER_STEP,
     Coefficient,
-    Fit,
     InvertOptions,
     NoiseSource,
     Prediction,
+    Rescaling,
     SampleOptions,
     Seed,
     Update,
@@ -29,7 +29,7 @@ from fastddim.options import (
 from fastddim.plan import coefficient_row, stack_row, to_table
 from fastddim.reference import compute_dtype
 from fastddim.signatures import takes
-from fastddim.steptable import fitted, fitted_differentiably
+from fastddim.steptable import rescaled, rescaled_differentiably
 from fastddim.validation import (
     check_bool,
     check_coefficient,
@@ -237,7 +237,9 @@ def step(
         "dynamic_thresholding_ratio": dynamic_thresholding_ratio,
         "sample_max_value": sample_max_value,
     }
-    backend, table, row, fit, noisy, guided = _prepared_step(x_t, alpha_t, alpha_prev, impl, update)
+    backend, table, row, rescaling, noisy, guided = _prepared_step(
+        x_t, alpha_t, alpha_prev, impl, update
+    )
     check_model_output("model_output", model_output, x_t, guided=guided)
     keys = None
     if noise is not None:
@@ -252,10 +254,10 @@ def step(
         check_overlap("out", out, "x_t", x_t)
         check_overlap("out", out, "model_output", model_output)
     differentiable = out is None and _needs_grad(x_t, model_output, noise)
-    if fit is not None and differentiable:
-        backend, table, row = fitted_differentiably(x_t, model_output, table, row, fit)
-    elif fit is not None:
-        table, row = fitted(backend, x_t, model_output, table, row, fit)
+    if rescaling is not None and differentiable:
+        backend, table, row = rescaled_differentiably(x_t, model_output, table, row, rescaling)
+    elif rescaling is not None:
+        table, row = rescaled(backend, x_t, model_output, table, row, rescaling)
     if differentiable:
         x_prev, x_0 = backend.update(x_t, model_output, table, row, noise=noise, keys=keys)
         return (x_prev, x_0) if return_x0 else x_prev
@@ -291,7 +293,7 @@ class _Step(NamedTuple):
     backend: backends.Backend
     table: Tensor  # [1 or B, K]
     row: Tensor  # [1 or B]
-    fit: Fit | None
+    rescaling: Rescaling | None
     noisy: bool
     guided: bool
 
@@ -348,7 +350,7 @@ def _prepare_step(
     rows = stack_row(coefficient_row(a, p, update))
     table = transfer.upload(to_table(rows, compute_dtype(dtype), rows.device), device)
     row = torch.arange(table.shape[0], device=device)
-    return _Step(backend, table, row, update.fit, update.noisy, update.guided)
+    return _Step(backend, table, row, update.rescaling, update.noisy, update.guided)
 
 
 def _on(device: torch.device, value: Any) -> Any:

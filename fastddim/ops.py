@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastddim.philox import Keys
-from fastddim.plan import Fit, Row
+from fastddim.plan import Rescaling, Row
 
 
 class Inputs(NamedTuple):
@@ -234,11 +234,11 @@ def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
     torch.ops.fastddim.normal_out(*keys, stream, out)
 
 
-def fit_rows(
-    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, fit: Fit, out: Tensor
+def rescale_rows(
+    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, rescaling: Rescaling, out: Tensor
 ) -> None:
-    """See `fastddim.backends.Backend.fit_rows`."""
-    torch.ops.fastddim.fit_rows(x, model_output, table, row, *fit, out)
+    """See `fastddim.backends.Backend.rescale_rows`."""
+    torch.ops.fastddim.fit_rows(x, model_output, table, row, *rescaling, out)
 
 
 def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:

@@ -77,8 +77,8 @@ class Noising:
     temperature: PerStep = 1.0
 
 
-class Fit(NamedTuple):
-    """The part of a row that comes from the data of its sample; see `reference.fitted_rows`.
+class Rescaling(NamedTuple):
+    """The part of a row that comes from the data of its sample; see `reference.rescaled_rows`.
 
     Attributes:
         rescale: φ of guidance rescale, in [0, 1].
@@ -132,10 +132,10 @@ class Update(Noising, Direction, Thresholding, Reading):
             dynamic_thresholding_ratio=self.dynamic_thresholding_ratio,
             sample_max_value=self.sample_max_value,
         )
-        checked._check_fit()
+        checked._check_rescaling()
         return checked
 
-    def _check_fit(self) -> None:
+    def _check_rescaling(self) -> None:
         if self.guidance_rescale > 0 and self.guidance_scale is None:
             raise ValueError(
                 f"guidance_rescale: expected 0 without guidance_scale, got {self.guidance_rescale}"
@@ -168,12 +168,12 @@ class Update(Noising, Direction, Thresholding, Reading):
         return self.guidance_scale is not None
 
     @property
-    def fit(self) -> Fit | None:
+    def rescaling(self) -> Rescaling | None:
         """The part of each row that comes from the data, if any does."""
         ratio, limit = self.dynamic_thresholding_ratio, self.sample_max_value
         if ratio is None and self.guidance_rescale == 0:
             return None
-        return Fit(self.guidance_rescale, ratio or 0.0, math.inf if limit is None else limit)
+        return Rescaling(self.guidance_rescale, ratio or 0.0, math.inf if limit is None else limit)
 
     def at_each(self, steps: int) -> list[Update]:
         """The update of every step.

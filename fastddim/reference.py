@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastddim.plan import Fit, Row
+from fastddim.plan import Rescaling, Row
 
 
 class Updated(NamedTuple):
@@ -82,7 +82,7 @@ def updated(
     return Updated(x_prev.to(x.dtype), x0.to(x.dtype), epsilon)
 
 
-def fitted_rows(x: Tensor, model_output: Tensor, rows: Tensor, fit: Fit) -> Tensor:
+def rescaled_rows(x: Tensor, model_output: Tensor, rows: Tensor, rescaling: Rescaling) -> Tensor:
     """Rows `[B, K]` for these data, in the dtype that the update computes in.
 
     `rescale` φ multiplies the guided model output by φ·σ_c/σ + 1 − φ, where σ_c and σ are the
@@ -93,13 +93,15 @@ def fitted_rows(x: Tensor, model_output: Tensor, rows: Tensor, fit: Fit) -> Tens
     """
     row = _columns(rows, x)
     state, m = x.to(row.cx.dtype), _model_output(x, model_output, row)
-    if fit.rescale > 0:
+    if rescaling.rescale > 0:
         conditional = _read_channels(x, model_output)[x.shape[0] :].to(m.dtype)
         ratio = _deviation(conditional) / _deviation(m)
-        factor = fit.rescale * torch.where(ratio.isfinite(), ratio, 1.0) + (1 - fit.rescale)
+        factor = rescaling.rescale * torch.where(ratio.isfinite(), ratio, 1.0) + (
+            1 - rescaling.rescale
+        )
         row = row._replace(cm=row.cm * factor, km=row.km * factor, em=row.em * factor)
-    if fit.ratio > 0:
-        s = _threshold(row.cx * state + row.cm * m, fit).reshape(-1, *[1] * (x.ndim - 1))
+    if rescaling.ratio > 0:
+        s = _threshold(row.cx * state + row.cm * m, rescaling).reshape(-1, *[1] * (x.ndim - 1))
         row = row._replace(cx=row.cx / s, cm=row.cm / s, r=torch.ones_like(s))
     batch = x.shape[0]
     return torch.stack([column.reshape(-1).expand(batch) for column in row], dim=1)
@@ -134,18 +136,18 @@ def _deviation(m: Tensor) -> Tensor:
     return deviation.reshape(-1, *[1] * (m.ndim - 1))
 
 
-def _threshold(x_0: Tensor, fit: Fit) -> Tensor:
+def _threshold(x_0: Tensor, rescaling: Rescaling) -> Tensor:
     """s of each sample, NaN where any element is."""
     magnitudes = x_0.abs().flatten(1)
     count = magnitudes.shape[1]
     if magnitudes.numel() == 0:
         return magnitudes.new_ones(magnitudes.shape[0])
-    position = fit.ratio * (count - 1)
+    position = rescaling.ratio * (count - 1)
     k = math.floor(position)
     low = magnitudes.kthvalue(k + 1, dim=1).values
     high = magnitudes.kthvalue(min(k + 2, count), dim=1).values
     quantile = low + (high - low) * (position - k)
-    s = quantile.clamp(1.0, fit.limit)
+    s = quantile.clamp(1.0, rescaling.limit)
     return torch.where(magnitudes.isnan().any(dim=1), math.nan, s)
 
 

@@ -16,7 +16,7 @@ from fastddim import backends, ops, reference
 from fastddim.backends import cpu
 from fastddim.cache import Cache
 from fastddim.philox import Keys
-from fastddim.plan import Fit, to_table
+from fastddim.plan import Rescaling, to_table
 from fastddim.recycling import LARGE, RECYCLER
 from fastddim.reference import compute_dtype
 
@@ -56,15 +56,17 @@ class StepTable:
     only in the steps that use their row.
     """
 
-    def __init__(self, rows: Tensor, *, fit: Fit | None = None, impl: str = "auto") -> None:
+    def __init__(
+        self, rows: Tensor, *, rescaling: Rescaling | None = None, impl: str = "auto"
+    ) -> None:
         """
         Args:
             rows: float64 `[R, K]`, from `plan.stack_row`.
-            fit: how the rows depend on the data of a step, if they do.
+            rescaling: how the rows depend on the data of a step, if they do.
             impl: the backend, as in `fastddim.sample`.
         """
         self.rows = rows
-        self._fit = fit
+        self._rescaling = rescaling
         self._impl = impl
         self._prepared: Cache[_Prepared] = Cache(_KINDS_KEPT)
 
@@ -107,8 +109,8 @@ class StepTable:
         if fast and not large and keys is None:
             results = ops.step(x, model_output, table, row, noise)
             return results if return_x0 else (results[0], None)
-        if self._fit is not None:
-            table, row = fitted(backend, x, model_output, table, row, self._fit)
+        if self._rescaling is not None:
+            table, row = rescaled(backend, x, model_output, table, row, self._rescaling)
         empty_like = RECYCLER.empty_like if large else torch.empty_like
         x_prev = empty_like(x)
         x_0 = empty_like(x) if return_x0 else None
@@ -140,7 +142,7 @@ class StepTable:
             backend,
             table,
             _RowIndices(len(table), x.device, self._position),
-            self._fit is None and backend.__name__ == cpu.__name__,
+            self._rescaling is None and backend.__name__ == cpu.__name__,
         )
         self._prepared.put((x.device, x.dtype), prepared)
         return prepared
@@ -155,31 +157,33 @@ class StepTable:
         keys: Keys | None,
     ) -> tuple[Tensor, Tensor]:
         backend, table = prepared.backend, prepared.table
-        if self._fit is not None:
-            backend, table, row = fitted_differentiably(x, model_output, table, row, self._fit)
+        if self._rescaling is not None:
+            backend, table, row = rescaled_differentiably(
+                x, model_output, table, row, self._rescaling
+            )
         return backend.update(x, model_output, table, row, noise=noise, keys=keys)
 
 
-def fitted(
+def rescaled(
     backend: backends.Backend,
     x: Tensor,
     model_output: Tensor,
     table: Tensor,
     row: Tensor,
-    fit: Fit,
+    rescaling: Rescaling,
 ) -> tuple[Tensor, Tensor]:
     """A table with one row for each of these samples, and the index of the row of each."""
     batch = x.shape[0]
     rows = table.new_empty((batch, table.shape[1]))
-    backend.fit_rows(x, model_output, table, row, fit, rows)
+    backend.rescale_rows(x, model_output, table, row, rescaling, rows)
     return rows, torch.arange(batch, device=x.device)
 
 
-def fitted_differentiably(
-    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, fit: Fit
+def rescaled_differentiably(
+    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, rescaling: Rescaling
 ) -> tuple[backends.Backend, Tensor, Tensor]:
     """`fitted`, and the backend for it: rows that come from the data have gradients too, which only
     the reference follows.
     """
-    rows = reference.fitted_rows(x, model_output, table.index_select(0, row), fit)
+    rows = reference.rescaled_rows(x, model_output, table.index_select(0, row), rescaling)
     return backends.BACKENDS["reference"], rows, torch.arange(x.shape[0], device=x.device)

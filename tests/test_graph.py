@@ -268,11 +268,11 @@ class TestReplay:
         assert len(captures) == 1
 
     def test_fitted_rows(self, mode, impl, captures):
-        fit = {"dynamic_thresholding_ratio": 0.8, "guidance_rescale": 0.5}
+        rescaling = {"dynamic_thresholding_ratio": 0.8, "guidance_rescale": 0.5}
         strengths = torch.tensor([1.0, 1.0, 0.5, 0.25]).view(4, 1, 1, 1)
         calls = [{"seed": 1}, {"seed": 2}, {"guidance_scale": 4.0}]
         model = lambda x, t: elementwise_model(x, t) * strengths  # noqa: E731
-        follows(mode, model, calls, impl=impl, guidance_scale=2.0, eta=1.0, **fit)
+        follows(mode, model, calls, impl=impl, guidance_scale=2.0, eta=1.0, **rescaling)
         assert len(captures) == 1
 
     def test_masks(self, mode, impl, captures):
@@ -1211,7 +1211,7 @@ def specialized(monkeypatch):
     monkeypatch.setattr(cuda, "available", lambda device: True)
     monkeypatch.setattr(triton, "unavailable", lambda device: None)
     # Counters do not advance here.
-    monkeypatch.setattr(triton, "fit_rows", lambda *_: None)
+    monkeypatch.setattr(triton, "rescale_rows", lambda *_: None)
     with triton_jit.compiled_for(
         triton_jit.SM_90, launched.append, stand_in=triton_jit.Specializer
     ):

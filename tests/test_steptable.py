@@ -32,7 +32,7 @@ KINDS = [
 
 def table_of(a: Tensor, p: Tensor, update: Update, impl: str = "auto") -> StepTable:
     """Row i steps from ᾱ = a[i] to p[i]."""
-    return StepTable(stack_row(unchecked_row(a, p, update)), fit=update.fit, impl=impl)
+    return StepTable(stack_row(unchecked_row(a, p, update)), rescaling=update.rescaling, impl=impl)
 
 
 def draws(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

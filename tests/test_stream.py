@@ -29,14 +29,14 @@ def conditioned(x, t, *, shift, extra):
     return elementwise_model(x, t) * extra["scale"][:, :, None] + shift
 
 
-def random_request(rng, *, guided=False, dtype=torch.float32, order=1, fitted=False):
+def random_request(rng, *, guided=False, dtype=torch.float32, order=1, thresholded=False):
     """Arguments that `submit` and `sample` share."""
     steps = rng.choice([1, 2, 3, 5, 8, [900, 500, 3]])
     count = steps if isinstance(steps, int) else len(steps)
     request = {
         "steps": steps,
         "spacing": rng.choice(["uniform", "trailing", "linspace"]),
-        "clip": None if fitted else rng.choice([None, 0.5]),
+        "clip": None if thresholded else rng.choice([None, 0.5]),
         "rederive_eps": rng.random() < 0.3,
         "seed": rng.choice([0, 7, 2**63 + 5]),
         "sample_offset": rng.choice([0, 3, 2**32 - 1]),
@@ -179,7 +179,7 @@ class TestIsSample:
     @pytest.mark.parametrize("impl", CPU_IMPLS)
     def test_thresholding(self, impl):
         rng = random.Random(4)
-        requests = [random_request(rng, fitted=True) for _ in range(9)]
+        requests = [random_request(rng, thresholded=True) for _ in range(9)]
         common = {"dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.5}
         self.check(elementwise_model, requests, rng, slots=3, impl=impl, **common)
 
@@ -223,10 +223,10 @@ class TestIsSample:
     def test_changed_x_0(self, impl, kind, static, captures):
         rng = random.Random(8)
         guided, order = kind.get("guided", False), kind.get("order", 1)
-        fitted = "dynamic_thresholding_ratio" in kind
+        thresholded = "dynamic_thresholding_ratio" in kind
         requests = []
         for _ in range(9):
-            request = random_request(rng, guided=guided, order=order, fitted=fitted)
+            request = random_request(rng, guided=guided, order=order, thresholded=thresholded)
             request["rederive_eps"] = False
             request = with_conditions(request, 1 + guided)
             requests.append(with_mask(request) if kind.get("masked") else request)

@@ -1,4 +1,4 @@
-// The factors that rows take from the data of their samples, as fitted_rows in
+// The factors that rows take from the data of their samples, as rescaled_rows in
 // fastddim/reference.py specifies them. Included inside the namespace of an instruction set.
 //
 // Nothing of the size of a sample is kept: each pass works the values out anew from x and the model

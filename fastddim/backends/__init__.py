@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastddim.ops import LoopStep
 from fastddim.philox import Keys
-from fastddim.plan import Fit
+from fastddim.plan import Rescaling
 
 __all__ = ["BACKENDS", "Backend", "LoopStep", "choose"]
 
@@ -49,17 +49,23 @@ class Backend(Protocol):
             t: int64, written.
         """
 
-    def fit_rows(
-        self, x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, fit: Fit, out: Tensor
+    def rescale_rows(
+        self,
+        x: Tensor,
+        model_output: Tensor,
+        table: Tensor,
+        row: Tensor,
+        rescaling: Rescaling,
+        out: Tensor,
     ) -> None:
-        """Rows for these data, as `fastddim.reference.fitted_rows` specifies them.
+        """Rows for these data, as `fastddim.reference.rescaled_rows` specifies them.
 
         Args:
             x: state `[B, …]`, as in `update_out`.
             model_output: as in `update_out`.
             table: as in `update_out`.
             row: as in `update_out`.
-            fit: what is taken from the data.
+            rescaling: what is taken from the data.
             out: rows `[B, K]` in the dtype of `table`, written.
         """
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from fastddim import ops
-from fastddim.ops import LoopStep, advance, fit_rows, normal_out, update, update_out
+from fastddim.ops import LoopStep, advance, normal_out, rescale_rows, update, update_out
 from fastddim.philox import Keys
 
 __all__ = [
     "PRIORITY",
     "advance",
-    "fit_rows",
     "loop_step",
     "normal_out",
+    "rescale_rows",
     "unavailable",
     "update",
     "update_out",

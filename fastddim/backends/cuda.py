@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from fastddim import ops
-from fastddim.ops import advance, fit_rows, normal_out, update, update_out
+from fastddim.ops import advance, normal_out, rescale_rows, update, update_out
 
 __all__ = [
     "PRIORITY",
     "advance",
-    "fit_rows",
     "normal_out",
+    "rescale_rows",
     "unavailable",
     "update",
     "update_out",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastddim import ops, philox, reference
 from fastddim.philox import Keys
-from fastddim.plan import Fit
+from fastddim.plan import Rescaling
 
 PRIORITY = 0
 
@@ -36,11 +36,11 @@ def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
     out.copy_(philox.normal(keys, out.shape[1:], stream))
 
 
-def fit_rows(
-    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, fit: Fit, out: Tensor
+def rescale_rows(
+    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, rescaling: Rescaling, out: Tensor
 ) -> None:
-    """See `fastddim.backends.Backend.fit_rows`."""
-    out.copy_(reference.fitted_rows(x, model_output, table.index_select(0, row), fit))
+    """See `fastddim.backends.Backend.rescale_rows`."""
+    out.copy_(reference.rescaled_rows(x, model_output, table.index_select(0, row), rescaling))
 
 
 @torch.library.impl(_library, "normal_out", "CompositeExplicitAutograd")
@@ -49,7 +49,7 @@ def _normal_out(seed: Tensor, step: Tensor, sample: Tensor, stream: int, out: Te
 
 
 @torch.library.impl(_library, "fit_rows", "CompositeExplicitAutograd")
-def _fit_rows(
+def _rescale_rows(
     x: Tensor,
     model_output: Tensor,
     table: Tensor,
@@ -59,7 +59,7 @@ def _fit_rows(
     limit: float,
     out: Tensor,
 ) -> None:
-    fit_rows(x, model_output, table, row, Fit(rescale, ratio, limit), out)
+    rescale_rows(x, model_output, table, row, Rescaling(rescale, ratio, limit), out)
 
 
 @torch.library.impl(_library, "update_out", "CompositeExplicitAutograd")

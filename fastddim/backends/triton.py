@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from fastddim import ops
-from fastddim.ops import fit_rows
+from fastddim.ops import rescale_rows
 from fastddim.philox import Keys
 
 __all__ = [
     "PRIORITY",
     "advance",
-    "fit_rows",
     "normal_out",
+    "rescale_rows",
     "unavailable",
     "update",
     "update_out",

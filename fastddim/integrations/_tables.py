@@ -14,17 +14,17 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from fastddim.cache import Cache
-from fastddim.plan import Fit, Row, stack_row
+from fastddim.plan import Rescaling, Row, stack_row
 from fastddim.steptable import StepTable
 
 
-def step_table(row: Row, fit: Fit | None = None) -> StepTable:
+def step_table(row: Row, rescaling: Rescaling | None = None) -> StepTable:
     """Make a table from coefficients that are float64 `[R]` or numbers.
 
     Args:
-        fit: how the rows depend on the data of a step, if they do.
+        rescaling: how the rows depend on the data of a step, if they do.
     """
-    return StepTable(stack_row(row), fit=fit)
+    return StepTable(stack_row(row), rescaling=rescaling)
 
 
 def version(tensor: Tensor) -> int:

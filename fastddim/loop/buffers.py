@@ -68,7 +68,7 @@ class Buffers(NamedTuple):
             start=torch.zeros_like(state) if kind.refine else None,
             first_half=torch.zeros_like(table) if kind.split else None,
             epsilon=torch.zeros_like(state) if kind.split and not kind.rederived else None,
-            own_rows=table.new_zeros((batch, table.shape[1])) if kind.fit else None,
+            own_rows=table.new_zeros((batch, table.shape[1])) if kind.rescaling else None,
         )
 
     @property

@@ -19,7 +19,7 @@ from fastddim.adapter import Model
 from fastddim.backends import Backend, LoopStep
 from fastddim.loop.buffers import Buffers, Inpainting
 from fastddim.loop.counters import Counting, Position
-from fastddim.options import DenoisedFn, Fit
+from fastddim.options import DenoisedFn, Rescaling
 from fastddim.plan import StepKind
 from fastddim.validation import check_like, check_model_output
 
@@ -61,7 +61,7 @@ class Step:
         self._buffers = buffers
         self._counting = counting
         self._model_input = buffers.model_input
-        minimal = not (kind.fit or kind.split or kind.refine)
+        minimal = not (kind.rescaling or kind.split or kind.refine)
         # Captured graphs and fake tensors are made for operators.
         minimal &= not captured and type(buffers.state) is Tensor
         self._make_loop_step = getattr(backend, "loop_step", None) if minimal else None
@@ -150,11 +150,11 @@ class Step:
         masked: bool = False,
     ) -> None:
         """The fused update of `x` into the state, and what some kinds of steps do before it."""
-        buffers, kind, fit = self._buffers, self._kind, self._kind.fit
+        buffers, kind, rescaling = self._buffers, self._kind, self._kind.rescaling
         if buffers.first_half is not None:
             x, output = self._take_first_half(at, x, output, buffers.first_half)
-            fit = None if fit is None else fit._replace(rescale=0.0)
-        table, row = self._rows(at, x, output, buffers.table, fit)
+            rescaling = None if rescaling is None else rescaling._replace(rescale=0.0)
+        table, row = self._rows(at, x, output, buffers.table, rescaling)
         inpainting = self._mix_known(at) if masked else None
         self._backend.update_out(
             x,
@@ -179,23 +179,27 @@ class Step:
 
         Returns the state and the model output that the second half reads.
         """
-        x_0, epsilon, fit = self._buffers.x_0, self._buffers.epsilon, self._kind.fit
+        x_0, epsilon, rescaling = self._buffers.x_0, self._buffers.epsilon, self._kind.rescaling
         assert x_0 is not None
         assert self.denoised_fn is not None
-        table, row = self._rows(at, x, output, table, fit and fit._replace(ratio=0.0))
+        table, row = self._rows(at, x, output, table, rescaling and rescaling._replace(ratio=0.0))
         self._write(x, output, table, row, x_0, epsilon=epsilon)
         changed = self.denoised_fn(x_0, at.t[: len(x_0)])
         check_like("denoised_fn's result", changed, "the state", x_0)
         return (x if epsilon is None else epsilon), changed
 
     def _rows(
-        self, at: Position, x: Tensor, output: Tensor, table: Tensor, fit: Fit | None
+        self, at: Position, x: Tensor, output: Tensor, table: Tensor, rescaling: Rescaling | None
     ) -> tuple[Tensor, Tensor]:
         """The table of this step and the rows in it, which may be made for the data at hand."""
         own_rows = self._buffers.own_rows
-        if own_rows is None or fit is None or (fit.rescale == 0 and fit.ratio == 0):
+        if (
+            own_rows is None
+            or rescaling is None
+            or (rescaling.rescale == 0 and rescaling.ratio == 0)
+        ):
             return table, at.row
-        self._backend.fit_rows(x, output, table, at.row, fit, own_rows)
+        self._backend.rescale_rows(x, output, table, at.row, rescaling, own_rows)
         return own_rows, self._buffers.own_row
 
     def _mix_known(self, at: Position) -> Inpainting:

@@ -1,6 +1,6 @@
 """Timesteps and coefficients of one sampling run."""
 
-from fastddim.options import PREDICTIONS, VARIANCES, Coefficient, Fit, PerStep, Update
+from fastddim.options import PREDICTIONS, VARIANCES, Coefficient, PerStep, Rescaling, Update
 from fastddim.plan.multistep import ORDERS, HistoryWeights, history_weights
 from fastddim.plan.plan import Plan, StepKind, make_inversion_plan, make_plan
 from fastddim.plan.rows import (
@@ -25,10 +25,10 @@ __all__ = [
     "SPACINGS",
     "VARIANCES",
     "Coefficient",
-    "Fit",
     "HistoryWeights",
     "PerStep",
     "Plan",
+    "Rescaling",
     "Row",
     "Scales",
     "StepKind",

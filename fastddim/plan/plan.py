@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastddim.options import Fit, Spacing, Steps, Update
+from fastddim.options import Rescaling, Spacing, Steps, Update
 from fastddim.plan.multistep import NO_HISTORY, ORDERS, history_weights
 from fastddim.plan.rows import Row, coefficient_row, first_half_row, inversion_row, second_half_row
 from fastddim.plan.table import stack_rows
@@ -21,7 +21,7 @@ class StepKind(NamedTuple):
     """All that the steps of a loop have in common: the tensors and kernels that they need.
 
     Attributes:
-        fit: what the rows of a step take from its data, if anything.
+        rescaling: what the rows of a step take from its data, if anything.
         noisy: whether a step may add noise.
         guided: whether the model is evaluated on 2B samples.
         history: how many epsilons of earlier steps a step reads.
@@ -30,7 +30,7 @@ class StepKind(NamedTuple):
         rederived: whether what follows that function reads the state, and not epsilon.
     """
 
-    fit: Fit | None
+    rescaling: Rescaling | None
     noisy: bool
     guided: bool
     history: int = 0
@@ -119,7 +119,7 @@ def make_plan(
         table=stack_rows(rows),
         first_half=stack_rows(first_half) if split else None,
         kind=StepKind(
-            fit=update.fit,
+            rescaling=update.rescaling,
             noisy=update.noisy,
             guided=update.guided,
             history=order - 1,
@@ -174,7 +174,7 @@ def make_inversion_plan(
         alphas_cumprod=torch.tensor(alphas, dtype=torch.float64, device="cpu"),
         table=stack_rows(rows),
         kind=StepKind(
-            fit=update.fit,
+            rescaling=update.rescaling,
             noisy=False,
             guided=update.guided,
             history=order - 1,

@@ -118,7 +118,7 @@ class Stream:
         self._options = options
         self._backend = backends.choose(options.impl, self.device)
         self._kind = StepKind(
-            fit=update.fit,
+            rescaling=update.rescaling,
             noisy=options.order == 1,
             guided=options.guided,
             history=options.order - 1,

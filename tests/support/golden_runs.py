@@ -217,12 +217,12 @@ def streamed(impl: str) -> Iterator[tuple[str, list[Tensor]]]:
 def _requests(kind: dict[str, Any], dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     noisy = kind.get("order", 1) == 1
     guided = kind.get("guided", False)
-    fitted = "dynamic_thresholding_ratio" in kind
+    thresholded = "dynamic_thresholding_ratio" in kind
     for i, steps in enumerate((5, 1, 3, [900, 40, 3], 8, 2, 13)):
         request: dict[str, Any] = {"steps": steps, "seed": 2**64 - 1 - i, "sample_offset": i % 2}
         if noisy and i % 3:
             request |= {"eta": 0.5 * (i % 3), "temperature": 1 - i / 16}
-        if not fitted and i % 2:
+        if not thresholded and i % 2:
             request |= {"clip": 0.75, "rederive_eps": i % 4 == 1}
         if guided:
             request |= {

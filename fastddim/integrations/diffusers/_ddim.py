@@ -134,12 +134,12 @@ def _table(
 ) -> SignedTable:
     alphas = alphas.to("cpu")
     final = final.to(alphas)
-    clip, fit = limits(config)
+    clip, rescaling = limits(config)
     update = Update(
         eta=eta, prediction=config["prediction_type"], clip=clip, rederive_eps=rederive_eps
     )
     before = strided(alphas, config["num_train_timesteps"] // steps, final)
-    return signed_table(row_of(scales(*doubled(alphas, before, final), eta), update), fit)
+    return signed_table(row_of(scales(*doubled(alphas, before, final), eta), update), rescaling)
 
 
 def _noise(

@@ -138,7 +138,7 @@ def _ancestral(config: Mapping[str, Any], alphas: Tensor, visited: Sequence[int]
     k0, kx, variance, large = _posterior(a, p)
     signal, sigma = roots(a).double(), roots(1 - a).double()
     cx, cm, _, _ = prediction_coefficients(signal, sigma, config["prediction_type"])
-    clip, fit = limits(config)
+    clip, rescaling = limits(config)
     row = Row(
         cx=cx,
         cm=cm,
@@ -153,7 +153,7 @@ def _ancestral(config: Mapping[str, Any], alphas: Tensor, visited: Sequence[int]
     if config["variance_type"] == "learned_range":
         logs = [each(torch.log, v[: len(alphas)]) for v in (variance, large)]
         log_variances = torch.stack(logs, dim=1).tolist()
-    return _Ancestral(signed_table(row, fit), frozenset(previous), log_variances)
+    return _Ancestral(signed_table(row, rescaling), frozenset(previous), log_variances)
 
 
 def _posterior(a: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastddim.integrations._shared import each
-from fastddim.plan import PREDICTIONS, Fit, Row, Scales, settled, stack_row
+from fastddim.plan import PREDICTIONS, Rescaling, Row, Scales, settled, stack_row
 from fastddim.steptable import StepTable
 
 # In the place of 1/0, so that infinity is not taken from infinity before the clip.
@@ -28,7 +28,7 @@ class SignedTable(StepTable):
         return range(count)[row]
 
 
-def signed_table(row: Row, fit: Fit | None = None) -> SignedTable:
+def signed_table(row: Row, rescaling: Rescaling | None = None) -> SignedTable:
     """Make a table of rows for t in [−T, T), with a huge number in the place of 1/0."""
     finite = Row(
         *(
@@ -38,7 +38,7 @@ def signed_table(row: Row, fit: Fit | None = None) -> SignedTable:
             for v in row
         )
     )
-    return SignedTable(stack_row(finite), fit=fit)
+    return SignedTable(stack_row(finite), rescaling=rescaling)
 
 
 def doubled(at_t: Tensor, before: Tensor, past_the_end: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,8 +76,10 @@ def valid(config: Any) -> bool:
     return thresholded and config["prediction_type"] in PREDICTIONS
 
 
-def limits(config: Any) -> tuple[float | None, Fit | None]:
-    """The clip and the fit of a config, at most one of which is not None."""
+def limits(config: Any) -> tuple[float | None, Rescaling | None]:
+    """The clip and the rescaling of a config, at most one of which is not None."""
     if config.get("thresholding"):
-        return None, Fit(0.0, config["dynamic_thresholding_ratio"], config["sample_max_value"])
+        return None, Rescaling(
+            0.0, config["dynamic_thresholding_ratio"], config["sample_max_value"]
+        )
     return (config["clip_sample_range"] if config["clip_sample"] else None), None

@@ -14,31 +14,31 @@ from torch import Tensor
 
 import fastddim
 from fastddim import backends, ops, reference
-from fastddim.plan import Fit, Row, Update, coefficient_row, stack_row
+from fastddim.plan import Rescaling, Row, Update, coefficient_row, stack_row
 
 from .support.updates import DTYPES, INSTRUCTION_SETS, LAYOUTS, Case, backend, make_case
 
 __all__ = ["backend"]
 
 FITS = {
-    "rescale": Fit(0.7, 0.0, math.inf),
-    "threshold": Fit(0.0, 0.9, math.inf),
-    "limited": Fit(0.0, 0.995, 1.5),
-    "largest": Fit(0.0, 1.0, math.inf),
-    "both": Fit(0.35, 0.75, 8.0),
+    "rescale": Rescaling(0.7, 0.0, math.inf),
+    "threshold": Rescaling(0.0, 0.9, math.inf),
+    "limited": Rescaling(0.0, 0.995, 1.5),
+    "largest": Rescaling(0.0, 1.0, math.inf),
+    "both": Rescaling(0.35, 0.75, 8.0),
 }
 
 
-def fitted(backend: Any, case: Case, fit: Fit) -> Tensor:
+def rescaled(backend: Any, case: Case, rescaling: Rescaling) -> Tensor:
     batch, fields = case.x.shape[0], len(Row._fields)
     frame = torch.full((batch + 2, fields), 7.0, dtype=case.table.dtype)
     out = frame[1:-1].fill_(math.nan)
-    backend.fit_rows(case.x, case.model_output, case.table, case.row, fit, out)
+    backend.rescale_rows(case.x, case.model_output, case.table, case.row, rescaling, out)
     assert (frame[[0, -1]] == 7.0).all(), "written outside of the rows"
     return out
 
 
-def expected(case: Case, fit: Fit) -> np.ndarray:
+def expected(case: Case, rescaling: Rescaling) -> np.ndarray:
     """Sample by sample, as the papers have it: factors in, rows out."""
     rows = []
     table, index = case.table.double().numpy(), case.row.numpy()
@@ -48,20 +48,25 @@ def expected(case: Case, fit: Fit) -> np.ndarray:
         row = Row(*table[index[b if len(index) > 1 else 0]])
         halves = [part[b][:channels] for part in np.split(m_all, len(m_all) // len(case.x))]
         m = halves[0] if len(halves) == 1 else halves[0] + row.g * (halves[1] - halves[0])
-        if fit.rescale > 0:
-            factor = fit.rescale * halves[1].std(ddof=1) / m.std(ddof=1) + 1 - fit.rescale
+        if rescaling.rescale > 0:
+            factor = (
+                rescaling.rescale * halves[1].std(ddof=1) / m.std(ddof=1) + 1 - rescaling.rescale
+            )
             m = m * factor
             row = row._replace(cm=row.cm * factor, km=row.km * factor, em=row.em * factor)
-        if fit.ratio > 0:
-            x_0 = row.cx * case.x[b].double().numpy() + row.cm / (factor if fit.rescale else 1) * m
-            s = min(max(np.quantile(abs(x_0), fit.ratio), 1.0), fit.limit)
+        if rescaling.ratio > 0:
+            x_0 = (
+                row.cx * case.x[b].double().numpy()
+                + row.cm / (factor if rescaling.rescale else 1) * m
+            )
+            s = min(max(np.quantile(abs(x_0), rescaling.ratio), 1.0), rescaling.limit)
             row = row._replace(cx=row.cx / s, cm=row.cm / s, r=1.0)
         rows.append(row)
     return np.array(rows)
 
 
-def check(backend: Any, case: Case, fit: Fit) -> None:
-    got, truth = fitted(backend, case, fit), expected(case, fit)
+def check(backend: Any, case: Case, rescaling: Rescaling) -> None:
+    got, truth = rescaled(backend, case, rescaling), expected(case, rescaling)
     tolerance = 1e-13 if case.x.dtype == torch.float64 else 2e-6
     np.testing.assert_allclose(got.double().numpy(), truth, rtol=tolerance, atol=0)
 
@@ -97,14 +102,14 @@ def test_quantiles_of_ties_and_of_every_rank(backend: backends.Backend) -> None:
     case.model_output.copy_(torch.randint(-3, 4, (1, 101), generator=generator) * 1.5)
     case.x.zero_()
     for ratio in (*np.linspace(0.01, 1.0, 100), 1e-9):
-        check(backend, case, Fit(0.0, float(ratio), math.inf))
+        check(backend, case, Rescaling(0.0, float(ratio), math.inf))
 
 
 def test_a_single_element_and_none(backend: backends.Backend) -> None:
     generator = torch.Generator().manual_seed(0)
     for shape in ((3, 1), (3, 0), (0, 4)):
         case = make_case(generator, shape, guided=True)
-        rows = fitted(backend, case, Fit(0.7, 0.9, math.inf))
+        rows = rescaled(backend, case, Rescaling(0.7, 0.9, math.inf))
         # No deviation to rescale by, and the quantile of one value is that value.
         assert rows.shape[0] == shape[0]
         if shape == (3, 1):
@@ -119,17 +124,17 @@ def test_a_single_element_and_none(backend: backends.Backend) -> None:
 def test_nan_anywhere_makes_the_sample_nan_and_no_other(backend: backends.Backend) -> None:
     case = make_case(torch.Generator().manual_seed(0), (3, 500), per_sample=True)
     case.model_output[1, 17] = math.nan
-    rows = fitted(backend, case, Fit(0.0, 0.5, math.inf))
+    rows = rescaled(backend, case, Rescaling(0.0, 0.5, math.inf))
     cx = rows[:, Row._fields.index("cx")]
     assert cx.isnan().tolist() == [False, True, False]
 
 
 def test_infinity_beyond_the_quantile_is_one_value_among_others(backend: backends.Backend) -> None:
     case = make_case(torch.Generator().manual_seed(0), (1, 500))
-    before = fitted(backend, case, Fit(0.0, 0.5, math.inf))
+    before = rescaled(backend, case, Rescaling(0.0, 0.5, math.inf))
     largest = case.model_output.abs().argmax()
     case.model_output.view(-1)[largest] = math.inf
-    after = fitted(backend, case, Fit(0.0, 0.5, math.inf))
+    after = rescaled(backend, case, Rescaling(0.0, 0.5, math.inf))
     assert torch.allclose(before[:, :2], after[:, :2], rtol=0.02)
 
 
@@ -138,7 +143,7 @@ def test_rescale_without_guidance_is_refused() -> None:
         pytest.skip(ops.EXTENSION_ERROR)
     case = make_case(torch.Generator().manual_seed(0), (2, 5))
     with pytest.raises(RuntimeError, match="rescale: expected 0 where the model output is not"):
-        fitted(backends.BACKENDS["cpu"], case, Fit(0.5, 0.0, math.inf))
+        rescaled(backends.BACKENDS["cpu"], case, Rescaling(0.5, 0.0, math.inf))
 
 
 def test_bits_do_not_depend_on_instruction_set_threads_or_batch() -> None:
@@ -146,20 +151,20 @@ def test_bits_do_not_depend_on_instruction_set_threads_or_batch() -> None:
         pytest.skip(ops.EXTENSION_ERROR)
     library = ctypes.CDLL(fastddim._C.__file__)
     case = make_case(torch.Generator().manual_seed(0), (5, 3, 40, 50), guided=True, per_sample=True)
-    fit, cpu = FITS["both"], backends.BACKENDS["cpu"]
+    rescaling, cpu = FITS["both"], backends.BACKENDS["cpu"]
     before, results = torch.get_num_threads(), []
     try:
         for name, threads in itertools.product(INSTRUCTION_SETS, (1, 2, 5)):
             torch.set_num_threads(threads)
             if library.fastddim_use_instruction_set(name.encode()):
-                results.append(fitted(cpu, case, fit))
+                results.append(rescaled(cpu, case, rescaling))
     finally:
         library.fastddim_use_instruction_set(None)
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
     alone = torch.zeros_like(results[0][:1])
     outputs = torch.cat([case.model_output[3:4], case.model_output[8:9]])
-    cpu.fit_rows(case.x[3:4], outputs, case.table, case.row[3:4], fit, alone)
+    cpu.rescale_rows(case.x[3:4], outputs, case.table, case.row[3:4], rescaling, alone)
     assert torch.equal(alone, results[0][3:4])
 
 
@@ -169,7 +174,7 @@ def test_a_sample_beyond_what_torch_quantile_takes() -> None:
     x = torch.rand(1, count) * 4
     table = stack_row(coefficient_row(0.5, 0.8, Update(prediction="sample")))[None].float()
     out, row = torch.zeros_like(table), torch.zeros(1, dtype=torch.int64)
-    ops.fit_rows(x, x, table, row, Fit(0.0, 0.995, math.inf), out)
+    ops.rescale_rows(x, x, table, row, Rescaling(0.0, 0.995, math.inf), out)
     cm = out[0, Row._fields.index("cm")].item()
     assert 1 / cm == pytest.approx(np.quantile(x.numpy(), 0.995), rel=1e-6)
 
@@ -179,27 +184,31 @@ def test_step_applies_them(kind: str) -> None:
     """x_0 clamped to [−s, s] and divided by s, and the model output scaled, as the papers say."""
     generator = torch.Generator().manual_seed(1)
     x, m = (torch.randn(n, 3, 9, 7, generator=generator, dtype=torch.float64) for n in (2, 4))
-    fit, a, p = FITS[kind], 0.2, 0.6
+    rescaling, a, p = FITS[kind], 0.2, 0.6
     x_prev, x_0 = fastddim.step(
         x,
         m,
         a,
         p,
         guidance_scale=3.0,
-        guidance_rescale=fit.rescale,
-        dynamic_thresholding_ratio=fit.ratio or None,
-        sample_max_value=fit.limit if fit.ratio and math.isfinite(fit.limit) else None,
+        guidance_rescale=rescaling.rescale,
+        dynamic_thresholding_ratio=rescaling.ratio or None,
+        sample_max_value=rescaling.limit
+        if rescaling.ratio and math.isfinite(rescaling.limit)
+        else None,
         return_x0=True,
     )
     u, c = m.numpy()[:2], m.numpy()[2:]
     eps = u + 3.0 * (c - u)
     axes = (1, 2, 3)
-    if fit.rescale:
+    if rescaling.rescale:
         ratio = c.std(axes, ddof=1, keepdims=True) / eps.std(axes, ddof=1, keepdims=True)
-        eps = fit.rescale * eps * ratio + (1 - fit.rescale) * eps
+        eps = rescaling.rescale * eps * ratio + (1 - rescaling.rescale) * eps
     clean = (x.numpy() - math.sqrt(1 - a) * eps) / math.sqrt(a)
-    if fit.ratio:
-        s = np.quantile(abs(clean), fit.ratio, axis=axes, keepdims=True).clip(1.0, fit.limit)
+    if rescaling.ratio:
+        s = np.quantile(abs(clean), rescaling.ratio, axis=axes, keepdims=True).clip(
+            1.0, rescaling.limit
+        )
         clean = clean.clip(-s, s) / s
     np.testing.assert_allclose(x_0.numpy(), clean, atol=1e-12)
     direction = math.sqrt(p) * clean + math.sqrt(1 - p) * eps
@@ -213,7 +222,7 @@ def test_gradients(kind: str) -> None:
         torch.randn(n, 9, generator=generator, dtype=torch.float64, requires_grad=True)
         for n in (2, 4)
     )
-    fit = FITS[kind]
+    rescaling = FITS[kind]
 
     def step(x: Tensor, m: Tensor) -> Any:
         return fastddim.step(
@@ -222,8 +231,8 @@ def test_gradients(kind: str) -> None:
             0.3,
             0.7,
             guidance_scale=2.0,
-            guidance_rescale=fit.rescale,
-            dynamic_thresholding_ratio=fit.ratio or None,
+            guidance_rescale=rescaling.rescale,
+            dynamic_thresholding_ratio=rescaling.ratio or None,
             return_x0=True,
         )
 
@@ -233,7 +242,7 @@ def test_gradients(kind: str) -> None:
 def test_reference_is_what_float64_gives() -> None:
     case = make_case(torch.Generator().manual_seed(3), (4, 3, 11), guided=True)
     rows = case.rows.index_select(0, case.row)
-    truth = reference.fitted_rows(case.x.double(), case.model_output.double(), rows, FITS["both"])
-    single = reference.fitted_rows(case.x, case.model_output, rows, FITS["both"])
+    truth = reference.rescaled_rows(case.x.double(), case.model_output.double(), rows, FITS["both"])
+    single = reference.rescaled_rows(case.x, case.model_output, rows, FITS["both"])
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), truth, rtol=1e-5, atol=0)
