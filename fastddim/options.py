@@ -43,7 +43,7 @@ VARIANCES = get_args(Variance)
 PREDICTIONS = get_args(Prediction)
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Reading:
     """The meaning of the model's output."""
 
@@ -51,7 +51,7 @@ class Reading:
     guidance_rescale: float = 0.0
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Thresholding:
     """A limit of the predicted x_0 that follows from its values."""
 
@@ -59,7 +59,7 @@ class Thresholding:
     sample_max_value: float | None = None
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, init=False, repr=False, eq=False)
 class Direction:
     """The new state, made of the predicted x_0 and epsilon."""
 
@@ -69,7 +69,7 @@ class Direction:
     guidance_scale: PerStep | None = None
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, init=False, repr=False, eq=False)
 class Noising:
     """The noise of a step, besides `eta`."""
 
@@ -95,7 +95,7 @@ PER_STEP = ("eta", "guidance_scale", "temperature")
 """The options that may be sequences, one value a step."""
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Update(Noising, Direction, Thresholding, Reading):
     """A kind of step, wherever it is on the schedule."""
 
@@ -194,7 +194,7 @@ class Update(Noising, Direction, Thresholding, Reading):
         return [replace(self, **{n: v[s] for n, v in series.items()}) for s in range(steps)]
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, init=False, repr=False, eq=False)
 class Solver:
     """The equation, and the order to which it is solved."""
 
@@ -202,7 +202,7 @@ class Solver:
     order: int = 1
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, init=False, repr=False, eq=False)
 class Visited:
     """The timesteps that are visited, where `steps` only says how many."""
 
@@ -210,14 +210,14 @@ class Visited:
     steps_offset: int = 0
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, init=False, repr=False, eq=False)
 class Hook:
     """A function of the user within each step."""
 
     denoised_fn: DenoisedFn | None = None
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, init=False, repr=False, eq=False)
 class Batch:
     """The number of samples, and their shape."""
 
@@ -225,7 +225,7 @@ class Batch:
     batch_size: int = 1
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Placement:
     """The device, the dtype and the means of computation."""
 
@@ -236,14 +236,14 @@ class Placement:
     check_finite: bool = False
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, init=False, repr=False, eq=False)
 class Conditioning:
     """The arguments of the model besides the state and the timestep."""
 
     model_kwargs: Mapping[str, Any] | None = None
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, init=False, repr=False, eq=False)
 class Drawing:
     """The sample that is drawn, and what it is made from."""
 
@@ -254,7 +254,7 @@ class Drawing:
     known: Tensor | None = None
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Progress:
     """Reports on the way."""
 
@@ -262,14 +262,14 @@ class Progress:
     callback: Callback | None = None
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Reporting(Progress):
     """Reports on the way, and the states that are kept."""
 
     return_trajectory: bool = False
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class SamplerOptions(Conditioning, Placement, Batch, Hook, Update, Visited, Solver):
     """The arguments of `fastddim.Sampler`: all that does not change from call to call."""
 
@@ -277,19 +277,19 @@ class SamplerOptions(Conditioning, Placement, Batch, Hook, Update, Visited, Solv
     steps: Steps = field(kw_only=False)
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class CallOptions(Reporting, Drawing):
     """The arguments of a call of a `fastddim.Sampler`."""
 
     noise: NoiseSource = None
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class SampleOptions(CallOptions, SamplerOptions):
     """The arguments of `fastddim.sample`."""
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class InvertOptions(Reporting, Conditioning, Placement, Direction, Reading, Visited, Solver):
     """The arguments of `fastddim.invert`."""
 
@@ -299,7 +299,7 @@ class InvertOptions(Reporting, Conditioning, Placement, Direction, Reading, Visi
     refine: int = 0
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class StreamOptions(Placement, Hook, Thresholding, Reading, Solver):
     """The arguments of `fastddim.Stream`."""
 
@@ -312,7 +312,7 @@ class StreamOptions(Placement, Hook, Thresholding, Reading, Solver):
     masked: bool = False
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class RequestOptions(Conditioning, Drawing, Noising, Direction, Visited):
     """The arguments of `fastddim.Stream.submit`."""
 
@@ -320,7 +320,7 @@ class RequestOptions(Conditioning, Drawing, Noising, Direction, Visited):
     seed: int = 0
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, repr=False, eq=False)
 class GenerateOptions(Progress, Conditioning, Placement, Hook, Update, Visited, Solver):
     """The arguments of `fastddim.generate`."""
 

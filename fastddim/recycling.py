@@ -17,11 +17,11 @@ LARGE = 2 << 20
 """Bytes from which on results are recycled; smaller ones the C library tends to keep."""
 
 KEPT = 4
-"""How many blocks of memory are kept while nobody uses them, all of one size."""
+"""How many unused blocks of memory are kept."""
 
 
 class Recycler:
-    """Makes tensors of the memory of earlier ones that nobody holds any more.
+    """Makes tensors in the memory of earlier ones that are no longer held.
 
     A tensor made here holds its memory by way of an array that is its alone. PyTorch lets go of the
     array when the last tensor, view or array on the memory is gone, and the block comes back then.
@@ -32,7 +32,7 @@ class Recycler:
         self._lent: dict[int, tuple[weakref.ref[Any], Tensor]] = {}
 
     def empty_like(self, like: Tensor) -> Tensor:
-        """`torch.empty_like(like)` on the CPU, in memory that later ones use again.
+        """Make `torch.empty_like(like)` on the CPU, in memory that later calls use again.
 
         Its storage cannot be resized.
         """
@@ -45,7 +45,7 @@ class Recycler:
         return made.set_(torch.from_numpy(array).untyped_storage(), 0, meta.shape, meta.stride())
 
     def clear(self) -> None:
-        """Let go of the blocks that nobody uses."""
+        """Drop the unused blocks."""
         self._idle.clear()
 
     def _block(self, size: int) -> Tensor:
@@ -63,4 +63,4 @@ class Recycler:
 
 
 RECYCLER = Recycler()
-"""That of the process, so that what it keeps is bounded."""
+"""The recycler of the process: one, so that the memory it keeps is bounded."""

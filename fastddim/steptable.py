@@ -1,7 +1,7 @@
 """Steps by row: the coefficients of many steps computed once, so that a step only names its row.
 
-This is what code with a loop of its own needs (`fastddim.integrations`): `step` computes its
-coefficients from ᾱ at each call, and a `Sampler` owns the loop.
+It serves code with a loop of its own (`fastddim.integrations`): `step` computes its coefficients
+from ᾱ at each call, and a `Sampler` owns the loop.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class _Prepared(NamedTuple):
 class StepTable:
     """Coefficient rows `[R, K]` of any R steps.
 
-    Values are not checked: what `fastddim.step` refuses gives infinity or NaN here, and only in the
-    steps that use the row.
+    Values are not checked: coefficients that `fastddim.step` refuses give infinity or NaN here, and
+    only in the steps that use their row.
     """
 
     def __init__(self, rows: Tensor, *, fit: Fit | None = None, impl: str = "auto") -> None:
         """
         Args:
             rows: float64 `[R, K]`, from `plan.stack_row`.
-            fit: what a step takes from its data, if anything.
+            fit: how the rows depend on the data of a step, if they do.
             impl: the backend, as in `fastddim.sample`.
         """
         self.rows = rows
@@ -94,7 +94,8 @@ class StepTable:
         if prepared is None:
             prepared = self._prepare(x)
         backend, table, indices, fast = prepared
-        if not isinstance(row, Tensor):
+        # For an int, `isinstance` with Tensor costs ten times as much as its type.
+        if type(row) is int or not isinstance(row, Tensor):
             row = indices[row]
         if torch.is_grad_enabled() and (
             x.requires_grad
@@ -129,7 +130,7 @@ class StepTable:
         """The place of a row among `count`, which may be given from the end."""
         return range(count)[row]
 
-    # What is kept must serve calls outside the caller's inference mode too.
+    # A prepared table must serve calls outside the caller's inference mode too.
     @torch.inference_mode(False)
     def _prepare(self, x: Tensor) -> _Prepared:
         """The table for states like `x`: the only place that puts coefficients on a device."""

@@ -1,8 +1,9 @@
 """Step tables of drop-ins: the one place that makes them, and finds those of an object again.
 
 Every drop-in makes its tables by `step_table`. One that is called for each step keeps them in a
-`Cache`, its own or, for an object of another library, that of `CacheOf`. A key has all that a table
-depends on: numbers by value, objects by their `id`, tensors also by their `version`.
+`Cache`: its own, or the one that `CacheOf` has for an object of another library. The key of a table
+has everything that the table depends on: numbers by value, objects by their `id`, and tensors also
+by their `version`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def step_table(row: Row, fit: Fit | None = None) -> StepTable:
     """Make a table from coefficients that are float64 `[R]` or numbers.
 
     Args:
-        fit: what a step takes from its data, if anything.
+        fit: how the rows depend on the data of a step, if they do.
     """
     return StepTable(stack_row(row), fit=fit)
 

@@ -10,8 +10,8 @@ images = diffusion.sample(batch_size=2)
 
 For the class in `denoising_diffusion_pytorch.classifier_free_guidance`, take
 `classifier_free_ddim_sample` instead. Coefficients are those of the buffers that the object holds,
-noise is drawn with the same calls, and images are those of the original to rounding. So they are
-where the original is at odds with the paper: x_0 is always clipped, but for
+noise is drawn with the same calls, and images are those of the original to rounding. So are the
+deviations from the paper: x_0 is always clipped, except by
 `classifier_free_ddim_sample(clip_denoised=False)`; an η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
 
 Both evaluate the model themselves: a `model_predictions` that a subclass overrides is not called.
@@ -73,7 +73,7 @@ def classifier_free_ddim_sample(
 ) -> Tensor:
     """Draw samples of classes with DDIM and classifier-free guidance (arXiv 2207.12598).
 
-    As `ddim_sample`, but that epsilon is not re-derived from the clipped x_0 where the model
+    As in `ddim_sample`, except that epsilon is not re-derived from the clipped x_0 where the model
     predicts it. Guidance is the model's own `forward_with_cond_scale`; with `use_cfg_plus_plus`
     (arXiv 2406.08070) epsilon comes from its unconditional output. At cond_scale=1 that method
     returns no such pair and the original fails, but takes a batch of two for one: so here.
@@ -92,7 +92,7 @@ def classifier_free_ddim_sample(
     clip = 1.0 if clip_denoised else math.inf
     row = _row(self, steps, clip, rederive=self.objective != "pred_noise")
     if self.use_cfg_plus_plus:
-        # Two steps: what comes from epsilon, which the other then adds to what comes from x_0.
+        # Two steps: the first gives the part from epsilon, which the second adds to that from x_0.
         direction = step_table(row._replace(k0=row.k0 - steps.signal))
         row = row._replace(k0=steps.signal, kx=0.0, km=0.0, pn=1.0)
     table = step_table(row)
@@ -110,7 +110,7 @@ def classifier_free_ddim_sample(
 
 
 class _Steps(NamedTuple):
-    """The timesteps of a run in the order visited, and what is known before the model is."""
+    """The timesteps of a run in the order visited, and the coefficients that need no model."""
 
     timesteps: list[int]
     dtype: torch.dtype  # of the buffers
@@ -122,7 +122,7 @@ class _Steps(NamedTuple):
     def of(cls, diffusion: Any) -> _Steps:
         ends = torch.linspace(-1, diffusion.num_timesteps - 1, diffusion.sampling_timesteps + 1)
         *timesteps, _ = ends.int().tolist()[::-1]
-        # What cancels is rounded to the dtype of the buffers, as in the original.
+        # Terms that cancel are rounded to the dtype of the buffers, as in the original.
         a = diffusion.alphas_cumprod.cpu()[timesteps]
         p = torch.cat([a[1:], a.new_ones(1)])
         variance = (1 - a / p) * (1 - p) / (1 - a)

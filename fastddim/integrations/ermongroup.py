@@ -12,7 +12,7 @@ In its repository, `functions.denoising.generalized_steps = denoising.generalize
 whole change. Samples are those of the original to rounding: noise is drawn with `torch.randn_like`
 at every step, also where it is multiplied by 0.
 
-What it does against the paper is done here too: `ddpm_steps` clips x_0 and takes the larger
+Its deviations from the paper are kept: `ddpm_steps` clips x_0 and takes the larger
 variance β, and adds no noise at t = 0 rather than at the last step; a `seq` that repeats a timestep
 visits it twice. The state is in the dtype to which x and `b` promote. Unlike the original, the
 loops run on x's device, which need not be called "cuda", and take any number of dimensions.
@@ -63,7 +63,7 @@ def ddpm_steps(x: Tensor, seq: Iterable[int], model: Model, b: Tensor, **kwargs:
     """DDPM's ancestral sampling down the timesteps `seq`, with variance 1 − ᾱ_t/ᾱ_prev (σ-hat of
     arXiv 2010.02502, appendix D.3) and x_0 clipped to [−1, 1].
 
-    Takes and returns what `generalized_steps` does, but that `kwargs` are all ignored.
+    Takes and returns the same as `generalized_steps`, except that `kwargs` are all ignored.
     """
     timesteps, a, p = _visited(seq, b)
     beta = 1 - a / p

@@ -9,19 +9,19 @@ y = diffusion.ddim_sample_loop(model, (2, 3, 16, 16), clip_denoised=False)
 ```
 
 Or assign one by one: `GaussianDiffusion.ddim_sample = fast.ddim_sample`. Samples are those of the
-original to rounding: noise is drawn with `torch.randn_like` at every step, also at eta=0. What it
-does against the paper is done here too:
+original to rounding: noise is drawn with `torch.randn_like` at every step, also at eta=0. Its
+deviations from the paper are kept:
 
 - epsilon is always re-derived from x_0 after the clip;
 - `cond_fn` (arXiv 2105.05233, algorithm 2) changes x_0 after the clip, and it is not clipped again;
 - the last index of `ddim_reverse_sample` goes to ᾱ = 0;
 - an η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
 
-The methods evaluate the model themselves and, but for what a user's function comes between, take a
-step in one pass: a `p_mean_variance` or `condition_score` that a subclass overrides is not called,
-and `conditioning_free` of the port in Tortoise is refused. `ddim_sample` copies nothing to the
-device: coefficients and the timesteps of SpacedDiffusion are there already from the first call,
-which worked them out from `alphas_cumprod`.
+The methods evaluate the model themselves. They take a step in one pass, or in two where a user's
+function comes between. A `p_mean_variance` or `condition_score` that a subclass overrides is not
+called, and `conditioning_free` of the port in Tortoise is refused. `ddim_sample` copies nothing to
+the device: coefficients and the timesteps of SpacedDiffusion are there from the first call on,
+which computed them from `alphas_cumprod`.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def ddim_reverse_sample(
 ) -> Output:
     """One step up with DDIM's ODE (arXiv 2010.02502, section 4.3), differentiable.
 
-    Takes, returns and raises what `ddim_sample` does. The model is evaluated at x and t, where the
-    step starts.
+    Takes, returns and raises the same as `ddim_sample`. The model is evaluated where the step
+    starts, at x and t.
 
     Raises:
         AssertionError: eta is not 0.
@@ -176,7 +176,7 @@ def ddim_sample_loop_progressive(
         progress: whether to show a progress bar.
 
     Yields:
-        What `ddim_sample` returns, of every step.
+        The result of `ddim_sample` at every step.
     """
     if device is None:
         device = next(model.parameters()).device
@@ -225,7 +225,7 @@ def _evaluate(
     t: Tensor,
     kwargs: Mapping[str, Any],
 ) -> Tensor:
-    """What a model or a `cond_fn` gives.
+    """Evaluate a model or a `cond_fn`.
 
     SpacedDiffusion wraps both in a callable that copies its map of timesteps to the device at each
     call; this reads a copy that is there.

@@ -82,7 +82,7 @@ def sample_ddim(
 
 
 def _table(sigmas: Tensor, eta: float, s_noise: float) -> StepTable:
-    """One row a step; what cancels is rounded to the dtype of the levels, as in k-diffusion."""
+    """One row a step; terms that cancel are rounded to the dtype of `sigmas`, as in k-diffusion."""
     levels = sigmas.detach().cpu()
     sigma, after = levels[:-1], levels[1:]
     down, up = after, torch.zeros_like(after)

@@ -39,7 +39,7 @@ def ddim(
 ) -> Tensor:
     """DDIM down the timesteps, from the last to the second (arXiv 2010.02502, eq. 12 and 16).
 
-    What the original does is done here too: the last step ends at ᾱ of `timesteps[0]`, not at 1,
+    The deviations of the original are kept: the last step ends at ᾱ of `timesteps[0]`, not at 1,
     and noise is drawn at every step, also at eta=0, from where the webui has put its own generators
     (`k_diffusion.sampling.torch`, if that is imported).
 

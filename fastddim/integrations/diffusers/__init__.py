@@ -8,10 +8,10 @@ pipe.scheduler = fastddim.integrations.diffusers.DDIMScheduler.from_config(pipe.
 image = pipe(num_inference_steps=2).images[0]
 ```
 
-Every class is a subclass of the one that it is named after, takes what that takes and gives what
-that gives, to rounding: noise is drawn with the same calls from the same generators, roots are
-those that diffusers takes, one timestep at a time in the dtype of `alphas_cumprod`, and what
-diffusers does against the paper is done here too:
+Every class is a subclass of the one that it is named after, with the same arguments and, to
+rounding, the same results. Noise is drawn with the same calls from the same generators. Roots are
+those that diffusers takes, one timestep at a time in the dtype of `alphas_cumprod`. Its deviations
+from the paper are kept:
 
 - the timestep before is `t - T // N`, whatever timesteps are visited next;
 - `set_alpha_to_one=False` adds noise in the last step where that does not end at t = 0;
@@ -24,8 +24,8 @@ Where only rounding takes 1 − ᾱ_prev − σ² below 0, as η = 1 does at zer
 gives NaN and this gives the limit.
 
 `fastddim.sample` does none of this. A half-precision state is computed in float32 and rounded once,
-where diffusers rounds every operation. What the kernel has no case for (tensors that broadcast, an
-η that is not a number ≥ 0, integer samples) goes to diffusers' own code.
+where diffusers rounds every operation. Cases that the kernel does not cover (tensors that
+broadcast, an η that is not a number ≥ 0, integer samples) go to diffusers' own code.
 
 Nothing waits for a device: timesteps that `set_timesteps` has put there are known on the host too.
 Only `DDPMScheduler` and philox noise read a timestep that lies on a device and comes from

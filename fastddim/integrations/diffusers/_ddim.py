@@ -96,8 +96,8 @@ class _Ddim(Noising):
     def _table(
         self, eta: Any, rederive_eps: bool, final: Tensor | None = None
     ) -> SignedTable | None:
-        """The table of an η; None where diffusers has to say what is wrong, or to do what the
-        kernel does not.
+        """The table of an η; None where the step is for diffusers: an error to raise, or a case
+        that the kernel does not cover.
 
         Args:
             final: ᾱ after the last timestep, by default the scheduler's.
@@ -162,7 +162,7 @@ def _noise(
 
 
 class DDIMScheduler(_Ddim, _ddim.DDIMScheduler):  # type: ignore[misc]
-    """diffusers' `DDIMScheduler` with fused steps; see the module for what is the same.
+    """diffusers' `DDIMScheduler` with fused steps; the module says what they keep.
 
     ```python
     import diffusers, fastddim.integrations.diffusers, torch
@@ -177,7 +177,7 @@ class DDIMScheduler(_Ddim, _ddim.DDIMScheduler):  # type: ignore[misc]
 
 
 class DDIMParallelScheduler(_Ddim, _ddim_parallel.DDIMParallelScheduler):  # type: ignore[misc]
-    """diffusers' `DDIMParallelScheduler` with fused steps; see the module for what is the same.
+    """diffusers' `DDIMParallelScheduler` with fused steps; the module says what they keep.
 
     ```python
     import diffusers, fastddim.integrations.diffusers, torch

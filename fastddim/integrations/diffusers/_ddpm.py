@@ -17,7 +17,7 @@ from fastddim.plan import Row, prediction_coefficients
 
 
 class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
-    """diffusers' `DDPMScheduler` with fused steps; see the module for what is the same.
+    """diffusers' `DDPMScheduler` with fused steps; the module says what they keep.
 
     ```python
     import diffusers, fastddim.integrations.diffusers, torch
@@ -94,7 +94,7 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
         return torch.exp(0.5 * (fraction * high + (1 - fraction) * low))
 
     def _ancestral(self) -> _Ancestral | None:
-        """The steps; None where diffusers has to say what is wrong."""
+        """The steps; None where diffusers has an error to raise."""
         alphas, timesteps, config = self.alphas_cumprod, self.timesteps, self.config
         kind, custom, steps = self.variance_type, self.custom_timesteps, self.num_inference_steps
         key = (

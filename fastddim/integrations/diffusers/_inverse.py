@@ -23,7 +23,7 @@ from fastddim.plan import Update, row_of
 
 
 class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: ignore[misc]
-    """diffusers' `DDIMInverseScheduler` with fused steps; see the module for what is the same.
+    """diffusers' `DDIMInverseScheduler` with fused steps; the module says what they keep.
 
     The model is to be run at the timestep that a step ends at, an explicit guess;
     `fastddim.invert(refine=…)` iterates on it.
@@ -69,7 +69,7 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
         )
 
     def _table(self) -> SignedTable | None:
-        """The table of all steps; None where diffusers has to say what is wrong."""
+        """The table of all steps; None where diffusers has an error to raise."""
         alphas, steps, config = self.alphas_cumprod, self.num_inference_steps, self.config
         initial = self.initial_alpha_cumprod
         key = (steps, version(alphas), version(initial), id(config), id(alphas), id(initial))

@@ -71,13 +71,13 @@ def scales(a: Tensor, p: Tensor, eta: float = 0.0) -> Scales:
 
 
 def valid(config: Any) -> bool:
-    """Whether a config has rows; diffusers itself says what is wrong with one that has none."""
+    """Return True for a config that has rows; diffusers raises the error for one that has none."""
     thresholded = not config.get("thresholding") or 0 < config["dynamic_thresholding_ratio"] <= 1
     return thresholded and config["prediction_type"] in PREDICTIONS
 
 
 def limits(config: Any) -> tuple[float | None, Fit | None]:
-    """(clip, fit) of a config."""
+    """The clip and the fit of a config, at most one of which is not None."""
     if config.get("thresholding"):
         return None, Fit(0.0, config["dynamic_thresholding_ratio"], config["sample_max_value"])
     return (config["clip_sample_range"] if config["clip_sample"] else None), None

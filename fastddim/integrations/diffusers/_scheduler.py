@@ -28,7 +28,7 @@ _KEYS_KEPT = 1024
 
 
 class FusedState:
-    """What a scheduler has here besides the attributes that diffusers gives it.
+    """The state that a scheduler adds to the attributes that diffusers gives it.
 
     A copy of the scheduler has the same noise and its own tables.
     """
@@ -128,7 +128,7 @@ class Fused:
         self._fastddim_work.timesteps = HostTimesteps.of(self.timesteps, values)
 
     def _host_timesteps(self) -> HostTimesteps:
-        """The timesteps; read, once, where `set_timesteps` is not what has put them there."""
+        """The timesteps; read once where they do not come from `set_timesteps`."""
         fused, timesteps = self._fastddim_work, self.timesteps
         known = fused.timesteps
         if known is None or known.tensor is not timesteps or not known.current:
@@ -136,7 +136,7 @@ class Fused:
         return known
 
     def _host_value(self, timestep: Any) -> int | None:
-        """The value of a timestep; None where it lies on a device and would have to be read."""
+        """The value of a timestep; None where it would have to be read from a device."""
         if not isinstance(timestep, Tensor) or timestep.is_cpu:
             return int(timestep)
         known = self._fastddim_work.timesteps

@@ -10,7 +10,7 @@ samples, _ = sampler.sample(S=10, batch_size=2, shape=(4, 8, 8), eta=0.5, verbos
 
 Or assign one by one: `DDIMSampler.p_sample_ddim = fast.p_sample_ddim`. Samples are those of the
 original to rounding, since coefficients come from the buffers that `make_schedule` registered and
-noise is drawn with the same calls. What it does against the paper is done here too:
+noise is drawn with the same calls. Its deviations from the paper are kept:
 
 - the last step ends at ᾱ of timestep 0, not at 1;
 - noise is drawn at every step, also at eta=0;
@@ -49,7 +49,7 @@ from fastddim.steptable import StepTable
 Callback = Callable[[int], Any]
 ImageCallback = Callable[[Tensor, int], Any]
 
-# Steps, with quantized and guided ones besides plain ones, at many temperatures and scales.
+# Enough for a guidance scale and a temperature that change from step to step.
 _tables = CacheOf(64)
 
 
@@ -231,7 +231,7 @@ def encode(
     Args:
         x0: latents `[B, …]`.
         c, unconditional_guidance_scale, unconditional_conditioning: as in `p_sample_ddim`.
-        return_intermediates: about how many states to return besides.
+        return_intermediates: about how many of the states before to return as well.
         callback: called after each step i as `callback(i)`.
 
     Returns:

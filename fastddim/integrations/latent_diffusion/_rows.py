@@ -1,7 +1,7 @@
 """The rows of a `DDIMSampler`, from the buffers that its `make_schedule` registered.
 
-Every function takes the sampler, and whether steps are those of all timesteps (`original`) rather
-than those of `make_schedule`.
+Every function takes the sampler and `original`: True for the steps of all timesteps, False for
+those of `make_schedule`.
 """
 
 from __future__ import annotations
