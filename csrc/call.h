@@ -177,8 +177,9 @@ inline Job job_of(const Tensor& x, const Shape& shape) {
   return job;
 }
 
-// The arguments of `fastddim::update_out`, in the order of its schema.
-struct UpdateArguments {
+// The arguments of `fastddim::update_out`, in the order of its schema. Hidden, as torch's Tensor
+// is.
+struct __attribute__((visibility("hidden"))) UpdateArguments {
   Tensor x, model_output, table, row;
   Optional noise = {}, seed = {}, step = {}, sample = {}, history = {}, mask = {}, known = {};
   Tensor out;

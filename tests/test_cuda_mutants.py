@@ -230,7 +230,7 @@ def targets() -> list[Target]:
         case_check(special(make_case(generator(), (2, 36), noise="keyed", clip=1.0)), True),
     ]
     kind = {"dtype": bf16, "noise": "keyed", "guided": True}
-    brain_guided = [
+    bfloat16_guided = [
         update_check((40, 16), True, per_sample=True, model_input=bf16, clip=0.8, **kind),
         update_check((3, 2, 1104), True, **kind),
         update_check((2, 1021), True, model_input=bf16, **kind),
@@ -243,7 +243,7 @@ def targets() -> list[Target]:
     float_any += [update_check((3, n), False, **inputs) for n in (5, 6, 7)]
     plain = {"model_input": torch.float32, "noise": "keyed", "per_sample": True}
     float_plain += [update_check((3, n), True, **plain) for n in (5, 6, 7)]
-    brain_guided += [update_check((3, n), True, model_input=bf16, **kind) for n in range(9, 16)]
+    bfloat16_guided += [update_check((3, n), True, model_input=bf16, **kind) for n in range(9, 16)]
     # Outputs that are aligned: chunks are moved in whole words.
     float_any.append(update_check((3, 2, 1100), True, per_sample=True, **inputs))
     mixed = {"model_dtype": torch.float64, "model_input": torch.float16}
@@ -299,7 +299,7 @@ def targets() -> list[Target]:
     return [
         Target("updateIffLNS_4KindE2ELb1E", float_any),
         Target("updateIffLNS_4KindE0ELb1E", float_plain),
-        Target("updateINS_5BrainES1_LNS_4KindE1ELb1E", brain_guided),
+        Target("updateINS_8BFloat16ES1_LNS_4KindE1ELb1E", bfloat16_guided),
         Target("update_stridedIfLb1E", strided),
         Target("normalENS_10NormalCall", normals),
         Target("advanceEPl", advances),
