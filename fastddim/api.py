@@ -306,7 +306,8 @@ def _prepared_step(
     update: Mapping[str, Any],
 ) -> _Step:
     """Everything about a step except its tensors; what follows from plain numbers is remembered."""
-    plain = not any(isinstance(v, Tensor) for v in (alpha_t, alpha_prev, *update.values()))
+    coefficients = (alpha_t, alpha_prev, *map(update.__getitem__, PER_STEP))
+    plain = not any(map(_is_tensor, coefficients))
     # What is made while a graph is captured holds its values only once the graph was replayed.
     if plain and not torch.compiler.is_compiling() and not transfer.captured(x_t.device):
         try:
@@ -351,6 +352,10 @@ def _prepare_step(
     table = transfer.upload(to_table(rows, compute_dtype(dtype), rows.device), device)
     row = torch.arange(table.shape[0], device=device)
     return _Step(backend, table, row, update.rescaling, update.noisy, update.guided)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _on(device: torch.device, value: Any) -> Any:
