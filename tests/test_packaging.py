@@ -82,8 +82,13 @@ def contents(wheel: Path) -> dict[str, int]:
 def checkout(tmp_path_factory):
     """What a clone holds, without what is built or written there."""
     folder = tmp_path_factory.mktemp("source") / "checkout"
-    products = (".*", "*.egg-info", "*.so", "__pycache__", "build", "demo", "dist", "runs")
-    return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*products))
+    anywhere = shutil.ignore_patterns(".*", "*.egg-info", "*.so", "__pycache__")
+    at_the_root = shutil.ignore_patterns("build", "demo", "dist", "runs")
+
+    def products(path, names):
+        return anywhere(path, names) | (at_the_root(path, names) if Path(path) == ROOT else set())
+
+    return shutil.copytree(ROOT, folder, ignore=products)
 
 
 @pytest.fixture(scope="module")
