@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +15,7 @@ from fastddim.loop.buffers import Buffers, Inpainting
 from fastddim.loop.capture import Graph, check_outer_capture
 from fastddim.loop.counters import Counters, Position
 from fastddim.loop.inputs import Inputs, kwargs_key
+from fastddim.loop.modes import OneAtATime, without_autograd
 from fastddim.loop.noise import check_noise_source, draw, listed, noise_at
 from fastddim.loop.programs import Programs
 from fastddim.loop.setup import Setup
@@ -55,7 +54,9 @@ class Loop:
         self._graph = setup.graph
         self._captures = setup.captures
         self._whole = setup.captures and setup.graph == "loop"
-        self._running = threading.Lock()
+        self._alone = OneAtATime(
+            "Sampler: expected one call at a time, got another from a callback or a thread"
+        )
         self.buffers = Buffers.allocate(
             plan.kind,
             setup.shape,
@@ -139,7 +140,7 @@ class Loop:
         check_bool("return_trajectory", reporting.return_trajectory)
         noise = noise if self.plan.kind.noisy else None
         callback = reporting.callback
-        with self._alone(), self._order.use(self._tensors), without_autograd():
+        with self._alone, self._order.use(self._tensors), without_autograd():
             masked = mask is not None
             if masked and self.step.inpainting is None:
                 self.step.inpainting = Inpainting.allocate(self.buffers, self.plan.steps)
@@ -174,17 +175,6 @@ class Loop:
                         callback(s, self._timesteps[s], state.clone(), x_0.clone())
             x = state.clone()
         return x if trajectory is None else (x, trajectory)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._running.acquire(blocking=False):
-            raise RuntimeError(
-                "Sampler: expected one call at a time, got another from a callback or a thread"
-            )
-        try:
-            yield
-        finally:
-            self._running.release()
 
     def _begin(self, x: Tensor | None, samples: Samples | None) -> None:
         """Write what a run begins with and the graph of the whole loop does not write."""
@@ -303,19 +293,6 @@ class Loop:
         yield from self.step.inpainting or ()
         for program in self._programs.values():
             yield from program.tensors()
-
-
-@contextmanager
-def without_autograd() -> Iterator[None]:
-    """Ordinary tensors without gradients, whatever the caller's modes are; no mode is entered where
-    it is on already, since that takes as long as a launch.
-    """
-    with ExitStack() as modes:
-        if torch.is_inference_mode_enabled():
-            modes.enter_context(torch.inference_mode(False))
-        if torch.is_grad_enabled():
-            modes.enter_context(torch.no_grad())
-        yield
 
 
 def check_known(

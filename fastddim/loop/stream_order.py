@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 
 from fastddim import transfer
 from fastddim.loop import cuda
+from fastddim.loop.modes import NOTHING
 
 
 class StreamOrder:
@@ -28,15 +29,18 @@ class StreamOrder:
             if not transfer.captured(device):
                 self._done.record(self._stream)
 
-    @contextmanager
-    def use(self, buffers: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
+    def use(self, buffers: Callable[[], Iterable[Tensor]]) -> AbstractContextManager[None]:
+        """A use of the buffers, which begins when the one before is over."""
         if self._device.type != "cuda" or transfer.captured(self._device):
-            yield
-            return
+            return NOTHING
+        return self._in_order(buffers)
+
+    @contextmanager
+    def _in_order(self, buffers: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
         if cuda.stream_handle(self._device) != self._stream.cuda_stream:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(self._done)
-            # Else memory freed after this turn could be given away before it is over.
+            # Else memory freed after this use could be given away before it is over.
             for buffer in buffers():
                 buffer.record_stream(stream)
             self._stream = stream

@@ -12,7 +12,6 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from fastddim import adapter, backends, transfer
 from fastddim.adapter import check_model
 from fastddim.loop import capture, cuda
 from fastddim.loop.capture import Graph, check_outer_capture
+from fastddim.loop.modes import OneAtATime, without_autograd
 from fastddim.loop.programs import Programs
 from fastddim.loop.setup import resolve_placement, resolve_schedule, resolve_shape
 from fastddim.loop.step import Step
@@ -152,7 +152,9 @@ class Stream:
         self._broken: set[int] = set()
         self._indices = itertools.count()
         self._queue_lock = threading.Lock()
-        self._stepping = threading.Lock()
+        self._alone = OneAtATime(
+            "Stream: expected one call of step at a time, got another from a callback or a thread"
+        )
 
     @method_takes(RequestOptions)
     def submit(self, options: RequestOptions) -> Ticket:
@@ -198,12 +200,7 @@ class Stream:
             ValueError: the caller is capturing a CUDA graph, which cannot hold one of the stream's.
         """
         check_outer_capture(self._options.graph, self.device, self._options.check_finite)
-        with (
-            self._alone(),
-            self._order.use(self._slots.tensors),
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):
+        with self._alone, self._order.use(self._slots.tensors), without_autograd():
             try:
                 self._drop_cancelled()
                 self._admit()
@@ -232,18 +229,6 @@ class Stream:
     def running(self) -> int:
         """The number of requests that have a slot."""
         return len(self._running)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._stepping.acquire(blocking=False):
-            raise RuntimeError(
-                "Stream: expected one call of step at a time, got another from a callback or a "
-                "thread"
-            )
-        try:
-            yield
-        finally:
-            self._stepping.release()
 
     def _prepare(self, step: Step) -> None:
         step.model, step.denoised_fn = self._options.model, self._options.denoised_fn
