@@ -13,7 +13,7 @@ from fastddim import adapter, backends, transfer
 from fastddim.adapter import Model, check_model
 from fastddim.loop import cuda
 from fastddim.loop.capture import check_graph
-from fastddim.options import Graph, InvertOptions, Placement, SamplerOptions, Update
+from fastddim.options import DenoisedFn, Graph, InvertOptions, Placement, SamplerOptions, Update
 from fastddim.plan import Plan, make_inversion_plan, make_plan, to_table
 from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
@@ -28,7 +28,7 @@ class Setup:
     plan: Plan
     table: Tensor  # [R, K]
     first_half: Tensor | None  # [R, K]
-    denoised_fn: Any
+    denoised_fn: DenoisedFn | None
     shape: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
@@ -86,24 +86,12 @@ def prepare_sampling(options: SamplerOptions, *, x_T: Tensor | None = None) -> S
         given = tuple(x_T.shape) if given is None else given
     shape = resolve_shape(options.model, given, options.batch_size)
     dtype, device = resolve_placement(options, options.model, x_T)
-    plan = make_plan(
-        resolve_schedule(options.model, options.schedule),
-        options.steps,
-        options.checked(shape[0], per_step=True),
-        spacing=options.spacing,
-        steps_offset=options.steps_offset,
-        order=options.order,
-        split=options.denoised_fn is not None,
-    )
+    schedule = resolve_schedule(options.model, options.schedule)
+    update = options.checked(shape[0], per_step=True)
+    split = options.denoised_fn is not None
+    plan = make_plan(schedule, options.steps, update, split=split, **_walk(options))
     return make_setup(
-        options,
-        model=options.model,
-        plan=plan,
-        shape=shape,
-        dtype=dtype,
-        device=device,
-        denoised_fn=options.denoised_fn,
-        model_kwargs=options.model_kwargs,
+        options, plan, shape, dtype=dtype, device=device, denoised_fn=options.denoised_fn
     )
 
 
@@ -119,41 +107,34 @@ def prepare_inversion(options: InvertOptions) -> Setup:
     shape = tuple(x_0.shape)
     dtype, device = resolve_placement(options, options.model, x_0)
     check_initial("x_0", x_0, shape, dtype, device)
+    schedule = resolve_schedule(options.model, options.schedule)
     update = Update(
         prediction=options.prediction,
         guidance_scale=options.guidance_scale,
         guidance_rescale=options.guidance_rescale,
-    )
-    plan = make_inversion_plan(
-        resolve_schedule(options.model, options.schedule),
-        options.steps,
-        update.checked(shape[0], per_step=True),
-        spacing=options.spacing,
-        steps_offset=options.steps_offset,
-        order=options.order,
-        refine=options.refine,
-    )
-    return make_setup(
-        options,
-        model=options.model,
-        plan=plan,
-        shape=shape,
-        dtype=dtype,
-        device=device,
-        model_kwargs=options.model_kwargs,
-    )
+    ).checked(shape[0], per_step=True)
+    refine = options.refine
+    plan = make_inversion_plan(schedule, options.steps, update, refine=refine, **_walk(options))
+    return make_setup(options, plan, shape, dtype=dtype, device=device)
+
+
+def _walk(options: SamplerOptions | InvertOptions) -> dict[str, Any]:
+    """The arguments that plans of both directions take as they are."""
+    return {
+        "spacing": options.spacing,
+        "steps_offset": options.steps_offset,
+        "order": options.order,
+    }
 
 
 def make_setup(
-    placement: Placement,
-    *,
-    model: Model,
+    options: SamplerOptions | InvertOptions,
     plan: Plan,
     shape: tuple[int, ...],
+    *,
     dtype: torch.dtype,
     device: torch.device,
-    denoised_fn: Any = None,
-    model_kwargs: Mapping[str, Any] | None = None,
+    denoised_fn: DenoisedFn | None = None,
 ) -> Setup:
     """A setup for a plan, with tables in the dtype that is computed in."""
     halves = (plan.table, plan.first_half)
@@ -163,7 +144,7 @@ def make_setup(
     )
     assert table is not None
     return Setup(
-        model=model,
+        model=options.model,
         plan=plan,
         table=table,
         first_half=first_half,
@@ -171,10 +152,10 @@ def make_setup(
         shape=shape,
         device=device,
         dtype=dtype,
-        backend=backends.choose(placement.impl, device),
-        graph=placement.graph,
-        check_finite=placement.check_finite,
-        model_kwargs=check_model_kwargs(model_kwargs),
+        backend=backends.choose(options.impl, device),
+        graph=options.graph,
+        check_finite=options.check_finite,
+        model_kwargs=check_model_kwargs(options.model_kwargs),
     )
 
 

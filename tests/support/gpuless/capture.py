@@ -32,7 +32,7 @@ from fastddim.loop.loop import Loop
 from fastddim.loop.setup import Setup, make_setup
 from fastddim.loop.step import Step
 from fastddim.loop.stream_order import StreamOrder
-from fastddim.options import CallOptions, Placement, Reporting
+from fastddim.options import CallOptions, Reporting, SamplerOptions
 from fastddim.philox import Samples
 from fastddim.plan import Update, make_inversion_plan, make_plan, to_table
 from fastddim.stream import requests
@@ -141,16 +141,8 @@ def setup(model: Any, mode: bool | str, model_kwargs: Any = None, **update: Any)
     else:
         split = denoised_fn is not None
         plan = make_plan(Schedule.linear(), STEPS, update, order=order, split=split)
-    return make_setup(
-        Placement(graph=mode),
-        model=model,
-        plan=plan,
-        shape=SHAPE,
-        device=CUDA,
-        dtype=dtype,
-        model_kwargs=model_kwargs,
-        denoised_fn=denoised_fn,
-    )
+    options = SamplerOptions(model, STEPS, graph=mode, model_kwargs=model_kwargs)
+    return make_setup(options, plan, SHAPE, device=CUDA, dtype=dtype, denoised_fn=denoised_fn)
 
 
 def run(
