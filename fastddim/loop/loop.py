@@ -139,7 +139,6 @@ class Loop:
         check_progress(reporting, self._graph)
         check_bool("return_trajectory", reporting.return_trajectory)
         noise = noise if self.plan.kind.noisy else None
-        callback = reporting.callback
         with self._alone, self._order.use(self._tensors), without_autograd():
             masked = mask is not None
             if masked and self.step.inpainting is None:
@@ -148,33 +147,50 @@ class Loop:
             self._begin(x, samples)
             if mask is not None and known is not None:
                 self._load_known(mask, known)
-            state, x_0 = self.buffers.state, self.buffers.x_0
             trajectory = self._new_trajectory() if reporting.return_trajectory else None
             if program is not None and self._whole:
-                self._replay(program, noise, 0)
-                if trajectory is not None and program.trajectory is not None:
-                    trajectory[1:].copy_(program.trajectory)
-                for _ in self._step_indices(reporting.progress):
-                    pass
+                self._replay_whole(program, noise, reporting, trajectory)
             else:
-                now, with_x_0 = self.counters.now, callback is not None
-                for s in self._step_indices(reporting.progress):
-                    if program is not None:
-                        self._replay(program, noise, s)
-                    else:
-                        self.step.take(
-                            now,
-                            noise_at(noise, s, state),
-                            model_kwargs=self.model_kwargs,
-                            with_x_0=with_x_0,
-                            masked=masked,
-                        )
-                    if trajectory is not None:
-                        trajectory[s + 1].copy_(state)
-                    if callback is not None and x_0 is not None:
-                        callback(s, self._timesteps[s], state.clone(), x_0.clone())
-            x = state.clone()
+                self._walk(program, noise, reporting, trajectory, masked)
+            x = self.buffers.state.clone()
         return x if trajectory is None else (x, trajectory)
+
+    def _walk(
+        self,
+        program: Program | None,
+        noise: NoiseSource,
+        reporting: Reporting,
+        trajectory: Tensor | None,
+        masked: bool,
+    ) -> None:
+        """Take the steps of the plan one by one (arXiv 2010.02502, section 4.2)."""
+        state, x_0, now = self.buffers.state, self.buffers.x_0, self.counters.now
+        callback, take, model_kwargs = reporting.callback, self.step.take, self.model_kwargs
+        with_x_0 = callback is not None
+        for s in self._step_indices(reporting.progress):
+            if program is not None:
+                self._replay(program, noise, s)
+            else:
+                z = noise_at(noise, s, state)
+                take(now, z, model_kwargs=model_kwargs, with_x_0=with_x_0, masked=masked)
+            if trajectory is not None:
+                trajectory[s + 1].copy_(state)
+            if callback is not None and x_0 is not None:
+                callback(s, self._timesteps[s], state.clone(), x_0.clone())
+
+    def _replay_whole(
+        self,
+        program: Program,
+        noise: NoiseSource,
+        reporting: Reporting,
+        trajectory: Tensor | None,
+    ) -> None:
+        """Replay the graph of all steps; its progress is told at the end."""
+        self._replay(program, noise, 0)
+        if trajectory is not None and program.trajectory is not None:
+            trajectory[1:].copy_(program.trajectory)
+        for _ in self._step_indices(reporting.progress):
+            pass
 
     def _begin(self, x: Tensor | None, samples: Samples | None) -> None:
         """Write what a run begins with and the graph of the whole loop does not write."""

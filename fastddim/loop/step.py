@@ -27,6 +27,11 @@ from fastddim.validation import check_like, check_model_output
 class Step:
     """Takes the steps of one batch, in the memory of its buffers.
 
+        m = model(x_t, t)                          ε_θ, or whatever the model predicts
+        x_0 = cx·x_t + cm·m, clipped               eq. 9 of arXiv 2010.02502
+        x_t = k0·x_0 + kx·x_t + km·m + pn·z        eq. 12, all in one kernel
+        t = timesteps[next]
+
     Attributes:
         model: evaluated at every step.
         denoised_fn: called where steps are split.
