@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gpucheck.machine_code import nvcc
 from torch import Tensor
 
 from fastddim import philox
@@ -15,7 +13,7 @@ from fastddim import philox
 from ..environment import ROOT
 from . import launcher
 from .gpu import FakeGpu
-from .toolchain import compile_ptx
+from .toolchain import compile_object, compile_ptx
 
 SOURCE = ROOT / "csrc/cuda/update.cu"
 NAMESPACE = "fastddim_on_ptx"
@@ -80,10 +78,9 @@ def extent(tensor: Tensor) -> int:
 def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
     folder = tmp_path_factory.mktemp("ptx")
     gpu = FakeGpu(folder)
-    built = folder / "update.o"
-    flags = ["-std=c++20", "-O3", "-fmad=false", "-gencode=arch=compute_90,code=compute_90"]
+    flags = ["-fmad=false", "-gencode=arch=compute_90,code=compute_90"]
     host = ["-Werror=all-warnings", "-Xcompiler=-fPIC,-Wall,-Wextra"]
-    subprocess.run([nvcc(), *flags, *host, "-c", SOURCE, "-o", built], check=True)
+    built = compile_object(SOURCE, *flags, *host)
     launcher.define(NAMESPACE)
     library = launcher.build_library(NAMESPACE, folder, [str(built)], gpu.link_flags)
     gpu.load(library, ptx_of("sm_90"))
@@ -91,4 +88,5 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
 
 
 def ptx_of(arch: str, source: Path = SOURCE) -> str:
-    return compile_ptx(source, arch, "-fmad=false")
+    """The PTX of the kernels in a checkout, or in a copy of it."""
+    return compile_ptx(source, arch, "-fmad=false", tree=source.parents[2])

@@ -14,6 +14,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from fastddim import ops
 from fastddim.philox import Keys
 
+from ..artefacts import compiled
 from ..environment import COMPILER, ROOT
 
 OPERATORS = ("update_out", "normal_out", "advance")
@@ -21,20 +22,18 @@ OPERATORS = ("update_out", "normal_out", "advance")
 
 def build_library(namespace: str, folder: Path, objects: list[str], flags: list[str]) -> Path:
     """Compile the binding for the operators `namespace::…` and link it with the launchers."""
+    options = [
+        *("-std=c++20", "-O1", "-g", "-c", "-fPIC"),
+        *(f"-isystem{path}" for path in include_paths()),
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        f"-DFASTDDIM_TEST_LIBRARY={namespace}",
+    ]
+    compile_flags = [flag for flag in flags if flag.startswith("-f")]
+    binding = compiled(COMPILER, ROOT / "tests/native/launcher.cpp", [*options, *compile_flags])
     library = folder / f"{namespace}.so"
-    subprocess.run(
-        [
-            *(COMPILER, "-std=c++20", "-O1", "-g", "-shared", "-fPIC"),
-            *(f"-isystem{path}" for path in include_paths()),
-            "-DTORCH_TARGET_VERSION=0x020b000000000000",
-            f"-DFASTDDIM_TEST_LIBRARY={namespace}",
-            str(ROOT / "tests/native/launcher.cpp"),
-            *(*flags, *objects, "-o", str(library)),
-            *(f"-L{path}" for path in library_paths()),
-            *("-ltorch_cpu", "-lc10"),
-        ],
-        check=True,
-    )
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+    files = [str(binding), *objects, "-o", str(library)]
+    subprocess.run([COMPILER, "-shared", *flags, *files, *libraries], check=True)
     return library
 
 

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
 from gpucheck.machine_code import nvcc
 
+from ..artefacts import compiled
 from ..environment import ROOT
 from .gpu import FakeGpu
 
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="there is no nvcc")
+FLAGS = ("-std=c++20", "-O3")
 
 
-def compile_ptx(source: Path, arch: str, *flags: str) -> str:
-    """The PTX of a CUDA source."""
-    compiler = nvcc()
-    assert compiler is not None
-    options = ["-std=c++20", "-O3", f"-arch={arch}", "-ptx", *flags]
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "kernel.ptx"
-        subprocess.run([compiler, *options, source, "-o", output], check=True)
-        return output.read_text()
+def compiler() -> Path:
+    found = nvcc()
+    assert found is not None
+    return found
+
+
+def compile_ptx(source: Path, arch: str, *flags: str, tree: Path = ROOT) -> str:
+    """The PTX of a CUDA source; `tree` holds it and its headers."""
+    options = [*FLAGS, f"-arch={arch}", "-ptx", *flags]
+    return compiled(compiler(), source, options, tree=tree).read_text()
+
+
+def compile_object(source: Path, *flags: str) -> Path:
+    """The launchers of a CUDA source, with its kernels, to be linked."""
+    return compiled(compiler(), source, [*FLAGS, "-c", *flags], suffix=".o")
 
 
 def changed_cuda_source(folder: Path, right: str, wrong: str) -> Path:
@@ -41,9 +48,8 @@ def changed_cuda_source(folder: Path, right: str, wrong: str) -> Path:
 
 def compile_shared(source: Path, arch: str, output: Path, gpu: FakeGpu, *flags: str) -> Path:
     """The launchers of a CUDA source as a library that runs on `gpu`."""
-    compiler = nvcc()
-    assert compiler is not None
-    options = ["-std=c++20", "-O3", f"-arch={arch}", "-shared", "-Xcompiler=-fPIC", *flags]
-    files = [str(source), str(gpu.library), "-o", str(output)]
-    subprocess.run([str(compiler), *options, "-cudart=none", *files], check=True)
+    target = f"-arch={arch}"
+    built = compile_object(source, target, "-Xcompiler=-fPIC", *flags)
+    files = [built, gpu.library, "-o", output]
+    subprocess.run([compiler(), target, "-shared", "-cudart=none", *files], check=True)
     return output
