@@ -1,6 +1,8 @@
 """Wrong input: an error that names the argument, what was expected and what was given.
 
-Every message is matched whole: `name: expected … got …`.
+Every message is matched whole: `name: expected … got …`. Entry points share their options and the
+checks of these, so every wrong value goes through one of them, and one of each argument through the
+others.
 """
 
 from __future__ import annotations
@@ -70,6 +72,35 @@ def fails(call, error, name, expected, given, **kwargs):
     assert given in message.rpartition("got ")[2], message
 
 
+def through(cases, **calls):
+    """Parameters: every case with the first call, and the first of each argument with the others.
+
+    Args:
+        cases: by name, (what is given, error, name in the message, expected, given).
+        **calls: by name.
+    """
+    (first, call), *others = calls.items()
+    parameters, arguments = [], set()
+    for case, (given, error, name, *rest) in cases.items():
+        parameters.append(pytest.param(call, given, error, name, *rest, id=f"{first}-{case}"))
+        argument = name.partition("[")[0]
+        if argument in arguments:
+            continue
+        arguments.add(argument)
+        parameters += [
+            pytest.param(its_call, given, error, name, *rest, id=f"{other}-{case}")
+            for other, its_call in others
+        ]
+    return parameters
+
+
+def numbered(*cases):
+    return {
+        f"{name}-{i}": (given, error, name, *rest)
+        for i, (given, error, name, *rest) in enumerate(cases)
+    }
+
+
 STEPS = {
     "zero": (0, ValueError, "steps", "[1, 1000]", "0"),
     "negative": (-3, ValueError, "steps", "[1, 1000]", "-3"),
@@ -92,11 +123,15 @@ STEPS = {
 
 
 @pytest.mark.parametrize(
-    "call",
-    [sample, prepare, invert, lambda steps: select_timesteps(1000, steps)],
-    ids=["sample", "Sampler", "invert", "select_timesteps"],
+    ("call", "steps", "error", "name", "expected", "given"),
+    through(
+        STEPS,
+        sample=sample,
+        Sampler=prepare,
+        invert=invert,
+        select_timesteps=lambda steps: select_timesteps(1000, steps),
+    ),
 )
-@pytest.mark.parametrize(("steps", "error", "name", "expected", "given"), STEPS.values(), ids=STEPS)
 def test_steps(call, steps, error, name, expected, given):
     fails(call, error, name, expected, given, steps=steps)
 
@@ -204,9 +239,9 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize("call", [sample, prepare, invert], ids=["sample", "Sampler", "invert"])
 @pytest.mark.parametrize(
-    ("kwargs", "error", "name", "expected", "given"), SHARED.values(), ids=SHARED
+    ("call", "kwargs", "error", "name", "expected", "given"),
+    through(SHARED, sample=sample, Sampler=prepare, invert=invert),
 )
 def test_shared_arguments(call, kwargs, error, name, expected, given):
     fails(call, error, name, expected, given, **kwargs)
@@ -262,9 +297,9 @@ UPDATE = {
 }
 
 
-@pytest.mark.parametrize("call", [sample, prepare, step], ids=["sample", "Sampler", "step"])
 @pytest.mark.parametrize(
-    ("kwargs", "error", "name", "expected", "given"), UPDATE.values(), ids=UPDATE
+    ("call", "kwargs", "error", "name", "expected", "given"),
+    through(UPDATE, sample=sample, Sampler=prepare, step=step),
 )
 def test_update_arguments(call, kwargs, error, name, expected, given):
     if call is step and "guidance_scale" in kwargs:
@@ -350,41 +385,49 @@ CALL = {
 
 
 @pytest.mark.parametrize(
-    "call",
-    [
-        lambda **kwargs: sample(eta=1.0, **kwargs),
-        lambda **kwargs: call_sampler(eta=1.0, **kwargs),
-        lambda **kwargs: step(eta=1.0, **kwargs),
-    ],
-    ids=["sample", "Sampler", "step"],
+    ("call", "kwargs", "error", "name", "expected", "given"),
+    through(
+        CALL,
+        sample=lambda **kwargs: sample(eta=1.0, **kwargs),
+        Sampler=lambda **kwargs: call_sampler(eta=1.0, **kwargs),
+        step=lambda **kwargs: step(eta=1.0, **kwargs),
+    ),
 )
-@pytest.mark.parametrize(("kwargs", "error", "name", "expected", "given"), CALL.values(), ids=CALL)
 def test_noise_arguments(call, kwargs, error, name, expected, given):
     fails(call, error, name, expected, given, **kwargs)
 
 
 class TestSample:
-    @pytest.mark.parametrize("call", [sample, call_sampler], ids=["sample", "Sampler"])
     @pytest.mark.parametrize(
-        ("kwargs", "error", "name", "expected", "given"),
-        [
-            (
-                {"noise": torch.zeros(4, *SHAPE)},
-                ValueError,
-                "noise",
-                "(5, 2, 3, 4)",
-                "(4, 2, 3, 4)",
+        ("call", "kwargs", "error", "name", "expected", "given"),
+        through(
+            numbered(
+                (
+                    {"noise": torch.zeros(4, *SHAPE)},
+                    ValueError,
+                    "noise",
+                    "(5, 2, 3, 4)",
+                    "(4, 2, 3, 4)",
+                ),
+                ({"noise": torch.zeros(SHAPE)}, ValueError, "noise", "(5, 2, 3, 4)", "(2, 3, 4)"),
+                ({"noise": META.expand(5, *SHAPE)}, ValueError, "noise", "cpu", "meta"),
+                ({"progress": 1}, TypeError, "progress", "True or False", "1"),
+                (
+                    {"return_trajectory": None},
+                    TypeError,
+                    "return_trajectory",
+                    "True or False",
+                    "None",
+                ),
+                ({"callback": "print"}, TypeError, "callback", "callable", "str"),
+                ({"x_T": [0.0]}, TypeError, "x_T", "tensor", "[0.0]"),
+                ({"x_T": X.long()}, TypeError, "x_T", "floating-point", "int64"),
+                ({"x_T": X.to(torch.complex64)}, TypeError, "x_T", "floating-point", "complex64"),
+                ({"x_T": torch.tensor(0.0)}, ValueError, "x_T", "batch", "without dimensions"),
             ),
-            ({"noise": torch.zeros(SHAPE)}, ValueError, "noise", "(5, 2, 3, 4)", "(2, 3, 4)"),
-            ({"noise": META.expand(5, *SHAPE)}, ValueError, "noise", "cpu", "meta"),
-            ({"progress": 1}, TypeError, "progress", "True or False", "1"),
-            ({"return_trajectory": None}, TypeError, "return_trajectory", "True or False", "None"),
-            ({"callback": "print"}, TypeError, "callback", "callable", "str"),
-            ({"x_T": [0.0]}, TypeError, "x_T", "tensor", "[0.0]"),
-            ({"x_T": X.long()}, TypeError, "x_T", "floating-point", "int64"),
-            ({"x_T": X.to(torch.complex64)}, TypeError, "x_T", "floating-point", "complex64"),
-            ({"x_T": torch.tensor(0.0)}, ValueError, "x_T", "batch", "without dimensions"),
-        ],
+            sample=sample,
+            Sampler=call_sampler,
+        ),
     )
     def test_call(self, call, kwargs, error, name, expected, given):
         fails(call, error, name, expected, given, **kwargs)
@@ -411,19 +454,22 @@ class TestSample:
         fails(sampler, ValueError, "x_T", "torch.float32", "torch.float64", x_T=X.double())
         fails(sampler, ValueError, "x_T", "cpu", "meta", x_T=META)
 
-    @pytest.mark.parametrize("call", [sample, prepare], ids=["sample", "Sampler"])
     @pytest.mark.parametrize(
-        ("kwargs", "error", "name", "expected", "given"),
-        [
-            ({"shape": None}, ValueError, "shape", "(B, ...)", "None"),
-            ({"shape": 3}, TypeError, "shape", "sequence of integers", "3"),
-            ({"shape": ()}, TypeError, "shape", "sequence of integers", "()"),
-            ({"shape": (2, -1)}, ValueError, "shape[1]", "[0, ", "-1"),
-            ({"shape": (2, 3.0)}, TypeError, "shape[1]", "integer", "3.0"),
-            ({"shape": SHAPE, "batch_size": 3}, ValueError, "batch_size", "2", "3"),
-            ({"batch_size": 0}, ValueError, "batch_size", "[1, ", "0"),
-            ({"batch_size": 2.0}, TypeError, "batch_size", "integer", "2.0"),
-        ],
+        ("call", "kwargs", "error", "name", "expected", "given"),
+        through(
+            numbered(
+                ({"shape": None}, ValueError, "shape", "(B, ...)", "None"),
+                ({"shape": 3}, TypeError, "shape", "sequence of integers", "3"),
+                ({"shape": ()}, TypeError, "shape", "sequence of integers", "()"),
+                ({"shape": (2, -1)}, ValueError, "shape[1]", "[0, ", "-1"),
+                ({"shape": (2, 3.0)}, TypeError, "shape[1]", "integer", "3.0"),
+                ({"shape": SHAPE, "batch_size": 3}, ValueError, "batch_size", "2", "3"),
+                ({"batch_size": 0}, ValueError, "batch_size", "[1, ", "0"),
+                ({"batch_size": 2.0}, TypeError, "batch_size", "integer", "2.0"),
+            ),
+            sample=sample,
+            Sampler=prepare,
+        ),
     )
     def test_shape(self, call, kwargs, error, name, expected, given):
         fails(call, error, name, expected, given, **kwargs)
