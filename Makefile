@@ -14,6 +14,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RESULTS := benchmarks/results
 # The file that `make test` writes versions and counts into, if any.
 RECORD :=
+# As many workers as this process has cores, each with one thread. A file's tests share what it builds.
+WORKERS ?= $(shell $(BIN)/python -c "import os; print(len(os.sched_getaffinity(0)))")
+RUN_TESTS = $(BIN)/pytest -n $(WORKERS) --dist loadfile $(if $(RECORD),--record=$(RECORD))
 # `make report` begins no cell of a quality table later than this; cells of earlier runs are kept.
 REPORT_SECONDS ?= 600
 
@@ -28,7 +31,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CXX_FILES := $(shell find csrc tests/native tests/support/gpuless benchmarks/gpucheck -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help report demo test test-oldest test-newest test-gpu test-sanitize test-faults lint docs bench gpucheck gpucheck-prepare format clean
+.PHONY: help report demo test test-deep test-oldest test-newest test-gpu test-sanitize test-faults lint docs bench gpucheck gpucheck-prepare format clean
 # Two targets at once would run two pips in the same environment.
 .NOTPARALLEL:
 
@@ -39,7 +42,10 @@ demo: $(VENV)/.installed ## Draw digits and fashion items with the bundled model
 	$(BIN)/fastddim demo --out demo
 
 test: $(VENV)/.installed-dev ## Run the tests
-	$(BIN)/pytest $(if $(RECORD),--record=$(RECORD))
+	$(RUN_TESTS)
+
+test-deep: $(VENV)/.installed-dev ## Run the tests with those that take long
+	$(RUN_TESTS) --deep
 
 test-oldest: ## Run the tests with the oldest torch that is supported, in .venv-oldest
 	$(call test-with,.venv-oldest,3.12 3.10,torch==2.11.0)
@@ -57,7 +63,7 @@ test-sanitize: $(VENV)/.installed-dev ## Run the kernel's tests under AddressSan
 		$(PIP) install --no-build-isolation --no-deps --target build/sanitize .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize \
-		$(BIN)/pytest tests/test_update.py tests/test_ops.py
+		$(BIN)/pytest --deep tests/test_update.py tests/test_ops.py
 
 test-faults: $(VENV)/.installed-dev ## Kill and break runs of many samples, and count what is lost
 	$(BIN)/python tests/faults/run.py
@@ -103,7 +109,7 @@ report: $(VENV)/.installed-report ## Measure all that the README shows, and fill
 # package is installed there and not linked to, since a checkout holds one build of the extension.
 define test-with
 	rm -rf $(1)/.installed-dev build/lib*
-	$(MAKE) test VENV=$(1) EDITABLE= PYTHON=$(or $(call python-of,$(2)),$(PYTHON)) TORCH=$(3)
+	$(MAKE) test-deep VENV=$(1) EDITABLE= PYTHON=$(or $(call python-of,$(2)),$(PYTHON)) TORCH=$(3)
 endef
 python-of = $(shell for version in $(1); do \
 	for python in python$$version "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python; do \

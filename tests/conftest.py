@@ -1,4 +1,7 @@
-"""Every test starts from the same seeds, with uninitialised memory poisoned."""
+"""Every test starts from the same seeds, with uninitialised memory poisoned.
+
+Workers of pytest-xdist compute in one thread each, and tests marked `deep` run where asked for.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -16,7 +20,7 @@ import pytest
 import torch
 from harness import machine, version_of
 
-from .support.environment import RunPython
+from .support.environment import RunPython, Some
 
 # The same examples in every run, and no time asserted: a slow machine is not a failure.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -28,13 +32,53 @@ STAND_INS = ("ATEN_CPU_CAPABILITY", "MKL_CBWR")
 OUTCOMES = ("passed", "skipped", "failed", "error")
 
 
+# How many deep tests a run leaves out; of workers, which all collect the same, the most.
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--record", type=Path, help="the file that the versions and the number of tests go into"
     )
+    parser.addoption("--deep", action="store_true", help="run the tests marked `deep` too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for each worker, and for the processes that its tests start: workers with threads
+    of their own wait for each other.
+    """
+    config.stash[LEFT_OUT] = 0
+    if config.getoption("numprocesses", None):
+        # Inherited by the workers, which start later.
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    if is_worker(config):
+        torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if config.stash[LEFT_OUT]:
+        terminalreporter.write_sep(
+            "=", f"deep tests left to `make test-deep` (pytest --deep): {config.stash[LEFT_OUT]}"
+        )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """The controller of workers collects nothing itself."""
+    stash = node.config.stash
+    stash[LEFT_OUT] = max(stash[LEFT_OUT], getattr(node, "workeroutput", {}).get("left_out", 0))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if is_worker(session.config):
+        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+        return
     path: Path | None = session.config.getoption("--record")
     if path is None:
         return
@@ -47,12 +91,33 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--deep"):
+        deep = [item for item in items if item.get_closest_marker("deep")]
+        config.stash[LEFT_OUT] = len(deep)
+        config.hook.pytest_deselected(items=deep)
+        items[:] = [item for item in items if not item.get_closest_marker("deep")]
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and none is available"))
+
+
+@pytest.fixture
+def some(pytestconfig: pytest.Config) -> Some:
+    """Some of the cases of a product: each test its own, by `others`, so that together they take
+    them all. With `--deep`, `deep` of them, or all.
+    """
+
+    def choose(
+        cases: Iterable[Any], *others: Any, quick: int, deep: int | None = None
+    ) -> list[Any]:
+        every = list(cases)
+        count = quick if not pytestconfig.getoption("--deep") else deep or len(every)
+        return random.Random(str(others)).sample(every, count)
+
+    return choose
 
 
 @pytest.fixture(autouse=True)

@@ -560,7 +560,8 @@ class TestKey:
             ({"label": "cat"}, {"label": Name("cat")}),
             ({"label": torch.float32}, {"label": torch.float64}),
         ],
-        ids=str,
+        # Without addresses, which differ from one worker of pytest-xdist to the next.
+        ids=lambda kwargs: str(kwargs).partition(" at 0x")[0],
     )
     def test_arguments_that_are_alike(self, first, second, captures):
         calls = [{"model_kwargs": kwargs} for kwargs in (first, second, first, second)]

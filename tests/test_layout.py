@@ -19,8 +19,8 @@ def imported(path: Path) -> set[str]:
             found |= {node.module or "", *(name.name for name in node.names)}
         elif isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
-        elif isinstance(node, ast.Constant) and str(node.value).startswith("tests."):
-            found.add(str(node.value))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {str(name.value) for name in node.args if isinstance(name, ast.Constant)}
     return {name.rpartition(".")[2] for name in found}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,8 +62,20 @@ def positional(arguments: dict[str, Any]) -> tuple[Any, ...]:
     return *before, *keys, *(arguments[name] for name in ("history", "mask", "known"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "channels_last"),
+    [
+        (torch.float32, False),
+        (torch.bfloat16, True),
+        *(
+            pytest.param(dtype, channels_last, marks=pytest.mark.deep)
+            for dtype, channels_last in itertools.product(
+                (torch.float64, torch.float32, torch.float16, torch.bfloat16), (False, True)
+            )
+            if (dtype, channels_last) not in ((torch.float32, False), (torch.bfloat16, True))
+        ),
+    ],
+)
 def test_opcheck(dtype: torch.dtype, channels_last: bool) -> None:
     for noise in ("given", "keyed"):
         arguments = inputs(dtype, guided=True, channels_last=channels_last, noise=noise)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from .support.environment import COMPILER, ROOT
 
 DRAW_WITH_EACH_MODEL = """
 import json
@@ -96,6 +96,11 @@ def build(checkout, run_python, tmp_path_factory):
     def build(*options, env=None):
         folder = tmp_path_factory.mktemp("build")
         source = shutil.copytree(checkout, folder / "source")
+        # Quickly: what is looked at is what the wheel holds, and that its bits are right.
+        compiler = folder / "c++"
+        compiler.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O0\n')
+        compiler.chmod(0o755)
+        env = {"CXX": str(compiler), **(env or {})}
         options = ("--no-isolation", "--outdir", folder, *options)
         result = run_python("-m", "build", *options, source, cwd=folder, env=env)
         assert result.returncode == 0, result.stdout + result.stderr

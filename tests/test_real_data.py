@@ -59,8 +59,11 @@ def check_table_2(model, images, step_counts):
     assert all(errors[steps] < TABLE_2[steps] for steps in step_counts), errors
 
 
-def test_reconstruction_of_digits(digits, digits_model):
-    check_table_2(digits_model, digits[2][:24], (10, 20, 50, 100))
+@pytest.mark.parametrize(
+    "steps", [(10, 20, 50), pytest.param((10, 20, 50, 100), marks=pytest.mark.deep)], ids=str
+)
+def test_reconstruction_of_digits(digits, digits_model, steps):
+    check_table_2(digits_model, digits[2][:24], steps)
 
 
 def test_reconstruction_of_fashion():

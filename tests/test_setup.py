@@ -30,7 +30,7 @@ exec {COMPILER} "$@"
 
 NVCC = """#!/bin/sh
 case "$*" in
-  --list-gpu-arch) echo compute_90 ;;
+  --list-gpu-arch) printf 'compute_%s\\n' 75 80 86 87 88 89 90 100 103 120 ;;
   *--dryrun*) echo '#$ TOP={top}' >&2; echo '#$ LIBRARIES= "-L{top}/none"' >&2 ;;
   *) echo "$@" >> {calls}; exit 1 ;;
 esac
@@ -107,6 +107,20 @@ def test_what_cuda_needs_is_an_error_where_cuda_was_asked_for(
     result = machine.setup("--name", FASTDDIM_BUILD_CUDA="1")
     assert result.returncode != 0
     assert f"FASTDDIM_BUILD_CUDA=1: expected {missing}" in result.stderr
+
+
+@needs_compiler
+def test_every_target_is_built_that_nvcc_knows(machine: Machine) -> None:
+    """And the PTX that newer GPUs compile for themselves."""
+    machine.runtime.parent.mkdir()
+    machine.runtime.touch()
+    assert machine.build().returncode != 0
+    (nvcc,) = machine.calls
+    built = [word.removeprefix("-gencode=") for word in nvcc.split() if "-gencode" in word]
+    assert built == [
+        *(f"arch=compute_{arch},code=sm_{arch}" for arch in (80, 86, 89, 90, 100, 120)),
+        "arch=compute_100,code=compute_100",
+    ]
 
 
 @needs_compiler

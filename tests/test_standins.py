@@ -42,8 +42,8 @@ needs_mkl = pytest.mark.skipif(
     ("setting", "value", "told"),
     [
         ("ATEN_CPU_CAPABILITY", "default", "DEFAULT"),
-        pytest.param("ATEN_CPU_CAPABILITY", "avx2", "AVX2", marks=needs_avx2),
-        pytest.param("MKL_CBWR", "COMPATIBLE", "MKL branch 3", marks=needs_mkl),
+        pytest.param("ATEN_CPU_CAPABILITY", "avx2", "AVX2", marks=[needs_avx2, pytest.mark.deep]),
+        pytest.param("MKL_CBWR", "COMPATIBLE", "MKL branch 3", marks=[needs_mkl, pytest.mark.deep]),
     ],
 )
 def test_bits_under(

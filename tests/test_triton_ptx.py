@@ -65,14 +65,28 @@ def interpreter() -> Iterator[Interpreter]:
         yield interpreter
 
 
-@pytest.mark.parametrize("name", UPDATES)
+# Triton compiles a kernel for each kind of update, which takes longer than to run it.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if i % 5 == 0 else pytest.mark.deep)
+        for i, name in enumerate(UPDATES)
+    ],
+)
 def test_updates(interpreter: Interpreter, name: str) -> None:
     in_place = list(UPDATES).index(name) % 2 == 1
     assert_bits_of_cpu(triton_jit.LAUNCHERS.update_out, update_case(name), in_place=in_place)
     assert all(launch.bytes_written for launch in interpreter.launches)
 
 
-@pytest.mark.parametrize("target", OTHER_TARGETS, ids=lambda target: f"sm_{target.arch}")
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, marks=[] if target.arch == 100 else pytest.mark.deep)
+        for target in OTHER_TARGETS
+    ],
+    ids=lambda target: f"sm_{target.arch}",
+)
 def test_other_targets(target: Any) -> None:
     """What ptxas gets for other GPUs, with operations on pairs from sm_100 on."""
     interpreter = Interpreter()
@@ -309,7 +323,14 @@ def test_the_kernels_are_right_where_faults_show(interpreter: Interpreter) -> No
     assert all(is_right(triton_jit.LAUNCHERS.update_out, case) for case in revealing_cases())
 
 
-@pytest.mark.parametrize("fault", BROKEN)
+# One that the checks of memory see, and one that the comparison of bits does.
+QUICK = ("no mask for the tail", "coefficients swapped")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, marks=[] if fault in QUICK else pytest.mark.deep) for fault in BROKEN],
+)
 def test_a_broken_kernel_is_caught(fault: str, tmp_path: Path) -> None:
     """Each fault in the source is seen by the comparison of bits or by the checks of memory."""
     broken = changed_kernels(tmp_path, *BROKEN[fault])

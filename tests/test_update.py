@@ -241,7 +241,8 @@ def test_noise_of_interleaved_channels(
     """Several tiles of pixels, their edges at any channel and at any place in a quad."""
     for pixels in [(1, 1), (7, 9), (31, 43), (64, 65)]:
         shape = (2, channels, *pixels)
-        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        small = pixels != (64, 65)
+        for dtype in (torch.float32, *((torch.float64, torch.bfloat16) if small else ())):
             case = make_case(
                 generator, shape, dtype=dtype, layout="channels_last", noise="keyed", history=True
             )

@@ -7,8 +7,6 @@ import inspect
 import itertools
 import pickle
 import pickletools
-import random
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ import fastddim
 
 from ..support.dropins.diffusers import CLASSES, DDIM, assert_alike, diffusers, ours, pair
 from ..support.dropins.peers import run_example
+from ..support.environment import Some
 from ..support.probes import NoSync
 
 SHAPE = (2, 3, 4, 5)
@@ -43,13 +42,6 @@ def in_float64(*schedulers: Any) -> None:
                 setattr(scheduler, name, getattr(scheduler, name).double())
 
 
-def some(count: int, cases: Iterable[Any], *others: Any) -> list[Any]:
-    """Some of many cases: each test its own, by its other parameters, so that together they take
-    them all.
-    """
-    return random.Random(str(others)).sample(list(cases), count)
-
-
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
@@ -58,14 +50,16 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("rederive", [False, True])
-def test_ddim_steps(name: str, prediction: str, limit: str, rederive: bool) -> None:
+def test_ddim_steps(name: str, prediction: str, limit: str, rederive: bool, some: Some) -> None:
     """In float64, over spacings, ends of the schedule, offsets and numbers of steps; 61 and 103 are
     among those that end at t = −1.
     """
     every = itertools.product(
         ("leading", "trailing", "linspace"), (True, False), (0, 1), (1, 7, 50, 61, 103)
     )
-    for spacing, one, offset, steps in some(10, every, name, prediction, limit, rederive):
+    for spacing, one, offset, steps in some(
+        every, name, prediction, limit, rederive, quick=4, deep=10
+    ):
         theirs, own = pair(
             name,
             steps,
@@ -100,12 +94,12 @@ def test_ddim_steps(name: str, prediction: str, limit: str, rederive: bool) -> N
         "learned_range",
     ],
 )
-def test_ddpm_steps(prediction: str, limit: str, variance: str) -> None:
+def test_ddpm_steps(prediction: str, limit: str, variance: str, some: Some) -> None:
     learned = variance.startswith("learned")
     every = itertools.product(
         ("leading", "trailing", "linspace"), (0, 1), (1, 50, 61, None, [999, 500, 499, 3])
     )
-    for spacing, offset, steps in some(8, every, prediction, limit, variance):
+    for spacing, offset, steps in some(every, prediction, limit, variance, quick=4, deep=8):
         theirs, own = pair(
             "DDPMScheduler",
             None,

@@ -51,17 +51,20 @@ def conditions(kind):
 
 @each_dtype
 @each_parameterization
-def test_steps(parameterization, dtype):
+def test_steps(parameterization, dtype, some):
     with default_dtype(dtype):
         corrector = {"score_corrector": Corrector(), "corrector_kwargs": {"strength": 0.7}}
         correctors = [{}, corrector] if parameterization == "eps" else [{}]
-        for eta, original, quantize, correct, scale, kind in itertools.product(
+        every = itertools.product(
             (0.0, 0.6, 1.0),
             (False, True),
             (False, True),
             correctors,
             (1.0, 7.5),
             ("tensor", "dict"),
+        )
+        for eta, original, quantize, correct, scale, kind in some(
+            every, parameterization, dtype, quick=16
         ):
             sampler, x = make(parameterization, eta=eta), torch.randn(SHAPE)
             c, u = conditions(kind)

@@ -56,7 +56,7 @@ def cosine(count: int = 1000) -> Tensor:
 @pytest.mark.parametrize("name", DDIM)
 @pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
 def test_diffusers_ddim(name: str, prediction: str, processor: Any) -> None:
-    for spacing, steps in itertools.product(("linspace", "trailing"), (2, 5, 20)):
+    for spacing, steps in itertools.product(("linspace", "trailing"), (2, 20)):
         theirs, own = pair(
             name,
             steps,
@@ -67,7 +67,10 @@ def test_diffusers_ddim(name: str, prediction: str, processor: Any) -> None:
         )
         x, m, z = torch.randn(3, *SHAPE).unbind()
         compared = 0
-        for t, eta in itertools.product(theirs.timesteps.tolist(), (0.5, 1.0)):
+        # From nearly pure noise, and at the end.
+        timesteps = theirs.timesteps.tolist()
+        chosen = [*timesteps[:4], *timesteps[4:][-2:]]
+        for t, eta in itertools.product(chosen, (0.5, 1.0)):
             with processor():
                 expected, got = (s.step(m, t, x, eta, variance_noise=z) for s in (theirs, own))
             assert got.prev_sample.isfinite().all()
@@ -75,7 +78,7 @@ def test_diffusers_ddim(name: str, prediction: str, processor: Any) -> None:
             if expected.prev_sample.isfinite().all():
                 assert_alike(expected, got, TOLERANCE)
                 compared += 1
-        assert compared >= 2 * steps - 2
+        assert compared >= 2 * len(chosen) - 2
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large"])

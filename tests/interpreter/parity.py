@@ -28,6 +28,7 @@ from ..support.updates import DTYPES, any_case, make_case, poisoned_like, writte
 # The interpreter takes milliseconds a program, however small; as PTX all of them run
 # (tests/test_triton_ptx.py).
 CASES = [name for name in UPDATES if not name.startswith("(300, 8)")][::2]
+QUICK = CASES[::4]
 
 
 @triton.jit
@@ -51,7 +52,9 @@ def test_the_interpreter_is_corrected(dtype: torch.dtype) -> None:
         assert torch.equal(narrow, out.bfloat16())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.deep) for name in CASES]
+)
 def test_updates(name: str) -> None:
     assert_bits_of_cpu(LAUNCHERS.update_out, update_case(name), in_place=CASES.index(name) % 2 == 1)
 
@@ -70,6 +73,7 @@ def huge_tiles() -> Iterator[None]:
     launch._prepare_update.cache_clear()
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("huge_tiles")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 3, 320, 320), (1, 4, 401, 201)])
@@ -79,6 +83,7 @@ def test_large_samples(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert_bits_of_cpu(LAUNCHERS.update_out, case)
 
 
+@pytest.mark.deep
 @settings(max_examples=40)
 @given(data=st.data())
 def test_random_cases(data: st.DataObject) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -29,6 +29,12 @@ needs_compiler = pytest.mark.skipif(
 needs_extension = pytest.mark.skipif(
     ops.EXTENSION_ERROR is not None, reason=str(ops.EXTENSION_ERROR)
 )
+
+
+class Some(Protocol):
+    def __call__(
+        self, cases: Iterable[Any], *others: Any, quick: int, deep: int | None = None
+    ) -> list[Any]: ...
 
 
 class RunPython(Protocol):

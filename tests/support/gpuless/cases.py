@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -94,6 +95,13 @@ def update_arguments() -> Iterator[tuple[str, Arguments]]:
 
 
 UPDATES = dict(update_arguments())
+
+# Every update once, half of them in place; with `--deep` both ways.
+EACH_WAY = [
+    pytest.param(name, in_place, marks=[] if in_place == bool(i % 2) else pytest.mark.deep)
+    for i, name in enumerate(UPDATES)
+    for in_place in (False, True)
+]
 
 
 def update_case(name: str) -> Case:

@@ -14,14 +14,17 @@ import torch
 from ..updates import DTYPES, make_case
 from . import launcher
 from .cases import (
+    EACH_WAY,
     LONG,
-    UPDATES,
     assert_advance,
     assert_bare_bits_of_cpu,
     assert_bits_of_cpu,
     assert_normals,
     update_case,
 )
+
+# One of each dtype: aligned, and not.
+QUICK = list(LONG)[3::6]
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +34,18 @@ def host() -> Any:
     return launcher.backend("fastddim_on_host")
 
 
-@pytest.mark.parametrize("name", UPDATES)
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("name", "in_place"), EACH_WAY)
 def test_updates(host: Any, name: str, in_place: bool) -> None:
     assert_bits_of_cpu(host.update_out, update_case(name), in_place=in_place)
 
 
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if i % 5 == 2 else pytest.mark.deep)
+        for i, name in enumerate(LONG)
+    ],
+)
 def test_long_chunks(host: Any, name: str) -> None:
     assert_bare_bits_of_cpu(host.update_out, update_case(name))
 
