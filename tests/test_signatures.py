@@ -1,0 +1,116 @@
+"""A function of options is, for callers and their tools, a function of the options' fields."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastddim
+from fastddim import options
+
+from .support.environment import RunPython
+from .support.models import elementwise_model
+
+FUNCTIONS: dict[Any, Any] = {
+    fastddim.sample: options.SampleOptions,
+    fastddim.invert: options.InvertOptions,
+    fastddim.generate: options.GenerateOptions,
+    fastddim.Sampler.__init__: options.SamplerOptions,
+    fastddim.Sampler.__call__: options.CallOptions,
+    fastddim.Stream.__init__: options.StreamOptions,
+    fastddim.Stream.submit: options.RequestOptions,
+}
+
+each_function = pytest.mark.parametrize(
+    ("function", "taken"), FUNCTIONS.items(), ids=[f.__qualname__ for f in FUNCTIONS]
+)
+
+
+@each_function
+def test_parameters_are_the_fields(function: Any, taken: Any) -> None:
+    shown = dict(inspect.signature(function).parameters)
+    shown.pop("self", None)
+    declared = {field.name: field for field in fields(taken)}
+    assert set(shown) == set(declared)
+    for name, parameter in shown.items():
+        assert parameter.annotation == declared[name].type
+        required = parameter.default is parameter.empty
+        assert required or parameter.default == declared[name].default
+        assert (parameter.kind is parameter.KEYWORD_ONLY) == declared[name].kw_only
+
+
+@each_function
+def test_types_resolve(function: Any, taken: Any) -> None:
+    results = {"Run": fastddim.runs.Run, "Ticket": fastddim.stream.Ticket}
+    hints = typing.get_type_hints(function, vars(options) | results)
+    assert {field.name for field in fields(taken)} | {"return"} == set(hints)
+
+
+@each_function
+def test_the_documentation_is_the_functions(function: Any, taken: Any) -> None:
+    # That of a class may tell about its making.
+    documented = function.__doc__ or fastddim.Sampler.__doc__
+    assert "Raises:" in documented
+    assert function.__module__ != "fastddim.signatures"
+
+
+def test_an_unknown_argument_is_named() -> None:
+    with pytest.raises(TypeError, match=r"^sample\(\) got an unexpected keyword argument 'etaa'"):
+        fastddim.sample(elementwise_model, 5, shape=(1, 2), etaa=1.0)  # type: ignore[call-arg]
+
+
+def test_a_missing_argument_is_named() -> None:
+    with pytest.raises(TypeError, match=r"^Sampler.__init__\(\) missing 1 .* argument: 'steps'"):
+        fastddim.Sampler(elementwise_model)  # type: ignore[call-arg]
+
+
+def test_a_sampler_takes_keywords_alone() -> None:
+    sampler = fastddim.Sampler(elementwise_model, 2, shape=(1, 2))
+    with pytest.raises(TypeError, match="positional argument"):
+        sampler(3)  # type: ignore[misc]
+
+
+def test_shared_fields_are_taken_and_others_given() -> None:
+    given = options.SampleOptions(elementwise_model, 5, eta=0.5, shape=(1, 2), seed=3)
+    taken = options.shared(options.SamplerOptions, given, order=2)
+    assert (taken.model, taken.steps, taken.eta, taken.order) == (elementwise_model, 5, 0.5, 2)
+    assert not hasattr(taken, "seed")
+
+
+CALLS = """
+import fastddim
+from torch import Tensor
+
+def model(x: Tensor, t: Tensor) -> Tensor:
+    return x
+
+fastddim.sample(model, 5, eta=0.5, spacing="trailing")
+fastddim.Sampler(model, 5)(seed=3)
+fastddim.Stream(model, batch_size=1).submit(5, eta=1.0)
+fastddim.sample(model, 5, etaa=0.5)
+fastddim.sample(model, 5, spacing="trailling")
+fastddim.sample(model, 5, temperature=2.0, guidance_scale="7")
+fastddim.Sampler(model, 5)(sed=3)
+fastddim.Stream(model, batch_size=1).submit(5, clip="0")
+"""
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
+def test_type_checkers_know_names_and_types(run_python: RunPython, tmp_path: Path) -> None:
+    source = tmp_path / "calls.py"
+    source.write_text(CALLS)
+    # A package that is linked to is none that mypy finds, and one that is installed is found.
+    folder = Path(fastddim.__file__).parents[1]
+    env = {} if folder.name == "site-packages" else {"MYPYPATH": str(folder)}
+    result = run_python("-m", "mypy", "--strict", source, cwd=tmp_path, env=env)
+    wrong = {int(line) for line in re.findall(r"calls\.py:(\d+): error", result.stdout)}
+    first = 1 + CALLS.splitlines().index("fastddim.sample(model, 5, etaa=0.5)")
+    assert wrong == set(range(first, first + 5)), result.stdout + result.stderr
