@@ -36,13 +36,16 @@ class Recycler:
 
         Its storage cannot be resized.
         """
-        meta = torch.empty_like(like, device="meta")
-        block = self._block(meta.untyped_storage().nbytes())
+        # Of a contiguous tensor this is known, and a meta tensor takes as long as a small step.
+        wanted = like if like.is_contiguous() else torch.empty_like(like, device="meta")
+        block = self._block(wanted.nbytes)
         array = block.numpy()
         loan = weakref.ref(array, self._give_back)
         self._lent[id(loan)] = loan, block
         made = torch.empty(0, dtype=like.dtype, device="cpu")
-        return made.set_(torch.from_numpy(array).untyped_storage(), 0, meta.shape, meta.stride())
+        return made.set_(
+            torch.from_numpy(array).untyped_storage(), 0, wanted.shape, wanted.stride()
+        )
 
     def clear(self) -> None:
         """Drop the unused blocks."""
