@@ -193,7 +193,8 @@ def read_latents(path: Path, sample_shape: tuple[int, int, int]) -> Tensor:
 
 def _read_array(path: Path, key: str) -> np.ndarray[Any, Any]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # NumPy leaves a file that it opens itself open where it is no archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             array: np.ndarray[Any, Any] = archive[key]
             return array
     except (ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
