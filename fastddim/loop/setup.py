@@ -43,7 +43,8 @@ class Setup:
 
     @property
     def captures(self) -> bool:
-        return captures(self.graph, self.device, self.check_finite)
+        joins = self.graph == "auto" and transfer.captured(self.device)
+        return captures(self.graph, self.device, self.check_finite) and not joins
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -61,11 +62,10 @@ class Setup:
         )
 
 
-def captures(graph: bool | str, device: torch.device, check_finite: bool) -> bool:
-    """True where steps are captured."""
+def captures(graph: Graph, device: torch.device, check_finite: bool) -> bool:
+    """True where steps are captured, unless they join a capture of the caller's."""
     if graph == "auto":
-        joins = transfer.captured(device)
-        return cuda.available(device) and not (check_finite or joins)
+        return cuda.available(device) and not check_finite
     return graph is not False
 
 
@@ -77,9 +77,7 @@ def prepare_sampling(options: SamplerOptions, *, x_T: Tensor | None = None) -> S
         x_T: the starting state, if any, whose shape, dtype and device are the defaults.
     """
     check_model(options.model)
-    if options.denoised_fn is not None and not callable(options.denoised_fn):
-        name = type(options.denoised_fn).__name__
-        raise TypeError(f"denoised_fn: expected a callable, got {name}")
+    check_denoised_fn(options.denoised_fn)
     given = options.shape
     if x_T is not None:
         check_state("x_T", x_T)
@@ -171,6 +169,11 @@ def resolve_placement(
     check_bool("check_finite", placement.check_finite)
     check_graph(placement.graph, device, placement.check_finite)
     return dtype, device
+
+
+def check_denoised_fn(denoised_fn: Any) -> None:
+    if denoised_fn is not None and not callable(denoised_fn):
+        raise TypeError(f"denoised_fn: expected a callable, got {type(denoised_fn).__name__}")
 
 
 def check_model_kwargs(model_kwargs: Any) -> dict[str, Any]:

@@ -19,14 +19,20 @@ from torch import Tensor
 
 from fastddim import adapter, backends, transfer
 from fastddim.adapter import check_model
-from fastddim.loop import capture, cuda
+from fastddim.loop import capture
 from fastddim.loop.capture import Graph, check_outer_capture
 from fastddim.loop.modes import OneAtATime, without_autograd
 from fastddim.loop.programs import Programs
-from fastddim.loop.setup import resolve_placement, resolve_schedule, resolve_shape
+from fastddim.loop.setup import (
+    captures,
+    check_denoised_fn,
+    resolve_placement,
+    resolve_schedule,
+    resolve_shape,
+)
 from fastddim.loop.step import Step
 from fastddim.loop.stream_order import StreamOrder
-from fastddim.options import Reading, RequestOptions, StreamOptions, Thresholding, Update, shared
+from fastddim.options import RequestOptions, StreamOptions, Update, shared
 from fastddim.plan import ORDERS, StepKind
 from fastddim.signatures import method_takes
 from fastddim.stream.conditions import Conditions, check_same_conditions
@@ -92,9 +98,7 @@ class Stream:
         check_model(options.model)
         check_bool("guided", options.guided)
         check_bool("masked", options.masked)
-        if options.denoised_fn is not None and not callable(options.denoised_fn):
-            name = type(options.denoised_fn).__name__
-            raise TypeError(f"denoised_fn: expected a callable, got {name}")
+        check_denoised_fn(options.denoised_fn)
         self.shape = _slots_shape(options)
         if options.graph == "loop":
             raise ValueError("graph: expected 'auto', True or False, got 'loop'")
@@ -107,12 +111,8 @@ class Stream:
             if options.max_pending is None
             else check_int("max_pending", options.max_pending, 1, 2**62)
         )
-        update = shared(
-            Update,
-            shared(Reading, options),
-            **vars(shared(Thresholding, options)),
-            guidance_scale=1.0 if options.guided else None,
-        ).checked(1)
+        guidance_scale = 1.0 if options.guided else None
+        update = shared(Update, options, guidance_scale=guidance_scale).checked(1)
         check_choice("order", options.order, ORDERS)
 
         self._options = options
@@ -124,8 +124,7 @@ class Stream:
             history=options.order - 1,
             split=options.denoised_fn is not None,
         )
-        captures = cuda.available(self.device) and not options.check_finite
-        self._static = captures if options.graph == "auto" else bool(options.graph)
+        self._static = captures(options.graph, self.device, options.check_finite)
         self._requests = Requests(
             options, schedule, self.shape, self.max_steps, dtype=self.dtype, device=self.device
         )
