@@ -68,7 +68,8 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
             is DDIM, 1 is DDPM's ancestral sampling.
         variance: "small", or "large" for noise of DDPM's larger variance; `eta=1, variance="large"`
             is the paper's σ-hat. The direction term keeps the small one (appendix D.3).
-        prediction: what the model predicts: "epsilon", "sample" (x_0) or "v_prediction".
+        prediction: what the model predicts: "epsilon", "sample" (x_0), "v_prediction", or "score",
+            the gradient ∇ log p_t(x) of the log density of the noised data.
         clip: r > 0 clamps the predicted x_0 to [−r, r].
         rederive_eps: recompute epsilon from the clipped x_0.
         guidance_scale: g of classifier-free guidance, a number or a tensor `[B]`, or a sequence of

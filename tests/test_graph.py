@@ -133,6 +133,7 @@ class TestReplay:
                 {"steps": [981, 500, 77, 3]},
                 {"schedule": Schedule.cosine()},
                 {"prediction": "v_prediction"},
+                {"prediction": "score"},
                 {"clip": 0.5},
                 {"clip": 0.5, "rederive_eps": True},
             ],

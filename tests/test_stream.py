@@ -143,7 +143,7 @@ class TestIsSample:
         self.check(conditioned, requests, rng, slots=slots, guided=guided, impl=impl)
 
     @pytest.mark.parametrize("impl", CPU_IMPLS)
-    @pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+    @pytest.mark.parametrize("prediction", ["sample", "v_prediction", "score"])
     def test_predictions(self, impl, prediction):
         rng = random.Random(1)
         requests = [random_request(rng) for _ in range(6)]

@@ -73,7 +73,8 @@ def timesteps() -> Iterator[Tensor]:
 
 
 def plans(prediction: str) -> Iterator[Tensor]:
-    schedule = LINEAR if prediction == "epsilon" else Schedule.cosine().zero_terminal_snr()
+    divided = prediction in ("epsilon", "score")
+    schedule = LINEAR if divided else Schedule.cosine().zero_terminal_snr()
     limits: list[dict[str, Any]] = [{}, {"clip": 0.7, "rederive_eps": True}]
     kinds = itertools.product(SPACINGS, ETAS, VARIANCES, limits, (1, 13))
     for spacing, eta, variance, limit, steps in kinds:
@@ -89,8 +90,8 @@ def plans(prediction: str) -> Iterator[Tensor]:
     yield from _numbers(make_plan(schedule, 3, each))
 
 
-def inversions() -> Iterator[Tensor]:
-    for spacing, prediction in itertools.product(SPACINGS, ("epsilon", "v_prediction")):
+def inversions(*predictions: str) -> Iterator[Tensor]:
+    for spacing, prediction in itertools.product(SPACINGS, predictions):
         for order in (1, 2):
             update = Update(prediction=prediction, guidance_scale=3.0)
             yield from _numbers(
@@ -146,7 +147,8 @@ def digests() -> dict[str, str]:
         "schedules": schedules,
         "timesteps": timesteps,
         **{f"plans, {name}": functools.partial(plans, name) for name in PREDICTIONS},
-        "inversions": inversions,
+        "inversions": lambda: inversions("epsilon", "v_prediction"),
+        "inversions, score": lambda: inversions("score"),
         "known data": lambda: iter([known_rows(make_plan(LINEAR, 50, Update()).alphas_cumprod)]),
         "rows of tensors": tables,
         "gaussians": gaussians,
