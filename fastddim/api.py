@@ -61,8 +61,9 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
             (decreasing).
         schedule: ᾱ the model was trained with; by default `model.schedule`, else
             `Schedule.linear()`.
-        spacing: how S timesteps are chosen out of T: uniform, quadratic, leading, trailing or
-            linspace (see `fastddim.select_timesteps`). At S = 1 only trailing starts at T − 1.
+        spacing: how S timesteps are chosen out of T: trailing, which starts at T − 1 whatever S
+            is, uniform (the paper's linear τ), quadratic, leading or linspace (see
+            `fastddim.select_timesteps`).
         steps_offset: added to every timestep of `leading`.
         eta: η ≥ 0 of eq. 16, a number or a tensor `[B]`, or a sequence of S of them, one a step; 0
             is DDIM, 1 is DDPM's ancestral sampling.

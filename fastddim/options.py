@@ -206,7 +206,7 @@ class Solver:
 class Visited:
     """The timesteps that are visited, where `steps` only says how many."""
 
-    spacing: Spacing = "uniform"
+    spacing: Spacing = "trailing"
     steps_offset: int = 0
 
 

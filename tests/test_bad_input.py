@@ -309,7 +309,7 @@ def test_update_arguments(call, kwargs, error, name, expected, given):
 
 def test_too_large_eta_names_the_step():
     for call in (sample, prepare):
-        with pytest.raises(ValueError, match=r"^eta: .* got .*eta = 5 at step 0 \(timestep 800\)"):
+        with pytest.raises(ValueError, match=r"^eta: .* got .*eta = 5 at step 0 \(timestep 999\)"):
             call(eta=5.0)
 
 
@@ -863,14 +863,14 @@ class TestModel:
     def test_check_finite(self, impl, call, value):
         def model(x, t):
             result = elementwise_model(x, t)
-            result[1, 2, 3] = torch.where(t[0] == 333, value, result[1, 2, 3])
+            result[1, 2, 3] = torch.where(t[0] == 666, value, result[1, 2, 3])
             return result
 
         assert not self.run(model, call, impl=impl).isfinite().all()
         with pytest.raises(
             ValueError,
             match=r"^model output: expected finite values, got NaN or infinity "
-            r"at step 1 \(timestep 333\)$",
+            r"at step 1 \(timestep 666\)$",
         ):
             self.run(model, call, check_finite=True, impl=impl)
         assert self.run(elementwise_model, call, check_finite=True, impl=impl).isfinite().all()
@@ -879,7 +879,7 @@ class TestModel:
         bad = []
 
         def model(x, t):
-            return x[:1] if bad and t[0] == 333 else elementwise_model(x, t)
+            return x[:1] if bad and t[0] == 666 else elementwise_model(x, t)
 
         sampler = Sampler(model, 3, shape=SHAPE, eta=1.0, impl=impl)
         expected = sampler(seed=3)

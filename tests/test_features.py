@@ -32,7 +32,7 @@ def draws(*shape, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def levels(steps=S, spacing="uniform"):
+def levels(steps=S, spacing="trailing"):
     """[(timestep, ᾱ, ᾱ of the next)] of a run."""
     timesteps = select_timesteps(1000, steps, spacing).tolist()
     alphas = [*ALPHAS[timesteps], 1.0]

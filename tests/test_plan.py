@@ -132,6 +132,15 @@ def test_linspace():
         assert timesteps[-1] == T - 1
 
 
+def test_the_default_is_trailing():
+    for S in (1, 2, 7, 50, 999, 1000):
+        own = select_timesteps(T, S)
+        assert torch.equal(own, select_timesteps(T, S, "trailing"))
+        assert own[0] == T - 1
+        assert torch.equal(make_plan(LINEAR, S, Update()).timesteps, own)
+        assert torch.equal(make_inversion_plan(LINEAR, S, Update()).timesteps, own.flip(0))
+
+
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_diffusers_spacings(spacing):
     """diffusers' own lists wherever they hold S distinct timesteps.
@@ -321,7 +330,7 @@ class TestTooLargeEta:
     def test_names_the_step(self):
         # 1 − p − η²·(1−p)/(1−a)·(1−a/p) first falls below 0 where a/p is smallest.
         a = linear_alphas()
-        timesteps = select_timesteps(T, 20).numpy()
+        timesteps = select_timesteps(T, 20, "uniform").numpy()
         a_t, p = a[timesteps], np.append(a[timesteps[1:]], 1.0)
         with np.errstate(divide="ignore"):
             limit = np.where(p < 1, np.sqrt((1 - a_t) / (1 - a_t / p)), np.inf)
@@ -331,9 +340,10 @@ class TestTooLargeEta:
             ValueError,
             match=rf"^eta: expected .*1\.05.* step {first} \(timestep {timesteps[first]}\)",
         ):
-            make_plan(LINEAR, 20, Update(eta=eta))
+            make_plan(LINEAR, 20, Update(eta=eta), spacing="uniform")
+        per_sample = Update(eta=torch.tensor([0.0, eta])).checked(2)
         with pytest.raises(ValueError, match=rf"^eta: .*step {first} "):
-            make_plan(LINEAR, 20, Update(eta=torch.tensor([0.0, eta])).checked(2))
+            make_plan(LINEAR, 20, per_sample, spacing="uniform")
 
     def test_largest_allowed_is_allowed(self):
         a, p = 0.2, 0.6

@@ -468,7 +468,7 @@ class TestErrors:
         stream.run()
         assert done == ([tickets[1]] if check_finite else [])
         if check_finite:
-            with pytest.raises(ValueError, match=r"got NaN or infinity at step 1 \(timestep 500\)"):
+            with pytest.raises(ValueError, match=r"got NaN or infinity at step 1 \(timestep 749\)"):
                 tickets[1].result(0)
         else:
             assert tickets[1].result(0).isnan().all()

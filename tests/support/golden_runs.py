@@ -120,8 +120,9 @@ def sampling() -> dict[str, dict[str, Any]]:
         "quadratic": {"steps": 13, "spacing": "quadratic"},
         "leading": {"steps": 10, "spacing": "leading", "steps_offset": 1},
         "linspace": {"steps": 10, "spacing": "linspace"},
-        "vectors": {"shape": (3,), "eta": 1.0, "steps": 4},
-        "small": {"shape": (2, 1), "eta": 1.0, "steps": 4, "order": 1},
+        "trailing": {"steps": 10},
+        "vectors": {"shape": (3,), "eta": 1.0, "steps": 4, "spacing": "uniform"},
+        "small": {"shape": (2, 1), "eta": 1.0, "steps": 4, "order": 1, "spacing": "uniform"},
         "no sample": {"shape": (0, 4), "steps": 3},
     }
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
@@ -224,6 +225,7 @@ def _requests(kind: dict[str, Any], dtype: torch.dtype) -> Iterator[dict[str, An
     thresholded = "dynamic_thresholding_ratio" in kind
     for i, steps in enumerate((5, 1, 3, [900, 40, 3], 8, 2, 13)):
         request: dict[str, Any] = {"steps": steps, "seed": 2**64 - 1 - i, "sample_offset": i % 2}
+        request["spacing"] = "uniform"
         if noisy and i % 3:
             request |= {"eta": 0.5 * (i % 3), "temperature": 1 - i / 16}
         if not thresholded and i % 2:
@@ -240,6 +242,7 @@ def _requests(kind: dict[str, Any], dtype: torch.dtype) -> Iterator[dict[str, An
 
 RUN: dict[str, Any] = {
     "steps": 5,
+    "spacing": "uniform",
     "stop": 7,
     "start": 2,
     "seed": 9,
