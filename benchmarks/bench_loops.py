@@ -34,12 +34,15 @@ def test_loop(name: str, eta: float, rows: list[dict[str, Any]], benchmark: Any)
     torch.set_num_threads(2)
     model, shape = make(name)
     x_T = fastddim.philox.initial_latents(shape, 0)
-    schedule = fastddim.Schedule.linear()
-    sampler = fastddim.Sampler(model, STEPS, shape=shape, schedule=schedule, eta=eta)
+    options: dict[str, Any] = {
+        "shape": shape,
+        "schedule": fastddim.Schedule.linear(),
+        "eta": eta,
+        "spacing": "uniform",
+    }
+    sampler = fastddim.Sampler(model, STEPS, **options)
     # On a model that costs nothing, and for a user's own, what compiling gains is the compiler's.
-    fused = fastddim.Sampler(
-        torch.compile(model, dynamic=False), STEPS, shape=shape, schedule=schedule, eta=eta
-    )
+    fused = fastddim.Sampler(torch.compile(model, dynamic=False), STEPS, **options)
     contenders = {
         "fastddim": lambda: sampler(x_T=x_T, seed=3),
         "diffusers": diffusers_loop(model, x_T, STEPS, eta),

@@ -83,5 +83,11 @@ def agreeing(model: Any, x_T: Tensor, steps: int) -> dict[str, Loop]:
 
 
 def _sampler(model: Any, x_T: Tensor, steps: int, **options: Any) -> fastddim.Sampler:
-    schedule = fastddim.Schedule.linear()
-    return fastddim.Sampler(model, steps, shape=tuple(x_T.shape), schedule=schedule, **options)
+    return fastddim.Sampler(
+        model,
+        steps,
+        shape=tuple(x_T.shape),
+        schedule=fastddim.Schedule.linear(),
+        spacing="uniform",
+        **options,
+    )

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 import fastddim
+from fastddim.options import Spacing
 
 RESULTS = "stream-cpu"
 LOADS = (0.5, 0.9, 2.0, 4.0, 8.0)
 SLOTS = 16
+SPACING: Spacing = "uniform"
 SECONDS = float(os.environ.get("FASTDDIM_BENCH_SECONDS", "10"))
 """Of one after the other at load 1: it sets the number of requests."""
 
@@ -94,7 +96,10 @@ def make_requests(case: Case, count: int, rate: float) -> list[Request]:
 def one_after_the_other(model: Any, requests: list[Request]) -> Served:
     """Each kind of request has a sampler prepared before."""
     kinds = sorted({(request.steps, request.eta) for request in requests})
-    samplers = {kind: fastddim.Sampler(model, kind[0], eta=kind[1]) for kind in kinds}
+    samplers = {
+        (steps, eta): fastddim.Sampler(model, steps, eta=eta, spacing=SPACING)
+        for steps, eta in kinds
+    }
     samples, latencies = [], []
     start = time.perf_counter()
     for request in requests:
@@ -115,7 +120,9 @@ def streamed(model: Any, requests: list[Request]) -> Served:
         now = time.perf_counter() - start
         while len(tickets) < len(requests) and requests[len(tickets)].arrival <= now:
             request = requests[len(tickets)]
-            ticket = stream.submit(request.steps, eta=request.eta, seed=request.seed)
+            ticket = stream.submit(
+                request.steps, eta=request.eta, seed=request.seed, spacing=SPACING
+            )
             tickets[ticket.index] = ticket
         for ticket in stream.step():
             latencies[ticket.index] = time.perf_counter() - start - requests[ticket.index].arrival

@@ -100,8 +100,8 @@ def headline_as_markdown(result: dict[str, Any], measured: Mapping[str, Result])
         [
             f"**Digits as good as DDPM's of 1000 steps in {best.steps} steps, "
             f"{gain(best.speedup)} times faster** than those in diffusers' loop, with the same "
-            "model and batch. The fewest steps whose distance exceeds DDPM's by no more than the "
-            "bootstrap's error, bold where it is within 5 % as well:",
+            "model and batch. The fewest steps, at uniform spacing, whose distance exceeds DDPM's "
+            "by no more than the bootstrap's error, bold where it is within 5 % as well:",
             "",
             table(header, rows),
             "",

@@ -73,8 +73,8 @@ def quality_as_markdown(result: dict[str, Any]) -> str:
         blocks.append(_by_steps(f"{result['data']}: {title}", found))
         blocks.append(
             f"{' or '.join(f'{count:,}' for count in counts)} samples a cell, ± the bootstrap's "
-            f"standard deviation. Real against real, {floor['count']:,} images: "
-            f"{three(floor['distance'])}."
+            "standard deviation; uniform spacing where a row names none. Real against real, "
+            f"{floor['count']:,} images: {three(floor['distance'])}."
         )
     record = result["classifier"]
     blocks.append(
@@ -114,7 +114,7 @@ def reconstruction_as_markdown(result: dict[str, Any]) -> str:
     machine = result["machine"]
     images = " and ".join(f"{count} of {name}" for name, count in counts.items())
     note = (
-        f"Mean squared error of a pixel in [0, 1]; held-out images, {images}. "
+        f"Mean squared error of a pixel in [0, 1]; held-out images, {images}; uniform spacing. "
         f"torch {machine['torch']}, fastddim {machine['fastddim']} at {machine['commit']}."
     )
     return _by_steps("encoded and decoded", found) + "\n\n" + note

@@ -93,5 +93,5 @@ def stream_as_markdown(result: dict[str, Any]) -> str:
         for name in ("latency_median", "latency_95"):
             cells += [duration(timing[name]) for timing in timings]
         rows.append(cells)
-    slots = f"{result['rows'][0]['slots']} slots."
+    slots = f"{result['rows'][0]['slots']} slots, uniform spacing."
     return f"{table(header, rows)}\n\n{provenance(result['machine'])} {slots}"

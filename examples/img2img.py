@@ -1,7 +1,7 @@
 """Start from an image instead of noise: a sketch becomes a digit.
 
 The sketch is noised to a timestep t and denoised from there. The higher t, the less of it is left.
-Each row of the picture is one draw of the noise: the sketch, then the results from t = 200, 400, …
+Each row of the picture is one draw of the noise: the sketch, then the results from t = 199, 399, …
 
 python examples/img2img.py
 """
@@ -26,7 +26,7 @@ SKETCH = """
 . . . . . # . .
 . . # # # # . .
 """
-STARTS = (200, 400, 600, 800)
+STARTS = (199, 399, 599, 799)
 VARIATIONS = 4
 
 

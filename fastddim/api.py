@@ -61,14 +61,16 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
             (decreasing).
         schedule: ᾱ the model was trained with; by default `model.schedule`, else
             `Schedule.linear()`.
-        spacing: how S timesteps are chosen out of T: uniform, quadratic, leading, trailing or
-            linspace (see `fastddim.select_timesteps`). At S = 1 only trailing starts at T − 1.
+        spacing: how S timesteps are chosen out of T: trailing, which starts at T − 1 whatever S
+            is, uniform (the paper's linear τ), quadratic, leading or linspace (see
+            `fastddim.select_timesteps`).
         steps_offset: added to every timestep of `leading`.
         eta: η ≥ 0 of eq. 16, a number or a tensor `[B]`, or a sequence of S of them, one a step; 0
             is DDIM, 1 is DDPM's ancestral sampling.
         variance: "small", or "large" for noise of DDPM's larger variance; `eta=1, variance="large"`
             is the paper's σ-hat. The direction term keeps the small one (appendix D.3).
-        prediction: what the model predicts: "epsilon", "sample" (x_0) or "v_prediction".
+        prediction: what the model predicts: "epsilon", "sample" (x_0), "v_prediction", or "score",
+            the gradient ∇ log p_t(x) of the log density of the noised data.
         clip: r > 0 clamps the predicted x_0 to [−r, r].
         rederive_eps: recompute epsilon from the clipped x_0.
         guidance_scale: g of classifier-free guidance, a number or a tensor `[B]`, or a sequence of

@@ -35,7 +35,7 @@ DenoisedFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 Spacing: TypeAlias = Literal["uniform", "quadratic", "leading", "trailing", "linspace"]
 Variance: TypeAlias = Literal["small", "large"]
-Prediction: TypeAlias = Literal["epsilon", "sample", "v_prediction"]
+Prediction: TypeAlias = Literal["epsilon", "sample", "v_prediction", "score"]
 Graph: TypeAlias = Literal["auto", "loop"] | bool
 Format: TypeAlias = Literal["npz", "safetensors", "png-folder"]
 
@@ -206,7 +206,7 @@ class Solver:
 class Visited:
     """The timesteps that are visited, where `steps` only says how many."""
 
-    spacing: Spacing = "uniform"
+    spacing: Spacing = "trailing"
     steps_offset: int = 0
 
 

@@ -177,7 +177,7 @@ SHARED = {
         {"prediction": "eps"},
         ValueError,
         "prediction",
-        "'epsilon', 'sample', 'v_prediction'",
+        "'epsilon', 'sample', 'v_prediction', 'score'",
         "'eps'",
     ),
     "schedule": ({"schedule": "linear"}, TypeError, "schedule", "fastddim.Schedule", "str"),
@@ -309,20 +309,22 @@ def test_update_arguments(call, kwargs, error, name, expected, given):
 
 def test_too_large_eta_names_the_step():
     for call in (sample, prepare):
-        with pytest.raises(ValueError, match=r"^eta: .* got .*eta = 5 at step 0 \(timestep 800\)"):
+        with pytest.raises(ValueError, match=r"^eta: .* got .*eta = 5 at step 0 \(timestep 999\)"):
             call(eta=5.0)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "score"])
 @pytest.mark.parametrize("call", [sample, prepare, invert], ids=["sample", "Sampler", "invert"])
-def test_epsilon_at_zero_terminal_snr(call):
+def test_no_x_0_at_zero_terminal_snr(call, prediction):
     zero = Schedule.linear().zero_terminal_snr()
     with pytest.raises(
         ValueError,
         match=r"^prediction: expected sample or v_prediction .*"
-        r"got 'epsilon' at step \d \(timestep 999\)",
+        rf"got '{prediction}' at step \d \(timestep 999\)",
     ):
-        call(schedule=zero, spacing="trailing")
-    fails(step, ValueError, "prediction", "sample or v_prediction", "'epsilon'", alpha_t=0.0)
+        call(schedule=zero, spacing="trailing", prediction=prediction)
+    wrong = {"alpha_t": 0.0, "prediction": prediction}
+    fails(step, ValueError, "prediction", "sample or v_prediction", f"'{prediction}'", **wrong)
 
 
 CALL = {
@@ -488,7 +490,7 @@ class TestInvert:
                 {"prediction": "sample"},
                 ValueError,
                 "prediction",
-                "epsilon or v_prediction",
+                "epsilon, v_prediction or score",
                 "'sample'",
             ),
             ({"x_0": [0.0]}, TypeError, "x_0", "tensor", "[0.0]"),
@@ -561,6 +563,7 @@ class TestStep:
                 "nan",
             ),
             ({"alpha_t": 1.0, "prediction": "sample"}, ValueError, "alpha_t", "below 1", "1"),
+            ({"alpha_t": 1.0, "prediction": "score"}, ValueError, "alpha_t", "below 1", "1"),
             ({"alpha_t": 1.0, "eta": 0.5}, ValueError, "alpha_t", "below 1", "1"),
             ({"alpha_t": 1.0, "rederive_eps": True}, ValueError, "alpha_t", "below 1", "1"),
             (
@@ -860,14 +863,14 @@ class TestModel:
     def test_check_finite(self, impl, call, value):
         def model(x, t):
             result = elementwise_model(x, t)
-            result[1, 2, 3] = torch.where(t[0] == 333, value, result[1, 2, 3])
+            result[1, 2, 3] = torch.where(t[0] == 666, value, result[1, 2, 3])
             return result
 
         assert not self.run(model, call, impl=impl).isfinite().all()
         with pytest.raises(
             ValueError,
             match=r"^model output: expected finite values, got NaN or infinity "
-            r"at step 1 \(timestep 333\)$",
+            r"at step 1 \(timestep 666\)$",
         ):
             self.run(model, call, check_finite=True, impl=impl)
         assert self.run(elementwise_model, call, check_finite=True, impl=impl).isfinite().all()
@@ -876,7 +879,7 @@ class TestModel:
         bad = []
 
         def model(x, t):
-            return x[:1] if bad and t[0] == 333 else elementwise_model(x, t)
+            return x[:1] if bad and t[0] == 666 else elementwise_model(x, t)
 
         sampler = Sampler(model, 3, shape=SHAPE, eta=1.0, impl=impl)
         expected = sampler(seed=3)

@@ -141,6 +141,7 @@ class TestSample:
                 ["--steps", 4, "--prediction", "v_prediction"],
                 {"steps": 4, "prediction": "v_prediction"},
             ),
+            (["--steps", 4, "--prediction", "score"], {"steps": 4, "prediction": "score"}),
             (["--steps", 4, "--dtype", "bfloat16"], {"steps": 4, "dtype": torch.bfloat16}),
             (
                 ["--steps", 4, "--impl", "reference", "--device", "cpu"],
@@ -417,7 +418,7 @@ class TestInvert:
 
     def test_prediction_that_cannot_be_inverted(self, pictures):
         line = fail(2, "invert", "digits", "in", "--prediction", "sample")
-        assert "prediction: expected epsilon or v_prediction to invert" in line
+        assert "prediction: expected epsilon, v_prediction or score to invert" in line
 
     @pytest.mark.parametrize(
         ("latents", "message"),

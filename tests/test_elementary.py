@@ -118,7 +118,7 @@ def some_steps(count: int, prediction: str, seed: int) -> tuple[list[float], lis
     generator = np.random.default_rng(seed)
     a = generator.random(count) * 0.999
     p = a + (1 - a) * generator.random(count)
-    a[0], p[1] = (1e-7 if prediction == "epsilon" else 0.0), 1.0
+    a[0], p[1] = (1e-7 if prediction in ("epsilon", "score") else 0.0), 1.0
     return a.tolist(), p.tolist()
 
 

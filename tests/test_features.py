@@ -14,6 +14,7 @@ import torch
 
 import fastddim
 from fastddim import Sampler, Schedule, philox, select_timesteps
+from fastddim.plan import PREDICTIONS
 
 from .support.environment import CPU_IMPLS
 from .support.models import GaussianModel, SmallNet, elementwise_model, elementwise_numpy
@@ -31,7 +32,7 @@ def draws(*shape, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def levels(steps=S, spacing="uniform"):
+def levels(steps=S, spacing="trailing"):
     """[(timestep, ᾱ, ᾱ of the next)] of a run."""
     timesteps = select_timesteps(1000, steps, spacing).tolist()
     alphas = [*ALPHAS[timesteps], 1.0]
@@ -218,7 +219,7 @@ class TestOrder2:
         expected = adams_bashforth(lambda x, t, a: elementwise_numpy(x, t), x_T.numpy(), visited)
         close(own, expected)
 
-    @pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+    @pytest.mark.parametrize("prediction", ["sample", "v_prediction", "score"])
     def test_predictions(self, impl, prediction):
         """The epsilon of the step before is that of the state then."""
         x_T = draws(*SHAPE)
@@ -230,6 +231,8 @@ class TestOrder2:
             m = elementwise_numpy(x, t)
             if prediction == "sample":
                 return (x - math.sqrt(a) * m) / math.sqrt(1 - a)
+            if prediction == "score":
+                return -math.sqrt(1 - a) * m
             return math.sqrt(a) * m + math.sqrt(1 - a) * x
 
         visited = [(t, a) for t, a, _ in levels()] + [(None, 1.0)]
@@ -417,7 +420,7 @@ class TestDenoisedFn:
 
     @pytest.mark.parametrize("rederive_eps", [False, True])
     @pytest.mark.parametrize("clip", [None, 0.7])
-    @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+    @pytest.mark.parametrize("prediction", PREDICTIONS)
     def test_against_a_transcription(self, impl, rederive_eps, clip, prediction):
         x_T, noise, eta = draws(*SHAPE), draws(S, *SHAPE, seed=1), 0.6
         times, seen = [], []

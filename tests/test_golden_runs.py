@@ -57,6 +57,26 @@ def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
             assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+def test_a_folder_of_another_default_spacing_is_refused(tmp_path: Path) -> None:
+    """Its timesteps were those of `uniform`: nothing of `trailing` may be mixed into it."""
+    kept = DATA / "run"
+    folder = tmp_path / "run"
+    run = {**golden_runs.RUN, "out": folder, "impl": "reference"}
+    fastddim.generate(golden_runs.model, **run)
+    lost = sorted(folder.glob("*.npz"))[1]
+    lost.unlink()
+    before = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    del run["spacing"]
+    with pytest.raises(
+        fastddim.runs.ManifestMismatchError,
+        match=r"plan\.timesteps\[0\]: 800 in the folder, 999 here",
+    ):
+        fastddim.generate(golden_runs.model, **run)
+    assert {path.name: path.read_bytes() for path in sorted(folder.iterdir())} == before
+    old, new = (json.loads((path / "manifest.json").read_text()) for path in (kept, folder))
+    assert old["plan"] == new["plan"]
+
+
 def test_a_saved_pipeline_of_an_earlier_version_loads() -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     ours = importlib.import_module("fastddim.integrations.diffusers")

@@ -129,10 +129,11 @@ class TestReplay:
                 {"x_T": latents()},
                 {"eta": 0.25},
                 {"variance": "large"},
-                {"spacing": "trailing"},
+                {"spacing": "uniform"},
                 {"steps": [981, 500, 77, 3]},
                 {"schedule": Schedule.cosine()},
                 {"prediction": "v_prediction"},
+                {"prediction": "score"},
                 {"clip": 0.5},
                 {"clip": 0.5, "rederive_eps": True},
             ],
@@ -142,7 +143,7 @@ class TestReplay:
         assert len(captures) == 1
 
     def test_without_noise(self, mode, impl, captures):
-        follows(mode, SmallNet(), [{}, {"spacing": "trailing"}, {"seed": 9}], impl=impl)
+        follows(mode, SmallNet(), [{}, {"spacing": "uniform"}, {"seed": 9}], impl=impl)
         assert len(captures) == 1
 
     def test_guidance(self, mode, impl, captures):
@@ -248,7 +249,7 @@ class TestReplay:
         assert len(captures) == 1
 
     def test_order_2(self, mode, impl, captures):
-        calls = [{}, {"seed": 1}, {"spacing": "trailing"}, {"clip": 0.5}]
+        calls = [{}, {"seed": 1}, {"spacing": "uniform"}, {"clip": 0.5}]
         follows(mode, SmallNet(), calls, impl=impl, order=2)
         assert len(captures) == 1
 
@@ -1788,7 +1789,7 @@ class TestOnCuda:
         model = self.net(device)
         for kind in self.kinds(device):
             results = []
-            for call in ({"seed": 1}, {"seed": 2}, {"seed": 1, "spacing": "trailing"}):
+            for call in ({"seed": 1}, {"seed": 2}, {"seed": 1, "spacing": "uniform"}):
                 kwargs = {**kind, **call, "device": device}
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")

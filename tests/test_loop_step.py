@@ -33,6 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16, "eta": 1.0},
     "float16, order 2": {"dtype": torch.float16, "order": 2},
     "v": {"prediction": "v_prediction", "variance": "large", "eta": 1.0, "clip": 1.0},
+    "score": {"prediction": "score", "eta": 0.3},
+    "score, order 2": {"prediction": "score", "order": 2},
 }
 
 

@@ -132,6 +132,15 @@ def test_linspace():
         assert timesteps[-1] == T - 1
 
 
+def test_the_default_is_trailing():
+    for S in (1, 2, 7, 50, 999, 1000):
+        own = select_timesteps(T, S)
+        assert torch.equal(own, select_timesteps(T, S, "trailing"))
+        assert own[0] == T - 1
+        assert torch.equal(make_plan(LINEAR, S, Update()).timesteps, own)
+        assert torch.equal(make_inversion_plan(LINEAR, S, Update()).timesteps, own.flip(0))
+
+
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_diffusers_spacings(spacing):
     """diffusers' own lists wherever they hold S distinct timesteps.
@@ -204,7 +213,9 @@ def test_coefficients_of_x_0():
             "epsilon": (1 / math.sqrt(a), -math.sqrt(1 - a) / math.sqrt(a)),
             "sample": (0.0, 1.0),
             "v_prediction": (math.sqrt(a), -math.sqrt(1 - a)),
+            "score": (1 / math.sqrt(a), (1 - a) / math.sqrt(a)),
         }
+        assert set(expected) == set(PREDICTIONS)
         for prediction, values in expected.items():
             row = coefficient_row(a, 0.95, Update(prediction=prediction))
             np.testing.assert_allclose((row.cx, row.cm), values, rtol=1e-14)
@@ -223,14 +234,15 @@ ZERO_SNR_STEPS = [(0.0, 0.3), (0.0, 1.0)]
 def test_rows_are_the_paper(prediction, variance, eta):
     rng = np.random.default_rng(0)
     x, m, z = rng.normal(size=(3, 200))
-    steps = STEPS + (ZERO_SNR_STEPS if prediction != "epsilon" else [])
+    needs_signal = prediction in ("epsilon", "score")
+    steps = STEPS + ([] if needs_signal else ZERO_SNR_STEPS)
     for (a, p), clip, rederive_eps in itertools.product(steps, (None, 0.7), (False, True)):
         kind = {"prediction": prediction, "clip": clip, "rederive_eps": rederive_eps}
         row = coefficient_row(a, p, Update(eta=eta, variance=variance, **kind))
         own, own_x_0 = evaluate(row, x, m, z)
         expected, x_0 = ddim_step(x, m, a, p, eta=eta, variance=variance, z=z, **kind)
         # x_0 of a nearly pure-noise state is a difference of terms of size 1/√ā.
-        scale = 1 + 1 / math.sqrt(a) if prediction == "epsilon" else 1.0
+        scale = 1 + 1 / math.sqrt(a) if needs_signal else 1.0
         np.testing.assert_allclose(own, expected, rtol=1e-12, atol=1e-13 * scale)
         np.testing.assert_allclose(own_x_0, x_0, rtol=1e-12, atol=1e-13 * scale)
 
@@ -318,7 +330,7 @@ class TestTooLargeEta:
     def test_names_the_step(self):
         # 1 − p − η²·(1−p)/(1−a)·(1−a/p) first falls below 0 where a/p is smallest.
         a = linear_alphas()
-        timesteps = select_timesteps(T, 20).numpy()
+        timesteps = select_timesteps(T, 20, "uniform").numpy()
         a_t, p = a[timesteps], np.append(a[timesteps[1:]], 1.0)
         with np.errstate(divide="ignore"):
             limit = np.where(p < 1, np.sqrt((1 - a_t) / (1 - a_t / p)), np.inf)
@@ -328,9 +340,10 @@ class TestTooLargeEta:
             ValueError,
             match=rf"^eta: expected .*1\.05.* step {first} \(timestep {timesteps[first]}\)",
         ):
-            make_plan(LINEAR, 20, Update(eta=eta))
+            make_plan(LINEAR, 20, Update(eta=eta), spacing="uniform")
+        per_sample = Update(eta=torch.tensor([0.0, eta])).checked(2)
         with pytest.raises(ValueError, match=rf"^eta: .*step {first} "):
-            make_plan(LINEAR, 20, Update(eta=torch.tensor([0.0, eta])).checked(2))
+            make_plan(LINEAR, 20, per_sample, spacing="uniform")
 
     def test_largest_allowed_is_allowed(self):
         a, p = 0.2, 0.6
@@ -352,14 +365,19 @@ class TestTooLargeEta:
 class TestZeroTerminalSnr:
     schedule = LINEAR.zero_terminal_snr()
 
-    def test_epsilon_is_refused(self):
-        with pytest.raises(ValueError, match=r"^prediction: .*'epsilon'.*step 0 \(timestep 999\)"):
-            make_plan(self.schedule, 10, Update(), spacing="trailing")
-        with pytest.raises(ValueError, match=r"^prediction: .*'epsilon'.*\(timestep 999\)"):
-            make_inversion_plan(self.schedule, 10, Update(), spacing="trailing")
+    @pytest.mark.parametrize("prediction", ["epsilon", "score"])
+    def test_noise_alone_is_refused(self, prediction):
+        """x_0 does not follow from either: the score of pure noise is −x, whatever the data."""
+        update, named = Update(prediction=prediction), rf"^prediction: .*'{prediction}'"
+        with pytest.raises(ValueError, match=rf"{named}.*step 0 \(timestep 999\)"):
+            make_plan(self.schedule, 10, update, spacing="trailing")
+        with pytest.raises(ValueError, match=rf"{named}.*\(timestep 999\)"):
+            make_inversion_plan(self.schedule, 10, update, spacing="trailing")
 
-    def test_epsilon_elsewhere_is_not(self):
-        plan = make_plan(self.schedule, 10, Update(clip=1.0))
+    @pytest.mark.parametrize("prediction", ["epsilon", "score"])
+    def test_elsewhere_it_is_not(self, prediction):
+        update = Update(clip=1.0, prediction=prediction)
+        plan = make_plan(self.schedule, 10, update, spacing="uniform")
         assert plan.timesteps[0] == 900
         assert plan.table.isfinite().all()
 
@@ -384,7 +402,7 @@ class TestInversionPlan:
             up = make_inversion_plan(LINEAR, 20, Update(), spacing=spacing).timesteps
             assert up.tolist() == down.tolist()[::-1]
 
-    @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+    @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "score"])
     def test_a_row_undoes_a_row(self, prediction):
         """With one model output for both, down ∘ up is the identity and x_0 is the same."""
         rng = np.random.default_rng(2)

@@ -67,7 +67,8 @@ def test_float64(prediction, guidance, learned):
             wide(x), m_64, a, p, z=0.0 if noise is None else wide(noise), **kind
         )
         assert own.dtype == own_x_0.dtype == torch.float64
-        scale = (1 / math.sqrt(a) if prediction == "epsilon" else 1.0) * (1 + np.abs(m_64).max())
+        divided = prediction in ("epsilon", "score")
+        scale = (1 / math.sqrt(a) if divided else 1.0) * (1 + np.abs(m_64).max())
         np.testing.assert_allclose(own.numpy(), expected, rtol=1e-12, atol=1e-13 * scale)
         np.testing.assert_allclose(own_x_0.numpy(), x_0, rtol=1e-12, atol=1e-13 * scale)
 
@@ -98,6 +99,7 @@ PREDICTION = {
     "epsilon": lambda a: (1 / a**0.5, (1 - a) ** 0.5 / a**0.5, 0.0, 1.0),
     "sample": lambda a: (0.0, 1.0, 1 / (1 - a) ** 0.5, (a / (1 - a)) ** 0.5),
     "v_prediction": lambda a: (a**0.5, (1 - a) ** 0.5, (1 - a) ** 0.5, a**0.5),
+    "score": lambda a: (1 / a**0.5, (1 - a) / a**0.5, 0.0, (1 - a) ** 0.5),
 }
 
 
@@ -182,6 +184,8 @@ def test_better_than_rounding_every_operation(dtype, prediction):
             x_0, eps = (x - sigma * m) / signal, m
         elif prediction == "sample":
             x_0, eps = m, (x - signal * m) / sigma
+        elif prediction == "score":
+            x_0, eps = (x + sigma**2 * m) / signal, -sigma * m
         else:
             x_0, eps = signal * x - sigma * m, signal * m + sigma * x
         rounded = p**0.5 * x_0 + (1 - p) ** 0.5 * eps

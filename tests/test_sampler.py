@@ -85,7 +85,7 @@ class TestEquation12:
             expected = ddim_sample(
                 elementwise_numpy,
                 x_T.numpy(),
-                list(range(950, -1, -50)),
+                list(range(999, -1, -50)),
                 linear_alphas(),
                 noise.numpy(),
                 **kind,
@@ -111,7 +111,7 @@ class TestEquation12:
             elementwise_model, 10, x_T=x_T, schedule=Schedule.linear(100, 0.001, 0.2)
         )
         alphas = linear_alphas(100, 0.001, 0.2)
-        self.check(own, ddim_sample(elementwise_numpy, x_T.numpy(), range(90, -1, -10), alphas))
+        self.check(own, ddim_sample(elementwise_numpy, x_T.numpy(), range(99, -1, -10), alphas))
 
     @pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
     def test_zero_terminal_snr(self, prediction):
@@ -138,10 +138,10 @@ class TestEquation12:
         """Noise a clean image to timestep t, then sample from t down."""
         x_0, z = latents(seed=2).clamp(-1, 1), latents(seed=3)
         a = linear_alphas()
-        timesteps = [t for t in select_timesteps(1000, 50).tolist() if t <= 400]
+        timesteps = [t for t in select_timesteps(1000, 50).tolist() if t < 400]
         x_t = LINEAR.add_noise(x_0, timesteps[0], z)
         own = fastddim.sample(elementwise_model, timesteps, x_T=x_t)
-        start = a[400] ** 0.5 * x_0.numpy() + (1 - a[400]) ** 0.5 * z.numpy()
+        start = a[399] ** 0.5 * x_0.numpy() + (1 - a[399]) ** 0.5 * z.numpy()
         self.check(own, ddim_sample(elementwise_numpy, start, timesteps, a))
 
     @pytest.mark.parametrize("impl", CPU_IMPLS)
@@ -161,7 +161,7 @@ class TestEquation12:
                 # u + g·(c − u) with c = u/2.
                 lambda x, t, g=g: elementwise_numpy(x, t) * (1 + g * (0.5 - 1)),
                 x_T[i : i + 1].numpy(),
-                range(900, -1, -100),
+                range(999, -1, -100),
                 a,
                 noise[:, i : i + 1].numpy(),
                 eta=eta[i].item(),
@@ -182,7 +182,7 @@ class TestDiffusers:
 
     @pytest.mark.parametrize("steps", [10, 20, 50, 100])
     @pytest.mark.parametrize("eta", [0.0, 1.0])
-    @pytest.mark.parametrize("prediction", PREDICTIONS)
+    @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
     def test_leading(self, steps, eta, prediction):
         scheduler = diffusers.DDIMScheduler(
             clip_sample=False, timestep_spacing="leading", prediction_type=prediction
@@ -210,7 +210,12 @@ class TestDiffusers:
         with torch.no_grad():
             expected = self.peer(scheduler, model, 20, x_T)
         own = fastddim.sample(
-            model, 20, x_T=x_T, clip=1.0, schedule=Schedule.from_diffusers(scheduler)
+            model,
+            20,
+            x_T=x_T,
+            clip=1.0,
+            spacing="leading",
+            schedule=Schedule.from_diffusers(scheduler),
         )
         assert (own - expected).abs().max() < 1e-5
 
@@ -238,7 +243,7 @@ class TestDiffusers:
 
         x_T = latents((2, 1, 8, 8))
         own = fastddim.sample(unet, 5, x_T=x_T)
-        expected = ddim_sample(model, x_T.numpy(), range(800, -1, -200), linear_alphas())
+        expected = ddim_sample(model, x_T.numpy(), range(999, -1, -200), linear_alphas())
         np.testing.assert_allclose(own.numpy(), expected, rtol=1e-10, atol=1e-10)
 
     def test_rectangular_unet_config(self):
@@ -261,7 +266,7 @@ FIT = {"temperature": 1.0, "dynamic_thresholding_ratio": None, "sample_max_value
 LOOP = {"order": 1, "denoised_fn": None}
 MASK = {"mask": None, "known": None}
 NOISE = {"seed": 0, "sample_offset": 0, "noise": None}
-PLAN = {"schedule": None, "spacing": "uniform", "steps_offset": 0}
+PLAN = {"schedule": None, "spacing": "trailing", "steps_offset": 0}
 RUN = {
     "device": None,
     "dtype": None,
@@ -337,6 +342,26 @@ class TestSignatures:
             fastddim.sample(elementwise_model, 5, shape=SHAPE),
             fastddim.sample(elementwise_model, 5, shape=SHAPE, schedule=Schedule.linear()),
         )
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            fastddim.sample,
+            fastddim.Sampler,
+            fastddim.invert,
+            fastddim.Stream.submit,
+            fastddim.generate,
+            select_timesteps,
+        ],
+        ids=lambda function: function.__qualname__,
+    )
+    def test_runs_start_at_the_last_timestep(self, function):
+        assert inspect.signature(function).parameters["spacing"].default == "trailing"
+
+    def test_one_step_starts_at_the_last_timestep(self):
+        model = Recorder()
+        fastddim.sample(model, 1, x_T=latents())
+        assert [t.tolist() for t in model.t] == [[999, 999]]
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
@@ -674,7 +699,7 @@ class TestModels:
         expected = ddim_sample(
             elementwise_numpy,
             philox.initial_latents(shape, dtype=torch.float64).numpy(),
-            range(800, -1, -200),
+            range(999, -1, -200),
             linear_alphas(),
             noise,
             eta=1.0,
@@ -995,6 +1020,8 @@ class TestInvert:
 
     def rotate_up(self, x, output, a, p, prediction):
         """x_t solved from x_p = √p·x_0 + √(1−p)·ε, without the plan's A and B."""
+        if prediction == "score":
+            return self.rotate_up(x, -((1 - a) ** 0.5) * output, a, p, "epsilon")
         if prediction == "epsilon":
             return (a / p) ** 0.5 * (x - (1 - p) ** 0.5 * output) + (1 - a) ** 0.5 * output
         # With √ā = cos φ, v-prediction turns the state: x_p = cos(φ_t−φ_p)·x_t − sin(φ_t−φ_p)·v.
@@ -1002,7 +1029,7 @@ class TestInvert:
         return (x + np.sin(turn) * output) / np.cos(turn)
 
     @pytest.mark.parametrize("impl", CPU_IMPLS)
-    @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+    @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "score"])
     @pytest.mark.parametrize("steps", [1, 10, [900, 500, 499, 3]])
     @pytest.mark.parametrize("spacing", ["uniform", "trailing"])
     def test_relation(self, prediction, steps, spacing, impl):
@@ -1016,7 +1043,7 @@ class TestInvert:
             p = a[t]
         np.testing.assert_allclose(own.numpy(), x, rtol=1e-10, atol=1e-10)
 
-    @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+    @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "score"])
     def test_exact_where_the_output_does_not_depend_on_the_state(self, prediction):
         """Then the explicit guess is the solution, and decoding gives the data back."""
 

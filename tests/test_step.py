@@ -223,8 +223,9 @@ class TestOut:
         {"eta": 0.0},
         {"eta": 1.0, "variance": "large", "clip": 1.0, "rederive_eps": True},
         {"eta": 0.5, "prediction": "v_prediction"},
+        {"eta": 0.5, "prediction": "score"},
     ],
-    ids=["ddim", "sigma-hat", "v"],
+    ids=["ddim", "sigma-hat", "v", "score"],
 )
 def test_a_loop_of_steps_is_sample(impl, dtype, kind):
     """`sample` written out by its user, bit for bit."""

@@ -25,6 +25,7 @@ KINDS = [
     {"eta": 1.0, "variance": "large"},
     {"prediction": "v_prediction", "clip": 0.7, "rederive_eps": True, "eta": 0.5},
     {"prediction": "sample", "temperature": 0.5, "eta": 1.0},
+    {"prediction": "score", "eta": 0.5},
     {"dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5},
     {"guidance_scale": 3.0, "guidance_rescale": 0.7},
 ]

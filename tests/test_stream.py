@@ -143,7 +143,7 @@ class TestIsSample:
         self.check(conditioned, requests, rng, slots=slots, guided=guided, impl=impl)
 
     @pytest.mark.parametrize("impl", CPU_IMPLS)
-    @pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+    @pytest.mark.parametrize("prediction", ["sample", "v_prediction", "score"])
     def test_predictions(self, impl, prediction):
         rng = random.Random(1)
         requests = [random_request(rng) for _ in range(6)]
@@ -468,7 +468,7 @@ class TestErrors:
         stream.run()
         assert done == ([tickets[1]] if check_finite else [])
         if check_finite:
-            with pytest.raises(ValueError, match=r"got NaN or infinity at step 1 \(timestep 500\)"):
+            with pytest.raises(ValueError, match=r"got NaN or infinity at step 1 \(timestep 749\)"):
                 tickets[1].result(0)
         else:
             assert tickets[1].result(0).isnan().all()

@@ -12,8 +12,12 @@ from torch import Tensor
 import fastddim
 from fastddim import philox
 from fastddim.cli.interpolate import mixed
+from fastddim.options import Spacing
 
 SEED = 0
+SPACING: Spacing = "uniform"
+"""The paper's linear τ."""
+
 SPACE = "classifier"
 
 
@@ -22,7 +26,7 @@ def same_latents(
 ) -> dict[int, Tensor]:
     """Samples `[count, C, H, W]` of the same x_T, those of `SEED`, by number of steps."""
     return {
-        steps: fastddim.sample(model, steps, eta=eta, batch_size=count, seed=SEED)
+        steps: fastddim.sample(model, steps, spacing=SPACING, eta=eta, batch_size=count, seed=SEED)
         for steps in step_counts
     }
 
@@ -58,15 +62,15 @@ def between(model: Any, seeds: Sequence[int], frames: int, steps: int) -> Tensor
     The corner of a seed is the sample that is drawn with that seed.
     """
     ends = philox.initial_latents((len(seeds), *model.sample_shape), list(seeds))
-    drawn = fastddim.sample(model, steps, x_T=mixed(ends, frames))
+    drawn = fastddim.sample(model, steps, spacing=SPACING, x_T=mixed(ends, frames))
     assert isinstance(drawn, Tensor)
     return drawn
 
 
 def reconstruct(model: Any, images: Tensor, steps: int, refine: int = 0) -> Tensor:
     """Images `[N, C, H, W]` encoded and decoded, in as many steps each."""
-    latents = fastddim.invert(model, images, steps, refine=refine)
-    decoded = fastddim.sample(model, steps, x_T=latents)
+    latents = fastddim.invert(model, images, steps, spacing=SPACING, refine=refine)
+    decoded = fastddim.sample(model, steps, spacing=SPACING, x_T=latents)
     assert isinstance(decoded, Tensor)
     return decoded
 

@@ -98,22 +98,23 @@ def coefficient_row(
 
     Args:
         a: ᾱ_t in [0, 1]; 1 (clean data) only without noise and where epsilon needs no division by
-            √(1 − ᾱ_t).
+            √(1 − ᾱ_t) and is not the score times 0.
         p: ᾱ of the next visited timestep in [0, 1]; at 1 no noise is added.
         update: the kind of step, checked.
         where: how an error names the step.
         weights: of eps − h for each earlier eps h, as `plan.multistep` gives them.
 
     Raises:
-        ValueError: epsilon prediction at ᾱ_t = 0, noise on a step that does not go down, or an η so
-            large that 1 − ᾱ_prev − σ² < 0.
+        ValueError: epsilon or score prediction at ᾱ_t = 0, noise on a step that does not go down,
+            or an η so large that 1 − ᾱ_prev − σ² < 0.
     """
     a, p = _alike(a, p)
-    _refuse_epsilon_at_zero(a, update.prediction, where)
-    if _any(a == 1) and (update.noisy or update.rederive_eps or update.prediction == "sample"):
+    _refuse_unknown_x_0(a, update.prediction, where)
+    unknown = update.prediction in ("sample", "score")
+    if _any(a == 1) and (update.noisy or update.rederive_eps or unknown):
         raise ValueError(
-            "alpha_t: expected a value below 1 for sample prediction, rederive_eps or eta > 0, "
-            f"got 1{where}"
+            "alpha_t: expected a value below 1 for sample or score prediction, rederive_eps or "
+            f"eta > 0, got 1{where}"
         )
     if update.noisy and _any(p < a):
         raise ValueError(
@@ -133,7 +134,9 @@ def coefficient_row(
 def unchecked_row(
     a: Coefficient, p: Coefficient, update: Update, weights: HistoryWeights = NO_HISTORY
 ) -> Row:
-    """`coefficient_row` for tensors of any steps: what is refused there gives infinity or NaN."""
+    """`coefficient_row` for tensors of any steps: what is refused there gives infinity or NaN,
+    except score prediction at ᾱ_t = 1, whose epsilon is 0.
+    """
     direction, noise = _deviations(a, p, update)
     return row_of(Scales(sqrt(a), sqrt(1 - a), sqrt(p), direction, noise), update, weights)
 
@@ -170,6 +173,8 @@ def prediction_coefficients(
         return 1 / signal, -sigma / signal, 0.0, 1.0
     if prediction == "sample":
         return 0.0, 1.0, 1 / sigma, -signal / sigma
+    if prediction == "score":
+        return 1 / signal, sigma * sigma / signal, 0.0, -sigma
     return signal, -sigma, sigma, signal
 
 
@@ -222,16 +227,17 @@ def inversion_row(a: Coefficient, p: Coefficient, update: Update, *, where: str 
     same as in `sample`.
 
     Raises:
-        ValueError: A = 0 (sample prediction from ᾱ = 1), or epsilon prediction at ᾱ_t = 0.
+        ValueError: A = 0 (sample prediction from ᾱ = 1), or epsilon or score prediction at
+            ᾱ_t = 0.
     """
-    _refuse_epsilon_at_zero(a, update.prediction, where)
+    _refuse_unknown_x_0(a, update.prediction, where)
     signal, sigma = sqrt(a), sqrt(1 - a)
     cx, cm, ex, em = prediction_coefficients(signal, sigma, update.prediction)
     A = sqrt(p) * cx + sqrt(1 - p) * ex
     B = sqrt(p) * cm + sqrt(1 - p) * em
     if _any(A == 0):
         raise ValueError(
-            f"prediction: expected epsilon or v_prediction to invert from alpha_cumprod = 1, "
+            "prediction: expected epsilon, v_prediction or score to invert from alpha_cumprod = 1, "
             f"got {update.prediction!r}{where}: the state there does not depend on x_t"
         )
     ex, em = ex / A, em - ex * B / A
@@ -287,11 +293,12 @@ def settled(value: Any) -> Any:
     return torch.where(value < -rounding, math.nan, value.clamp_min(0.0))
 
 
-def _refuse_epsilon_at_zero(a: Coefficient, prediction: str, where: str) -> None:
-    if prediction == "epsilon" and _any(a == 0):
+def _refuse_unknown_x_0(a: Coefficient, prediction: str, where: str) -> None:
+    """Refuse what says nothing of x_0 where the state is noise alone."""
+    if prediction in ("epsilon", "score") and _any(a == 0):
         raise ValueError(
             "prediction: expected sample or v_prediction where alpha_cumprod is 0 "
-            f"(zero terminal SNR), got 'epsilon'{where}"
+            f"(zero terminal SNR), got {prediction!r}{where}"
         )
 
 

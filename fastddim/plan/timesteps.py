@@ -54,7 +54,7 @@ SPACINGS: dict[Spacing, Callable[[int, int], Timesteps]] = {
 
 
 def select_timesteps(
-    T: int, steps: Steps, spacing: Spacing = "uniform", steps_offset: int = 0
+    T: int, steps: Steps, spacing: Spacing = "trailing", steps_offset: int = 0
 ) -> Tensor:
     """int64 tensor `[S]` of distinct timesteps out of `range(T)`, in the order visited
     (decreasing).
@@ -62,10 +62,10 @@ def select_timesteps(
     Args:
         T: number of training timesteps.
         steps: S in [1, T], or the timesteps themselves.
-        spacing: `uniform` ⌊i·T/S⌋ (the paper's linear τ); `quadratic` (the paper's other τ, made
-            strictly increasing); `leading` ⌊T/S⌋·i + steps_offset; `trailing` round(T − i·T/S) − 1;
-            `linspace` round(linspace(0, T − 1, S)). At S = 1 only `trailing` starts at T − 1; the
-            others visit t = 0 alone.
+        spacing: `trailing` round(T − i·T/S) − 1, which starts at T − 1 at every S; `uniform`
+            ⌊i·T/S⌋ (the paper's linear τ); `quadratic` (the paper's other τ, made strictly
+            increasing); `leading` ⌊T/S⌋·i + steps_offset; `linspace` round(linspace(0, T − 1, S)).
+            At S = 1 all but `trailing` visit t = 0 alone.
         steps_offset: of `leading`; 0 for every other spacing.
 
     Raises:

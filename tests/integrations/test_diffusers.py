@@ -794,6 +794,7 @@ class TestPhilox:
             x_T=x_T,
             eta=1.0,
             seed=seed,
+            spacing="leading",
             schedule=fastddim.Schedule.from_diffusers(theirs),
         )
         torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)

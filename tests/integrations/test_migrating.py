@@ -198,6 +198,7 @@ class TestAsSample:
             10,
             x_T=x,
             noise=noise,
+            spacing="uniform",
             schedule=fastddim.Schedule.from_betas(BETAS),
             **options,
         )

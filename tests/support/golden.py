@@ -73,7 +73,8 @@ def timesteps() -> Iterator[Tensor]:
 
 
 def plans(prediction: str) -> Iterator[Tensor]:
-    schedule = LINEAR if prediction == "epsilon" else Schedule.cosine().zero_terminal_snr()
+    divided = prediction in ("epsilon", "score")
+    schedule = LINEAR if divided else Schedule.cosine().zero_terminal_snr()
     limits: list[dict[str, Any]] = [{}, {"clip": 0.7, "rederive_eps": True}]
     kinds = itertools.product(SPACINGS, ETAS, VARIANCES, limits, (1, 13))
     for spacing, eta, variance, limit, steps in kinds:
@@ -83,14 +84,14 @@ def plans(prediction: str) -> Iterator[Tensor]:
         if eta == 0:
             yield from _numbers(make_plan(schedule, steps, update, spacing=spacing, order=2))
     update = Update(prediction=prediction, **TENSORS).checked(2)
-    yield from _numbers(make_plan(schedule, 9, update))
+    yield from _numbers(make_plan(schedule, 9, update, spacing="uniform"))
     yield from _numbers(make_plan(schedule, 1000, Update(eta=1.0, prediction=prediction)))
     each = Update(eta=(0.0, 0.5, 1.0), temperature=(1.0, 0.9, 0.8), prediction=prediction)
-    yield from _numbers(make_plan(schedule, 3, each))
+    yield from _numbers(make_plan(schedule, 3, each, spacing="uniform"))
 
 
-def inversions() -> Iterator[Tensor]:
-    for spacing, prediction in itertools.product(SPACINGS, ("epsilon", "v_prediction")):
+def inversions(*predictions: str) -> Iterator[Tensor]:
+    for spacing, prediction in itertools.product(SPACINGS, predictions):
         for order in (1, 2):
             update = Update(prediction=prediction, guidance_scale=3.0)
             yield from _numbers(
@@ -107,6 +108,11 @@ def tables() -> Iterator[Tensor]:
             rows = stack_row(unchecked_row(alphas[20:], alphas[:-20], update))
             yield rows
             yield to_table(rows, torch.float32, rows.device)
+
+
+def known_data() -> Iterator[Tensor]:
+    plan = make_plan(LINEAR, 50, Update(), spacing="uniform")
+    yield known_rows(plan.alphas_cumprod)
 
 
 def gaussians() -> Iterator[Tensor]:
@@ -146,8 +152,9 @@ def digests() -> dict[str, str]:
         "schedules": schedules,
         "timesteps": timesteps,
         **{f"plans, {name}": functools.partial(plans, name) for name in PREDICTIONS},
-        "inversions": inversions,
-        "known data": lambda: iter([known_rows(make_plan(LINEAR, 50, Update()).alphas_cumprod)]),
+        "inversions": lambda: inversions("epsilon", "v_prediction"),
+        "inversions, score": lambda: inversions("score"),
+        "known data": known_data,
         "rows of tensors": tables,
         "gaussians": gaussians,
         "network's coefficients": lambda: iter([_network().coefficient_bits]),

@@ -83,6 +83,8 @@ def sampling() -> dict[str, dict[str, Any]]:
         "temperature of each step": {"eta": 0.5, "temperature": [1.0, 0.5, per_sample, 0.0, 1.0]},
         "sample": {"prediction": "sample", "eta": 0.3},
         "v": {"prediction": "v_prediction", "schedule": cosine, "spacing": "trailing"},
+        "score": {"prediction": "score", "eta": 0.3},
+        "score, order 2": {"prediction": "score", "order": 2},
         "clip": {"clip": 0.6},
         "rederived": {"clip": 0.6, "rederive_eps": True, "eta": 0.5},
         "guided": guided,
@@ -118,8 +120,9 @@ def sampling() -> dict[str, dict[str, Any]]:
         "quadratic": {"steps": 13, "spacing": "quadratic"},
         "leading": {"steps": 10, "spacing": "leading", "steps_offset": 1},
         "linspace": {"steps": 10, "spacing": "linspace"},
-        "vectors": {"shape": (3,), "eta": 1.0, "steps": 4},
-        "small": {"shape": (2, 1), "eta": 1.0, "steps": 4, "order": 1},
+        "trailing": {"steps": 10},
+        "vectors": {"shape": (3,), "eta": 1.0, "steps": 4, "spacing": "uniform"},
+        "small": {"shape": (2, 1), "eta": 1.0, "steps": 4, "order": 1, "spacing": "uniform"},
         "no sample": {"shape": (0, 4), "steps": 3},
     }
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
@@ -175,6 +178,7 @@ def inverted(impl: str) -> Iterator[tuple[str, list[Tensor]]]:
         "order 2": {"order": 2},
         "refined": {"refine": 2},
         "v": {"prediction": "v_prediction", "schedule": fastddim.Schedule.cosine()},
+        "score": {"prediction": "score"},
         "guided": {**guided, "model": conditioned, "guidance_rescale": 0.3},
         "guided, refined": {**guided, "model": conditioned, "refine": 1},
         "trajectory": {"return_trajectory": True, "spacing": "trailing", "steps": 7},
@@ -199,6 +203,7 @@ def streamed(impl: str) -> Iterator[tuple[str, list[Tensor]]]:
             "schedule": fastddim.Schedule.cosine(),
             "check_finite": True,
         },
+        "score": {"prediction": "score"},
         "float16": {"model": Network(torch.float16)},
         "float64": {"dtype": torch.float64},
     }
@@ -220,6 +225,7 @@ def _requests(kind: dict[str, Any], dtype: torch.dtype) -> Iterator[dict[str, An
     thresholded = "dynamic_thresholding_ratio" in kind
     for i, steps in enumerate((5, 1, 3, [900, 40, 3], 8, 2, 13)):
         request: dict[str, Any] = {"steps": steps, "seed": 2**64 - 1 - i, "sample_offset": i % 2}
+        request["spacing"] = "uniform"
         if noisy and i % 3:
             request |= {"eta": 0.5 * (i % 3), "temperature": 1 - i / 16}
         if not thresholded and i % 2:
@@ -236,6 +242,7 @@ def _requests(kind: dict[str, Any], dtype: torch.dtype) -> Iterator[dict[str, An
 
 RUN: dict[str, Any] = {
     "steps": 5,
+    "spacing": "uniform",
     "stop": 7,
     "start": 2,
     "seed": 9,

@@ -48,6 +48,10 @@ def ddim_step(
     elif prediction == "sample":
         x_0 = m
         eps = (x - np.sqrt(a) * x_0) / np.sqrt(1 - a)
+    elif prediction == "score":
+        # ∇ log p_t(x) of x = √ā·x_0 + √(1−ā)·ε is −ε/√(1−ā) (arXiv 2011.13456).
+        eps = -np.sqrt(1 - a) * m
+        x_0 = (x + (1 - a) * m) / np.sqrt(a)
     else:
         # v = √ā·ε − √(1−ā)·x_0 (arXiv 2202.00512), solved together with x = √ā·x_0 + √(1−ā)·ε.
         x_0 = np.sqrt(a) * x - np.sqrt(1 - a) * m

@@ -96,6 +96,7 @@ def sampler(model: Any, x_T: Tensor, steps: int, eta: float, mode: Graph) -> Loo
         steps,
         shape=tuple(x_T.shape),
         schedule=fastddim.Schedule.linear(),
+        spacing="uniform",
         eta=eta,
         device=x_T.device,
         graph=mode,

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from fastddim.integrations._shared import each
-from fastddim.plan import PREDICTIONS, Rescaling, Row, Scales, settled, stack_row
+from fastddim.plan import Rescaling, Row, Scales, settled, stack_row
 from fastddim.steptable import StepTable
 
 # In the place of 1/0, so that infinity is not taken from infinity before the clip.
 _HUGE = 1e30
+
+_PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 class SignedTable(StepTable):
@@ -73,7 +75,7 @@ def scales(a: Tensor, p: Tensor, eta: float = 0.0) -> Scales:
 def valid(config: Any) -> bool:
     """Return True for a config that has rows; diffusers raises the error for one that has none."""
     thresholded = not config.get("thresholding") or 0 < config["dynamic_thresholding_ratio"] <= 1
-    return thresholded and config["prediction_type"] in PREDICTIONS
+    return thresholded and config["prediction_type"] in _PREDICTION_TYPES
 
 
 def limits(config: Any) -> tuple[float | None, Rescaling | None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastddim
 from fastddim import backends, philox
+from fastddim.plan import PREDICTIONS
 
 from ..updates import (
     DTYPES,
@@ -74,7 +75,7 @@ def update_arguments() -> Iterator[tuple[str, Arguments]]:
         kind = {"layout": layout, "noise": noise, "guided": True, "model_input": torch.float16}
         yield f"{layout}-{noise}", ((2, 3, 5, 8), kind)
     for prediction, clip, rederive_eps in itertools.product(
-        ("epsilon", "sample", "v_prediction"), (None, 0.7), (False, True)
+        PREDICTIONS, (None, 0.7), (False, True)
     ):
         kind = {"prediction": prediction, "clip": clip, "rederive_eps": rederive_eps}
         for learned in (False, True):
