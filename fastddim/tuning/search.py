@@ -1,0 +1,155 @@
+"""The search for timesteps and weights: least squares on the error at the end of the way.
+
+Where a candidate ends is close to a linear function of small changes of its numbers, and so its
+distance to the exact solution is a least-squares problem in them, which the method of Levenberg
+and Marquardt solves (Marquardt 1963, https://doi.org/10.1137/0111030). Derivatives are differences
+of walks: the model is only ever evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fastddim.options import EffortName
+from fastddim.tuning.candidate import (
+    Candidate,
+    Change,
+    broad_changes,
+    timestep_changes,
+    weight_changes,
+)
+from fastddim.tuning.trials import Normal, Task, Trials
+
+DAMPING = (1e-3, 1e-2, 1e-1, 0.3, 1.0)
+# Of the weights towards the untuned ones, relative to the mean square error.
+_PULL = 1e-3
+# An iteration that gains less is the last.
+_GAIN = 0.98
+
+
+class Found(NamedTuple):
+    """A candidate, and its error on the latents that candidates are chosen by."""
+
+    error: float
+    candidate: Candidate
+
+
+class Effort(NamedTuple):
+    """How long to search.
+
+    Attributes:
+        teacher_steps: of the exact solution.
+        elements: numbers in the latents of each set that are wanted, which decide how many samples
+            there are.
+        least, most: bounds of these samples.
+        starts: how many of the starts are searched from.
+        broad: iterations on a few numbers that move all steps.
+        fine: iterations on each timestep and weight.
+    """
+
+    teacher_steps: int
+    elements: int
+    least: int
+    most: int
+    starts: int
+    broad: int
+    fine: int
+
+    def samples(self, numel: int) -> int:
+        """How many latents of so many elements a set has."""
+        return min(max(self.elements // max(numel, 1), self.least), self.most)
+
+    def evaluations(self, steps: int, starts: int) -> int:
+        """The most evaluations of the model on one sample of each set that a search takes."""
+        rating = len(DAMPING) * steps
+        broad = 6 * steps + rating
+        fine = steps * (3 * steps + 5) // 2 + rating
+        tried = min(self.starts, starts)
+        return starts * steps + tried * (self.broad * broad + self.fine * fine)
+
+
+EFFORTS: dict[EffortName, Effort] = {
+    "quick": Effort(60, 1 << 12, 16, 512, starts=1, broad=3, fine=2),
+    "thorough": Effort(200, 1 << 14, 64, 2048, starts=2, broad=6, fine=8),
+}
+
+
+class Search:
+    """Improves candidates on two sets of tasks: one to fit, one to choose by."""
+
+    def __init__(
+        self,
+        trials: Trials,
+        fitted: Sequence[Task],
+        chosen_by: Sequence[Task],
+        report: Callable[[float], None],
+    ) -> None:
+        self._trials = trials
+        self._fitted = fitted
+        self._chosen_by = chosen_by
+        self._report = report
+
+    def best(self, starts: Sequence[Candidate], effort: Effort) -> Found:
+        """The best candidate that is reached from the starts."""
+        tried = self._rated(starts)[: effort.starts]
+        broad = [self._improved(start, self._broad, effort.broad) for start in tried]
+        found = [self._improved(each, self._fine, effort.fine) for each in broad]
+        return min(found, key=lambda each: each.error)
+
+    def _rated(self, candidates: Sequence[Candidate]) -> list[Found]:
+        courses = [self._trials.steps.course(each) for each in candidates]
+        errors = self._trials.errors(courses, self._chosen_by)
+        rated = [Found(*pair) for pair in zip(errors, candidates, strict=True)]
+        return sorted(rated, key=lambda each: each.error)
+
+    def _broad(self, candidate: Candidate) -> list[Change]:
+        return broad_changes(candidate, self._trials.steps)
+
+    def _fine(self, candidate: Candidate) -> list[Change]:
+        return timestep_changes(candidate, self._trials.steps.T) + weight_changes(candidate)
+
+    def _improved(
+        self, found: Found, changes: Callable[[Candidate], list[Change]], iterations: int
+    ) -> Found:
+        for _ in range(iterations):
+            better = self._iterated(found.candidate, changes(found.candidate))
+            gained = better.error < _GAIN * found.error
+            found = min(found, better, key=lambda each: each.error)
+            self._report(found.error)
+            if not gained:
+                break
+        return found
+
+    def _iterated(self, candidate: Candidate, changes: Sequence[Change]) -> Found:
+        """The best of one step's candidates, from the most daring to the most careful."""
+        normal = self._trials.normal_equations(candidate, changes, self._fitted)
+        T = self._trials.steps.T
+        others = [
+            _changed(candidate, changes, _amounts(normal, changes, damping)).settled(T)
+            for damping in DAMPING
+        ]
+        return self._rated(others)[0]
+
+
+def _amounts(normal: Normal, changes: Sequence[Change], damping: float) -> np.ndarray:
+    """By how much to change each number, within its bounds."""
+    gram, slope = normal.gram.copy(), normal.slope.copy()
+    diagonal = np.maximum(np.diagonal(gram), 1e-12 * max(np.diagonal(gram).max(), 1e-300))
+    for p, change in enumerate(changes):
+        gram[p, p] += damping * diagonal[p]
+        if change.pulled is not None:
+            gram[p, p] += _PULL * normal.error
+            slope[p] += _PULL * normal.error * change.pulled
+    amounts = -np.linalg.solve(gram, slope)
+    return np.clip(amounts, [c.low for c in changes], [c.high for c in changes])
+
+
+def _changed(
+    candidate: Candidate, changes: Sequence[Change], amounts: np.ndarray
+) -> Candidate:
+    for change, amount in zip(changes, amounts, strict=True):
+        candidate = change.apply(candidate, float(amount))
+    return candidate
