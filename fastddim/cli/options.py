@@ -70,12 +70,11 @@ class Denoising:
 
 
 @dataclass(frozen=True)
-class Computation:
-    """The device, number type and backend of the computation, and its progress bar."""
+class Placing:
+    """The device and number type of a computation, and its progress bar."""
 
     device: str
     dtype: str
-    impl: str
     progress: bool | None
 
     @property
@@ -87,6 +86,13 @@ class Computation:
     def torch_device(self) -> torch.device:
         """See `working_device`."""
         return working_device(self.device)
+
+
+@dataclass(frozen=True)
+class Computation(Placing):
+    """The same with the backend of the update."""
+
+    impl: str
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ denoising_options = bundled(
     ],
 )
 
-_COMPUTATION = [
+_PLACING = [
     click.option(
         "--device",
         default="auto",
@@ -210,17 +216,24 @@ _COMPUTATION = [
         help="Type of the state; the model computes in the type of its weights.",
     ),
     click.option(
-        "--impl",
-        default=SampleOptions.impl,
-        show_default="the fastest that works here",
-        help="Backend of the update, used or refused with the reason; see 'fastddim env'.",
-    ),
-    click.option(
         "--progress/--no-progress",
         default=None,
         show_default="where stderr is a terminal",
         help="Show a progress bar on stderr.",
     ),
+]
+
+placing_options = bundled("placing", Placing, _PLACING)
+
+_COMPUTATION = [
+    *_PLACING[:2],
+    click.option(
+        "--impl",
+        default=SampleOptions.impl,
+        show_default="the fastest that works here",
+        help="Backend of the update, used or refused with the reason; see 'fastddim env'.",
+    ),
+    *_PLACING[2:],
 ]
 
 computation_options = bundled("computation", Computation, _COMPUTATION)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastddim.elementary import sqrt
-from fastddim.plan import NO_HISTORY, EpsilonWeights, epsilon_weights, history_weights
+from fastddim.plan.multistep import NO_HISTORY, EpsilonWeights, epsilon_weights, history_weights
 from fastddim.schedule import Schedule
 
 Numbers = NDArray[np.float64]

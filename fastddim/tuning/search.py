@@ -24,6 +24,9 @@ from fastddim.tuning.candidate import (
 from fastddim.tuning.trials import Normal, Task, Trials
 
 DAMPING = (1e-3, 1e-2, 1e-1, 0.3, 1.0)
+import os
+_SCALE = float(os.environ.get("SCALE", 25))
+_FIT = float(os.environ.get("FIT", 4))
 # Of the weights towards the untuned ones, relative to the mean square error.
 _PULL = 1e-3
 # An iteration that gains less is the last.
@@ -68,13 +71,17 @@ class Effort(NamedTuple):
         broad = 6 * steps + rating
         fine = steps * (3 * steps + 5) // 2 + rating
         tried = min(self.starts, starts)
-        return starts * steps + tried * (self.broad * broad + self.fine * fine)
+        return starts * steps + tried * self.broad * broad + self.fine * fine
 
 
 EFFORTS: dict[EffortName, Effort] = {
     "quick": Effort(60, 1 << 12, 16, 512, starts=1, broad=3, fine=2),
-    "thorough": Effort(200, 1 << 14, 64, 2048, starts=2, broad=6, fine=8),
+    "thorough": Effort(200, 1 << 13, 32, 2048, starts=2, broad=4, fine=6),
 }
+
+
+def _error(found: Found) -> float:
+    return found.error
 
 
 class Search:
@@ -91,19 +98,22 @@ class Search:
         self._fitted = fitted
         self._chosen_by = chosen_by
         self._report = report
+        self._scale: float | None = None
 
     def best(self, starts: Sequence[Candidate], effort: Effort) -> Found:
         """The best candidate that is reached from the starts."""
         tried = self._rated(starts)[: effort.starts]
         broad = [self._improved(start, self._broad, effort.broad) for start in tried]
-        found = [self._improved(each, self._fine, effort.fine) for each in broad]
-        return min(found, key=lambda each: each.error)
+        return self._improved(min(broad, key=_error), self._fine, effort.fine)
 
     def _rated(self, candidates: Sequence[Candidate]) -> list[Found]:
         courses = [self._trials.steps.course(each) for each in candidates]
-        errors = self._trials.errors(courses, self._chosen_by)
-        rated = [Found(*pair) for pair in zip(errors, candidates, strict=True)]
-        return sorted(rated, key=lambda each: each.error)
+        squares = self._trials.squares(courses, self._chosen_by)
+        if self._scale is None:
+            self._scale = _SCALE * float(np.median(squares, axis=1).min())
+        errors = np.sqrt((self._scale * np.log1p(squares / self._scale)).mean(1))
+        rated = [Found(float(e), c) for e, c in zip(errors, candidates, strict=True)]
+        return sorted(rated, key=_error)
 
     def _broad(self, candidate: Candidate) -> list[Change]:
         return broad_changes(candidate, self._trials.steps)
@@ -117,7 +127,7 @@ class Search:
         for _ in range(iterations):
             better = self._iterated(found.candidate, changes(found.candidate))
             gained = better.error < _GAIN * found.error
-            found = min(found, better, key=lambda each: each.error)
+            found = min(found, better, key=_error)
             self._report(found.error)
             if not gained:
                 break
@@ -125,7 +135,7 @@ class Search:
 
     def _iterated(self, candidate: Candidate, changes: Sequence[Change]) -> Found:
         """The best of one step's candidates, from the most daring to the most careful."""
-        normal = self._trials.normal_equations(candidate, changes, self._fitted)
+        normal = self._trials.normal_equations(candidate, changes, self._fitted, self._scale * _FIT / _SCALE)
         T = self._trials.steps.T
         others = [
             _changed(candidate, changes, _amounts(normal, changes, damping)).settled(T)

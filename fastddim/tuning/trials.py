@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastddim.options import Update
 from fastddim.plan import coefficient_row, stack_rows, to_table
 from fastddim.reference import Updated, compute_dtype
 from fastddim.schedule import Schedule
-from fastddim.tuning.candidate import Candidate, Change, Course, Steps
+from fastddim.tuning.candidate import Candidate, Change, Course, Numbers, Steps
 from fastddim.tuning.network import Network
 
 # Elements of one matrix in float64 at a time.
@@ -70,8 +69,8 @@ class Normal(NamedTuple):
         error: mean square of the error.
     """
 
-    gram: NDArray[np.float64]
-    slope: NDArray[np.float64]
+    gram: Numbers
+    slope: Numbers
     error: float
 
 
@@ -149,21 +148,27 @@ class Trials:
     def _taken(self, state: State, output: Tensor, row: Tensor) -> Updated:
         return self._network.updated(state.x, output, row[None], state.history)
 
-    def errors(self, courses: Sequence[Course], tasks: Sequence[Task]) -> list[float]:
-        """Root mean square distance of each course to the exact solution."""
-        squares = np.zeros(len(courses))
-        count = 0
-        for task in tasks:
-            walk = self.walk(courses[0], task.x_T)
-            ends = [walk.end, *(self.branch(other, walk) for other in courses[1:])]
-            squares += [float((end - task.x_0).double().square().sum()) for end in ends]
-            count += task.x_0.numel()
-        return [float(value) for value in np.sqrt(squares / count)]
+    def squares(self, courses: Sequence[Course], tasks: Sequence[Task]) -> Numbers:
+        """`[P, N]`: the mean square distance to the exact solution of each course and sample."""
+        return np.concatenate([self._squares(courses, task) for task in tasks], axis=1)
+
+    def _squares(self, courses: Sequence[Course], task: Task) -> Numbers:
+        walk = self.walk(courses[0], task.x_T)
+        ends = [walk.end, *(self.branch(other, walk) for other in courses[1:])]
+        return np.stack([_mean_squares(end - task.x_0).cpu().numpy() for end in ends])
 
     def normal_equations(
-        self, candidate: Candidate, changes: Sequence[Change], tasks: Sequence[Task]
+        self,
+        candidate: Candidate,
+        changes: Sequence[Change],
+        tasks: Sequence[Task],
+        scale: float,
     ) -> Normal:
-        """Derivatives by the changes, by finite differences, against the error."""
+        """Derivatives by the changes, by finite differences, against the error.
+
+        Args:
+            scale: the mean square distance from which on a sample counts for less.
+        """
         course = self.steps.course(candidate)
         probed = [
             self.steps.course(change.apply(candidate, change.probe).settled(self.steps.T))
@@ -178,14 +183,23 @@ class Trials:
             differences = torch.stack(
                 [(self.branch(other, walk) - walk.end).flatten() for other in probed]
             )
-            residual = (walk.end - task.x_0).flatten()
-            for part, rest in _slices(differences, residual):
+            residual = walk.end - task.x_0
+            weights = (1 / (1 + _mean_squares(residual) / scale)).sqrt()
+            shape = (len(residual), *[1] * (residual.ndim - 1))
+            weighted = weights.reshape(shape).to(residual.dtype).expand_as(residual).flatten()
+            residual = residual.flatten() * weighted
+            for part, rest in _slices(differences * weighted, residual):
                 derivatives = part / probes[:, None].to(part.device)
                 gram += (derivatives @ derivatives.mT).cpu().numpy()
                 slope += (derivatives @ rest).cpu().numpy()
                 error += float(rest.square().sum())
             count += residual.numel()
         return Normal(gram / count, slope / count, error / count)
+
+
+def _mean_squares(difference: Tensor) -> Tensor:
+    """float64 `[B]`, of each sample."""
+    return difference.double().square().flatten(1).mean(1)
 
 
 def _start(x_T: Tensor, table: Tensor) -> State:

@@ -154,8 +154,10 @@ class Tuner:
             "order 1": steps_of.untuned(trailing, 1),
             "order 2": steps_of.untuned(trailing, 2),
         }
-        errors = self._trials.errors(list(courses.values()), taught.sets[2])
-        by_name = dict(zip(courses, errors, strict=True))
+        squares = self._trials.squares(list(courses.values()), taught.sets[2])
+        import os
+        if os.environ.get("Q"): print("  quantiles", {n: [round(float(v),4) for v in np.sqrt(np.quantile(q,[.25,.5,.75,.9,1]))] for n,q in zip(courses,squares)})
+        by_name = dict(zip(courses, np.sqrt(squares.mean(1)).tolist(), strict=True))
         chosen = min(by_name, key=lambda name: by_name[name])
         if chosen != "tuned":
             warnings.warn(
