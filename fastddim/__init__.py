@@ -12,14 +12,17 @@ from fastddim.runs import generate
 from fastddim.sampler import Sampler
 from fastddim.schedule import Schedule
 from fastddim.stream import Stream
+from fastddim.tuned import TunedSteps, load_steps
 
 __all__ = [
     "Sampler",
     "Schedule",
     "Stream",
+    "TunedSteps",
     "generate",
     "graph",
     "invert",
+    "load_steps",
     "models",
     "philox",
     "process",

@@ -58,7 +58,9 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
             the dtype of its own parameters. x and t are buffers that the loop writes over: a model
             must not change them, nor keep them without a copy.
         steps: number of steps S in [1, T], or the timesteps themselves in the order visited
-            (decreasing).
+            (decreasing), or tuned steps (`fastddim.load_steps`), which have timesteps and weights
+            of their own: only at eta = 0, with the default `spacing` and `order`, and with the
+            schedule, prediction, clip, thresholding and guidance that they were tuned for.
         schedule: ᾱ the model was trained with; by default `model.schedule`, else
             `Schedule.linear()`.
         spacing: how S timesteps are chosen out of T: trailing, which starts at T − 1 whatever S

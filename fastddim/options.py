@@ -23,11 +23,12 @@ from torch import Tensor
 
 from fastddim.adapter import Model
 from fastddim.schedule import Schedule
+from fastddim.tuned import TunedSteps
 from fastddim.validation import check_bool, check_choice, check_coefficient, check_number
 
 Coefficient: TypeAlias = float | Tensor
 PerStep: TypeAlias = Coefficient | Sequence[Coefficient]
-Steps: TypeAlias = int | Sequence[int] | Tensor
+Steps: TypeAlias = int | Sequence[int] | Tensor | TunedSteps
 Seed: TypeAlias = int | Sequence[int] | Tensor
 NoiseSource: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator] | None
 Callback: TypeAlias = Callable[[int, int, Tensor, Tensor], None]

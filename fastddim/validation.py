@@ -42,7 +42,10 @@ def check_number(
     """A finite real number in [low, high], or in (low, high] where `open_low`."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {_described(value)}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer
+        number = math.inf
     if not math.isfinite(number) or number > high or number < low or (open_low and number == low):
         raise ValueError(f"{name}: expected {_interval(low, high, open_low)}, got {number}")
     return number

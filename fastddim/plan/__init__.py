@@ -1,7 +1,7 @@
 """Timesteps and coefficients of one sampling run."""
 
 from fastddim.options import PREDICTIONS, VARIANCES, Coefficient, PerStep, Rescaling, Update
-from fastddim.plan.multistep import ORDERS, HistoryWeights, history_weights
+from fastddim.plan.multistep import ORDERS, EpsilonWeights, HistoryWeights, history_weights
 from fastddim.plan.plan import Plan, StepKind, make_inversion_plan, make_plan
 from fastddim.plan.rows import (
     Row,
@@ -25,6 +25,7 @@ __all__ = [
     "SPACINGS",
     "VARIANCES",
     "Coefficient",
+    "EpsilonWeights",
     "HistoryWeights",
     "PerStep",
     "Plan",

@@ -1,13 +1,13 @@
 """Weights of the epsilons of earlier steps, by which a step integrates the ODE to a higher order.
 
 A step of any order is that of eq. 12 plus Σ_k w_k·(eps − h_k), where h_k is the eps of k steps
-before.
+before. Tuned steps have weights of eps and of h_1 themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from fastddim.elementary import sqrt
 
@@ -17,6 +17,33 @@ HistoryWeights: TypeAlias = Sequence[float]
 ORDERS = (1, 2)
 
 NO_HISTORY: HistoryWeights = (0.0,)
+
+
+class EpsilonWeights(NamedTuple):
+    """The coefficients of the epsilons in the new state, numbers or tensors `[B]`.
+
+    Attributes:
+        direction: of the eps of this step.
+        history: of the eps of the step before.
+    """
+
+    direction: Any
+    history: Any
+
+
+Weights: TypeAlias = HistoryWeights | EpsilonWeights
+
+
+def epsilon_weights(direction: Any, weights: Weights) -> EpsilonWeights:
+    """The coefficients that follow from history weights; or those that are given.
+
+    Args:
+        direction: √(1 − ᾱ_prev − σ²) of eq. 12.
+        weights: of a solver, or tuned.
+    """
+    if isinstance(weights, EpsilonWeights):
+        return weights
+    return EpsilonWeights(direction + sum(weights), -weights[0])
 
 
 def history_weights(order: int, b: float, a: float, p: float) -> HistoryWeights:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastddim.options import Rescaling, Spacing, Steps, Update
-from fastddim.plan.multistep import NO_HISTORY, ORDERS, history_weights
+from fastddim.options import Rescaling, Solver, Spacing, Steps, Update, Visited
+from fastddim.plan.multistep import (
+    NO_HISTORY,
+    ORDERS,
+    EpsilonWeights,
+    Weights,
+    history_weights,
+)
 from fastddim.plan.rows import Row, coefficient_row, first_half_row, inversion_row, second_half_row
 from fastddim.plan.table import stack_rows
 from fastddim.plan.timesteps import select_timesteps
 from fastddim.schedule import Schedule
+from fastddim.tuned import TunedSteps
 from fastddim.validation import check_choice, check_int
 
 
@@ -56,7 +64,8 @@ class Plan:
         first_half: where steps are split, rows like those of `table` that give the predicted x_0
             as the new state; `table` then has the second halves.
         kind: what the steps have in common.
-        order: of the integration.
+        order: of the integration; 2 for tuned steps, which need the same tensors.
+        tuned: the tuned steps that the plan is made of, if it is.
     """
 
     timesteps: Tensor
@@ -65,6 +74,7 @@ class Plan:
     first_half: Tensor | None = None
     kind: StepKind
     order: int
+    tuned: TunedSteps | None = None
 
     @property
     def steps(self) -> int:
@@ -86,7 +96,7 @@ def make_plan(
     Args:
         schedule: ᾱ of the model.
         steps: how many steps (then `spacing` and `steps_offset` choose them), or the timesteps
-            themselves in the order they are visited.
+            themselves in the order they are visited, or tuned steps, which have weights as well.
         update: the kind of step, checked.
         order: 1, or 2 for the two-step Adams–Bashforth form of eq. 14, whose first step is of
             order 1.
@@ -94,24 +104,30 @@ def make_plan(
 
     Raises:
         TypeError, ValueError: see `select_timesteps` and `coefficient_row`; the message names the
-            step. So is an `order` that is not known, or that is 2 with noise.
+            step. So is an `order` that is not known, or that is 2 with noise; and for tuned steps,
+            noise, any `spacing`, `steps_offset` or `order` but the defaults, and what they were not
+            tuned for.
     """
     check_choice("order", order, ORDERS)
-    if order > 1 and update.noisy:
+    tuned = steps if isinstance(steps, TunedSteps) else None
+    if tuned is not None:
+        _check_tuned(tuned, schedule, update, spacing, steps_offset, order)
+        order = 2
+    elif order > 1 and update.noisy:
         raise ValueError("order: expected 1 with eta > 0, since order 2 solves an ODE, got 2")
     timesteps = select_timesteps(schedule.T, steps, spacing, steps_offset)
     alphas = [*schedule.alphas_cumprod[timesteps].tolist(), 1.0]
+    weights = _solver_weights(order, alphas) if tuned is None else _tuned_weights(tuned)
     rows: list[Row] = []
     first_half: list[Row] = []
     for s, (t, each) in enumerate(
         zip(timesteps.tolist(), update.at_each(len(timesteps)), strict=True)
     ):
         a, p = alphas[s], alphas[s + 1]
-        weights = history_weights(order, alphas[s - 1], a, p) if s > 0 else NO_HISTORY
-        row = coefficient_row(a, p, each, where=_where(s, t), weights=weights)
+        row = coefficient_row(a, p, each, where=_where(s, t), weights=weights[s])
         if split:
             first_half.append(first_half_row(row))
-            row = second_half_row(a, p, each, row, weights)
+            row = second_half_row(a, p, each, row, weights[s])
         rows.append(row)
     return Plan(
         timesteps=timesteps,
@@ -127,6 +143,7 @@ def make_plan(
             rederived=split and update.rederive_eps,
         ),
         order=order,
+        tuned=tuned,
     )
 
 
@@ -148,7 +165,13 @@ def make_inversion_plan(
     Raises:
         TypeError, ValueError: see `select_timesteps` and `inversion_row`; also for an unknown
             `order`, and for `refine` where it is not an integer in [0, 100] or not 0 at order 2.
+            Tuned steps are refused: their weights integrate downwards.
     """
+    if isinstance(steps, TunedSteps):
+        raise ValueError(
+            "steps: expected a number or timesteps to invert, since tuned weights only lead from "
+            f"noise to data; steps.timesteps are those of the tuned steps, got {steps!r}"
+        )
     check_choice("order", order, ORDERS)
     check_int("refine", refine, 0, 100)
     if refine and order > 1:
@@ -182,6 +205,41 @@ def make_inversion_plan(
         ),
         order=order,
     )
+
+
+def _solver_weights(order: int, alphas: Sequence[float]) -> list[Weights]:
+    """The weights of each step; `alphas` are those of the states."""
+    later = [history_weights(order, *alphas[s : s + 3]) for s in range(len(alphas) - 2)]
+    return [NO_HISTORY, *later]
+
+
+def _tuned_weights(tuned: TunedSteps) -> list[Weights]:
+    return [EpsilonWeights(*pair) for pair in zip(tuned.direction, tuned.history, strict=True)]
+
+
+def _check_tuned(
+    tuned: TunedSteps,
+    schedule: Schedule,
+    update: Update,
+    spacing: Spacing,
+    steps_offset: int,
+    order: int,
+) -> None:
+    if update.noisy:
+        raise ValueError(
+            f"eta: expected 0 with tuned steps, which solve an ODE, got {update.eta!r}"
+        )
+    for name, value, default in (
+        ("spacing", spacing, Visited.spacing),
+        ("steps_offset", steps_offset, Visited.steps_offset),
+        ("order", order, Solver.order),
+    ):
+        if value != default:
+            raise ValueError(
+                f"{name}: expected {default!r}, the default, with tuned steps, which have "
+                f"timesteps and weights of their own, got {value!r}"
+            )
+    tuned.check_valid(schedule, update)
 
 
 def _where(s: int, t: int) -> str:

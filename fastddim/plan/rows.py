@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastddim.elementary import sqrt
 from fastddim.options import Coefficient, PerStep, Prediction, Update
-from fastddim.plan.multistep import NO_HISTORY, HistoryWeights
+from fastddim.plan.multistep import NO_HISTORY, Weights, epsilon_weights
 from fastddim.validation import readable
 
 # Sums of float64 numbers below 1 go wrong by a few units of 2⁻⁵³; anything further below 0 is a
@@ -92,7 +92,7 @@ def coefficient_row(
     update: Update,
     *,
     where: str = "",
-    weights: HistoryWeights = NO_HISTORY,
+    weights: Weights = NO_HISTORY,
 ) -> Row:
     """The coefficients of one step from ᾱ = `a` to ᾱ = `p`.
 
@@ -102,7 +102,8 @@ def coefficient_row(
         p: ᾱ of the next visited timestep in [0, 1]; at 1 no noise is added.
         update: the kind of step, checked.
         where: how an error names the step.
-        weights: of eps − h for each earlier eps h, as `plan.multistep` gives them.
+        weights: of eps − h for each earlier eps h, as `plan.multistep` gives them; or those of
+            tuned steps.
 
     Raises:
         ValueError: epsilon or score prediction at ᾱ_t = 0, noise on a step that does not go down,
@@ -132,7 +133,7 @@ def coefficient_row(
 
 
 def unchecked_row(
-    a: Coefficient, p: Coefficient, update: Update, weights: HistoryWeights = NO_HISTORY
+    a: Coefficient, p: Coefficient, update: Update, weights: Weights = NO_HISTORY
 ) -> Row:
     """`coefficient_row` for tensors of any steps: what is refused there gives infinity or NaN,
     except score prediction at ᾱ_t = 1, whose epsilon is 0.
@@ -141,14 +142,14 @@ def unchecked_row(
     return row_of(Scales(sqrt(a), sqrt(1 - a), sqrt(p), direction, noise), update, weights)
 
 
-def row_of(scales: Scales, update: Update, weights: HistoryWeights = NO_HISTORY) -> Row:
+def row_of(scales: Scales, update: Update, weights: Weights = NO_HISTORY) -> Row:
     """The coefficients of the step with these roots."""
     signal, sigma, next_signal, direction, noise = scales
     cx, cm, ex, em = prediction_coefficients(signal, sigma, update.prediction)
     e0: Coefficient = 0.0
     if update.rederive_eps:
         e0, ex, em = -signal / sigma, 1 / sigma, 0.0
-    pe = direction + sum(weights)
+    pe, ph = epsilon_weights(direction, weights)
     return Row(
         cx=cx,
         cm=cm,
@@ -158,7 +159,7 @@ def row_of(scales: Scales, update: Update, weights: HistoryWeights = NO_HISTORY)
         km=pe * em,
         pn=noise * _coefficient(update.temperature),
         g=_guidance(update),
-        ph=-weights[0],
+        ph=ph,
         e0=e0,
         ex=ex,
         em=em,
@@ -190,7 +191,7 @@ def second_half_row(
     p: Coefficient,
     update: Update,
     row: Row,
-    weights: HistoryWeights = NO_HISTORY,
+    weights: Weights = NO_HISTORY,
 ) -> Row:
     """The second half, which reads x_0 as the model output and, as the state, the state itself
     where eps is re-derived from x_0, else the eps of the first half.
@@ -198,7 +199,7 @@ def second_half_row(
     if update.rederive_eps:
         given = replace(update, prediction="sample", guidance_scale=None)
         return unchecked_row(a, p, given, weights)
-    pe = _deviations(a, p, update)[0] + sum(weights)
+    pe, _ = epsilon_weights(_deviations(a, p, update)[0], weights)
     return row._replace(cx=0.0, cm=1.0, k0=sqrt(p), kx=pe, km=0.0, g=1.0, e0=0.0, ex=1.0, em=0.0)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastddim.options import Spacing, Steps
+from fastddim.tuned import TunedSteps
 from fastddim.validation import check_choice, check_int
 
 Timesteps: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
@@ -61,7 +62,7 @@ def select_timesteps(
 
     Args:
         T: number of training timesteps.
-        steps: S in [1, T], or the timesteps themselves.
+        steps: S in [1, T], or the timesteps themselves, which tuned steps have.
         spacing: `trailing` round(T − i·T/S) − 1, which starts at T − 1 at every S; `uniform`
             ⌊i·T/S⌋ (the paper's linear τ); `quadratic` (the paper's other τ, made strictly
             increasing); `leading` ⌊T/S⌋·i + steps_offset; `linspace` round(linspace(0, T − 1, S)).
@@ -77,6 +78,8 @@ def select_timesteps(
     check_int("steps_offset", steps_offset, 0, T - 1)
     if steps_offset and spacing != "leading":
         raise ValueError(f"steps_offset: expected 0 unless spacing='leading', got {steps_offset}")
+    if isinstance(steps, TunedSteps):
+        steps = steps.timesteps
     if isinstance(steps, Tensor | np.ndarray) and steps.ndim == 1:
         steps = steps.tolist()
     if isinstance(steps, Sequence) and not isinstance(steps, str | bytes):
