@@ -9,12 +9,12 @@ import click
 
 from fastddim.cli.options import (
     Placing,
+    integers,
     model_argument,
     placing_options,
     prediction_option,
     seed_option,
     shows_progress,
-    integers,
 )
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import load

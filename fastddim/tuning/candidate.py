@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastddim.elementary import sqrt
-from fastddim.plan.multistep import NO_HISTORY, EpsilonWeights, epsilon_weights, history_weights
+from fastddim.plan import NO_HISTORY, EpsilonWeights, epsilon_weights, history_weights
 from fastddim.schedule import Schedule
 
 Numbers = NDArray[np.float64]
@@ -161,7 +161,9 @@ def timestep_changes(candidate: Candidate, T: int) -> list[Change]:
 def weight_changes(candidate: Candidate) -> list[Change]:
     """Each weight that there is."""
     return [
-        Change(_mover(name, s), PROBE, -FARTHEST, FARTHEST, pulled=float(getattr(candidate, name)[s]))
+        Change(
+            _mover(name, s), PROBE, -FARTHEST, FARTHEST, pulled=float(getattr(candidate, name)[s])
+        )
         for name, first in (("direction", 0), ("history", 1))
         for s in range(first, candidate.steps)
     ]

@@ -17,6 +17,7 @@ from fastddim.options import EffortName
 from fastddim.tuning.candidate import (
     Candidate,
     Change,
+    Numbers,
     broad_changes,
     timestep_changes,
     weight_changes,
@@ -24,9 +25,12 @@ from fastddim.tuning.candidate import (
 from fastddim.tuning.trials import Normal, Task, Trials
 
 DAMPING = (1e-3, 1e-2, 1e-1, 0.3, 1.0)
-import os
-_SCALE = float(os.environ.get("SCALE", 25))
-_FIT = float(os.environ.get("FIT", 4))
+# Close to where samples part, latents that are next to each other end far apart, and their distances
+# would outweigh all others. So a sample counts for less from a multiple of the median square
+# distance on: from this one where candidates are chosen,
+_CHOOSING = 25
+# and from this one in least squares, which take the way to be linear.
+_FITTING = 4
 # Of the weights towards the untuned ones, relative to the mean square error.
 _PULL = 1e-3
 # An iteration that gains less is the last.
@@ -75,7 +79,7 @@ class Effort(NamedTuple):
 
 
 EFFORTS: dict[EffortName, Effort] = {
-    "quick": Effort(60, 1 << 12, 16, 512, starts=1, broad=3, fine=2),
+    "quick": Effort(100, 1 << 12, 16, 512, starts=1, broad=3, fine=2),
     "thorough": Effort(200, 1 << 13, 32, 2048, starts=2, broad=4, fine=6),
 }
 
@@ -110,8 +114,8 @@ class Search:
         courses = [self._trials.steps.course(each) for each in candidates]
         squares = self._trials.squares(courses, self._chosen_by)
         if self._scale is None:
-            self._scale = _SCALE * float(np.median(squares, axis=1).min())
-        errors = np.sqrt((self._scale * np.log1p(squares / self._scale)).mean(1))
+            self._scale = float(np.median(squares, axis=1).min())
+        errors = _robust_mean(squares, self._scale * _CHOOSING)
         rated = [Found(float(e), c) for e, c in zip(errors, candidates, strict=True)]
         return sorted(rated, key=_error)
 
@@ -135,7 +139,10 @@ class Search:
 
     def _iterated(self, candidate: Candidate, changes: Sequence[Change]) -> Found:
         """The best of one step's candidates, from the most daring to the most careful."""
-        normal = self._trials.normal_equations(candidate, changes, self._fitted, self._scale * _FIT / _SCALE)
+        assert self._scale is not None
+        normal = self._trials.normal_equations(
+            candidate, changes, self._fitted, self._scale * _FITTING
+        )
         T = self._trials.steps.T
         others = [
             _changed(candidate, changes, _amounts(normal, changes, damping)).settled(T)
@@ -144,7 +151,16 @@ class Search:
         return self._rated(others)[0]
 
 
-def _amounts(normal: Normal, changes: Sequence[Change], damping: float) -> np.ndarray:
+def _robust_mean(squares: Numbers, scale: float) -> Numbers:
+    """Root mean squares `[P]` of `[P, N]`, with a logarithm for what is above the scale (Cauchy's
+    loss).
+    """
+    scale = max(scale, 1e-30)
+    means: Numbers = np.sqrt((scale * np.log1p(squares / scale)).mean(1))
+    return means
+
+
+def _amounts(normal: Normal, changes: Sequence[Change], damping: float) -> Numbers:
     """By how much to change each number, within its bounds."""
     gram, slope = normal.gram.copy(), normal.slope.copy()
     diagonal = np.maximum(np.diagonal(gram), 1e-12 * max(np.diagonal(gram).max(), 1e-300))
@@ -154,12 +170,11 @@ def _amounts(normal: Normal, changes: Sequence[Change], damping: float) -> np.nd
             gram[p, p] += _PULL * normal.error
             slope[p] += _PULL * normal.error * change.pulled
     amounts = -np.linalg.solve(gram, slope)
-    return np.clip(amounts, [c.low for c in changes], [c.high for c in changes])
+    clipped: Numbers = np.clip(amounts, [c.low for c in changes], [c.high for c in changes])
+    return clipped
 
 
-def _changed(
-    candidate: Candidate, changes: Sequence[Change], amounts: np.ndarray
-) -> Candidate:
+def _changed(candidate: Candidate, changes: Sequence[Change], amounts: Numbers) -> Candidate:
     for change, amount in zip(changes, amounts, strict=True):
         candidate = change.apply(candidate, float(amount))
     return candidate

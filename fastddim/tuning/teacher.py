@@ -42,9 +42,9 @@ def jump_costs(trace: Trace, alphas: Sequence[float]) -> NDArray[np.float64]:
         j = np.arange(i + 1, count + 1)
         p, q = signal[j], sigma[j]
         # The square of p·x_0 + q·ε − x_j.
-        square = (
-            p * p * inner[x_0, x_0] + q * q * inner[epsilon, epsilon] + inner[j, j]
-        ) + 2 * (p * q * inner[x_0, epsilon] - p * inner[x_0, j] - q * inner[epsilon, j])
+        square = (p * p * inner[x_0, x_0] + q * q * inner[epsilon, epsilon] + inner[j, j]) + 2 * (
+            p * q * inner[x_0, epsilon] - p * inner[x_0, j] - q * inner[epsilon, j]
+        )
         mean = np.maximum(square, 0) / trace.states[0].numel()
         costs[i, j] = np.sqrt(mean) / np.maximum(p, _LEAST_SIGNAL)
     return costs

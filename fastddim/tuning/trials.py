@@ -184,7 +184,7 @@ class Trials:
                 [(self.branch(other, walk) - walk.end).flatten() for other in probed]
             )
             residual = walk.end - task.x_0
-            weights = (1 / (1 + _mean_squares(residual) / scale)).sqrt()
+            weights = (1 / (1 + _mean_squares(residual) / max(scale, 1e-30))).sqrt()
             shape = (len(residual), *[1] * (residual.ndim - 1))
             weighted = weights.reshape(shape).to(residual.dtype).expand_as(residual).flatten()
             residual = residual.flatten() * weighted

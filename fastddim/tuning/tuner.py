@@ -155,8 +155,6 @@ class Tuner:
             "order 2": steps_of.untuned(trailing, 2),
         }
         squares = self._trials.squares(list(courses.values()), taught.sets[2])
-        import os
-        if os.environ.get("Q"): print("  quantiles", {n: [round(float(v),4) for v in np.sqrt(np.quantile(q,[.25,.5,.75,.9,1]))] for n,q in zip(courses,squares)})
         by_name = dict(zip(courses, np.sqrt(squares.mean(1)).tolist(), strict=True))
         chosen = min(by_name, key=lambda name: by_name[name])
         if chosen != "tuned":
@@ -166,8 +164,10 @@ class Tuner:
                 "timesteps, which are returned",
                 stacklevel=4,
             )
+        medians = np.sqrt(np.median(squares, axis=1)).tolist()
         record = {
             **taught.record,
+            "medians": dict(zip(courses, medians, strict=True)),
             "evaluations": self._network.evaluations - before,
             "seconds": round(time.perf_counter() - began, 1),
         }
