@@ -54,7 +54,8 @@ def _distinct(timesteps: Numbers, T: int) -> Numbers:
     # t + s may not increase along the steps s of timesteps t that decrease by 1 at least.
     lifted = np.rint(timesteps) + places
     lifted = np.minimum.accumulate(np.clip(lifted, len(timesteps) - 1, T - 1))
-    return lifted - places
+    distinct: Numbers = lifted - places
+    return distinct
 
 
 class Course(NamedTuple):

@@ -25,9 +25,9 @@ from fastddim.tuning.candidate import (
 from fastddim.tuning.trials import Normal, Task, Trials
 
 DAMPING = (1e-3, 1e-2, 1e-1, 0.3, 1.0)
-# Close to where samples part, latents that are next to each other end far apart, and their distances
-# would outweigh all others. So a sample counts for less from a multiple of the median square
-# distance on: from this one where candidates are chosen,
+# Latents close to where samples part end far apart, and their distances would outweigh all others.
+# So a sample counts for less from a multiple of the median square distance on: from this one where
+# candidates are chosen,
 _CHOOSING = 25
 # and from this one in least squares, which take the way to be linear.
 _FITTING = 4

@@ -55,8 +55,8 @@ def _inner_products(tensors: Sequence[Tensor]) -> NDArray[np.float64]:
     total = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
     flat = torch.stack([tensor.flatten() for tensor in tensors])
     for part in flat.split(1 << 16, dim=1):
-        part = part.double()
-        total += (part @ part.mT).cpu()
+        exact = part.double()
+        total += (exact @ exact.mT).cpu()
     return total.numpy()
 
 

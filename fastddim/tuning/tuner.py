@@ -71,7 +71,8 @@ class Tuner:
         update = shared(Update, options).checked(None)
         if update.noisy:
             raise ValueError(
-                f"eta: expected 0, since steps are tuned to the solution of an ODE, got {options.eta}"
+                "eta: expected 0, since steps are tuned to the solution of an ODE, "
+                f"got {options.eta}"
             )
         self._tuned_for = TunedFor.of(self._schedule, update)
         model_dtype = adapter.own_dtype(options.model) or self._dtype
