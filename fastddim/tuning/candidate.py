@@ -50,7 +50,7 @@ class Candidate:
 
 def _distinct(timesteps: Numbers, T: int) -> Numbers:
     """Decreasing whole numbers in [0, T) near these; there are no more of them than T."""
-    places = np.arange(len(timesteps))
+    places = np.arange(len(timesteps), dtype=np.float64)
     # t + s may not increase along the steps s of timesteps t that decrease by 1 at least.
     lifted = np.rint(timesteps) + places
     lifted = np.minimum.accumulate(np.clip(lifted, len(timesteps) - 1, T - 1))

@@ -54,7 +54,7 @@ class Effort(NamedTuple):
         least, most: bounds of these samples.
         starts: how many of the starts are searched from.
         broad: iterations on a few numbers that move all steps.
-        fine: iterations on each timestep and weight.
+        fine: iterations on each weight, and on each timestep.
     """
 
     teacher_steps: int
@@ -73,9 +73,11 @@ class Effort(NamedTuple):
         """The most evaluations of the model on one sample of each set that a search takes."""
         rating = len(DAMPING) * steps
         broad = 6 * steps + rating
-        fine = steps * (3 * steps + 5) // 2 + rating
+        weights = steps * steps + rating
+        timesteps = steps * (steps + 5) // 2 + rating
         tried = min(self.starts, starts)
-        return starts * steps + tried * self.broad * broad + self.fine * fine
+        fine = self.fine * (weights + timesteps) + weights
+        return starts * steps + tried * self.broad * broad + fine
 
 
 EFFORTS: dict[EffortName, Effort] = {
@@ -108,7 +110,15 @@ class Search:
         """The best candidate that is reached from the starts."""
         tried = self._rated(starts)[: effort.starts]
         broad = [self._improved(start, self._broad, effort.broad) for start in tried]
-        return self._improved(min(broad, key=_error), self._fine, effort.fine)
+        found = min(broad, key=_error)
+        # Weights follow timesteps so closely that both at once is too daring a step.
+        for _ in range(effort.fine):
+            before = found.error
+            found = self._improved(found, weight_changes, 1)
+            found = self._improved(found, self._timesteps, 1)
+            if found.error > _GAIN * before:
+                break
+        return self._improved(found, weight_changes, 1)
 
     def _rated(self, candidates: Sequence[Candidate]) -> list[Found]:
         courses = [self._trials.steps.course(each) for each in candidates]
@@ -122,8 +132,8 @@ class Search:
     def _broad(self, candidate: Candidate) -> list[Change]:
         return broad_changes(candidate, self._trials.steps)
 
-    def _fine(self, candidate: Candidate) -> list[Change]:
-        return timestep_changes(candidate, self._trials.steps.T) + weight_changes(candidate)
+    def _timesteps(self, candidate: Candidate) -> list[Change]:
+        return timestep_changes(candidate, self._trials.steps.T)
 
     def _improved(
         self, found: Found, changes: Callable[[Candidate], list[Change]], iterations: int
