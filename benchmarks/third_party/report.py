@@ -1,0 +1,192 @@
+"""How near to the ODE's solution few steps come, on the galaxy networks that others trained.
+
+    make third-party
+
+installs them and runs this; cells that the result file has are not measured again, so a run that
+was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness import machine
+
+import fastddim
+from fastddim import philox
+from fastddim.files import atomic_file
+from third_party.galaxygrad import NETWORKS, load
+from third_party.ode import OWN_EVALUATIONS, accurate, own_sampler
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "third-party.json"
+WEIGHTS = ROOT / "build" / "third-party" / "galaxygrad"
+
+STEPS = (4, 5, 6, 8, 10, 12, 15, 20)
+MANY_STEPS = (25, 30, 40, 50, 75, 100, 150)
+"""Tried until they are as near as the package's own sampler, on its few latents."""
+REFERENCE_STEPS = 500
+COUNT, FEW, FEWEST = 32, 8, 2
+"""Latents of a cell, of the package's own sampler, and of the check of the reference."""
+SEED = 2026
+METHODS = {"order 1": 1, "order 2": 2}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way of sampling: its samples are those of the first `count` latents of `seed`."""
+
+    network: str
+    method: str
+    steps: int
+    count: int = COUNT
+    seed: int = SEED
+
+
+def cells(name: str) -> Iterator[Cell]:
+    """The cells of a network."""
+    yield Cell(name, "accurate", 0, FEWEST)
+    for method in METHODS:
+        yield from (Cell(name, method, steps) for steps in STEPS)
+    yield from (Cell(name, "tuned", steps) for steps in STEPS)
+    yield Cell(name, "own sampler", OWN_EVALUATIONS, FEW)
+    for method in METHODS:
+        yield from (Cell(name, method, steps, FEW) for steps in MANY_STEPS)
+
+
+class Subject:
+    """A network, its latents, and what is worked out of them once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model = load(path)
+        self.weights = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+    def latents(self, cell: Cell) -> Tensor:
+        return philox.initial_latents((cell.count, *self.model.sample_shape), cell.seed)
+
+    @cached_property
+    def tuned(self) -> Mapping[int, Any]:
+        """Steps tuned for this network, by their number."""
+        return fastddim.tune(self.model, STEPS, prediction=self.model.prediction)
+
+    def samples(self, cell: Cell) -> Tensor:
+        x_T = self.latents(cell)
+        if cell.method == "accurate":
+            return accurate(load(self.path).double(), x_T.double())
+        if cell.method == "own sampler":
+            return own_sampler(self.model, x_T)
+        if cell.method == "tuned":
+            return fastddim.sample(self.model, self.tuned[cell.steps], x_T=x_T)
+        order = METHODS[cell.method]
+        return fastddim.sample(self.model, cell.steps, x_T=x_T, spacing="trailing", order=order)
+
+    def reference(self, cell: Cell) -> Tensor:
+        """Samples of the cell's latents in many steps, kept between runs."""
+        path = ROOT / "build" / "third-party" / f"reference-{self.weights}-{cell.seed}.pt"
+        if not path.is_file():
+            most = Cell(cell.network, "order 2", REFERENCE_STEPS, COUNT, cell.seed)
+            with atomic_file(path) as file:
+                torch.save(self.samples(most), file)
+        return torch.load(path, weights_only=True)[: cell.count]
+
+
+def measure(subject: Subject, cell: Cell) -> dict[str, Any]:
+    """The root mean square of the differences to the reference, over pixels and latents.
+
+    `error` is its standard error, `of_few` the same of the first latents alone, and `apart` the
+    distance of two samples of different latents.
+    """
+    reference = subject.reference(cell).double()
+    began = time.perf_counter()
+    squares = (subject.samples(cell).double() - reference).square().flatten(1).mean(1)
+    seconds = time.perf_counter() - began
+    distance = squares.mean().sqrt()
+    row = {
+        "distance": distance.item(),
+        "error": (squares.std() / len(squares) ** 0.5 / (2 * distance)).item(),
+        "of_few": squares[:FEW].mean().sqrt().item(),
+        "apart": (reference - reference.roll(1, 0)).square().mean().sqrt().item(),
+    }
+    return {name: float(f"{value:.4g}") for name, value in row.items()} | {
+        "seconds": round(seconds, 1)
+    }
+
+
+def run(path: Path, weights: Path, names: list[str], seconds: float = float("inf")) -> None:
+    """Measure the cells that `path` lacks, and write it after each.
+
+    Args:
+        path: of the result file, made if missing.
+        weights: folder of the networks' files.
+        names: of the networks.
+        seconds: no cell is begun later than this.
+    """
+    result = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    done = {key(row) for row in result["rows"]}
+    provenance = machine()
+    began = time.monotonic()
+    for name in names:
+        subject = Subject(weights / f"{NETWORKS[name]}.eqx")
+        for cell in cells(name):
+            entry = {"weights": subject.weights, **asdict(cell)}
+            if key(entry) in done or unneeded(cell, result["rows"]):
+                continue
+            if cell.method == "tuned" and not hasattr(fastddim, "tune"):
+                continue
+            if time.monotonic() - began > seconds:
+                return
+            entry |= measure(subject, cell) | {"commit": provenance["commit"]}
+            result["rows"].append(entry)
+            result |= {"machine": provenance, "reference_steps": REFERENCE_STEPS}
+            with atomic_file(path) as file:
+                file.write((json.dumps(result, indent=1) + "\n").encode())
+            print(entry, flush=True)
+
+
+def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("weights", "network", "method", "steps", "count", "seed"))
+
+
+def unneeded(cell: Cell, rows: list[dict[str, Any]]) -> bool:
+    """Whether a cell of many steps follows one that was as near as the package's own sampler."""
+    if cell.steps not in MANY_STEPS:
+        return False
+    own = [row for row in rows if row["network"] == cell.network]
+    (goal,) = (row["of_few"] for row in own if row["method"] == "own sampler")
+    return any(row["method"] == cell.method and row["of_few"] <= goal for row in own)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("networks", nargs="*", default=list(NETWORKS), metavar="|".join(NETWORKS))
+    option("--results", type=Path, default=RESULTS)
+    option("--weights", type=Path, default=WEIGHTS, help="folder of the networks' files")
+    option("--seconds", type=float, default=float("inf"), help="begin no cell later than this")
+    option("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    run(args.results, args.weights, args.networks, args.seconds)
+
+
+if __name__ == "__main__":
+    main()
