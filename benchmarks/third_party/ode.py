@@ -6,6 +6,7 @@ the ODE that fastddim's steps solve (arXiv 2010.02502, eq. 14).
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,23 +60,28 @@ def own_sampler(network: ScoreNetwork, x: Tensor, steps: int = OWN_STEPS) -> Ten
     return x
 
 
-def accurate(network: ScoreNetwork, x: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """Samples of latents in float64, by an adaptive method of order 5.
+def adaptive(network: ScoreNetwork, x: Tensor, tolerance: float) -> tuple[Tensor, int]:
+    """Samples of latents by the method of Dormand and Prince, which chooses its steps, and its
+    calls of the network.
+
+    All latents take the same steps. The state is float64, the network computes in its own dtype.
 
     Args:
-        network: in float64.
-        x: latents `[B, C, H, W]`, float64.
-        tolerance: absolute and relative, for the root mean square of all elements.
+        network: whose ODE is solved.
+        x: latents `[B, C, H, W]`.
+        tolerance: absolute and relative, for the root mean square over all elements.
     """
     from scipy.integrate import solve_ivp
 
-    def flat_slope(time: float, values: object) -> object:
-        return slope(network, torch.as_tensor(values).reshape(x.shape), time).numpy().ravel()
+    dtype = next(network.parameters()).dtype
 
-    solution = solve_ivp(
-        flat_slope, (LAST_TIME, 0.0), x.numpy().ravel(), rtol=tolerance, atol=tolerance
-    )
-    return torch.from_numpy(solution.y[:, -1]).reshape(x.shape)
+    def flat_slope(time: float, values: np.ndarray) -> np.ndarray:
+        state = torch.from_numpy(values).to(dtype).reshape(x.shape)
+        return slope(network, state, time).double().numpy().ravel()
+
+    start = x.double().numpy().ravel()
+    solution = solve_ivp(flat_slope, (LAST_TIME, 0.0), start, rtol=tolerance, atol=tolerance)
+    return torch.from_numpy(solution.y[:, -1]).reshape(x.shape), solution.nfev
 
 
 def _moved(x: Tensor, h: float, weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:

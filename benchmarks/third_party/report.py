@@ -31,7 +31,7 @@ import fastddim
 from fastddim import philox
 from fastddim.files import atomic_file
 from third_party.galaxygrad import NETWORKS, load
-from third_party.ode import OWN_EVALUATIONS, accurate, own_sampler
+from third_party.ode import OWN_EVALUATIONS, adaptive, own_sampler
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "third-party.json"
@@ -49,22 +49,26 @@ METHODS = {"order 1": 1, "order 2": 2}
 
 @dataclass(frozen=True)
 class Cell:
-    """One way of sampling: its samples are those of the first `count` latents of `seed`."""
+    """One way of sampling: its samples are those of the first `count` latents of `seed`.
+
+    `steps` is the number of network calls, None where the method finds it.
+    """
 
     network: str
     method: str
-    steps: int
+    steps: int | None
     count: int = COUNT
     seed: int = SEED
 
 
 def cells(name: str) -> Iterator[Cell]:
     """The cells of a network."""
-    yield Cell(name, "accurate", 0, FEWEST)
+    yield Cell(name, "accurate", None, FEWEST)
     for method in METHODS:
         yield from (Cell(name, method, steps) for steps in STEPS)
     yield from (Cell(name, "tuned", steps) for steps in STEPS)
     yield Cell(name, "own sampler", OWN_EVALUATIONS, FEW)
+    yield Cell(name, "adaptive", None, FEW)
     for method in METHODS:
         yield from (Cell(name, method, steps, FEW) for steps in MANY_STEPS)
 
@@ -85,16 +89,20 @@ class Subject:
         """Steps tuned for this network, by their number."""
         return fastddim.tune(self.model, STEPS, prediction=self.model.prediction)
 
-    def samples(self, cell: Cell) -> Tensor:
+    def samples(self, cell: Cell) -> tuple[Tensor, int]:
+        """The samples of a cell, and the calls of the network that they took."""
         x_T = self.latents(cell)
         if cell.method == "accurate":
-            return accurate(load(self.path).double(), x_T.double())
+            return adaptive(load(self.path).double(), x_T, 1e-6)
+        if cell.method == "adaptive":
+            return adaptive(self.model, x_T, 1e-3)
         if cell.method == "own sampler":
-            return own_sampler(self.model, x_T)
+            return own_sampler(self.model, x_T), OWN_EVALUATIONS
         if cell.method == "tuned":
-            return fastddim.sample(self.model, self.tuned[cell.steps], x_T=x_T)
+            return fastddim.sample(self.model, self.tuned[cell.steps], x_T=x_T), cell.steps
         order = METHODS[cell.method]
-        return fastddim.sample(self.model, cell.steps, x_T=x_T, spacing="trailing", order=order)
+        x = fastddim.sample(self.model, cell.steps, x_T=x_T, spacing="trailing", order=order)
+        return x, cell.steps
 
     def reference(self, cell: Cell) -> Tensor:
         """Samples of the cell's latents in many steps, kept between runs."""
@@ -102,7 +110,7 @@ class Subject:
         if not path.is_file():
             most = Cell(cell.network, "order 2", REFERENCE_STEPS, COUNT, cell.seed)
             with atomic_file(path) as file:
-                torch.save(self.samples(most), file)
+                torch.save(self.samples(most)[0], file)
         return torch.load(path, weights_only=True)[: cell.count]
 
 
@@ -114,8 +122,9 @@ def measure(subject: Subject, cell: Cell) -> dict[str, Any]:
     """
     reference = subject.reference(cell).double()
     began = time.perf_counter()
-    squares = (subject.samples(cell).double() - reference).square().flatten(1).mean(1)
+    samples, calls = subject.samples(cell)
     seconds = time.perf_counter() - began
+    squares = (samples.double() - reference).square().flatten(1).mean(1)
     distance = squares.mean().sqrt()
     row = {
         "distance": distance.item(),
@@ -124,7 +133,8 @@ def measure(subject: Subject, cell: Cell) -> dict[str, Any]:
         "apart": (reference - reference.roll(1, 0)).square().mean().sqrt().item(),
     }
     return {name: float(f"{value:.4g}") for name, value in row.items()} | {
-        "seconds": round(seconds, 1)
+        "calls": calls,
+        "seconds": round(seconds, 1),
     }
 
 
