@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,23 +27,29 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import machine
+from paper.plots import Panel, sheet
 
 import fastddim
 from fastddim import philox
 from fastddim.files import atomic_file
+from fastddim.images import to_uint8
 from third_party.galaxygrad import NETWORKS, load
 from third_party.ode import OWN_EVALUATIONS, adaptive, own_sampler
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "third-party.json"
-WEIGHTS = ROOT / "build" / "third-party" / "galaxygrad"
+FIGURE = ROOT / "docs" / "figures" / "third-party.png"
+INSTALLED = ROOT / "build" / "third-party"
+WEIGHTS, KEPT = INSTALLED / "galaxygrad", INSTALLED / "samples"
 
 STEPS = (4, 5, 6, 8, 10, 12, 15, 20)
-MANY_STEPS = (25, 30, 40, 50, 75, 100, 150)
+MANY_STEPS = (25, 30, 40, 50, 75, 100, 150, 200)
 """Tried until they are as near as the package's own sampler, on its few latents."""
 REFERENCE_STEPS = 500
-COUNT, FEW, FEWEST = 32, 8, 2
-"""Latents of a cell, of the package's own sampler, and of the check of the reference."""
+COUNT, FEW = 32, 8
+"""Latents of a cell, and of one that takes many calls of the network."""
+SHOWN = 3
+"""Latents of the picture."""
 SEED = 2026
 METHODS = {"order 1": 1, "order 2": 2}
 
@@ -63,7 +70,7 @@ class Cell:
 
 def cells(name: str) -> Iterator[Cell]:
     """The cells of a network."""
-    yield Cell(name, "accurate", None, FEWEST)
+    yield Cell(name, "accurate", None, FEW)
     for method in METHODS:
         yield from (Cell(name, method, steps) for steps in STEPS)
     yield from (Cell(name, "tuned", steps) for steps in STEPS)
@@ -73,11 +80,27 @@ def cells(name: str) -> Iterator[Cell]:
         yield from (Cell(name, method, steps, FEW) for steps in MANY_STEPS)
 
 
+def pictured(name: str) -> dict[Cell, str]:
+    """The cells of a network that the picture shows above the reference, with their labels."""
+    labels = {"order 2": "", "tuned": ", tuned"}
+    return {
+        Cell(name, method, steps): f"S = {steps}{labels[method]}"
+        for steps in (5, 10)
+        for method in labels
+        if method != "tuned" or can_tune()
+    }
+
+
+def can_tune() -> bool:
+    return hasattr(fastddim, "tune")
+
+
 class Subject:
     """A network, its latents, and what is worked out of them once."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, name: str, weights: Path) -> None:
+        self.name = name
+        self.path = path = weights / f"{NETWORKS[name]}.eqx"
         self.model = load(path)
         self.weights = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
@@ -104,14 +127,24 @@ class Subject:
         x = fastddim.sample(self.model, cell.steps, x_T=x_T, spacing="trailing", order=order)
         return x, cell.steps
 
-    def reference(self, cell: Cell) -> Tensor:
-        """Samples of the cell's latents in many steps, kept between runs."""
-        path = ROOT / "build" / "third-party" / f"reference-{self.weights}-{cell.seed}.pt"
+    def kept(self, cell: Cell) -> Tensor:
+        """The samples of a cell, from an earlier call if there was one."""
+        path = self.path_of(cell)
         if not path.is_file():
-            most = Cell(cell.network, "order 2", REFERENCE_STEPS, COUNT, cell.seed)
-            with atomic_file(path) as file:
-                torch.save(self.samples(most)[0], file)
-        return torch.load(path, weights_only=True)[: cell.count]
+            self.keep(cell, self.samples(cell)[0])
+        return torch.load(path, weights_only=True)
+
+    def keep(self, cell: Cell, samples: Tensor) -> None:
+        with atomic_file(self.path_of(cell)) as file:
+            torch.save(samples, file)
+
+    def path_of(self, cell: Cell) -> Path:
+        name = f"{cell.method}-{cell.steps}-{cell.count}-{cell.seed}".replace(" ", "-")
+        return KEPT / f"{self.weights}-{name}.pt"
+
+    def reference(self, count: int = COUNT) -> Tensor:
+        """Samples of the first latents in many steps."""
+        return self.kept(Cell(self.name, "order 2", REFERENCE_STEPS))[:count]
 
 
 def measure(subject: Subject, cell: Cell) -> dict[str, Any]:
@@ -120,10 +153,12 @@ def measure(subject: Subject, cell: Cell) -> dict[str, Any]:
     `error` is its standard error, `of_few` the same of the first latents alone, and `apart` the
     distance of two samples of different latents.
     """
-    reference = subject.reference(cell).double()
+    reference = subject.reference(cell.count).double()
     began = time.perf_counter()
     samples, calls = subject.samples(cell)
     seconds = time.perf_counter() - began
+    if cell in pictured(cell.network):
+        subject.keep(cell, samples)
     squares = (samples.double() - reference).square().flatten(1).mean(1)
     distance = squares.mean().sqrt()
     row = {
@@ -138,8 +173,8 @@ def measure(subject: Subject, cell: Cell) -> dict[str, Any]:
     }
 
 
-def run(path: Path, weights: Path, names: list[str], seconds: float = float("inf")) -> None:
-    """Measure the cells that `path` lacks, and write it after each.
+def run(path: Path, weights: Path, names: list[str], seconds: float = float("inf")) -> bool:
+    """Measure the cells that `path` lacks, and write it after each; returns whether all are there.
 
     Args:
         path: of the result file, made if missing.
@@ -152,21 +187,22 @@ def run(path: Path, weights: Path, names: list[str], seconds: float = float("inf
     provenance = machine()
     began = time.monotonic()
     for name in names:
-        subject = Subject(weights / f"{NETWORKS[name]}.eqx")
+        subject = Subject(name, weights)
         for cell in cells(name):
             entry = {"weights": subject.weights, **asdict(cell)}
             if key(entry) in done or unneeded(cell, result["rows"]):
                 continue
-            if cell.method == "tuned" and not hasattr(fastddim, "tune"):
+            if cell.method == "tuned" and not can_tune():
                 continue
             if time.monotonic() - began > seconds:
-                return
+                return False
             entry |= measure(subject, cell) | {"commit": provenance["commit"]}
             result["rows"].append(entry)
             result |= {"machine": provenance, "reference_steps": REFERENCE_STEPS}
             with atomic_file(path) as file:
                 file.write((json.dumps(result, indent=1) + "\n").encode())
             print(entry, flush=True)
+    return True
 
 
 def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -182,6 +218,20 @@ def unneeded(cell: Cell, rows: list[dict[str, Any]]) -> bool:
     return any(row["method"] == cell.method and row["of_few"] <= goal for row in own)
 
 
+def draw(path: Path, weights: Path, names: list[str], *, columns: int = 3) -> None:
+    """Write the picture: for each network the same latents in few steps, tuned, and in many."""
+    panels = []
+    for name in names:
+        subject = Subject(name, weights)
+        rows = {label: subject.kept(cell)[:SHOWN] for cell, label in pictured(name).items()}
+        rows["reference"] = reference = subject.reference(SHOWN)
+        black, white = reference.quantile(0.01).item(), reference.max().item()
+        images = np.stack([to_uint8(2 * (x - black) / (white - black) - 1) for x in rows.values()])
+        labels = () if len(panels) % columns else tuple(rows)
+        panels.append(Panel(name, images, rows=labels))
+    sheet(path, [panels[i : i + columns] for i in range(0, len(panels), columns)])
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
@@ -190,12 +240,15 @@ def main() -> None:
     option = parser.add_argument
     option("networks", nargs="*", default=list(NETWORKS), metavar="|".join(NETWORKS))
     option("--results", type=Path, default=RESULTS)
+    option("--figure", type=Path, default=FIGURE)
     option("--weights", type=Path, default=WEIGHTS, help="folder of the networks' files")
     option("--seconds", type=float, default=float("inf"), help="begin no cell later than this")
     option("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    run(args.results, args.weights, args.networks, args.seconds)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    if run(args.results, args.weights, args.networks, args.seconds):
+        draw(args.figure, args.weights, args.networks)
 
 
 if __name__ == "__main__":
