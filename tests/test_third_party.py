@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tables
+import third_party_tables
 import torch
 from third_party import galaxygrad, ode, report
 
 import fastddim
 
+ROOT = Path(__file__).parents[1]
 CHANNELS, PATCH, SIDE, WIDTHS, BLOCKS = 6, 4, 12, (5, 7), 2
 PATCHES = (SIDE // PATCH) ** 2
 
@@ -191,3 +194,26 @@ def test_a_report_measures_only_what_is_missing(file, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "measure", None)
     report.run(results, tmp_path, ["galaxy"])
     assert results.read_text() == written
+
+
+def test_the_page_shows_the_committed_results():
+    page = (ROOT / "docs/third-party.md").read_text()
+    assert tables.updated(page, third_party_tables.blocks()) == page
+
+
+def test_calls_are_the_fewest_that_come_as_near_as_the_own_sampler():
+    def row(method, steps, distance, count=8, calls=None):
+        own = {"network": "galaxy", "method": method, "steps": steps, "count": count, "seed": 1}
+        near = {"distance": distance, "of_few": distance, "apart": 2.0, "calls": calls or steps}
+        return own | near
+
+    rows = [
+        row("accurate", None, 2e-4, calls=300),
+        row("own sampler", 2401, 0.02),
+        row("adaptive", None, 0.1, calls=90),
+        *(row("order 1", steps, 1 / steps, count=32) for steps in (10, 20)),
+        *(row("order 2", steps, 4 / steps**2, count=32) for steps in (10, 20)),
+    ]
+    line = third_party_tables.own_as_markdown({"rows": rows}).splitlines()[-1]
+    cells = "galaxy | 2 | 0.01 % | 2,401: 1 % | 90: 5 % | > 20 | 20 | –"
+    assert line == f"| {cells} |"
