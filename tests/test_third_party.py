@@ -113,19 +113,19 @@ def test_the_score_is_the_formula(file, arrays, time):
         np.testing.assert_allclose(own[0].numpy(), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_epsilon_is_the_score_by_its_noise(file):
+def test_timesteps_are_those_of_the_schedule(file):
     network = galaxygrad.load(file)
     x = torch.randn(3, 1, SIDE, SIDE)
     t = torch.tensor([0, 400, 999])
-    alphas = network.schedule.alphas_cumprod[t]
-    score = network.score(x, -alphas.log())
-    epsilon = -(1 - alphas).sqrt().float().reshape(-1, 1, 1, 1) * score
-    torch.testing.assert_close(network(x, t), epsilon)
-    assert torch.equal(galaxygrad.load(file, prediction="score")(x, t), score)
+    times = -network.schedule.alphas_cumprod[t].log()
+    assert torch.equal(network(x, t), network.score(x, times))
+    alone = [network.score(x[i : i + 1], times[i].item()) for i in range(3)]
+    torch.testing.assert_close(network(x, t), torch.cat(alone))
 
 
-def test_samples_need_no_more_than_the_network(file):
-    samples = fastddim.sample(galaxygrad.load(file), 3, batch_size=2, spacing="trailing")
+def test_samples_need_no_more_than_the_network_and_its_prediction(file):
+    network = galaxygrad.load(file)
+    samples = fastddim.sample(network, 3, batch_size=2, prediction=network.prediction)
     assert samples.shape == (2, 1, SIDE, SIDE)
     assert samples.isfinite().all()
 
@@ -167,12 +167,13 @@ def test_solvers_and_steps_agree_where_the_solution_is_known():
     assert calls % 6 == 2
     alphas = network.schedule.alphas_cumprod
 
-    def epsilon(x, t):
-        alpha = alphas[t[0]].item()
-        return -math.sqrt(1 - alpha) * network.score(x, -math.log(alpha))
-
     steps = fastddim.sample(
-        epsilon, 500, x_T=x, schedule=network.schedule, spacing="trailing", order=2
+        lambda x, t: network.score(x, -math.log(alphas[t[0]].item())),
+        500,
+        x_T=x,
+        schedule=network.schedule,
+        prediction="score",
+        order=2,
     )
     torch.testing.assert_close(steps, expected, rtol=1e-3, atol=1e-3)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -72,11 +71,11 @@ class ScoreNetwork(nn.Module):
     Attributes:
         schedule: ᾱ of the timesteps that `forward` takes.
         sample_shape: (C, H, W).
-        prediction: what `forward` returns, "epsilon" or "score".
+        prediction: "score", which `forward` returns.
     """
 
+    prediction = "score"
     times: Tensor
-    sigmas: Tensor
 
     def __init__(
         self,
@@ -86,7 +85,6 @@ class ScoreNetwork(nn.Module):
         channels: int = 64,
         widths: tuple[int, int] = (512, 512),
         blocks: int = 4,
-        prediction: str = "epsilon",
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
@@ -98,11 +96,8 @@ class ScoreNetwork(nn.Module):
         self.blocks = nn.Sequential(*(Mixer(channels, patches, widths) for _ in range(blocks)))
         self.norm = nn.LayerNorm([channels, patches])
         self.sample_shape = sample_shape
-        self.prediction = prediction
         self.schedule = schedule or galaxy_schedule()
-        alphas = self.schedule.alphas_cumprod
-        self.register_buffer("times", -alphas.log(), persistent=False)
-        self.register_buffer("sigmas", (1 - alphas).sqrt(), persistent=False)
+        self.register_buffer("times", -self.schedule.alphas_cumprod.log(), persistent=False)
 
     def score(self, x: Tensor, time: float | Tensor) -> Tensor:
         """The score at a time in [0, 10], a number or a tensor `[B]`."""
@@ -114,20 +109,12 @@ class ScoreNetwork(nn.Module):
         return joined
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """`prediction` at the timesteps t `[B]` of the schedule."""
-        score = self.score(x, self.times[t])
-        if self.prediction == "score":
-            return score
-        return score * -self.sigmas[t].to(x.dtype).reshape(-1, 1, 1, 1)
+        """The score at the timesteps t `[B]` of the schedule."""
+        return self.score(x, self.times[t])
 
 
-def load(path: str | os.PathLike[str], **options: Any) -> ScoreNetwork:
-    """The network in an `.eqx` file, in eval mode and without gradients.
-
-    Args:
-        path: of the file.
-        options: `prediction` and `schedule` of `ScoreNetwork`.
-    """
+def load(path: str | os.PathLike[str], schedule: Schedule | None = None) -> ScoreNetwork:
+    """The network in an `.eqx` file, in eval mode and without gradients."""
     arrays = read_arrays(path)
     # Weights of the patches in and out, then eight arrays of layers and four of norms a block, then
     # a norm and the last time.
@@ -141,7 +128,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> ScoreNetwork:
         channels=channels,
         widths=widths,
         blocks=(len(arrays) - 7) // 12,
-        **options,
+        schedule=schedule,
     )
     # A transposed convolution of JAX leaves its kernel as it is; PyTorch's is the adjoint of a
     # convolution, which flips it and swaps its channels.

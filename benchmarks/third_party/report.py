@@ -122,10 +122,13 @@ class Subject:
         if cell.method == "own sampler":
             return own_sampler(self.model, x_T), OWN_EVALUATIONS
         if cell.method == "tuned":
-            return fastddim.sample(self.model, self.tuned[cell.steps], x_T=x_T), cell.steps
+            return self.sample(x_T, self.tuned[cell.steps]), cell.steps
         order = METHODS[cell.method]
-        x = fastddim.sample(self.model, cell.steps, x_T=x_T, spacing="trailing", order=order)
-        return x, cell.steps
+        return self.sample(x_T, cell.steps, spacing="trailing", order=order), cell.steps
+
+    def sample(self, x_T: Tensor, steps: Any, **options: Any) -> Tensor:
+        prediction = self.model.prediction
+        return fastddim.sample(self.model, steps, x_T=x_T, prediction=prediction, **options)
 
     def kept(self, cell: Cell) -> Tensor:
         """The samples of a cell, from an earlier call if there was one."""
