@@ -31,7 +31,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CXX_FILES := $(shell find csrc tests/native tests/support/gpuless benchmarks/gpucheck -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help report demo test test-deep test-oldest test-newest test-gpu test-sanitize test-faults lint docs bench gpucheck gpucheck-prepare format clean
+.PHONY: help report demo test test-deep test-oldest test-newest test-gpu test-sanitize test-faults lint docs bench third-party gpucheck gpucheck-prepare format clean
 # Two targets at once would run two pips in the same environment.
 .NOTPARALLEL:
 
@@ -103,6 +103,13 @@ report: $(VENV)/.installed-report ## Measure all that the README shows, and fill
 	$(BIN)/python benchmarks/quality/grid.py fashion --count 2000 --long --seconds $(REPORT_SECONDS)
 	$(BIN)/pytest benchmarks -s --results $(RESULTS)
 	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python benchmarks/tables.py
+
+# The wheel states no licence, so it is installed and nothing of it is kept; it comes without what it
+# requires, for only the weights in it are read.
+third-party: $(VENV)/.installed-dev ## Sample nine networks of galaxies from PyPI, in an hour, or minutes where results are there
+	$(PIP) install --no-deps --upgrade --target build/third-party galaxygrad==0.2.1
+	$(BIN)/python benchmarks/third_party/report.py
 	$(BIN)/python benchmarks/tables.py
 
 # The tests in an environment of their own, with a Python that is there of the versions named. The

@@ -1,7 +1,7 @@
 """Markdown tables from result files, and their places in the README.
 
-`python benchmarks/tables.py` rewrites the tables of the README and of docs/gpu.md from the
-committed results.
+`python benchmarks/tables.py` rewrites the tables of the README and of the pages under docs/ from
+the committed results.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import third_party_tables
 import version_tables
 from cpu_results import result_of
 from gpu_results import measured_results
@@ -67,6 +68,7 @@ def blocks() -> dict[str, str]:
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "README.md": blocks,
     "docs/gpu.md": gpu_tables.blocks,
+    "docs/third-party.md": third_party_tables.blocks,
     "docs/versions.md": version_tables.blocks,
 }
 """Files with marked places, and the functions that make their contents."""

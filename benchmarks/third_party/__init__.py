@@ -1,0 +1,1 @@
+"""Networks of other people, trained elsewhere and sampled with fastddim."""
