@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from fastddim.cli.options import (
     Placing,
@@ -18,8 +20,9 @@ from fastddim.cli.options import (
 )
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import load
+from fastddim.models.tuned import write_tuned
 from fastddim.options import Prediction, TuneOptions
-from fastddim.tuned import TunedSteps, save_collection
+from fastddim.tuned import TunedSteps
 from fastddim.tuning.search import EFFORTS
 from fastddim.tuning.tuner import Tuner
 
@@ -102,15 +105,32 @@ def command(
                 **options,
             )
         )
-    path = Path(out)
+    path, made_by = Path(out), _given(model)
     found: dict[int, TunedSteps] = {}
     with tuner:
         for number in tuner.numbers:
-            found[number] = tuner.tuned(number)
+            tuned = tuner.tuned(number)
+            found[number] = replace(tuned, record={"command": made_by, **tuned.record})
             click.echo(found[number], err=True)
             if path.suffix == ".json":
-                save_collection(path, found)
+                write_tuned(path, found)
             else:
                 path.mkdir(parents=True, exist_ok=True)
                 found[number].save(path / f"steps-{number}.json")
     click.echo(out)
+
+
+def _given(model: str) -> str:
+    """The command, with what was given of the options that the result depends on."""
+    ctx = click.get_current_context()
+    words = ["fastddim tune", model]
+    for name, value in ctx.params.items():
+        if name in ("model", "out", "progress", "device"):
+            continue
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT and value is not False:
+            words.append("--" + name.replace("_", "-"))
+            if isinstance(value, list):
+                words.append(",".join(map(str, value)))
+            elif value is not True:
+                words.append(str(value))
+    return " ".join(words)
