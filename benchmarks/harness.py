@@ -32,7 +32,7 @@ class Timing:
 # Everything but what a report itself writes.
 WRITTEN = (
     *("README.md", "benchmarks/results", "docs/figures"),
-    *("docs/gpu.md", "docs/third-party.md", "docs/versions.md"),
+    *("docs/gpu.md", "docs/third-party.md", "docs/tune.md", "docs/versions.md"),
 )
 MEASURED = (".", *(f":(exclude){place}" for place in WRITTEN))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import few_steps_tables
 import gpu_tables
 import third_party_tables
 import version_tables
@@ -69,6 +70,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "README.md": blocks,
     "docs/gpu.md": gpu_tables.blocks,
     "docs/third-party.md": third_party_tables.blocks,
+    "docs/tune.md": few_steps_tables.blocks,
     "docs/versions.md": version_tables.blocks,
 }
 """Files with marked places, and the functions that make their contents."""

@@ -13,6 +13,7 @@ from fastddim.sampler import Sampler
 from fastddim.schedule import Schedule
 from fastddim.stream import Stream
 from fastddim.tuned import TunedSteps, load_steps
+from fastddim.tuning import tune
 
 __all__ = [
     "Sampler",
@@ -31,4 +32,5 @@ __all__ = [
     "select_timesteps",
     "slerp",
     "step",
+    "tune",
 ]

@@ -38,6 +38,7 @@ Spacing: TypeAlias = Literal["uniform", "quadratic", "leading", "trailing", "lin
 Variance: TypeAlias = Literal["small", "large"]
 Prediction: TypeAlias = Literal["epsilon", "sample", "v_prediction", "score"]
 Graph: TypeAlias = Literal["auto", "loop"] | bool
+EffortName: TypeAlias = Literal["quick", "thorough"]
 Format: TypeAlias = Literal["npz", "safetensors", "png-folder"]
 
 VARIANCES = get_args(Variance)
@@ -337,6 +338,24 @@ class GenerateOptions(Progress, Conditioning, Placement, Hook, Update, Visited, 
     merged: str | os.PathLike[str] | None = None
     sample_shape: Sequence[int] | None = None
     model_id: str | None = None
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class TuneOptions(Conditioning, Direction, Thresholding, Reading):
+    """The arguments of `fastddim.tune`."""
+
+    model: Model = field(kw_only=False)
+    steps: int | Sequence[int] = field(kw_only=False)
+    shape: Sequence[int] | None = None
+    batch_size: int | None = None
+    schedule: Schedule | None = None
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    effort: EffortName = "quick"
+    samples: int | None = None
+    seed: int = 0
+    teacher_steps: int | None = None
+    progress: bool = True
 
 
 OptionsType = TypeVar("OptionsType")

@@ -78,19 +78,24 @@ class StepTable:
         *,
         noise: Tensor | None = None,
         keys: Keys | None = None,
+        history: Tensor | None = None,
+        epsilon: Tensor | None = None,
         return_x0: bool = True,
     ) -> tuple[Tensor, Any]:
         """(x_prev, x_0), in new tensors like `x`; x_0 is None unless `return_x0`.
 
         Args:
-            x, model_output, noise, keys: as in `fastddim.backends.Backend.update_out`.
+            x, model_output, noise, keys, history, epsilon: as in
+                `fastddim.backends.Backend.update_out`.
             row: of all samples, or an int64 tensor `[1]` or `[B]` on the device of `x`, which is
                 read there.
 
-        Differentiable in `x`, `model_output` and `noise` where grad mode is on.
+        Differentiable in `x`, `model_output` and `noise` where grad mode is on, but not where
+        `epsilon` is written.
 
         Raises:
-            RuntimeError: a tensor does not fit; the message names it.
+            RuntimeError: a tensor does not fit, or has gradients where there are none; the message
+                names it.
         """
         prepared = self._prepared.get((x.device, x.dtype))
         if prepared is None:
@@ -104,9 +109,14 @@ class StepTable:
             or model_output.requires_grad
             or (noise is not None and noise.requires_grad)
         ):
+            if epsilon is not None:
+                raise RuntimeError(
+                    "epsilon: writing into a given tensor is not differentiable; "
+                    "call under torch.no_grad()"
+                )
             return self._differentiable(prepared, x, model_output, row, noise, keys)
         large = fast and x.nbytes >= LARGE and not torch.compiler.is_compiling()
-        if fast and not large and keys is None:
+        if fast and not large and keys is None and epsilon is None:
             results = ops.step(x, model_output, table, row, noise)
             return results if return_x0 else (results[0], None)
         if self._rescaling is not None:
@@ -121,9 +131,11 @@ class StepTable:
             row,
             noise=noise,
             keys=keys,
+            history=history,
             out=x_prev,
             x_0=x_0,
             model_input=None,
+            epsilon=epsilon,
         )
         return x_prev, x_0
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,9 +16,13 @@ import pytest
 import safetensors.torch
 import torch
 
+import fastddim
 from fastddim import models
 from fastddim.models import UNet, UNetConfig
 from fastddim.schedule import Schedule
+from fastddim.tuned import schedule_digest
+
+from .support.tuned import random_steps
 
 LINEAR = {"T": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 TINY = UNetConfig(sample_shape=(3, 8, 12), channels=(8, 16, 24), blocks=2, heads=2)
@@ -243,14 +250,101 @@ class TestFiles:
         with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
             models.load(folder)
 
-    @pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
+    @pytest.mark.parametrize("name", ["model.safetensors", "model.json", "model-tuned.json"])
     def test_links_out_of_the_folder_are_refused(self, folder: Path, name: str) -> None:
+        models.write_tuned(folder / "model-tuned.json", {})
         outside = folder / "elsewhere" / name
         outside.parent.mkdir()
         (folder / name).rename(outside)
         (folder / name).symlink_to(outside)
         with pytest.raises(ValueError, match=f"got a link: .*{name}"):
             models.load(folder)
+
+
+class TestTuned:
+    TUNED = MappingProxyType({S: random_steps(S) for S in (10, 3)})
+
+    @pytest.fixture
+    def path(self, folder: Path) -> Path:
+        path = models.tuned_path(folder / "model.safetensors")
+        models.write_tuned(path, self.TUNED)
+        return path
+
+    def test_none_without_a_file(self, folder: Path) -> None:
+        tuned = models.load(folder).tuned
+        assert len(tuned) == 0
+        assert list(tuned) == []
+        assert 10 not in tuned
+        assert dict(UNet(PATCHED, Schedule.linear()).tuned) == {}
+
+    def test_those_of_the_file(self, folder: Path, path: Path) -> None:
+        assert path.name == "model-tuned.json"
+        assert models.read_tuned(path) == self.TUNED
+        model = models.load(folder)
+        assert dict(model.tuned) == self.TUNED
+        assert list(model.tuned) == [3, 10]
+        assert fastddim.sample(model, model.tuned[3]).isfinite().all()
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert dict(other.tuned) == self.TUNED
+        assert repr(model.tuned) == f"TunedFile({str(path)!r}, [3, 10])"
+
+    def test_beside_other_names_and_not_among_them(self, folder: Path, path: Path) -> None:
+        for file in list(folder.iterdir()):
+            file.rename(folder / file.name.replace("model", "mine"))
+        assert dict(models.load(folder / "mine.safetensors").tuned) == self.TUNED
+
+    def test_they_are_read_late(self, folder: Path, path: Path) -> None:
+        path.write_text("{")
+        tuned = models.load(folder).tuned
+        with pytest.raises(ValueError, match=r"model-tuned.json: expected the JSON of tuned steps"):
+            len(tuned)
+        models.write_tuned(path, self.TUNED)
+        assert len(tuned) == 2
+
+    def test_another_model_has_others(self, folder: Path, path: Path) -> None:
+        models.save(scrambled(PATCHED), folder, {"schedule": LINEAR})
+        assert not path.exists()
+
+    def test_the_wrong_key(self, folder: Path) -> None:
+        with pytest.raises(ValueError, match=r"^tuned\[4\]: expected 4 steps, got TunedSteps\(S=3"):
+            models.write_tuned(folder / "x.json", {4: random_steps(3)})
+        assert not (folder / "x.json").exists()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda c: c.update(version=2), "version: expected 1, got 2"),
+            (
+                lambda c: c.pop("steps"),
+                r"steps: expected a list of tuned .*, got NoneType and \[\]",
+            ),
+            (
+                lambda c: c.update(more=1),
+                r"steps: expected a list .*got list and \['more', 'steps'",
+            ),
+            (lambda c: c.update(steps={}), r"steps: expected a list of tuned steps .*, got dict"),
+            (lambda c: c["steps"].append(3), r"steps\[2\]: tuned steps: expected a mapping"),
+            (lambda c: c["steps"].append(c["steps"][0]), r"steps\[2\]: expected another .*got 3"),
+            (lambda c: c["steps"][1].update(history=[]), r"steps\[1\]: history: expected one"),
+        ],
+    )
+    def test_other_files(
+        self, path: Path, change: Callable[[dict[str, Any]], None], message: str
+    ) -> None:
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"model-tuned\.json: {message}"):
+            models.read_tuned(path)
+
+    def test_files_of_one_and_of_many_are_told_apart(self, path: Path) -> None:
+        with pytest.raises(
+            ValueError, match=r"model-tuned\.json: tuned steps: expected the fields"
+        ):
+            fastddim.load_steps(path)
+        random_steps(3).save(path)
+        with pytest.raises(ValueError, match=r"model-tuned\.json: steps: expected a list of tuned"):
+            models.read_tuned(path)
 
 
 class TestBundled:
@@ -280,6 +374,13 @@ class TestBundled:
         assert models.available() == ("digits", "fashion")
         weights = Path(models.__file__).parent / "weights"
         assert sum(file.stat().st_size for file in weights.glob("*.safetensors")) <= 4_000_000
+
+    def test_its_tuned_steps_can_be_used(self, name: str) -> None:
+        model = models.load(name)
+        for S, tuned in model.tuned.items():
+            assert tuned.steps == S
+            assert tuned.tuned_for.schedule == schedule_digest(model.schedule)
+            assert tuned.tuned_for.prediction == model.prediction
 
     def test_carries_what_sampling_needs(self, name: str, record: dict[str, Any]) -> None:
         model = models.load(name)

@@ -13,6 +13,7 @@ from fastddim.cli.interpolate import command as interpolate
 from fastddim.cli.invert import command as invert
 from fastddim.cli.program import Program
 from fastddim.cli.sample import command as sample
+from fastddim.cli.tune import command as tune
 
 __all__ = ["main"]
 
@@ -26,6 +27,7 @@ Examples:
   fastddim sample digits                       draw 64 digits into samples.png
   fastddim sample fashion --steps 20 --out f/  one PNG per image into the folder f
   fastddim interpolate digits --seeds 3,8      a strip from one image to another
+  fastddim tune digits --steps 5,10 --out t/   few steps, chosen for this model
   fastddim env                                 what works on this machine
 
 \b
@@ -43,5 +45,5 @@ def main(ctx: click.Context, traceback: bool) -> None:
         ctx.exit(2)
 
 
-for command in (sample, invert, interpolate, generate, merge, digest, env, demo):
+for command in (sample, invert, interpolate, generate, merge, digest, tune, env, demo):
     main.add_command(command)

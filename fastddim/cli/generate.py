@@ -13,14 +13,14 @@ from fastddim import runs
 from fastddim.cli.options import (
     Computation,
     Denoising,
-    Visits,
+    TunableVisits,
     computation_options,
     denoising_options,
     model_argument,
     prediction_option,
     seed_option,
     shows_progress,
-    visits_options,
+    tunable_visits_options,
     working_device,
 )
 from fastddim.cli.program import usage_errors
@@ -88,7 +88,7 @@ arguments, another model or other versions, and says what differs.""",
     help="Number after that of the last sample.",
 )
 @seed_option
-@visits_options
+@tunable_visits_options
 @denoising_options
 @click.option(
     "--order", type=int, default=GenerateOptions.order, help="2 for second order, with --eta 0."
@@ -129,7 +129,7 @@ arguments, another model or other versions, and says what differs.""",
 @computation_options
 def command(
     model: str,
-    visits: Visits,
+    visits: TunableVisits,
     denoising: Denoising,
     prediction: Prediction | None,
     computation: Computation,
@@ -144,6 +144,7 @@ def command(
         torch.set_num_threads(threads)
     device = _device_of_rank(computation)
     source = load(model, device, prediction)
+    steps = visits.arguments()
     with usage_errors():
         generation = Generation(
             GenerateOptions(
@@ -155,7 +156,7 @@ def command(
                 dtype=computation.torch_dtype,
                 impl=computation.impl,
                 progress=shows_progress(computation.progress),
-                **visits.arguments(),
+                **steps,
                 **vars(denoising),
                 **options,
             )

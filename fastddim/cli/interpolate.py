@@ -12,13 +12,13 @@ from fastddim.cli.drawing import Drawing
 from fastddim.cli.files import open_sink
 from fastddim.cli.options import (
     Machine,
-    Visits,
+    TunableVisits,
     integers,
     machine_options,
     model_argument,
     prediction_option,
     scale_option,
-    visits_options,
+    tunable_visits_options,
 )
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import load
@@ -48,7 +48,7 @@ Examples:
 @click.option(
     "--frames", type=click.IntRange(min=2), default=9, help="Images from one end to the other."
 )
-@visits_options
+@tunable_visits_options
 @prediction_option
 @click.option(
     "--out",
@@ -61,7 +61,7 @@ def command(
     model: str,
     seeds: list[int],
     frames: int,
-    visits: Visits,
+    visits: TunableVisits,
     prediction: Prediction | None,
     out: str,
     scale: int | None,

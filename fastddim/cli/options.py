@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from fastddim.options import PREDICTIONS, VARIANCES, SampleOptions, Variance
 from fastddim.plan import SPACINGS
+from fastddim.tuned import load_steps
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -45,18 +46,38 @@ class Visits:
         Raises:
             click.UsageError: timesteps and a way to choose them are both given.
         """
+        chosen = ("steps", "spacing", "steps_offset")
         if self.timesteps is None:
-            return {
-                "steps": self.steps,
-                "spacing": self.spacing,
-                "steps_offset": self.steps_offset,
-            }
-        ctx = click.get_current_context()
-        for name in ("steps", "spacing", "steps_offset"):
-            if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
-                option = name.replace("_", "-")
-                raise click.UsageError(f"--timesteps: expected no --{option} beside it")
+            return {name: getattr(self, name) for name in chosen}
+        _expect_alone("--timesteps", chosen)
         return {"steps": self.timesteps}
+
+
+@dataclass(frozen=True)
+class TunableVisits(Visits):
+    """The same, or tuned steps in a file."""
+
+    steps_file: str | None
+
+    def arguments(self) -> dict[str, Any]:
+        """The values as arguments of `fastddim.sample`.
+
+        Raises:
+            click.UsageError: two ways to choose the timesteps are given.
+            ValueError, OSError: the file holds no tuned steps, or cannot be read.
+        """
+        if self.steps_file is None:
+            return super().arguments()
+        _expect_alone("--steps-file", ("steps", "timesteps", "spacing", "steps_offset"))
+        return {"steps": load_steps(self.steps_file)}
+
+
+def _expect_alone(option: str, others: Sequence[str]) -> None:
+    """Refuse options of the command that mean nothing beside this one."""
+    ctx = click.get_current_context()
+    for name in others:
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"{option}: expected no --{name.replace('_', '-')} beside it")
 
 
 @dataclass(frozen=True)
@@ -70,12 +91,11 @@ class Denoising:
 
 
 @dataclass(frozen=True)
-class Computation:
-    """The device, number type and backend of the computation, and its progress bar."""
+class Placing:
+    """The device and number type of a computation, and its progress bar."""
 
     device: str
     dtype: str
-    impl: str
     progress: bool | None
 
     @property
@@ -87,6 +107,13 @@ class Computation:
     def torch_device(self) -> torch.device:
         """See `working_device`."""
         return working_device(self.device)
+
+
+@dataclass(frozen=True)
+class Computation(Placing):
+    """The same with the backend of the update."""
+
+    impl: str
 
 
 @dataclass(frozen=True)
@@ -146,29 +173,41 @@ def bundled(
     return decorate
 
 
-visits_options = bundled(
+_VISITS = [
+    click.option("--steps", type=int, default=50, help="Number of sampling steps."),
+    click.option(
+        "--timesteps",
+        callback=integers,
+        metavar="INT,INT,...",
+        show_default="chosen by --steps and --spacing",
+        help="The timesteps themselves, decreasing.",
+    ),
+    click.option(
+        "--spacing",
+        type=click.Choice(SPACINGS),
+        default=SampleOptions.spacing,
+        help="How --steps timesteps are chosen out of the model's.",
+    ),
+    click.option(
+        "--steps-offset",
+        type=int,
+        default=SampleOptions.steps_offset,
+        help="Added to every timestep of 'leading'.",
+    ),
+]
+
+visits_options = bundled("visits", Visits, _VISITS)
+
+tunable_visits_options = bundled(
     "visits",
-    Visits,
+    TunableVisits,
     [
-        click.option("--steps", type=int, default=50, help="Number of sampling steps."),
+        *_VISITS,
         click.option(
-            "--timesteps",
-            callback=integers,
-            metavar="INT,INT,...",
-            show_default="chosen by --steps and --spacing",
-            help="The timesteps themselves, decreasing.",
-        ),
-        click.option(
-            "--spacing",
-            type=click.Choice(SPACINGS),
-            default=SampleOptions.spacing,
-            help="How --steps timesteps are chosen out of the model's.",
-        ),
-        click.option(
-            "--steps-offset",
-            type=int,
-            default=SampleOptions.steps_offset,
-            help="Added to every timestep of 'leading'.",
+            "--steps-file",
+            metavar="FILE",
+            show_default="none",
+            help="File of tuned steps, instead of --steps and --spacing.",
         ),
     ],
 )
@@ -196,7 +235,7 @@ denoising_options = bundled(
     ],
 )
 
-_COMPUTATION = [
+_PLACING = [
     click.option(
         "--device",
         default="auto",
@@ -210,17 +249,24 @@ _COMPUTATION = [
         help="Type of the state; the model computes in the type of its weights.",
     ),
     click.option(
-        "--impl",
-        default=SampleOptions.impl,
-        show_default="the fastest that works here",
-        help="Backend of the update, used or refused with the reason; see 'fastddim env'.",
-    ),
-    click.option(
         "--progress/--no-progress",
         default=None,
         show_default="where stderr is a terminal",
         help="Show a progress bar on stderr.",
     ),
+]
+
+placing_options = bundled("placing", Placing, _PLACING)
+
+_COMPUTATION = [
+    *_PLACING[:2],
+    click.option(
+        "--impl",
+        default=SampleOptions.impl,
+        show_default="the fastest that works here",
+        help="Backend of the update, used or refused with the reason; see 'fastddim env'.",
+    ),
+    *_PLACING[2:],
 ]
 
 computation_options = bundled("computation", Computation, _COMPUTATION)

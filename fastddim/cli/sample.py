@@ -9,7 +9,7 @@ from fastddim.cli.files import latents_path, open_sink, read_latents
 from fastddim.cli.options import (
     Denoising,
     Machine,
-    Visits,
+    TunableVisits,
     columns_option,
     denoising_options,
     machine_options,
@@ -17,7 +17,7 @@ from fastddim.cli.options import (
     prediction_option,
     scale_option,
     seed_option,
-    visits_options,
+    tunable_visits_options,
 )
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import load
@@ -43,7 +43,7 @@ device and whichever other images are drawn, so the last two .npz commands
 together draw the 5000 images of the folder.""",
 )
 @model_argument
-@visits_options
+@tunable_visits_options
 @denoising_options
 @click.option("--count", type=click.IntRange(min=1), default=64, help="Number of images.")
 @seed_option
@@ -70,7 +70,7 @@ together draw the 5000 images of the folder.""",
 @machine_options
 def command(
     model: str,
-    visits: Visits,
+    visits: TunableVisits,
     denoising: Denoising,
     count: int,
     seed: int,

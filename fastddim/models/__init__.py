@@ -8,9 +8,20 @@ from pathlib import Path
 import torch
 
 from fastddim.models.files import MODEL, RECORD, WEIGHTS, read, refuse_links, save
+from fastddim.models.tuned import read_tuned, tuned_path, write_tuned
 from fastddim.models.unet import UNet, UNetConfig
 
-__all__ = ["UNet", "UNetConfig", "available", "load", "locate", "save"]
+__all__ = [
+    "UNet",
+    "UNetConfig",
+    "available",
+    "load",
+    "locate",
+    "read_tuned",
+    "save",
+    "tuned_path",
+    "write_tuned",
+]
 
 _BUNDLED = Path(__file__).parent / "weights"
 
@@ -37,7 +48,10 @@ def load(
 
     Returns:
         The model in eval mode and without gradients. It carries `sample_shape` (C, H, W),
-        `schedule` and `prediction`, so that `fastddim.sample(model, 50)` needs no more.
+        `schedule` and `prediction`, so that `fastddim.sample(model, 50)` needs no more, and
+        `tuned`, its tuned steps by number of steps, from `<stem>-tuned.json` beside the weights:
+        `fastddim.sample(model, model.tuned[10])`. These are none where there is no such file, and
+        are read when first asked for.
 
     Raises:
         FileNotFoundError: a file of the model is missing.

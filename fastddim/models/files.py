@@ -1,4 +1,6 @@
-"""Model files: `<stem>.safetensors` holds the weights, `<stem>.json` everything else."""
+"""Model files: `<stem>.safetensors` holds the weights, `<stem>.json` everything else, and
+`<stem>-tuned.json`, if it is there, tuned steps.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastddim.files import atomic_file
+from fastddim.models.tuned import TunedFile, tuned_path
 from fastddim.models.unet import UNet, UNetConfig
 from fastddim.schedule import Schedule
 
@@ -26,6 +29,8 @@ _MAX_TIMESTEPS = 1_000_000
 
 def save(model: UNet, folder: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
     """Write `model.safetensors` (float16) and `model.json` into `folder`, each replaced atomically.
+
+    Steps that were tuned for an earlier model in the folder are removed.
 
     Args:
         model: the network.
@@ -56,6 +61,7 @@ def save(model: UNet, folder: str | os.PathLike[str], record: Mapping[str, Any])
     }
     path = Path(folder) / (MODEL + WEIGHTS)
     path.parent.mkdir(parents=True, exist_ok=True)
+    tuned_path(path).unlink(missing_ok=True)
     with atomic_file(path) as file:
         file.write(to_bytes(state))
     with atomic_file(path.with_suffix(RECORD)) as file:
@@ -83,6 +89,7 @@ def read(path: Path) -> UNet:
         model = UNet(config, schedule)
     _check_state(path, state, model.state_dict())
     model.load_state_dict(state, assign=True)
+    model.tuned = TunedFile(tuned_path(path))
     return model
 
 
@@ -93,7 +100,7 @@ def refuse_links(path: Path) -> None:
         ValueError: one of them is.
     """
     folder = path.parent.resolve()
-    for file in (path, path.with_suffix(RECORD)):
+    for file in (path, path.with_suffix(RECORD), tuned_path(path)):
         if file.resolve().parent != folder:
             raise ValueError(f"model file: expected a file inside {folder}, got a link: {file}")
 

@@ -7,7 +7,9 @@ timestep, self-attention at the lowest resolution, skip connections from the way
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 from fastddim.elementary import sqrt
 from fastddim.options import Prediction
 from fastddim.schedule import Schedule
+from fastddim.tuned import TunedSteps
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,11 @@ class UNet(nn.Module):
         schedule: the noise schedule it is trained with.
         prediction: `"epsilon"`, what `forward` returns.
         sample_shape: (C, H, W) of one image.
+        tuned: the tuned steps that came with its file, by number of steps.
     """
 
     prediction: Prediction = "epsilon"
+    tuned: Mapping[int, TunedSteps] = MappingProxyType({})
     coefficient_bits: Tensor
 
     def __init__(self, config: UNetConfig, schedule: Schedule) -> None:

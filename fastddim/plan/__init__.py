@@ -1,7 +1,14 @@
 """Timesteps and coefficients of one sampling run."""
 
 from fastddim.options import PREDICTIONS, VARIANCES, Coefficient, PerStep, Rescaling, Update
-from fastddim.plan.multistep import ORDERS, EpsilonWeights, HistoryWeights, history_weights
+from fastddim.plan.multistep import (
+    NO_HISTORY,
+    ORDERS,
+    EpsilonWeights,
+    HistoryWeights,
+    epsilon_weights,
+    history_weights,
+)
 from fastddim.plan.plan import Plan, StepKind, make_inversion_plan, make_plan
 from fastddim.plan.rows import (
     Row,
@@ -20,6 +27,7 @@ from fastddim.plan.table import known_rows, stack_row, stack_rows, to_table
 from fastddim.plan.timesteps import SPACINGS, select_timesteps
 
 __all__ = [
+    "NO_HISTORY",
     "ORDERS",
     "PREDICTIONS",
     "SPACINGS",
@@ -35,6 +43,7 @@ __all__ = [
     "StepKind",
     "Update",
     "coefficient_row",
+    "epsilon_weights",
     "first_half_row",
     "history_weights",
     "inversion_row",

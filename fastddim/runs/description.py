@@ -58,13 +58,15 @@ def _model(setup: Setup, model_id: str | None) -> dict[str, Any]:
 
 
 def _plan(setup: Setup, update: Update) -> dict[str, Any]:
-    plan = setup.plan
+    plan, tuned = setup.plan, setup.plan.tuned
     denoised: Any = setup.denoised_fn
+    weights = {} if tuned is None else {"direction": tuned.direction, "history": tuned.history}
     return {
         "timesteps": plan.timesteps.tolist(),
         "alphas_cumprod": plan.alphas_cumprod.tolist(),
         **asdict(update),
         "order": plan.order,
+        **weights,
         "denoised_fn": getattr(denoised, "__qualname__", type(denoised).__qualname__),
     }
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fastddim.options import (
     GenerateOptions,
     SampleOptions,
     SamplerOptions,
+    Steps,
     Update,
     shared,
 )
@@ -142,8 +144,9 @@ class Generation:
 
     def _try_out(self, count: int) -> None:
         """Take the first step of a batch, and encode the result as after the last step."""
-        steps = self._setup.plan.timesteps
-        samples = self._sample(Batch(0, count), steps[:1], self._update.at_each(len(steps))[0])
+        plan = self._setup.plan
+        first = self._update.at_each(plan.steps)[0]
+        samples = self._sample(Batch(0, count), plan.timesteps[:1], first, order=plan.order)
         self._sharding.encode(samples.cpu().nan_to_num())
 
     @staticmethod
@@ -166,10 +169,17 @@ class Generation:
     def _draw_all(self, ranks: Ranks, sharding: Sharding, batches: Sequence[Batch]) -> None:
         """Draw each batch while the previous one is being written."""
         pending: Future[int] | None = None
-        steps = self._setup.plan.timesteps
+        plan, options = self._setup.plan, self._options
+        draw = partial(
+            self._sample,
+            steps=plan.tuned or plan.timesteps,
+            update=self._update,
+            order=options.order,
+            callback=options.callback,
+        )
         with self._bar(ranks, batches) as bar, ThreadPoolExecutor(1, "fastddim-writer") as writer:
             for batch in batches:
-                samples = self._sample(batch, steps, self._update, self._options.callback).cpu()
+                samples = draw(batch).cpu()
                 if pending is not None:
                     bar.update(pending.result())
                 pending = writer.submit(self._write, sharding, batch, samples)
@@ -181,7 +191,12 @@ class Generation:
         return batch.size
 
     def _sample(
-        self, batch: Batch, steps: Tensor, update: Update, callback: Callback | None = None
+        self,
+        batch: Batch,
+        steps: Steps,
+        update: Update,
+        order: int,
+        callback: Callback | None = None,
     ) -> Tensor:
         setup = self._setup
         options = shared(
@@ -189,6 +204,7 @@ class Generation:
             self._options,
             **vars(update),
             steps=steps,
+            order=order,
             schedule=self._schedule,
             seed=self._seed,
             sample_offset=batch.first,

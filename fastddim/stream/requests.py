@@ -28,6 +28,7 @@ from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
 from fastddim.stream.conditions import copied, copied_conditions
 from fastddim.stream.tickets import Ticket
+from fastddim.tuned import TunedSteps
 from fastddim.validation import check_initial, check_int, check_sample_range, signed_bits
 
 _KEPT_ROUTES = 64
@@ -147,11 +148,14 @@ def _check_given(name: str, value: object, expected: str, **kind: bool) -> None:
         )
 
 
+_HASHED = (int, float, str, type(None), TunedSteps)
 _ROUTING = ("steps", *(f.name for group in (Visited, Direction, Noising) for f in fields(group)))
 
 
 class Routes:
-    """The routes of a stream's requests; those of plain numbers are kept for later ones."""
+    """The routes of a stream's requests; those of plain numbers or tuned steps are kept for later
+    ones.
+    """
 
     def __init__(
         self, options: StreamOptions, schedule: Schedule, dtype: torch.dtype, max_steps: int
@@ -171,7 +175,7 @@ class Routes:
                 names it.
         """
         values = [getattr(request, name) for name in _ROUTING]
-        plain = all(isinstance(value, int | float | str | None) for value in values)
+        plain = all(isinstance(value, _HASHED) for value in values)
         return (self._kept if plain else self._make)(*values)
 
     def _make(self, *values: Any) -> Route:
@@ -179,6 +183,12 @@ class Routes:
         steps, spacing = given.pop("steps"), given.pop("spacing")
         steps_offset = given.pop("steps_offset")
         split = self._options.denoised_fn is not None
+        order, tuned = self._options.order, isinstance(steps, TunedSteps)
+        if tuned and order == 1:
+            raise ValueError(
+                "steps: expected a number or timesteps in a stream with order=1, which keeps no "
+                f"history; a stream with order=2 takes tuned steps too, got {steps!r}"
+            )
         update = Update(**self._common, **given).checked(1, per_step=True)
         if split and update.rederive_eps:
             raise ValueError("rederive_eps: expected False in a stream with denoised_fn, got True")
@@ -188,7 +198,7 @@ class Routes:
             update,
             spacing=spacing,
             steps_offset=steps_offset,
-            order=self._options.order,
+            order=1 if tuned else order,
             split=split,
         )
         if plan.steps > self._max_steps:

@@ -86,7 +86,8 @@ class Stream:
             masked: whether every request has a `mask` and `known` data.
             denoised_fn: called with the predicted x_0 of the whole batch; no request then has
                 `rederive_eps`.
-            order: 2 leaves no request with eta > 0.
+            order: 2 leaves no request with eta > 0; such a stream also takes requests with tuned
+                steps.
             graph: "auto", True or False, as in `fastddim.sample`.
             check_finite: fail a request, and it alone, at the step where the model returns NaN or
                 infinity for it. This waits for the device at every step.

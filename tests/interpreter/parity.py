@@ -20,9 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastddim import philox
+from fastddim import Schedule, backends, philox
+from fastddim.plan import Update, make_plan, to_table
 
 from ..support.gpuless.cases import UPDATES, assert_bits_of_cpu, update_case
+from ..support.models import elementwise_model
+from ..support.tuned import random_steps
 from ..support.updates import DTYPES, any_case, make_case, poisoned_like, written_only_inside
 
 # The interpreter takes milliseconds a program, however small; as PTX all of them run
@@ -106,6 +109,26 @@ def test_normals(dtype: torch.dtype, layout: str) -> None:
             LAUNCHERS.normal_out(case.keys, philox.LATENTS, out)
             assert torch.equal(out, expected)
         assert written_only_inside(framed, buffer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tuned_steps(dtype: torch.dtype) -> None:
+    """Each step from the state and the epsilon that the one before has left."""
+    tuned = random_steps(4, clip=0.8)
+    plan = make_plan(Schedule.linear(), tuned, Update(clip=0.8).checked(None))
+    table = to_table(plan.table, torch.float32, torch.device("cpu"))
+    runs = []
+    for update_out in (LAUNCHERS.update_out, backends.BACKENDS["cpu"].update_out):
+        x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+        history = torch.zeros_like(x)
+        for s, t in enumerate(tuned.timesteps):
+            m = elementwise_model(x, torch.full((3,), t))
+            row = torch.tensor([s])
+            given = {"noise": None, "keys": None, "history": history, "epsilon": history}
+            update_out(x, m, table, row, **given, out=x, x_0=None, model_input=None)
+        runs.append((x, history))
+    assert all(map(torch.equal, *runs))
+    assert runs[0][0].isfinite().all()
 
 
 @pytest.mark.parametrize("count", [1, 31, 128, 300])

@@ -28,12 +28,16 @@ where diffusers rounds every operation. Cases that the kernel does not cover (te
 broadcast, an η that is not a number ≥ 0, integer samples) go to diffusers' own code.
 
 Nothing waits for a device: timesteps that `set_timesteps` has put there are known on the host too.
-Only `DDPMScheduler` and philox noise read a timestep that lies on a device and comes from
-elsewhere, since they need its value.
+Only `DDPMScheduler`, philox noise and tuned steps read a timestep that lies on a device and comes
+from elsewhere, since they need its value.
 
 `from_config(..., noise="philox", seed=0, sample_offset=0)`, or `set_noise` later, takes the noise
 of the steps from the seed instead of from torch: see `fastddim.sample`. It is no part of the
 config, and a saved pipeline does not have it.
+
+`DDIMScheduler.from_config(..., tuned=...)`, or `set_tuned` later, takes tuned steps, an object or
+the path of a file, and gives what `fastddim.sample` gives with them. They are a part of the config,
+and a saved pipeline has them.
 """
 
 from __future__ import annotations

@@ -21,7 +21,14 @@ from fastddim.integrations.diffusers._rows import (
     valid,
 )
 from fastddim.integrations.diffusers._scheduler import Noising, drawn_like, output_object
+from fastddim.integrations.diffusers._tuned import (
+    CONFIG_KEY,
+    TunedRun,
+    tuned_steps,
+    tuned_table,
+)
 from fastddim.plan import Update, row_of
+from fastddim.steptable import StepTable
 
 _ONE = torch.tensor(1.0, device="cpu")
 
@@ -31,10 +38,67 @@ class _Ddim(Noising):
 
     final_alpha_cumprod: Tensor
     _output_class: Any
+    register_to_config: Any
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any = None,
+        return_unused_kwargs: bool = False,
+        *,
+        tuned: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in diffusers; `tuned` goes to `set_tuned`, by default what the config holds of it, and
+        `noise`, `seed` and `sample_offset` to `set_noise`.
+        """
+        made = super().from_config(config, return_unused_kwargs, **kwargs)
+        scheduler = made[0] if return_unused_kwargs else made
+        given = scheduler.config.get(CONFIG_KEY) if tuned is None else tuned
+        if given is not None:
+            scheduler.set_tuned(given)
+        return made
+
+    def set_tuned(self, tuned: Any) -> None:
+        """Take tuned steps, which become a part of the config.
+
+        `set_timesteps` then takes the number of them, and `step` takes them in their order, from
+        the first on, at η = 0 and without gradients. They are compared with the config and ᾱ; the
+        guidance that they were tuned for is the pipeline's.
+
+        Args:
+            tuned: `fastddim.TunedSteps`, a path of such, or None for diffusers' own steps.
+
+        Raises:
+            TypeError: `tuned` is none of these.
+            ValueError: they were tuned for another schedule, prediction or limit of x_0.
+        """
+        steps = None if tuned is None else tuned_steps(tuned)
+        if steps is not None:
+            tuned_table(steps, self.config, self.alphas_cumprod, steps.tuned_for.rederive_eps)
+        if steps is not None or CONFIG_KEY in self.config:
+            self.register_to_config(**{CONFIG_KEY: None if steps is None else steps.as_dict()})
+        self._fastddim_work.tuned = None if steps is None else TunedRun(steps)
+        self.num_inference_steps = None
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """As in diffusers."""
-        super().set_timesteps(num_inference_steps)  # type: ignore[misc]
+        """As in diffusers; of tuned steps the only number is theirs.
+
+        Raises:
+            ValueError: the steps are tuned and of another number.
+        """
+        run = self._fastddim_work.tuned
+        if run is None:
+            super().set_timesteps(num_inference_steps)  # type: ignore[misc]
+        elif num_inference_steps != run.steps.steps:
+            raise ValueError(
+                f"num_inference_steps: expected {run.steps.steps}, the number of the tuned steps, "
+                f"got {num_inference_steps}"
+            )
+        else:
+            self._fastddim_work.tuned = TunedRun(run.steps)
+            self.num_inference_steps = num_inference_steps
+            self.timesteps = torch.tensor(run.steps.timesteps, device="cpu")
         self._move_timesteps(device)
 
     def step(
@@ -63,9 +127,20 @@ class _Ddim(Noising):
 
         Raises:
             ValueError: both kinds of noise are given, `set_timesteps` was not called, or the
-                config's prediction type is unknown.
+                config's prediction type is unknown; or the steps are tuned, and η is not 0 or the
+                timestep is not the next of them.
             IndexError: the timestep is no index of `alphas_cumprod`.
         """
+        if self._fastddim_work.tuned is not None:
+            results = self._tuned_step(
+                self._fastddim_work.tuned,
+                model_output,
+                timestep,
+                sample,
+                eta,
+                use_clipped_model_output,
+            )
+            return output_object(self._output_class, *results) if return_dict else results
         state = self._state(sample, model_output)
         table = None if state is None else self._table(eta, use_clipped_model_output)
         if state is None or table is None:
@@ -92,6 +167,41 @@ class _Ddim(Noising):
         row = timestep if type(timestep) is int else self._row(timestep, state.device)
         results = table(state, model_output, row, noise=noise, keys=keys)
         return output_object(self._output_class, *results) if return_dict else results
+
+    def _tuned_step(
+        self,
+        run: TunedRun,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        eta: float,
+        rederive_eps: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if self.num_inference_steps is None:
+            raise ValueError(
+                "num_inference_steps: expected set_timesteps to be called first, got None"
+            )
+        if eta != 0:
+            raise ValueError(f"eta: expected 0 with tuned steps, which solve an ODE, got {eta!r}")
+        state = self._state(sample, model_output)
+        if state is None:
+            raise ValueError(
+                "sample: expected a floating-point tensor shaped like model_output with tuned "
+                f"steps, got {sample.dtype} {tuple(sample.shape)} and {model_output.dtype} "
+                f"{tuple(model_output.shape)}"
+            )
+        t = self._host_value(timestep)
+        t = int(timestep) if t is None else t
+        return run.take(self._tuned_table(run, bool(rederive_eps)), t, state, model_output)
+
+    def _tuned_table(self, run: TunedRun, rederive_eps: bool) -> StepTable:
+        alphas, config, kept = self.alphas_cumprod, self.config, self._fastddim_work.tables
+        key = (rederive_eps, version(alphas), id(config), id(alphas), id(run.steps))
+        table: StepTable | None = kept.get(key)
+        if table is None:
+            table = tuned_table(run.steps, config, alphas, rederive_eps)
+            kept.put(key, table, (config, alphas, run.steps))
+        return table
 
     def _table(
         self, eta: Any, rederive_eps: bool, final: Tensor | None = None
@@ -210,6 +320,11 @@ class DDIMParallelScheduler(_Ddim, _ddim_parallel.DDIMParallelScheduler):  # typ
         Returns:
             The samples at the timesteps before, in float32 at least.
         """
+        if self._fastddim_work.tuned is not None:
+            raise ValueError(
+                "tuned: expected None for batch_step_no_noise, since each tuned step reads the "
+                "epsilon of the one before it, got tuned steps"
+            )
         state, table = self._state(sample, model_output), None
         if state is not None and eta == 0 and timesteps.numel() in (1, sample.shape[0]):
             table = self._table(0.0, use_clipped_model_output, _ONE)

@@ -16,9 +16,11 @@ from fastddim.cache import Cache
 from fastddim.integrations._tables import step_table, version
 from fastddim.integrations.diffusers._rows import roots
 from fastddim.integrations.diffusers._timesteps import HostTimesteps
+from fastddim.integrations.diffusers._tuned import TunedRun
 from fastddim.philox import Keys, make_keys
 from fastddim.plan import mixing_row
 from fastddim.steptable import StepTable
+from fastddim.tuned import TunedSteps
 from fastddim.validation import STATE_DTYPES, check_choice
 
 _TABLES_KEPT = 16
@@ -30,22 +32,27 @@ _KEYS_KEPT = 1024
 class FusedState:
     """The state that a scheduler adds to the attributes that diffusers gives it.
 
-    A copy of the scheduler has the same noise and its own tables.
+    A copy of the scheduler has the same noise and tuned steps, and its own tables.
     """
 
-    def __init__(self, seed: Any = None, sample_offset: int = 0) -> None:
+    def __init__(
+        self, seed: Any = None, sample_offset: int = 0, tuned: TunedRun | None = None
+    ) -> None:
         """
         Args:
             seed, sample_offset: of philox noise; no seed where torch draws the noise.
+            tuned: the run of tuned steps, if the scheduler has such.
         """
         self.seed = seed
         self.sample_offset = sample_offset
+        self.tuned = tuned
         self.tables: Cache[Any] = Cache(_TABLES_KEPT)
         self.keys: Cache[Keys] = Cache(_KEYS_KEPT)
         self.timesteps: HostTimesteps | None = None
 
     def __deepcopy__(self, memo: Any) -> FusedState:
-        state, timesteps = FusedState(self.seed, self.sample_offset), self.timesteps
+        state = FusedState(self.seed, self.sample_offset, copy.deepcopy(self.tuned, memo))
+        timesteps = self.timesteps
         if timesteps is not None and timesteps.current:
             # The scheduler's copy has the same copy of its timesteps.
             tensor = copy.deepcopy(timesteps.tensor, memo)
@@ -53,12 +60,13 @@ class FusedState:
         return state
 
     def __reduce__(self) -> Any:
-        return _restored, (self.seed, self.sample_offset)
+        tuned = None if self.tuned is None else self.tuned.steps
+        return _restored, (self.seed, self.sample_offset, tuned)
 
 
-def _restored(seed: Any, sample_offset: int) -> FusedState:
+def _restored(seed: Any, sample_offset: int, tuned: TunedSteps | None = None) -> FusedState:
     """Make the state of a scheduler that was pickled. Pickles hold the name of this function."""
-    return FusedState(seed, sample_offset)
+    return FusedState(seed, sample_offset, None if tuned is None else TunedRun(tuned))
 
 
 class Fused:
@@ -87,6 +95,8 @@ class Fused:
         **kwargs: Any,
     ) -> Any:
         """As in diffusers; `noise`, `seed` and `sample_offset` go to `set_noise`."""
+        if kwargs.get("tuned") is not None:
+            raise ValueError(f"tuned: expected None for {cls.__name__}, got {kwargs['tuned']!r}")
         made = super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
         (made[0] if return_unused_kwargs else made).set_noise(noise, seed, sample_offset)
         return made

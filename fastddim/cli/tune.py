@@ -1,0 +1,136 @@
+"""`fastddim tune`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from fastddim.cli.options import (
+    Placing,
+    integers,
+    model_argument,
+    placing_options,
+    prediction_option,
+    seed_option,
+    shows_progress,
+)
+from fastddim.cli.program import usage_errors
+from fastddim.cli.sources import load
+from fastddim.models.tuned import write_tuned
+from fastddim.options import Prediction, TuneOptions
+from fastddim.tuned import TunedSteps
+from fastddim.tuning.search import EFFORTS
+from fastddim.tuning.tuner import Tuner
+
+
+@click.command(
+    "tune",
+    epilog="""\b
+Examples:
+  fastddim tune runs/digits --steps 5,8,10 --out tuned/      tuned/steps-5.json, ...
+  fastddim sample runs/digits --steps-file tuned/steps-8.json
+  fastddim tune runs/digits --effort thorough --out runs/digits/model-tuned.json
+
+\b
+Each file is written as soon as its steps are found. The last command's file is
+read with the model: fastddim.models.load("runs/digits").tuned[10]""",
+)
+@model_argument
+@click.option(
+    "--steps",
+    callback=integers,
+    default="10",
+    metavar="INT,INT,...",
+    help="Numbers of steps to tune; one teacher serves all.",
+)
+@click.option(
+    "--out",
+    required=True,
+    show_default="none",
+    help="Folder of a file for each number, or one .json file for all.",
+)
+@click.option(
+    "--effort",
+    type=click.Choice(tuple(EFFORTS)),
+    default=TuneOptions.effort,
+    help="How long to search.",
+)
+@click.option(
+    "--samples",
+    type=int,
+    show_default="by the size of the images",
+    help="Latents in each of three sets: to fit, to choose and to report by.",
+)
+@click.option(
+    "--teacher-steps",
+    type=int,
+    show_default="that of --effort",
+    help="Steps by which the exact solution is found.",
+)
+@seed_option
+@click.option(
+    "--clip", type=float, show_default="no clipping", help="Clamp the predicted image to +-CLIP."
+)
+@click.option("--rederive-eps", is_flag=True, help="Recompute epsilon after clipping.")
+@prediction_option
+@placing_options
+def command(
+    model: str,
+    steps: list[int],
+    out: str,
+    prediction: Prediction | None,
+    placing: Placing,
+    **options: Any,
+) -> None:
+    """Choose few timesteps, and the weights of each step, for MODEL.
+
+    They come as close to the exact solution of DDIM's ODE as that many evaluations of the model
+    can. MODEL is as for 'fastddim sample'.
+    """
+    source = load(model, placing.torch_device, prediction)
+    with usage_errors():
+        tuner = Tuner(
+            TuneOptions(
+                source.model,
+                steps,
+                schedule=source.schedule,
+                prediction=source.prediction,
+                device=placing.torch_device,
+                dtype=placing.torch_dtype,
+                progress=shows_progress(placing.progress),
+                **options,
+            )
+        )
+    path, made_by = Path(out), _given(model)
+    found: dict[int, TunedSteps] = {}
+    with tuner:
+        for number in tuner.numbers:
+            tuned = tuner.tuned(number)
+            found[number] = replace(tuned, record={"command": made_by, **tuned.record})
+            click.echo(found[number], err=True)
+            if path.suffix == ".json":
+                write_tuned(path, found)
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+                found[number].save(path / f"steps-{number}.json")
+    click.echo(out)
+
+
+def _given(model: str) -> str:
+    """The command, with what was given of the options that the result depends on."""
+    ctx = click.get_current_context()
+    words = ["fastddim tune", model]
+    for name, value in ctx.params.items():
+        if name in ("model", "out", "progress", "device"):
+            continue
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT and value is not False:
+            words.append("--" + name.replace("_", "-"))
+            if isinstance(value, list):
+                words.append(",".join(map(str, value)))
+            elif value is not True:
+                words.append(str(value))
+    return " ".join(words)
