@@ -155,13 +155,19 @@ class Tuner:
             "order 2": steps_of.untuned(trailing, 2),
         }
         squares = self._trials.squares(list(courses.values()), taught.sets[2])
-        by_name = dict(zip(courses, np.sqrt(squares.mean(1)).tolist(), strict=True))
+        means = zip(courses, np.sqrt(squares.mean(1)).tolist(), strict=True)
+        by_name = {name: mean for name, mean in means if np.isfinite(mean)}
+        if not by_name:
+            raise ValueError(
+                "model output: expected finite values, got NaN or infinity in "
+                f"{steps} steps of every kind"
+            )
         chosen = min(by_name, key=lambda name: by_name[name])
         if chosen != "tuned":
             warnings.warn(
                 f"tuning {steps} steps did not help: the distance to the exact solution is "
-                f"{by_name['tuned']:.3g}, and {by_name[chosen]:.3g} at {chosen} with trailing "
-                "timesteps, which are returned",
+                f"{by_name.get('tuned', np.inf):.3g}, and {by_name[chosen]:.3g} at {chosen} with "
+                "trailing timesteps, which are returned",
                 stacklevel=4,
             )
         medians = np.sqrt(np.median(squares, axis=1)).tolist()
