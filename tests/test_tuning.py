@@ -275,12 +275,11 @@ def test_candidates_may_leave_the_range_of_the_model(every: int) -> None:
         )
 
     few = {"shape": (16, 4), "samples": 16, "teacher_steps": 20, "progress": False}
-    try:
-        steps = fastddim.tune(limited, 3, schedule=SCHEDULE, **few)
-    except ValueError as error:
-        assert every == 2
-        assert "in 3 steps of every kind" in str(error)
+    if every == 2:
+        with pytest.raises(ValueError, match="got NaN or infinity in 3 steps of every kind"):
+            fastddim.tune(limited, 3, schedule=SCHEDULE, **few)
         return
+    steps = fastddim.tune(limited, 3, schedule=SCHEDULE, **few)
     assert np.isfinite(list(steps.errors.values())).all()  # type: ignore[union-attr]
 
 

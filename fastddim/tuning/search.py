@@ -180,7 +180,7 @@ def _amounts(normal: Normal, changes: Sequence[Change], damping: float) -> Numbe
         if change.pulled is not None:
             gram[p, p] += _PULL * normal.error
             slope[p] += _PULL * normal.error * change.pulled
-    amounts = -np.linalg.solve(gram, slope)
+    amounts = np.nan_to_num(-np.linalg.solve(gram, slope))
     clipped: Numbers = np.clip(amounts, [c.low for c in changes], [c.high for c in changes])
     return clipped
 
