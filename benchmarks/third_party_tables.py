@@ -28,7 +28,9 @@ def steps_as_markdown(result: dict[str, Any]) -> str:
     for name in _networks(result):
         for method in METHODS:
             cells = {
-                row["steps"]: _percent(row["distance"] / row["apart"])
+                row["steps"]: "<br>".join(
+                    _percent(row[kind] / row["apart"]) for kind in ("distance", "median")
+                )
                 for row in shown
                 if (row["network"], row["method"]) == (name, method)
             }

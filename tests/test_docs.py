@@ -92,7 +92,8 @@ def test_every_drop_in_is_in_the_reference():
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if not p.startswith("reference/")])
-def test_code_runs(page):
+def test_code_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run(page)
 
 

@@ -261,6 +261,28 @@ def test_an_interruption_closes_the_bar(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err.endswith("\n")
 
 
+@pytest.mark.filterwarnings("ignore:tuning 3 steps did not help")
+@pytest.mark.parametrize("every", [2, 5])
+def test_candidates_may_leave_the_range_of_the_model(every: int) -> None:
+    """Only where the teacher leads it must a model be finite."""
+    model = Mixture((4,))
+
+    def limited(x: Tensor, t: Tensor) -> Tensor:
+        epsilon = model(x, t)
+        failing = model.calls > 3 * 20 and model.calls % every == 0
+        return (
+            torch.where(torch.arange(16)[:, None] == 3, torch.nan, epsilon) if failing else epsilon
+        )
+
+    few = {"shape": (16, 4), "samples": 16, "teacher_steps": 20, "progress": False}
+    if every == 2:
+        with pytest.raises(ValueError, match="got NaN or infinity in 3 steps of every kind"):
+            fastddim.tune(limited, 3, schedule=SCHEDULE, **few)
+        return
+    steps = fastddim.tune(limited, 3, schedule=SCHEDULE, **few)
+    assert np.isfinite(list(steps.errors.values())).all()  # type: ignore[union-attr]
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("error", "message", "changes"),

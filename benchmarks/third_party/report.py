@@ -105,8 +105,12 @@ class Subject:
 
     @cached_property
     def tuned(self) -> Mapping[int, Any]:
-        """Steps tuned for this network, by their number."""
-        return fastddim.tune(self.model, TUNED_STEPS, prediction=self.model.prediction)
+        """Steps tuned for this network, by their number, from an earlier call if there was one."""
+        path = KEPT / f"{self.weights}-tuned.json"
+        if not path.is_file():
+            found = fastddim.tune(self.model, TUNED_STEPS, prediction=self.model.prediction)
+            fastddim.models.write_tuned(path, found)
+        return fastddim.models.read_tuned(path)
 
     def samples(self, cell: Cell) -> tuple[Tensor, int]:
         """The samples of a cell, and the calls of the network that they took."""
@@ -149,8 +153,8 @@ class Subject:
 def measure(subject: Subject, cell: Cell) -> dict[str, Any]:
     """The root mean square of the differences to the reference, over pixels and latents.
 
-    `error` is its standard error, `of_few` the same of the first latents alone, and `apart` the
-    distance of two samples of different latents.
+    `error` is its standard error, `median` that of the latents' own distances, `of_few` the same
+    mean of the first latents alone, and `apart` the distance of two samples of different latents.
     """
     reference = subject.reference(cell.count).double()
     began = time.perf_counter()
@@ -163,6 +167,7 @@ def measure(subject: Subject, cell: Cell) -> dict[str, Any]:
     row = {
         "distance": distance.item(),
         "error": (squares.std() / len(squares) ** 0.5 / (2 * distance)).item(),
+        "median": squares.median().sqrt().item(),
         "of_few": squares[:FEW].mean().sqrt().item(),
         "apart": (reference - reference.roll(1, 0)).square().mean().sqrt().item(),
     }
@@ -182,7 +187,8 @@ def run(path: Path, weights: Path, names: list[str], seconds: float = float("inf
         seconds: no cell is begun later than this.
     """
     result = json.loads(path.read_text()) if path.is_file() else {"rows": []}
-    done = {key(row) for row in result["rows"]}
+    done = {key(row) for row in result["rows"] if "median" in row or row["count"] < COUNT}
+    result["rows"] = [row for row in result["rows"] if key(row) in done]
     provenance = machine()
     began = time.monotonic()
     for name in names:

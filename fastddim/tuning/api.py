@@ -22,7 +22,8 @@ def tune(options: TuneOptions) -> TunedSteps | dict[int, TunedSteps]:
 
     Args:
         model: as for `sample`, in eval mode.
-        steps: number of steps S, or a sequence of such numbers, for which one teacher serves.
+        steps: number of steps S, or a sequence of such numbers: one teacher serves all, and the
+            timesteps found for one are a start for the next.
         guidance_scale: one number; each scale needs steps of its own.
         shape: (B, …) of the states that the model is evaluated on at a time; by default B follows
             from `samples`, and the rest is the shape that the model tells.

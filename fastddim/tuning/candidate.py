@@ -58,6 +58,12 @@ def _distinct(timesteps: Numbers, T: int) -> Numbers:
     return distinct
 
 
+def resampled(timesteps: Sequence[int], steps: int) -> Candidate:
+    """Another number of timesteps, at the same density."""
+    places = np.linspace(0, len(timesteps) - 1, steps) if steps > 1 else np.zeros(1)
+    return Candidate.at_order_2(np.interp(places, np.arange(len(timesteps)), timesteps))
+
+
 class Course(NamedTuple):
     """Timesteps and weights, as they are walked.
 

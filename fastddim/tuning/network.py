@@ -43,21 +43,12 @@ class Network:
         self.evaluations = 0
 
     def output(self, x: Tensor, t: int) -> Tensor:
-        """What the model predicts of the states x `[B, …]` at the timestep t.
-
-        Raises:
-            ValueError: it is not finite.
-        """
+        """What the model predicts of the states x `[B, …]` at the timestep t."""
         state, guided = x.to(self._dtype), self._update.guided
         x = torch.cat([state, state]) if guided else state
         timesteps = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
         result = adapter.output_tensor(self._model(x, timesteps, **self._model_kwargs))
         output = check_model_output("model output", result, state, guided=guided)
-        if not bool(output.isfinite().all()):
-            raise ValueError(
-                "model output: expected finite values, got NaN or infinity while tuning, "
-                f"at timestep {t}"
-            )
         self.evaluations += len(state)
         if self.evaluated is not None:
             self.evaluated(len(state))

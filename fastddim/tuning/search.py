@@ -124,7 +124,7 @@ class Search:
         courses = [self._trials.steps.course(each) for each in candidates]
         squares = self._trials.squares(courses, self._chosen_by)
         if self._scale is None:
-            self._scale = float(np.median(squares, axis=1).min())
+            self._scale = float(np.nan_to_num(np.median(squares, axis=1), nan=np.inf).min())
         errors = _robust_mean(squares, self._scale * _CHOOSING)
         rated = [Found(float(e), c) for e, c in zip(errors, candidates, strict=True)]
         return sorted(rated, key=_error)
@@ -165,21 +165,22 @@ def _robust_mean(squares: Numbers, scale: float) -> Numbers:
     """Root mean squares `[P]` of `[P, N]`, with a logarithm for what is above the scale (Cauchy's
     loss).
     """
-    scale = max(scale, 1e-30)
+    scale = min(max(scale, 1e-30), 1e30)
     means: Numbers = np.sqrt((scale * np.log1p(squares / scale)).mean(1))
-    return means
+    # Weights that are too daring can lead a network to where it returns NaN.
+    return np.nan_to_num(means, nan=np.inf)
 
 
 def _amounts(normal: Normal, changes: Sequence[Change], damping: float) -> Numbers:
     """By how much to change each number, within its bounds."""
     gram, slope = normal.gram.copy(), normal.slope.copy()
-    diagonal = np.maximum(np.diagonal(gram), 1e-12 * max(np.diagonal(gram).max(), 1e-300))
+    diagonal = np.maximum(np.diagonal(gram), 1e-12 * max(np.diagonal(gram).max(), 1e-30))
     for p, change in enumerate(changes):
         gram[p, p] += damping * diagonal[p]
         if change.pulled is not None:
             gram[p, p] += _PULL * normal.error
             slope[p] += _PULL * normal.error * change.pulled
-    amounts = -np.linalg.solve(gram, slope)
+    amounts = np.nan_to_num(-np.linalg.solve(gram, slope))
     clipped: Numbers = np.clip(amounts, [c.low for c in changes], [c.high for c in changes])
     return clipped
 

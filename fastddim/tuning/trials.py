@@ -111,13 +111,22 @@ class Trials:
         return Walk(course.timesteps, table, states, outputs, state.x)
 
     def trace(self, course: Course, x_T: Tensor, kept: int = 0) -> Trace:
-        """The whole way, of which all states of the first `kept` samples are remembered."""
+        """The whole way, of which all states of the first `kept` samples are remembered.
+
+        Raises:
+            ValueError: the model's output is not finite.
+        """
         table = self.table(course, x_T)
         state = _start(x_T, table)
         trace = Trace([], [], [], x_T)
         for t, row in zip(course.timesteps, table, strict=True):
             trace.states.append(state.x[:kept])
-            taken = self._taken(state, self._network.output(state.x, t), row)
+            output = self._network.output(state.x, t)
+            if not bool(output.isfinite().all()):
+                raise ValueError(
+                    f"model output: expected finite values, got NaN or infinity at timestep {t}"
+                )
+            taken = self._taken(state, output, row)
             trace.x_0.append(taken.x_0[:kept])
             trace.epsilon.append(taken.epsilon[:kept])
             state = State(taken.x_prev, taken.epsilon)
@@ -184,7 +193,12 @@ class Trials:
                 [(self.branch(other, walk) - walk.end).flatten() for other in probed]
             )
             residual = walk.end - task.x_0
-            weights = (1 / (1 + _mean_squares(residual) / max(scale, 1e-30))).sqrt()
+            far = _mean_squares(residual).nan_to_num(torch.inf) / max(scale, 1e-30)
+            weights = (1 / (1 + far)).sqrt()
+            # What leaves the model's range says nothing of the slope.
+            differences, residual = (
+                values.nan_to_num(0.0, 0.0, 0.0) for values in (differences, residual)
+            )
             shape = (len(residual), *[1] * (residual.ndim - 1))
             weighted = weights.reshape(shape).to(residual.dtype).expand_as(residual).flatten()
             residual = residual.flatten() * weighted

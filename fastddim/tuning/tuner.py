@@ -26,7 +26,7 @@ from fastddim.loop.setup import (
 from fastddim.options import TuneOptions, Update, shared
 from fastddim.plan import select_timesteps
 from fastddim.tuned import TunedFor, TunedSteps
-from fastddim.tuning.candidate import Candidate, Course
+from fastddim.tuning.candidate import Candidate, Course, resampled
 from fastddim.tuning.network import Network
 from fastddim.tuning.search import EFFORTS, Effort, Search
 from fastddim.tuning.teacher import jump_costs, kept, shortest_path
@@ -81,6 +81,7 @@ class Tuner:
         self._trials = Trials(self._network, self._schedule, update)
         self._options = options
         self._taught: Taught | None = None
+        self._found: dict[int, list[int]] = {}
         self._bar: Any = None
 
     def _resolve_samples(self, options: TuneOptions) -> tuple[tuple[int, ...], int]:
@@ -127,7 +128,7 @@ class Tuner:
 
     def _planned(self, steps: int) -> int:
         """The most evaluations on a sample of each set."""
-        return self._effort.evaluations(steps, 1 + len(_POWERS)) + 3 * steps
+        return self._effort.evaluations(steps, 2 + len(_POWERS)) + 3 * steps
 
     def tuned(self, steps: int) -> TunedSteps:
         """The best timesteps and weights for this number of steps.
@@ -144,25 +145,29 @@ class Tuner:
         taught, steps_of = self._taught, self._trials.steps
         began, before = time.perf_counter(), self._network.evaluations
         trailing = select_timesteps(self._schedule.T, steps, "trailing").tolist()
-        starts = [Candidate.at_order_2(trailing)]
-        for power in _POWERS:
-            path = shortest_path(taught.costs, steps, power)
-            starts.append(Candidate.at_order_2(taught.timesteps[i] for i in path))
         search = Search(self._trials, taught.sets[0], taught.sets[1], self._show)
+        starts = self._starts(taught, trailing)
         found = steps_of.course(search.best(starts, self._effort).candidate)
+        self._found[steps] = found.timesteps
         courses = {
             "tuned": found,
             "order 1": steps_of.untuned(trailing, 1),
             "order 2": steps_of.untuned(trailing, 2),
         }
         squares = self._trials.squares(list(courses.values()), taught.sets[2])
-        by_name = dict(zip(courses, np.sqrt(squares.mean(1)).tolist(), strict=True))
+        means = zip(courses, np.sqrt(squares.mean(1)).tolist(), strict=True)
+        by_name = {name: mean for name, mean in means if np.isfinite(mean)}
+        if not by_name:
+            raise ValueError(
+                "model output: expected finite values, got NaN or infinity in "
+                f"{steps} steps of every kind"
+            )
         chosen = min(by_name, key=lambda name: by_name[name])
         if chosen != "tuned":
             warnings.warn(
                 f"tuning {steps} steps did not help: the distance to the exact solution is "
-                f"{by_name['tuned']:.3g}, and {by_name[chosen]:.3g} at {chosen} with trailing "
-                "timesteps, which are returned",
+                f"{by_name.get('tuned', np.inf):.3g}, and {by_name[chosen]:.3g} at {chosen} with "
+                "trailing timesteps, which are returned",
                 stacklevel=4,
             )
         medians = np.sqrt(np.median(squares, axis=1)).tolist()
@@ -174,6 +179,19 @@ class Tuner:
         }
         self._advance(self._planned(steps) * self._samples - record["evaluations"])
         return self._as_steps(courses[chosen], by_name, chosen, record)
+
+    def _starts(self, taught: Taught, trailing: list[int]) -> list[Candidate]:
+        """Where the search begins: trailing timesteps, those of shortest paths, and those of the
+        nearest number of steps that has been tuned.
+        """
+        steps = len(trailing)
+        paths = [shortest_path(taught.costs, steps, power) for power in _POWERS]
+        starts = [Candidate.at_order_2(trailing)]
+        starts += [Candidate.at_order_2(taught.timesteps[i] for i in path) for path in paths]
+        if self._found:
+            nearest = min(self._found, key=lambda number: abs(number - steps))
+            starts.append(resampled(self._found[nearest], steps).settled(self._schedule.T))
+        return starts
 
     def _as_steps(
         self, course: Course, errors: dict[str, float], chosen: str, record: dict[str, Any]
