@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from paper import experiments
 from paper.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Level, Line, Panel, Plot, plots, sheet
 from quality import data
 from quality.grid import fingerprint
-from quality_tables import PAPER_RECONSTRUCTION
+from quality_tables import FEW_KINDS, PAPER_RECONSTRUCTION, baseline_of
 
 import fastddim
 from fastddim.files import atomic_file
@@ -40,8 +39,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAIRS = ((0, 1), (2, 3), (0, 3))
 CORNERS = (0, 1, 2, 3)
 """Seeds: of the ends of the strips, and of the corners of the square."""
-
-SPACES = {"classifier": "features of its classifier", "efficientnet-lite0": "EfficientNet-Lite0"}
 
 
 @dataclass(frozen=True)
@@ -219,13 +216,12 @@ def plot_reconstruction(work: Work) -> None:
 
 
 def plot_quality(work: Work) -> None:
-    """Fréchet distance by steps, in each feature space, of the models that were measured."""
-    panels = []
-    for name in work.names:
-        if not (work.results / f"quality-{name}.json").is_file():
-            continue
-        result = work.read(f"quality-{name}")
-        panels += [_quality(result, space, title) for space, title in SPACES.items()]
+    """Fréchet distance by calls of the model, with DDPM's of 1000, of the models measured."""
+    panels = [
+        quality_plot(work.read(f"quality-{name}"))
+        for name in work.names
+        if (work.results / f"quality-{name}.json").is_file()
+    ]
     plots(work.figures / "quality.png", panels)
 
 
@@ -234,7 +230,7 @@ def plot_sampling(work: Work) -> None:
     panels = []
     rows = work.read("sampling-cpu")["rows"]
     for case in dict.fromkeys(row["case"] for row in rows):
-        own = [row for row in rows if row["case"] == case]
+        own = [row for row in rows if row["case"] == case and "diffusers" in row["timings"]]
         steps = [row["steps"] for row in own]
         lines = [
             Line(label, steps, [row["timings"][key]["seconds"] for row in own], color, marker)
@@ -249,38 +245,22 @@ def plot_sampling(work: Work) -> None:
     plots(work.figures / "sampling.png", panels, columns=3)
 
 
-def _quality(result: dict[str, Any], space: str, title: str) -> Plot:
-    rows = [row for row in result["rows"] if row["spacing"] == "uniform" and space in row]
-    rows.sort(key=itemgetter("steps"))
-    longest = 1000
+def quality_plot(result: dict[str, Any]) -> Plot:
+    """One line for each kind of few steps that a model was measured with, and DDPM's level."""
     lines = []
-    for label, eta, variance, order, color, marker in (
-        ("σ̂", 1.0, "large", 1, PURPLE, "D"),
-        ("η = 1", 1.0, "small", 1, ORANGE, "s"),
-        ("η = 0", 0.0, "small", 1, BLUE, "o"),
-        ("η = 0, order 2", 0.0, "small", 2, GREEN, "^"),
+    for kind, color, marker in zip(
+        FEW_KINDS, (ORANGE, BLUE, GREEN, PURPLE), ("s", "o", "^", "D"), strict=True
     ):
-        own = [
-            row
-            for row in rows
-            if (row["eta"], row["variance"], row["order"]) == (eta, variance, order)
-        ]
-        lines.append(
-            Line(
-                label,
-                [row["steps"] for row in own],
-                [row[space]["distance"] for row in own],
-                color,
-                marker,
-                error=[row[space]["error"] for row in own],
-            )
-        )
-    levels = [
-        Level(f"η = 1, S = {longest}", row[space]["distance"], ORANGE, below=True)
-        for row in rows
-        if (row["eta"], row["variance"], row["steps"]) == (1.0, "small", longest)
-    ]
-    return Plot(f"{result['data']}, {title}", lines, "steps S", "Fréchet distance", levels)
+        rows = kind.rows(result)
+        # Not all models have tuned steps.
+        if rows:
+            cells = [row["classifier"] for row in rows]
+            steps, distances = [row["steps"] for row in rows], [cell["distance"] for cell in cells]
+            errors = [cell["error"] for cell in cells]
+            lines.append(Line(kind.label, steps, distances, color, marker, error=errors))
+    distance, error = baseline_of(result)
+    level = Level("DDPM, 1000 calls", distance, GREY, below=True, error=error)
+    return Plot(result["data"], lines, "calls of the model", "Fréchet distance", [level])
 
 
 EXPERIMENTS = {

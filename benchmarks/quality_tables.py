@@ -1,8 +1,13 @@
-"""Tables of quality: the paper's tables 1 and 2, its own numbers, and distances by training."""
+"""Tables of quality: the paper's tables 1 and 2, its own numbers, distances by training, and those
+of few steps.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,33 @@ PAPER_RECONSTRUCTION = {
 }
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A way to take steps, of which the quality results have one row for each number of steps."""
+
+    label: str
+    spacing: str
+    order: int = 1
+    eta: float = 0.0
+
+    def rows(self, quality: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Its rows, fewest steps first."""
+        own = ("small", self.spacing, self.order, self.eta)
+        names = ("variance", "spacing", "order", "eta")
+        found = [row for row in quality["rows"] if tuple(row[name] for name in names) == own]
+        return sorted(found, key=itemgetter("steps"))
+
+
+TUNED = Kind("tuned", "tuned")
+FEW_KINDS = (
+    Kind("η = 1", "trailing", eta=1.0),
+    Kind("order 1", "trailing"),
+    Kind("order 2", "trailing", order=2),
+    TUNED,
+)
+"""What is compared at few steps: the package's default spacing, and tuned steps."""
+
+
 def quality_of(data: str) -> dict[str, Any]:
     """The quality results of the bundled model "digits" or "fashion"."""
     quality: dict[str, Any] = result_of(f"quality-{data}")
@@ -46,14 +78,51 @@ def baseline_of(quality: dict[str, Any]) -> tuple[float, float]:
 
 
 def distance_of(
-    quality: dict[str, Any], steps: int, eta: float, order: int = 1
+    quality: dict[str, Any],
+    steps: int,
+    eta: float = 0.0,
+    order: int = 1,
+    spacing: str = "uniform",
 ) -> tuple[float, float] | None:
-    """Distance and error of a cell with the uniform spacing, in the classifier's features."""
-    for row in quality["rows"]:
-        default = (row["spacing"], row["variance"]) == ("uniform", "small")
-        if default and (row["steps"], row["eta"], row["order"]) == (steps, eta, order):
+    """Distance and error of a cell in the classifier's features; `spacing` may be "tuned"."""
+    for row in Kind("", spacing, order, eta).rows(quality):
+        if row["steps"] == steps:
             return row["classifier"]["distance"], row["classifier"]["error"]
     return None
+
+
+def few_as_markdown(results: Sequence[dict[str, Any]]) -> str:
+    """Distances of few steps, tuned ones among them where they were measured.
+
+    Args:
+        results: the quality results of the models.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for result in results:
+        for kind in FEW_KINDS:
+            for row in kind.rows(result):
+                cell = quality_cell(row["classifier"]["distance"], row["classifier"]["error"])
+                found.setdefault(f"{result['data']}, {kind.label}", {})[row["steps"]] = cell
+    return _by_steps("", found, sort=False) + "\n\n" + _about_few(results)
+
+
+def _about_few(results: Sequence[dict[str, Any]]) -> str:
+    counts, baselines = [], []
+    for result in results:
+        rows = [row for kind in FEW_KINDS for row in kind.rows(result)]
+        counts.append(f"{max(row['classifier']['count'] for row in rows):,} of {result['data']}")
+        baselines.append(f"{quality_cell(*baseline_of(result))} of {result['data']}")
+    spacing = "`trailing` spacing, the default"
+    if any(TUNED.rows(result) for result in results):
+        spacing += (
+            ", except in the tuned rows, whose timesteps and weights of the last two epsilons were "
+            "chosen for the model ([tuned steps](docs/tune.md))"
+        )
+    return (
+        "Fréchet distance in the features of a classifier of the data; samples a cell: "
+        f"{' and '.join(counts)}; ± the bootstrap's standard deviation; η = 0 where a row names "
+        f"none; {spacing}. DDPM's 1000 steps: {' and '.join(baselines)}."
+    )
 
 
 def quality_as_markdown(result: dict[str, Any]) -> str:
@@ -64,11 +133,13 @@ def quality_as_markdown(result: dict[str, Any]) -> str:
         ("efficientnet-lite0", "features of EfficientNet-Lite0"),
     ):
         found: dict[str, dict[int, str]] = {}
-        for row in result["rows"]:
-            if space in row:
-                distance, error = row[space]["distance"], row[space]["error"]
-                found.setdefault(_kind(row), {})[row["steps"]] = quality_cell(distance, error)
-        counts = sorted({row[space]["count"] for row in result["rows"] if space in row})
+        # Other numbers of steps are in the table of few.
+        shown = {row["steps"] for row in result["rows"] if row["spacing"] == "uniform"}
+        rows = [row for row in result["rows"] if space in row and row["steps"] in shown]
+        for row in rows:
+            distance, error = row[space]["distance"], row[space]["error"]
+            found.setdefault(_kind(row), {})[row["steps"]] = quality_cell(distance, error)
+        counts = sorted({row[space]["count"] for row in rows})
         floor = result["floors"][space]
         blocks.append(_by_steps(f"{result['data']}: {title}", found))
         blocks.append(
@@ -161,12 +232,10 @@ def _kind(row: dict[str, Any]) -> str:
     return name if row["spacing"] == "uniform" else f"{name}, {row['spacing']}"
 
 
-def _by_steps(title: str, found: dict[str, dict[int, str]]) -> str:
+def _by_steps(title: str, found: dict[str, dict[int, str]], *, sort: bool = True) -> str:
     columns = sorted({steps for cells in found.values() for steps in cells})
-    rows = [
-        [kind, *(found[kind].get(steps, "–") for steps in columns)]
-        for kind in sorted(found, key=lambda kind: ("σ" in kind, kind))
-    ]
+    kinds = sorted(found, key=lambda kind: ("σ" in kind, kind)) if sort else list(found)
+    rows = [[kind, *(found[kind].get(steps, "–") for steps in columns)] for kind in kinds]
     return table([title, *(f"S = {steps}" for steps in columns)], rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from cpu_results import paired, provenance, ratio
@@ -56,14 +57,30 @@ def sampling_as_markdown(result: dict[str, Any]) -> str:
     header = ["model", "S", "fastddim", "diffusers' DDIM", "fewer steps", "faster loop", "together"]
     header += ["η = 1", "order 2", "distance", "of order 2", "of DDPM, S = 1000"]
     rows = []
-    for row in result["rows"]:
+    for row in (row for row in result["rows"] if "diffusers" in row["timings"]):
         timings, steps = row["timings"], row["steps"]
         cells = [row["case"], str(steps)]
         cells += [duration(timings[name]["seconds"]) for name in ("fastddim", "diffusers")]
         cells += [f"{gain(value)}×" for value in gains(row)]
         cells += [duration(timings[f"fastddim, {how}"]["seconds"]) for how in ("η = 1", "order 2")]
         rows.append([*cells, *_distances(row["case"], steps)])
-    return f"{table(header, rows)}\n\n{paired(result['machine'])}"
+    tables = [table(header, rows), *_tuned_table(result)]
+    return "\n\n".join([*tables, paired(result["machine"])])
+
+
+def _tuned_table(result: dict[str, Any]) -> Iterator[str]:
+    """Gains of tuned steps over 1000 steps of DDPM, if they were timed; and quality."""
+    header = ["tuned steps", "S", "fastddim", "faster than DDPM", "distance", "of DDPM, S = 1000"]
+    rows = []
+    for row in result["rows"]:
+        if (timing := row["timings"].get("fastddim, tuned")) is not None:
+            quality = quality_of(row["case"].split()[0])
+            found = distance_of(quality, row["steps"], spacing="tuned")
+            cells = [row["case"], str(row["steps"])]
+            cells += [duration(timing["seconds"]), f"{gain(1 / timing['ratio'])}×"]
+            rows.append([*cells, *map(_distance, (found, baseline_of(quality)))])
+    if rows:
+        yield table(header, rows)
 
 
 def gains(row: dict[str, Any]) -> tuple[float, float, float]:
@@ -79,7 +96,11 @@ def _distances(case: str, steps: int) -> list[str]:
         return ["–"] * 3
     quality = quality_of(data)
     found = [distance_of(quality, steps, 0.0, order) for order in (1, 2)]
-    return ["–" if cell is None else quality_cell(*cell) for cell in (*found, baseline_of(quality))]
+    return list(map(_distance, (*found, baseline_of(quality))))
+
+
+def _distance(cell: tuple[float, float] | None) -> str:
+    return "–" if cell is None else quality_cell(*cell)
 
 
 def stream_as_markdown(result: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from cpu_results import result_of
 from gpu_results import measured_results
 from headline import headline_as_markdown
 from quality_tables import (
+    few_as_markdown,
     paper_as_markdown,
     quality_as_markdown,
     reconstruction_as_markdown,
@@ -56,7 +57,9 @@ def blocks() -> dict[str, str]:
     """The content of each marked place of the README."""
     made = {name: (name, as_markdown) for name, as_markdown in TABLES.items()}
     measured = measured_results()
+    few = few_as_markdown([result_of("quality-digits"), result_of("quality-fashion")])
     return {
+        "quality-few": few,
         "headline": headline_as_markdown(result_of("sampling-cpu"), measured),
         "gpu": gpu_tables.readme_as_markdown(measured),
         **{

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import bench_sampling
 import harness
+import headline
+import loops
 import pytest
+import quality_tables
 import tables
+import torch
 import version_tables
 from cpu_results import result_of
 from gpu_results import Result
 from headline import equal_quality
 from quality import grid
-from quality_tables import images_seen, quality_as_markdown
+from quality_tables import Kind, images_seen, quality_as_markdown
 from speed_tables import gains
+
+import fastddim
+
+from .support.tuned import steps_of_order
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +84,10 @@ def test_timings_have_their_spread(name: str) -> None:
 def test_quality_is_that_of_the_bundled_model(name: str) -> None:
     result = result_of(name)
     assert {row["weights"] for row in result["rows"]} == {grid.fingerprint(result["data"])}
+    tuned = fastddim.models.load(result["data"]).tuned
     for row in result["rows"]:
+        if row["spacing"] == "tuned":
+            assert row["tuned"] == grid.tuned_digest(tuned[row["steps"]])
         assert row["classifier"]["distance"] > 0 < row["classifier"]["error"]
 
 
@@ -98,9 +111,7 @@ def test_images_of_training_are_those_of_every_run() -> None:
 
 def test_equal_quality_is_the_fewest_steps_within_the_error() -> None:
     def quality(steps: int, eta: float, distance: float, order: int = 1) -> dict[str, Any]:
-        cell = {"distance": distance, "error": 0.3}
-        plan = {"steps": steps, "eta": eta, "order": order, "classifier": cell}
-        return {**plan, "spacing": "uniform", "variance": "small"}
+        return quality_row(Kind("", "uniform", order, eta), steps, distance)
 
     def timings(steps: int) -> dict[str, Any]:
         ratios = {
@@ -125,21 +136,106 @@ def test_equal_quality_is_the_fewest_steps_within_the_error() -> None:
     ]
     measured = {"rows": distances}, [timings(steps) for steps in (5, 10, 20, 50)]
     # √(0.3² + 0.3²) is 0.424.
-    plain = equal_quality(*measured, 1, [0.0])
+    kinds = {eta: Kind("", "uniform", eta=eta) for eta in (0.0, 0.2, 0.5, 1.0)}
+    plain = equal_quality(*measured, [kinds[0.0]])
     assert plain is not None
-    assert (plain.steps, plain.eta, plain.close) == (20, 0.0, False)
+    assert (plain.steps, plain.kind.eta, plain.close) == (20, 0.0, False)
     assert plain.speedup == pytest.approx(50 * 1.25)
-    noisy = equal_quality(*measured, 1, [0.0, 0.2, 0.5])
+    noisy = equal_quality(*measured, [kinds[eta] for eta in (0.0, 0.2, 0.5)])
     assert noisy is not None
-    assert (noisy.steps, noisy.eta, noisy.close) == (20, 0.5, True)
+    assert (noisy.steps, noisy.kind.eta, noisy.close) == (20, 0.5, True)
     assert noisy.speedup == pytest.approx(25)
-    second = equal_quality(*measured, 2, [0.0])
+    second = equal_quality(*measured, [Kind("", "uniform", order=2)])
     assert second is not None
     assert (second.steps, second.speedup) == (50, pytest.approx(20))
-    few = measured[0], measured[1][:3]
-    assert equal_quality(*few, 2, [0.0]) is None
+    untimed = equal_quality(measured[0], measured[1][:3], [Kind("", "uniform", order=2)])
+    assert untimed is not None
+    assert (untimed.steps, untimed.speedup) == (50, None)
     # DDPM's own 1000 steps are no answer.
-    assert equal_quality(measured[0], [timings(1000)], 1, [1.0]) is None
+    assert equal_quality(measured[0], [timings(1000)], [kinds[1.0]]) is None
+
+
+def quality_row(kind: Kind, steps: int, distance: float) -> dict[str, Any]:
+    cell = {"count": 10, "distance": distance, "error": 0.3}
+    plan = {"spacing": kind.spacing, "order": kind.order, "eta": kind.eta, "variance": "small"}
+    return {**plan, "steps": steps, "classifier": cell}
+
+
+@pytest.fixture
+def without_tuned(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Copies of the results that have no tuned steps, and that all tables are made of."""
+    found = {name: copy.deepcopy(result_of(name)) for name in tables.TABLES}
+    for result in found.values():
+        result["rows"] = [row for row in result["rows"] if row.get("spacing") != "tuned"]
+    timed = found["sampling-cpu"]["rows"]
+    found["sampling-cpu"]["rows"] = [row for row in timed if "fastddim" in row["timings"]]
+    for row in found["sampling-cpu"]["rows"]:
+        row["timings"].pop("fastddim, tuned", None)
+    for module in (tables, headline, quality_tables):
+        monkeypatch.setattr(module, "result_of", lambda name: found.get(name) or result_of(name))
+    return found
+
+
+def test_without_tuned_steps_the_others_are_shown(without_tuned: dict[str, Any]) -> None:
+    made = tables.blocks()
+    for place in ("headline", "quality-few", "quality-digits", "sampling-cpu"):
+        assert "tuned" not in made[place]
+    assert "Digits as good as DDPM's of 1000 steps in 50 steps, " in made["headline"]
+    assert "| digits, order 2 | " in made["quality-few"]
+
+
+def test_tuned_steps_lead_where_they_were_measured(without_tuned: dict[str, Any]) -> None:
+    digits = without_tuned["quality-digits"]["rows"]
+    digits += [quality_row(quality_tables.TUNED, *cell) for cell in ((4, 9.0), (8, 1.1), (10, 0.9))]
+    made = tables.blocks()
+    columns, *few = made["quality-few"].split("\n")
+    tuned = next(row for row in few if row.startswith("| digits, tuned |"))
+    shown = dict(zip(columns.split(" | "), tuned.split(" | "), strict=True))
+    assert [shown[f"S = {S}"] for S in (4, 5, 8, 10, 20)] == [
+        *("9 ± 0.3", "–", "1.1 ± 0.3", "0.9 ± 0.3", "–")
+    ]
+    assert "fashion, tuned" not in made["quality-few"]
+    assert (
+        "of 1000 steps in 8 [tuned](docs/tune.md) steps**, with 125 times fewer calls"
+        in (made["headline"])
+    )
+    assert "| digits, tuned | 8 | – | 1.1 ± 0.3 | 0.861 ± 0.16 |" in made["headline"]
+    assert "at uniform spacing except where tuned" in made["headline"]
+    # Of the paper's numbers of steps.
+    assert "| η = 0, tuned | – | 0.9 ± 0.3 | – | – | – | – |" in made["quality-digits"]
+
+    timing = {"seconds": 0.05, "ratio": 1 / 120}
+    row = {"case": "digits U-Net", "steps": 8, "timings": {"fastddim, tuned": timing}}
+    without_tuned["sampling-cpu"]["rows"].append(row)
+    made = tables.blocks()
+    assert "| digits U-Net | 8 | 50 ms | 120× | 1.1 ± 0.3 | 0.861 ± 0.2 |" in made["sampling-cpu"]
+    assert "in 8 [tuned](docs/tune.md) steps, 120 times faster** than" in made["headline"]
+    assert "| digits, tuned | 8 | 120× | 1.1 ± 0.3 | 0.861 ± 0.16 |" in made["headline"]
+
+
+def test_tuned_steps_that_are_not_enough_lead_nothing(without_tuned: dict[str, Any]) -> None:
+    digits = without_tuned["quality-digits"]["rows"]
+    digits.append(quality_row(quality_tables.TUNED, 20, 1.3))
+    made = tables.blocks()["headline"]
+    assert "Digits as good as DDPM's of 1000 steps in 50 steps, " in made
+    assert "| digits, tuned | none measured below 1000 | – | – | 0.861 ± 0.16 |" in made
+
+
+def test_tuned_steps_are_timed_once_they_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loops.Policy()
+    model.tuned = {3: steps_of_order(2, [999, 500, 100])}
+    x_T = torch.randn(1, 112)
+    found = bench_sampling.agreeing(model, x_T, 3)
+    assert list(found) == ["fastddim, tuned"]
+    assert torch.equal(found["fastddim, tuned"](), fastddim.sample(model, model.tuned[3], x_T=x_T))
+    assert not bench_sampling.tuned_steps(loops.null_model)
+
+    def disagree(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(bench_sampling, "assert_agree", disagree)
+    with pytest.raises(AssertionError):
+        bench_sampling.agreeing(model, x_T, 3)
 
 
 def test_the_first_table_has_a_row_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,27 @@ def test_the_same_numbers_give_the_same_pixels(drawn: figures.Work) -> None:
     assert {p.name: p.read_bytes() for p in drawn.figures.glob("*.png")} == before
 
 
+def test_the_plot_of_quality_shows_tuned_steps(drawn: figures.Work) -> None:
+    """One more line where they were measured, and one line of DDPM's distance with its error."""
+    result = figures.Work().read("quality-digits")
+    rows = [row for row in result["rows"] if row["spacing"] != "tuned"]
+    tuned = [{**rows[0], "steps": steps, "spacing": "tuned"} for steps in (10, 4)]
+    labels = ["η = 1", "order 1", "order 2"]
+    pictures = []
+    for more, expected in (([], labels), (tuned, [*labels, "tuned"])):
+        path = drawn.results / "quality-digits.json"
+        path.write_text(json.dumps({**result, "rows": [*rows, *more]}))
+        plot = figures.quality_plot(drawn.read("quality-digits"))
+        assert [line.label for line in plot.lines] == expected
+        assert (plot.levels[0].y, plot.levels[0].error) == (0.861, 0.164)
+        figures.draw(["quality"], drawn)
+        pictures.append(pixels(drawn.figures / "quality.png"))
+    assert plot.lines[-1].x == [4, 10]
+    assert (pictures[0].shape, pictures[0].tobytes()) != (pictures[1].shape, pictures[1].tobytes())
+    for path in (drawn.results / "quality-digits.json", drawn.figures / "quality.png"):
+        path.unlink()
+
+
 def test_a_sheet_holds_the_images_pixel_by_pixel(tmp_path: Path) -> None:
     """Every image is somewhere on the sheet, enlarged by a whole factor, in its row and column."""
     images = to_uint8(torch.rand(6, 1, 8, 8) * 2 - 1).reshape(2, 3, 8, 8, 1)
@@ -172,12 +194,14 @@ def test_lines_without_logarithm(tmp_path: Path, x: list[float], y: list[float])
     assert not list(tmp_path.iterdir())
 
 
-def test_the_readme_shows_the_committed_pictures() -> None:
-    readme = (ROOT / "README.md").read_text()
-    shown = set(re.findall(r"!\[[^\]]+\]\(docs/figures/([\w-]+)\.png\)", readme))
+def test_pages_show_the_committed_pictures() -> None:
+    shown = set()
+    for page, folder in (("README.md", "docs/figures"), ("docs/third-party.md", "figures")):
+        picture = rf"!\[[^\]]+\]\({folder}/([\w-]+)\.png\)"
+        shown |= set(re.findall(picture, (ROOT / page).read_text()))
     there = {path.stem for path in (ROOT / "docs" / "figures").glob("*.png")}
-    assert shown == there == set(COMMITTED)
-    for name in COMMITTED:
+    assert shown == there == {*COMMITTED, "third-party"}
+    for name in there:
         path = ROOT / "docs" / "figures" / f"{name}.png"
         assert path.stat().st_size < 200_000
         assert pixels(path).std() > 15

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from quality import classifier, data, features, frechet, grid
 
 import fastddim
+
+from .support.tuned import steps_of_order
 
 
 def gaussian(seed: int, count: int, size: int) -> np.ndarray:
@@ -181,6 +184,52 @@ def test_samples_may_be_drawn_elsewhere(tmp_path: Path, monkeypatch: pytest.Monk
         assert row["seconds"] >= 0
 
 
+def network_with(*tuned: fastddim.TunedSteps) -> grid.Network:
+    network = grid.Network("digits", compiled=False)
+    network.tuned = {steps.steps: steps for steps in tuned}
+    return network
+
+
+def test_tuned_steps_are_those_of_the_model() -> None:
+    network = network_with(steps_of_order(2, [999, 700, 300, 20]))
+    cell = grid.Cell(4, spacing="tuned", count=6)
+    images, row = grid.draw(cell, network)
+    assert torch.equal(images, fastddim.sample(network, network.tuned[4], batch_size=6))
+    assert row["network"] == network.precision
+    # The weights are those of order 2, whose terms add up in another order.
+    second = fastddim.sample(network, [999, 700, 300, 20], order=2, batch_size=6)
+    assert (images - second).abs().mean() < 0.02
+
+
+def test_tuned_cells_are_drawn_again_for_other_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[grid.Cell] = []
+    monkeypatch.setattr(grid, "measure", lambda cell, *_: drawn.append(cell) or {"seconds": 0.0})
+    monkeypatch.setattr(grid, "_context", lambda name: {})
+    path, plain = tmp_path / "quality.json", grid.Cell(4, count=10)
+
+    def rows(steps: fastddim.TunedSteps) -> list[dict[str, Any]]:
+        network = network_with(steps)
+        # The model has tuned steps of no other number.
+        wanted = [plain, *grid.tuned_cells(10, long=False)]
+        with monkeypatch.context() as patched:
+            patched.setattr(grid, "Network", lambda *_, **__: network)
+            found: list[dict[str, Any]] = grid.run("digits", path, iter(wanted))["rows"]
+        return found
+
+    first, others = (steps_of_order(order, [999, 700, 300, 20]) for order in (1, 2))
+    assert ["tuned" in row for row in rows(first)] == [False, True]
+    # A record says where numbers are from, and changes no sample.
+    before = rows(dataclasses.replace(first, record={"seed": 1}))
+    assert drawn == [plain, grid.Cell(4, spacing="tuned", count=10)]
+    after = rows(others)
+    assert drawn == [plain, *[grid.Cell(4, spacing="tuned", count=10)] * 2]
+    assert after[0] == before[0]
+    assert len(after) == 2
+    assert after[1]["tuned"] == grid.tuned_digest(others) != before[1]["tuned"]
+
+
 def test_no_cell_is_begun_after_the_time_is_up(tmp_path: Path) -> None:
     path = tmp_path / "quality.json"
     result = grid.run("digits", path, iter([grid.Cell(5)]), seconds=-1, compiled=False)
@@ -190,6 +239,10 @@ def test_no_cell_is_begun_after_the_time_is_up(tmp_path: Path) -> None:
 def test_the_grid_has_each_cell_once() -> None:
     cells = list(grid.cells(1000, long=True))
     assert len(set(cells)) == len(cells)
+    assert [cell.steps for cell in cells if cell.tuned] == list(grid.FEW_STEPS)
+    for order, eta in ((1, 0.0), (2, 0.0), (1, 1.0)):
+        compared = {grid.Cell(S, eta, "small", "trailing", order, 1000) for S in grid.FEW_STEPS}
+        assert compared < set(cells)
     uniform = {
         (c.steps, c.eta, c.variance) for c in cells if (c.spacing, c.order) == ("uniform", 1)
     }

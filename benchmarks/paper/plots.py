@@ -69,12 +69,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Level:
-    """A horizontal line to read the others against, labelled above or below its left end."""
+    """A horizontal line to read the others against, labelled above or below its left end; `error`
+    is half the width of a band around it.
+    """
 
     label: str
     y: float
     color: str = GREY
     below: bool = False
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,9 @@ def _plot(ax: Axes, panel: Plot) -> None:
     if panel.levels:
         ax.set_ymargin(0.15)
     for level in panel.levels:
+        if level.error:
+            edges = level.y - level.error, level.y + level.error
+            ax.axhspan(*edges, color=level.color, alpha=0.15, linewidth=0, zorder=0)
         ax.axhline(level.y, color=level.color, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
         ax.annotate(
             level.label,

@@ -1,7 +1,9 @@
-"""The paper's table 1 on the bundled models: one cell for each way of sampling.
+"""The paper's table 1 on the bundled models, and few steps with tuned ones among them: one cell for
+each way of sampling.
 
     python benchmarks/quality/grid.py digits --count 10000
     python benchmarks/quality/grid.py fashion --count 2000 --seconds 3600
+    python benchmarks/quality/grid.py digits --count 10000 --only tuned
 
 Cells that the result file has for the same configuration are not drawn again, so a run that was
 stopped goes on where it was.
@@ -16,10 +18,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 BATCH = 500
 STEPS = (5, 10, 20, 50, 100)
 ALL_STEPS = 1000
+FEW_STEPS = (4, 5, 6, 8, 10, 12, 15, 20)
+"""The numbers of steps that bundled models have tuned steps for."""
+
+TUNED = "tuned"
+# What tells one way of sampling from another in a row, where the steps are not tuned.
+KEY = ("weights", "steps", "eta", "variance", "spacing", "order", "count", "seed")
 # A cell in the slow feature space looks at this many of its images.
 SLOW_COUNT = 2000
 
@@ -54,6 +63,7 @@ class Cell:
     """One way of sampling: sample i is the i-th of `seed`.
 
     `variance="large"` is the paper's σ̂, as its code has it: x_0 clipped to ±1 and ε re-derived.
+    `spacing="tuned"` are the model's tuned steps, which have timesteps and weights of their own.
     """
 
     steps: int
@@ -64,15 +74,21 @@ class Cell:
     count: int = 10_000
     seed: int = 0
 
+    @property
+    def tuned(self) -> bool:
+        """Whether the steps are the model's tuned ones."""
+        return self.spacing == TUNED
+
     def draw(self, model: Any, start: int, stop: int) -> Tensor:
         """Samples `start` to `stop`, `[stop − start, C, H, W]`."""
+        which = {"batch_size": stop - start, "sample_offset": start, "seed": self.seed}
+        if self.tuned:
+            return fastddim.sample(model, model.tuned[self.steps], **which)
         large = self.variance == "large"
         return fastddim.sample(
             model,
             self.steps,
-            batch_size=stop - start,
-            sample_offset=start,
-            seed=self.seed,
+            **which,
             eta=self.eta,
             variance=self.variance,
             spacing=self.spacing,
@@ -81,8 +97,39 @@ class Cell:
             rederive_eps=large,
         )
 
+    def entry(self, weights: str, network: Any) -> dict[str, Any]:
+        """The part of the row that says what was drawn.
+
+        Args:
+            weights: the fingerprint of the model's.
+            network: with its tuned steps, which a row names by their digest.
+        """
+        found = {"weights": weights, **asdict(self)}
+        return found | {TUNED: tuned_digest(network.tuned[self.steps])} if self.tuned else found
+
 
 def cells(count: int, *, long: bool) -> Iterator[Cell]:
+    """All cells, each once and the most telling ones first; `long` adds 1000 steps."""
+    groups = (group(count, long=long) for group in GROUPS.values())
+    yield from dict.fromkeys(itertools.chain.from_iterable(groups))
+
+
+def tuned_cells(count: int, *, long: bool) -> Iterator[Cell]:
+    """Tuned steps."""
+    for steps in FEW_STEPS:
+        yield Cell(steps, spacing=TUNED, count=count)
+
+
+def few_cells(count: int, *, long: bool) -> Iterator[Cell]:
+    """What few tuned steps are compared with, at the default spacing; `long` adds DDPM's 1000."""
+    for order, eta in ((2, 0.0), (1, 0.0), (1, 1.0)):
+        for steps in FEW_STEPS:
+            yield Cell(steps, eta, spacing="trailing", order=order, count=count)
+    if long:
+        yield Cell(ALL_STEPS, 1.0, count=count)
+
+
+def paper_cells(count: int, *, long: bool) -> Iterator[Cell]:
     """The table of the paper, most telling cells first; `long` adds the columns of 1000 steps."""
     for eta, variance in ((0.0, "small"), (1.0, "small"), (1.0, "large")):
         for steps in STEPS:
@@ -106,6 +153,13 @@ def cells(count: int, *, long: bool) -> Iterator[Cell]:
             yield Cell(ALL_STEPS, eta, count=count)
 
 
+GROUPS: dict[str, Callable[..., Iterator[Cell]]] = {
+    "tuned": tuned_cells,
+    "few": few_cells,
+    "paper": paper_cells,
+}
+
+
 class Network(torch.nn.Module):
     """The bundled model, computing in bfloat16 where the device does; takes and returns float32."""
 
@@ -113,6 +167,7 @@ class Network(torch.nn.Module):
         super().__init__()
         model = fastddim.models.load(name_or_path, device=device)
         self.sample_shape, self.schedule = model.sample_shape, model.schedule
+        self.tuned = model.tuned
         self.model = torch.compile(model, dynamic=False) if compiled else model
         self.device_type = torch.device(device).type
         narrow = has_bfloat16() if self.device_type == "cpu" else torch.cuda.is_bf16_supported()
@@ -129,6 +184,17 @@ def fingerprint(name_or_path: str) -> str:
     """The first 16 digits of the SHA-256 of a model's weights."""
     path = fastddim.models.locate(name_or_path)
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def tuned_digest(steps: fastddim.TunedSteps) -> str:
+    """The first 16 digits of the SHA-256 of the numbers that samples of tuned steps depend on."""
+    numbers = json.dumps([steps.timesteps, steps.direction, steps.history])
+    return hashlib.sha256(numbers.encode()).hexdigest()[:16]
+
+
+def available(wanted: Iterable[Cell], network: Any) -> Iterator[Cell]:
+    """The cells that a model can draw: not all have tuned steps."""
+    return (cell for cell in wanted if not cell.tuned or cell.steps in network.tuned)
 
 
 def draw(cell: Cell, network: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -159,9 +225,9 @@ def stored(path: Path) -> tuple[Tensor, dict[str, Any]]:
         return from_uint8(file["images"]), json.loads(str(file["row"]))
 
 
-def image_file(folder: Path, weights: str, cell: Cell) -> Path:
-    """The file of a cell's samples under `--images`."""
-    return folder / ("-".join([weights, *map(str, asdict(cell).values())]) + ".npz")
+def image_file(folder: Path, entry: Mapping[str, Any]) -> Path:
+    """The file of the samples that `Cell.entry` describes, under `--images`."""
+    return folder / ("-".join(map(str, entry.values())) + ".npz")
 
 
 def measure(
@@ -197,6 +263,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure the cells that `path` lacks, and write it after each; returns what it holds.
 
+    A row of tuned steps takes the place of that of others with as many steps.
+
     Args:
         name: the data set, "digits" or "fashion".
         path: of the result file, made if missing.
@@ -210,21 +278,22 @@ def run(
     model = model or name
     result = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     weights = fingerprint(model)
-    done = {_key(row) for row in result["rows"]}
+    done = {(_key(row), row.get(TUNED)) for row in result["rows"]}
     network = Network(model, compiled=compiled, device=device)
     provenance = machine()
     began = time.monotonic()
-    for cell in wanted:
-        spaces = SPACES if cell.spacing == "uniform" else SPACES[:1]
-        entry = {"weights": weights, **asdict(cell)}
-        if _key(entry) in done:
+    for cell in available(wanted, network):
+        spaces = SPACES if cell.spacing in ("uniform", TUNED) else SPACES[:1]
+        entry = cell.entry(weights, network)
+        if (_key(entry), entry.get(TUNED)) in done:
             continue
         if time.monotonic() - began > seconds:
             break
-        drawn = image_file(images, weights, cell) if images else None
+        drawn = image_file(images, entry) if images else None
         entry |= measure(cell, network, name, spaces, drawn)
         entry |= {"commit": provenance["commit"]}
-        result["rows"].append(entry)
+        others = [row for row in result["rows"] if _key(row) != _key(entry)]
+        result["rows"] = [*others, entry]
         result |= {"data": name, "machine": provenance, **_context(name)}
         with atomic_file(path) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
@@ -235,8 +304,8 @@ def run(
 def draw_all(model: str, wanted: Iterator[Cell], images: Path, device: str) -> None:
     """Draw the cells that the folder `images` lacks, and measure nothing."""
     weights, network = fingerprint(model), Network(model, compiled=False, device=device)
-    for cell in wanted:
-        path = image_file(images, weights, cell)
+    for cell in available(wanted, network):
+        path = image_file(images, cell.entry(weights, network))
         if not path.is_file():
             samples, row = draw(cell, network)
             store(path, samples, row)
@@ -244,8 +313,7 @@ def draw_all(model: str, wanted: Iterator[Cell], images: Path, device: str) -> N
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    names = ("weights", "steps", "eta", "variance", "spacing", "order", "count", "seed")
-    return tuple(row[name] for name in names)
+    return tuple(row[name] for name in KEY)
 
 
 def _context(name: str) -> dict[str, Any]:
@@ -271,6 +339,7 @@ def main() -> None:
     option("--seconds", type=float, default=float("inf"), help="begin no cell later than this")
     option("--threads", type=int, default=torch.get_num_threads())
     option("--long", action="store_true", help="1000 steps too")
+    option("--only", choices=GROUPS, help="tuned steps, what few are compared with, or the paper's")
     option("--device", default="cpu", help="where samples are drawn, default cpu")
     option("--images", type=Path, help="folder of samples that are drawn already")
     option("--draw", action="store_true", help="draw into --images, and measure nothing")
@@ -279,7 +348,7 @@ def main() -> None:
         parser.error("--draw: expected a folder, --images")
     torch.set_num_threads(args.threads)
     path = args.results or RESULTS / f"quality-{args.name}.json"
-    wanted = cells(args.count, long=args.long)
+    wanted = GROUPS.get(args.only, cells)(args.count, long=args.long)
     if args.draw:
         draw_all(args.model or args.name, wanted, args.images, args.device)
         return
