@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -440,3 +441,31 @@ def test_importing_the_package_reads_no_model(run_python: Any, tmp_path: Path) -
     code = "import sys, fastddim.models; print('safetensors' in sys.modules)"
     result = run_python("-c", code, cwd=tmp_path)
     assert result.stdout == "False\n", result.stderr
+
+
+@pytest.mark.parametrize("name", models.available())
+class TestBundledTunedSteps:
+    def test_are_there(self, name: str) -> None:
+        tuned = models.load(name).tuned
+        assert list(tuned) == [4, 5, 6, 8, 10, 12, 15, 20]
+        for S, steps in tuned.items():
+            assert steps.chosen == "tuned"
+            assert steps.errors["tuned"] < 0.75 * steps.errors["order 2"]
+            command = f"fastddim tune {name} --steps (\\d+,)*{S} --effort thorough"
+            assert re.fullmatch(command, steps.record["command"])
+
+    def test_come_closer_to_the_solution_than_order_2(self, name: str) -> None:
+        """On latents that the tuner did not use."""
+        model = models.load(name)
+        x_T = fastddim.philox.initial_latents((24, *model.sample_shape), seed=77)
+        solution = fastddim.sample(model, 60, order=2, x_T=x_T)
+        tuned, plain = (
+            (fastddim.sample(model, steps, order=order, x_T=x_T) - solution)
+            .square()
+            .flatten(1)
+            .mean(1)
+            .sqrt()
+            .median()
+            for steps, order in ((model.tuned[8], 1), (8, 2))
+        )
+        assert tuned < 0.6 * plain

@@ -215,10 +215,11 @@ def test_what_cannot_be_better_stays() -> None:
         a = SCHEDULE.alphas_cumprod[t].to(x)[:, None]
         return (x - a.sqrt() * 0.5) / (1 - a).sqrt()
 
-    with pytest.warns(UserWarning, match="did not help"):
+    with pytest.warns(UserWarning, match="did not help") as caught:
         steps = fastddim.tune(
             model, 4, shape=(16, 3), samples=16, dtype=torch.float64, progress=False
         )
+    assert caught[0].filename == __file__
     assert isinstance(steps, fastddim.TunedSteps)
     assert steps.chosen in ("order 1", "order 2")
     order = int(steps.chosen[-1])
@@ -306,6 +307,7 @@ class TestBadInput:
             (ValueError, "seed: expected", {"seed": -1}),
             (TypeError, "progress: expected", {"progress": 1}),
             (ValueError, "batch_size: expected", {"batch_size": 0}),
+            (ValueError, "shape: expected samples that are not empty", {"shape": (0, 6)}),
         ],
     )
     def test_is_named(self, error: Any, message: str, changes: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from fastddim.models.tuned import write_tuned
 from fastddim.options import Prediction, TuneOptions
 from fastddim.tuned import TunedSteps
 from fastddim.tuning.search import EFFORTS
-from fastddim.tuning.tuner import Tuner
+from fastddim.tuning.tuner import Tuner, warn_where_untuned
 
 
 @click.command(
@@ -111,6 +111,7 @@ def command(
         for number in tuner.numbers:
             tuned = tuner.tuned(number)
             found[number] = replace(tuned, record={"command": made_by, **tuned.record})
+            warn_where_untuned(tuned, stacklevel=1)
             click.echo(found[number], err=True)
             if path.suffix == ".json":
                 write_tuned(path, found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastddim.options import TuneOptions
 from fastddim.signatures import takes
 from fastddim.tuned import TunedSteps
-from fastddim.tuning.tuner import Tuner
+from fastddim.tuning.tuner import Tuner, warn_where_untuned
 
 
 @takes(TuneOptions)
@@ -46,4 +46,6 @@ def tune(options: TuneOptions) -> TunedSteps | dict[int, TunedSteps]:
     """
     with Tuner(options) as tuner:
         found = {steps: tuner.tuned(steps) for steps in tuner.numbers}
+    for steps in found.values():
+        warn_where_untuned(steps, stacklevel=3)
     return found[options.steps] if isinstance(options.steps, int) else found

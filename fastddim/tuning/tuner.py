@@ -88,20 +88,22 @@ class Tuner:
         """The shape of a batch, and how many of them a set of latents has."""
         batch = options.batch_size
         shape = resolve_shape(options.model, options.shape, 1 if batch is None else batch)
+        if 0 in shape:
+            raise ValueError(f"shape: expected samples that are not empty, got {shape}")
         numel = int(np.prod(shape[1:]))
         wanted = self._effort.samples(numel)
         if options.samples is not None:
             wanted = check_int("samples", options.samples, 1, 2**20)
-        least = -(-_EQUATIONS * 3 * max(self.numbers) // max(numel, 1))
+        least = -(-_EQUATIONS * 3 * max(self.numbers) // numel)
         if options.samples is not None and wanted < least:
             raise ValueError(
                 f"samples: expected at least {least} of {numel} elements for "
                 f"{max(self.numbers)} steps, got {wanted}"
             )
         if options.shape is None and batch is None:
-            fitting = max(1, min(_LARGEST_BATCH, _BATCH_ELEMENTS // max(numel, 1)))
+            fitting = max(1, min(_LARGEST_BATCH, _BATCH_ELEMENTS // numel))
             shape = (min(fitting, wanted), *shape[1:])
-        return shape, -(-max(wanted, least) // max(shape[0], 1))
+        return shape, -(-max(wanted, least) // shape[0])
 
     def __enter__(self) -> Tuner:
         if self._options.progress:
@@ -163,13 +165,6 @@ class Tuner:
                 f"{steps} steps of every kind"
             )
         chosen = min(by_name, key=lambda name: by_name[name])
-        if chosen != "tuned":
-            warnings.warn(
-                f"tuning {steps} steps did not help: the distance to the exact solution is "
-                f"{by_name.get('tuned', np.inf):.3g}, and {by_name[chosen]:.3g} at {chosen} with "
-                "trailing timesteps, which are returned",
-                stacklevel=4,
-            )
         medians = np.sqrt(np.median(squares, axis=1)).tolist()
         record = {
             **taught.record,
@@ -248,6 +243,19 @@ class Tuner:
             dtype=self._dtype,
             device=self._device,
         )
+
+
+def warn_where_untuned(steps: TunedSteps, *, stacklevel: int) -> None:
+    """Warn of steps for which tuning did not help."""
+    if steps.chosen == "tuned":
+        return
+    tuned = steps.errors.get("tuned", np.inf)
+    warnings.warn(
+        f"tuning {steps.steps} steps did not help: the distance to the exact solution is "
+        f"{tuned:.3g}, and {steps.errors[steps.chosen]:.3g} at {steps.chosen} with trailing "
+        "timesteps, which are returned",
+        stacklevel=stacklevel + 1,
+    )
 
 
 @dataclass(frozen=True, eq=False)
