@@ -101,6 +101,7 @@ gpucheck: ## Run the GPU check, on a machine with a GPU
 report: $(VENV)/.installed-report ## Measure all that the README shows, and fill its tables and pictures
 	$(BIN)/python benchmarks/quality/grid.py digits --count 10000 --long --seconds $(REPORT_SECONDS)
 	$(BIN)/python benchmarks/quality/grid.py fashion --count 2000 --long --seconds $(REPORT_SECONDS)
+	$(BIN)/python benchmarks/paper/few_steps.py
 	$(BIN)/pytest benchmarks -s --results $(RESULTS)
 	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python benchmarks/tables.py

@@ -7,12 +7,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import bench_sampling
 import harness
 import headline
 import loops
 import pytest
 import quality_tables
+import sampling_loops
 import tables
 import torch
 import version_tables
@@ -225,17 +225,17 @@ def test_tuned_steps_are_timed_once_they_agree(monkeypatch: pytest.MonkeyPatch) 
     model = loops.Policy()
     model.tuned = {3: steps_of_order(2, [999, 500, 100])}
     x_T = torch.randn(1, 112)
-    found = bench_sampling.agreeing(model, x_T, 3)
+    found = sampling_loops.agreeing(model, x_T, 3)
     assert list(found) == ["fastddim, tuned"]
     assert torch.equal(found["fastddim, tuned"](), fastddim.sample(model, model.tuned[3], x_T=x_T))
-    assert not bench_sampling.tuned_steps(loops.null_model)
+    assert not sampling_loops.tuned_steps(loops.null_model)
 
     def disagree(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(bench_sampling, "assert_agree", disagree)
+    monkeypatch.setattr(sampling_loops, "assert_agree", disagree)
     with pytest.raises(AssertionError):
-        bench_sampling.agreeing(model, x_T, 3)
+        sampling_loops.agreeing(model, x_T, 3)
 
 
 def test_the_first_table_has_a_row_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def test_readme_s_five_lines_are_what_sample_computes(readme_names):
 def test_readme_s_commands_exist():
     commands = re.findall(r"^fastddim (\w+)(.*?)(?: *#.*)?$", README, re.MULTILINE)
     assert {name for name, _ in commands} == {
-        *("env", "sample", "invert", "interpolate", "generate", "merge", "digest")
+        *("env", "sample", "invert", "interpolate", "generate", "merge", "digest", "tune")
     }
     for name, arguments in commands:
         command = main.commands[name]

@@ -1,0 +1,80 @@
+"""The loops of S steps that `bench_sampling.py` times, after a look at what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from loops import SEED, Loop, assert_agree, diffusers_loop, step_noise
+from torch import Tensor
+
+import fastddim
+
+STEPS = (5, 10, 20, 50, 100, 1000)
+OWN: dict[str, dict[str, Any]] = {
+    "fastddim": {},
+    "fastddim, η = 1": {"eta": 1.0},
+    "fastddim, order 2": {"order": 2},
+}
+"""The contenders of fastddim, and what they pass to `Sampler`."""
+TUNED = "fastddim, tuned"
+
+
+def agreeing(model: Any, x_T: Tensor, steps: int) -> dict[str, Loop]:
+    """Loops of as many steps, after those of fastddim have given what they should.
+
+    That is what diffusers' loop gives, and with order 2 or tuned steps, which diffusers lacks, what
+    the reference path gives. Only tuned steps are timed where `STEPS` lacks the number.
+    """
+    loops: dict[str, Loop] = {}
+    if steps in tuned_steps(model):
+        loops[TUNED] = _tuned_loop(model, x_T, steps)
+    if steps not in STEPS:
+        return loops
+    loops["diffusers"] = diffusers_loop(model, x_T, steps, 0.0)
+    for name, options in OWN.items():
+        sampler = _sampler(model, x_T, steps, **options)
+        eta = options.get("eta", 0.0)
+        noise = step_noise(tuple(x_T.shape), steps) if eta else None
+        own = sampler(x_T=x_T, noise=noise)
+        if options.get("order") == 2:
+            expected = _sampler(model, x_T, steps, impl="reference", **options)(x_T=x_T)
+        else:
+            expected = diffusers_loop(model, x_T, steps, eta)()
+        assert isinstance(own, Tensor)
+        assert isinstance(expected, Tensor)
+        assert_agree(own, expected, f"{name}, {steps} steps")
+        loops[name] = partial(sampler, x_T=x_T, seed=SEED)
+    return loops
+
+
+def tuned_steps(model: Any) -> Mapping[int, fastddim.TunedSteps]:
+    """The tuned steps that a model carries, by their number; of most models none."""
+    found: Mapping[int, fastddim.TunedSteps] = getattr(model, "tuned", {})
+    return found
+
+
+def _tuned_loop(model: Any, x_T: Tensor, steps: int) -> Loop:
+    fused, reference = (
+        _sampler(model, x_T, tuned_steps(model)[steps], spacing="trailing", impl=impl)
+        for impl in ("auto", "reference")
+    )
+    own, expected = fused(x_T=x_T), reference(x_T=x_T)
+    assert isinstance(own, Tensor)
+    assert isinstance(expected, Tensor)
+    assert_agree(own, expected, f"{TUNED}, {steps} steps")
+    return partial(fused, x_T=x_T, seed=SEED)
+
+
+def _sampler(
+    model: Any, x_T: Tensor, steps: int | fastddim.TunedSteps, spacing: str = "uniform", **more: Any
+) -> fastddim.Sampler:
+    return fastddim.Sampler(
+        model,
+        steps,
+        shape=tuple(x_T.shape),
+        schedule=fastddim.Schedule.linear(),
+        spacing=spacing,
+        **more,
+    )
