@@ -83,9 +83,9 @@ def cells(name: str) -> Iterator[Cell]:
 
 def pictured(name: str) -> dict[Cell, str]:
     """The cells of a network that the picture shows above the reference, with their labels."""
-    labels = {"order 2": "", "tuned": ", tuned"}
+    labels = {"order 2": "S = {}", "tuned": "{}, tuned"}
     return {
-        Cell(name, method, steps): f"S = {steps}{labels[method]}"
+        Cell(name, method, steps): labels[method].format(steps)
         for steps in (5, 10)
         for method in labels
     }
