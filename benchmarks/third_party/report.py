@@ -49,7 +49,7 @@ MANY_STEPS = (25, 30, 40, 50, 75, 100, 150, 200)
 REFERENCE_STEPS = 500
 COUNT, FEW = 32, 8
 """Latents of a cell, and of one that takes many calls of the network."""
-SHOWN = 3
+SHOWN = 2
 """Latents of the picture."""
 SEED = 2026
 METHODS = {"order 1": 1, "order 2": 2}
@@ -231,7 +231,8 @@ def draw(path: Path, weights: Path, names: list[str], *, columns: int = 3) -> No
         black, white = reference.quantile(0.01).item(), reference.max().item()
         images = np.stack([to_uint8(2 * (x - black) / (white - black) - 1) for x in rows.values()])
         labels = () if len(panels) % columns else tuple(rows)
-        panels.append(Panel(name, images, rows=labels))
+        # Noise of 256 levels would make a large file.
+        panels.append(Panel(name, images // 8 * 8, rows=labels))
     sheet(path, [panels[i : i + columns] for i in range(0, len(panels), columns)])
 
 
