@@ -29,9 +29,7 @@ def steps_as_markdown(result: dict[str, Any]) -> str:
         for method in METHODS:
             cells = {
                 row["steps"]: "<br>".join(
-                    _percent(row[kind] / row["apart"])
-                    for kind in ("distance", "median")
-                    if kind in row
+                    _percent(row[kind] / row["apart"]) for kind in ("distance", "median")
                 )
                 for row in shown
                 if (row["network"], row["method"]) == (name, method)

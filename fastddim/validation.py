@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -198,6 +198,17 @@ def check_model_output(name: str, value: Any, x: Tensor, *, guided: bool) -> Ten
         guidance = " under guidance" if guided else ""
         raise ValueError(f"{name}: expected shape {plain}{wide}{guidance}, got {shape}")
     return check_device(name, value, "the state", x.device)
+
+
+def check_finite_output(output: Tensor, where: Callable[[], str]) -> None:
+    """Refuse a model's NaN and infinity; this waits for the device.
+
+    Args:
+        output: of the model.
+        where: how the error says at which step.
+    """
+    if not bool(output.isfinite().all()):
+        raise ValueError(f"model output: expected finite values, got NaN or infinity {where()}")
 
 
 def check_timestep(name: str, value: Any, batch: int, T: int) -> Tensor:

@@ -81,46 +81,39 @@ class TestSamples:
 
     @pytest.mark.parametrize("S", [1, 2, 9])
     def test_the_formula(self, S):
-        tuned = random_steps(S)
-        x = x_T = torch.randn(SHAPE, dtype=torch.float64)
-        alphas = [*LINEAR.alphas_cumprod[list(tuned.timesteps)].tolist(), 1.0]
-        before = torch.zeros_like(x)
-        for s, t in enumerate(tuned.timesteps):
-            a, p = alphas[s : s + 2]
-            epsilon = elementwise_model(x, torch.full((len(x),), t))
-            x_0 = (x - math.sqrt(1 - a) * epsilon) / math.sqrt(a)
-            x = math.sqrt(p) * x_0 + tuned.direction[s] * epsilon + tuned.history[s] * before
-            before = epsilon
-        torch.testing.assert_close(sample(tuned, x_T=x_T), x, rtol=1e-12, atol=1e-12)
+        def predicted(x, m, a):
+            return (x - math.sqrt(1 - a) * m) / math.sqrt(a), m
+
+        self.check_by_hand(random_steps(S), predicted)
 
     def test_the_formula_at_zero_terminal_snr(self):
+        def predicted(x, v, a):
+            x_0 = math.sqrt(a) * x - math.sqrt(1 - a) * v
+            return x_0, math.sqrt(1 - a) * x + math.sqrt(a) * v
+
         tuned = replace(
             random_steps(3, schedule=ZERO_SNR, prediction="v_prediction"), timesteps=(999, 400, 10)
         )
-        x = x_T = torch.randn(SHAPE, dtype=torch.float64)
-        alphas = [*ZERO_SNR.alphas_cumprod[list(tuned.timesteps)].tolist(), 1.0]
-        before = torch.zeros_like(x)
-        for s, t in enumerate(tuned.timesteps):
-            a, p = alphas[s : s + 2]
-            v = elementwise_model(x, torch.full((len(x),), t))
-            x_0 = math.sqrt(a) * x - math.sqrt(1 - a) * v
-            epsilon = math.sqrt(1 - a) * x + math.sqrt(a) * v
-            x = math.sqrt(p) * x_0 + tuned.direction[s] * epsilon + tuned.history[s] * before
-            before = epsilon
         options = {"schedule": ZERO_SNR, "prediction": "v_prediction"}
-        torch.testing.assert_close(sample(tuned, x_T=x_T, **options), x, rtol=1e-12, atol=1e-12)
+        self.check_by_hand(tuned, predicted, **options)
 
     def test_clipped_and_rederived(self):
+        def predicted(x, m, a):
+            x_0 = ((x - math.sqrt(1 - a) * m) / math.sqrt(a)).clamp(-0.6, 0.6)
+            return x_0, (x - math.sqrt(a) * x_0) / math.sqrt(1 - a)
+
         options = {"clip": 0.6, "rederive_eps": True}
-        tuned = random_steps(4, **options)
+        self.check_by_hand(random_steps(4, **options), predicted, **options)
+
+    def check_by_hand(self, tuned, predicted, **options):
+        """Compare with the steps written out; `predicted` gives x_0 and ε of x, m and ᾱ."""
         x = x_T = torch.randn(SHAPE, dtype=torch.float64)
-        alphas = [*LINEAR.alphas_cumprod[list(tuned.timesteps)].tolist(), 1.0]
+        schedule = options.get("schedule", LINEAR)
+        alphas = [*schedule.alphas_cumprod[list(tuned.timesteps)].tolist(), 1.0]
         before = torch.zeros_like(x)
         for s, t in enumerate(tuned.timesteps):
             a, p = alphas[s : s + 2]
-            epsilon = elementwise_model(x, torch.full((len(x),), t))
-            x_0 = ((x - math.sqrt(1 - a) * epsilon) / math.sqrt(a)).clamp(-0.6, 0.6)
-            epsilon = (x - math.sqrt(a) * x_0) / math.sqrt(1 - a)
+            x_0, epsilon = predicted(x, elementwise_model(x, torch.full((len(x),), t)), a)
             x = math.sqrt(p) * x_0 + tuned.direction[s] * epsilon + tuned.history[s] * before
             before = epsilon
         torch.testing.assert_close(sample(tuned, x_T=x_T, **options), x, rtol=1e-12, atol=1e-12)

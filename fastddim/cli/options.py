@@ -212,6 +212,17 @@ tunable_visits_options = bundled(
     ],
 )
 
+clip_option = click.option(
+    "--clip",
+    type=float,
+    show_default="no clipping",
+    help="Clamp the predicted image to +-CLIP.",
+)
+
+rederive_option = click.option(
+    "--rederive-eps", is_flag=True, help="Recompute epsilon after clipping."
+)
+
 denoising_options = bundled(
     "denoising",
     Denoising,
@@ -225,49 +236,42 @@ denoising_options = bundled(
             default=SampleOptions.variance,
             help="Of the noise under --eta; with --eta 1, 'large' is DDPM's other choice.",
         ),
-        click.option(
-            "--clip",
-            type=float,
-            show_default="no clipping",
-            help="Clamp the predicted image to +-CLIP.",
-        ),
-        click.option("--rederive-eps", is_flag=True, help="Recompute epsilon after clipping."),
+        clip_option,
+        rederive_option,
     ],
 )
 
-_PLACING = [
-    click.option(
-        "--device",
-        default="auto",
-        show_default="cuda where there is one, else cpu",
-        help="Where to compute: cpu, cuda, cuda:1, ...",
-    ),
-    click.option(
-        "--dtype",
-        type=click.Choice(DTYPES),
-        default="float32",
-        help="Type of the state; the model computes in the type of its weights.",
-    ),
-    click.option(
-        "--progress/--no-progress",
-        default=None,
-        show_default="where stderr is a terminal",
-        help="Show a progress bar on stderr.",
-    ),
-]
+_device_option = click.option(
+    "--device",
+    default="auto",
+    show_default="cuda where there is one, else cpu",
+    help="Where to compute: cpu, cuda, cuda:1, ...",
+)
 
-placing_options = bundled("placing", Placing, _PLACING)
+_dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="float32",
+    help="Type of the state; the model computes in the type of its weights.",
+)
 
-_COMPUTATION = [
-    *_PLACING[:2],
-    click.option(
-        "--impl",
-        default=SampleOptions.impl,
-        show_default="the fastest that works here",
-        help="Backend of the update, used or refused with the reason; see 'fastddim env'.",
-    ),
-    *_PLACING[2:],
-]
+_impl_option = click.option(
+    "--impl",
+    default=SampleOptions.impl,
+    show_default="the fastest that works here",
+    help="Backend of the update, used or refused with the reason; see 'fastddim env'.",
+)
+
+_progress_option = click.option(
+    "--progress/--no-progress",
+    default=None,
+    show_default="where stderr is a terminal",
+    help="Show a progress bar on stderr.",
+)
+
+placing_options = bundled("placing", Placing, [_device_option, _dtype_option, _progress_option])
+
+_COMPUTATION = [_device_option, _dtype_option, _impl_option, _progress_option]
 
 computation_options = bundled("computation", Computation, _COMPUTATION)
 

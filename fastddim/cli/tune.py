@@ -11,10 +11,12 @@ from click.core import ParameterSource
 
 from fastddim.cli.options import (
     Placing,
+    clip_option,
     integers,
     model_argument,
     placing_options,
     prediction_option,
+    rederive_option,
     seed_option,
     shows_progress,
 )
@@ -72,10 +74,8 @@ read with the model: fastddim.models.load("runs/digits").tuned[10]""",
     help="Steps by which the exact solution is found.",
 )
 @seed_option
-@click.option(
-    "--clip", type=float, show_default="no clipping", help="Clamp the predicted image to +-CLIP."
-)
-@click.option("--rederive-eps", is_flag=True, help="Recompute epsilon after clipping.")
+@clip_option
+@rederive_option
 @prediction_option
 @placing_options
 def command(

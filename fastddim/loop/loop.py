@@ -23,7 +23,13 @@ from fastddim.loop.step import Step
 from fastddim.loop.stream_order import StreamOrder
 from fastddim.options import CallOptions, NoiseSource, Progress, Reporting
 from fastddim.philox import Samples
-from fastddim.validation import check_bool, check_initial, check_like, check_mask
+from fastddim.validation import (
+    check_bool,
+    check_finite_output,
+    check_initial,
+    check_like,
+    check_mask,
+)
 
 _SILENT = Reporting()
 
@@ -227,12 +233,11 @@ class Loop:
         return tqdm(range(self.plan.steps), desc="sampling", unit="step")
 
     def _refuse_nonfinite(self, output: Tensor) -> None:
-        if not bool(output.isfinite().all()):
+        def where() -> str:
             s = int(self.counters.now.step)
-            raise ValueError(
-                "model output: expected finite values, got NaN or infinity "
-                f"at step {s} (timestep {self._timesteps[s]})"
-            )
+            return f"at step {s} (timestep {self._timesteps[s]})"
+
+        check_finite_output(output, where)
 
     def _program(self, noise: NoiseSource, reporting: Reporting, masked: bool) -> Program | None:
         """The graph for this run, loaded with the caller's values; None where the run is eager."""

@@ -67,7 +67,7 @@ class Effort(NamedTuple):
 
     def samples(self, numel: int) -> int:
         """How many latents of so many elements a set has."""
-        return min(max(self.elements // max(numel, 1), self.least), self.most)
+        return min(max(self.elements // numel, self.least), self.most)
 
     def evaluations(self, steps: int, starts: int) -> int:
         """The most evaluations of the model on one sample of each set that a search takes."""

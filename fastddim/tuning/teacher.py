@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from fastddim.tuning.candidate import Numbers
 from fastddim.tuning.trials import Trace
 
 # Elements of the states that a path is found by.
@@ -22,7 +22,7 @@ def kept(steps: int, x_T: Tensor) -> int:
     return min(len(x_T), max(1, _ELEMENTS // (3 * steps * x_T[0].numel())))
 
 
-def jump_costs(trace: Trace, alphas: Sequence[float]) -> NDArray[np.float64]:
+def jump_costs(trace: Trace, alphas: Sequence[float]) -> Numbers:
     """`[S + 1, S + 1]`: the error of one step of order 1 from each of the teacher's states to each
     later one.
 
@@ -50,17 +50,18 @@ def jump_costs(trace: Trace, alphas: Sequence[float]) -> NDArray[np.float64]:
     return costs
 
 
-def _inner_products(tensors: Sequence[Tensor]) -> NDArray[np.float64]:
+def _inner_products(tensors: Sequence[Tensor]) -> Numbers:
     """Of each two."""
     total = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
     flat = torch.stack([tensor.flatten() for tensor in tensors])
     for part in flat.split(1 << 16, dim=1):
         exact = part.double()
         total += (exact @ exact.mT).cpu()
-    return total.numpy()
+    products: Numbers = total.numpy()
+    return products
 
 
-def shortest_path(costs: NDArray[np.float64], steps: int, power: float) -> list[int]:
+def shortest_path(costs: Numbers, steps: int, power: float) -> list[int]:
     """The states at which `steps` jumps begin that have the least sum of costs ** power.
 
     Dynamic programming, as in arXiv 2106.03802 and 2405.11326.

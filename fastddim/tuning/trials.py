@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from fastddim.options import Update
 from fastddim.plan import coefficient_row, stack_rows, to_table
-from fastddim.reference import Updated, compute_dtype
+from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
 from fastddim.tuning.candidate import Candidate, Change, Course, Numbers, Steps
 from fastddim.tuning.network import Network
+from fastddim.validation import check_finite_output
 
 # Elements of one matrix in float64 at a time.
 _SLICE = 1 << 22
@@ -122,11 +124,8 @@ class Trials:
         for t, row in zip(course.timesteps, table, strict=True):
             trace.states.append(state.x[:kept])
             output = self._network.output(state.x, t)
-            if not bool(output.isfinite().all()):
-                raise ValueError(
-                    f"model output: expected finite values, got NaN or infinity at timestep {t}"
-                )
-            taken = self._taken(state, output, row)
+            check_finite_output(output, partial("at timestep {}".format, t))
+            taken = self._network.updated(state.x, output, row[None], state.history)
             trace.x_0.append(taken.x_0[:kept])
             trace.epsilon.append(taken.epsilon[:kept])
             state = State(taken.x_prev, taken.epsilon)
@@ -151,11 +150,8 @@ class Trials:
         return state.x
 
     def _take(self, state: State, output: Tensor, row: Tensor) -> State:
-        taken = self._taken(state, output, row)
+        taken = self._network.updated(state.x, output, row[None], state.history)
         return State(taken.x_prev, taken.epsilon)
-
-    def _taken(self, state: State, output: Tensor, row: Tensor) -> Updated:
-        return self._network.updated(state.x, output, row[None], state.history)
 
     def squares(self, courses: Sequence[Course], tasks: Sequence[Task]) -> Numbers:
         """`[P, N]`: the mean square distance to the exact solution of each course and sample."""

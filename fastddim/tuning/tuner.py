@@ -26,7 +26,7 @@ from fastddim.loop.setup import (
 from fastddim.options import TuneOptions, Update, shared
 from fastddim.plan import select_timesteps
 from fastddim.tuned import TunedFor, TunedSteps
-from fastddim.tuning.candidate import Candidate, Course, resampled
+from fastddim.tuning.candidate import Candidate, Course, Numbers, resampled
 from fastddim.tuning.network import Network
 from fastddim.tuning.search import EFFORTS, Effort, Search
 from fastddim.tuning.teacher import jump_costs, kept, shortest_path
@@ -35,7 +35,8 @@ from fastddim.validation import check_bool, check_choice, check_dtype, check_int
 
 # Apart from the samples that anyone draws.
 FIRST_SAMPLE = 2**31
-SETS = ("fitted", "chosen by", "reported")
+SETS = 3
+"""Latents to fit, to choose and to report by."""
 # The powers of the costs by which shortest paths are found.
 _POWERS = (1, 2)
 # Elements of a batch's states, by default.
@@ -109,7 +110,7 @@ class Tuner:
         if self._options.progress:
             from tqdm.auto import tqdm
 
-            total = len(SETS) * self._teacher_steps
+            total = SETS * self._teacher_steps
             total += sum(self._planned(steps) for steps in self.numbers)
             self._bar = tqdm(total=total * self._samples, desc="tuning", unit="evaluation")
             self._network.evaluated = self._bar.update
@@ -147,7 +148,8 @@ class Tuner:
         taught, steps_of = self._taught, self._trials.steps
         began, before = time.perf_counter(), self._network.evaluations
         trailing = select_timesteps(self._schedule.T, steps, "trailing").tolist()
-        search = Search(self._trials, taught.sets[0], taught.sets[1], self._show)
+        fitted, chosen_by, reported = taught.sets
+        search = Search(self._trials, fitted, chosen_by, self._show)
         starts = self._starts(taught, trailing)
         found = steps_of.course(search.best(starts, self._effort).candidate)
         self._found[steps] = found.timesteps
@@ -156,7 +158,7 @@ class Tuner:
             "order 1": steps_of.untuned(trailing, 1),
             "order 2": steps_of.untuned(trailing, 2),
         }
-        squares = self._trials.squares(list(courses.values()), taught.sets[2])
+        squares = self._trials.squares(list(courses.values()), reported)
         means = zip(courses, np.sqrt(squares.mean(1)).tolist(), strict=True)
         by_name = {name: mean for name, mean in means if np.isfinite(mean)}
         if not by_name:
@@ -215,8 +217,8 @@ class Tuner:
         timesteps = select_timesteps(self._schedule.T, self._teacher_steps, "trailing").tolist()
         course = self._trials.steps.untuned(timesteps, 2)
         first: Trace | None = None
-        sets: list[list[Task]] = [[] for _ in SETS]
-        for number in range(len(SETS) * self._batches):
+        sets: list[list[Task]] = [[] for _ in range(SETS)]
+        for number in range(SETS * self._batches):
             x_T = self._latents(number)
             known = kept(self._teacher_steps, x_T) if first is None else 0
             trace = self._trials.trace(course, x_T, known)
@@ -271,7 +273,7 @@ class Taught:
 
     timesteps: list[int]
     sets: Sequence[Sequence[Task]]
-    costs: np.ndarray[Any, np.dtype[np.float64]]
+    costs: Numbers
     record: dict[str, Any]
 
 
