@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.types import Device
 
 from fastddim import adapter, backends, transfer
 from fastddim.adapter import Model, check_model
@@ -32,14 +33,11 @@ class Setup:
     shape: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
+    model_dtype: torch.dtype
     backend: backends.Backend
     graph: Graph
     check_finite: bool
     model_kwargs: dict[str, Any]
-
-    @property
-    def model_dtype(self) -> torch.dtype:
-        return adapter.own_dtype(self.model) or self.dtype
 
     @property
     def captures(self) -> bool:
@@ -150,6 +148,7 @@ def make_setup(
         shape=shape,
         device=device,
         dtype=dtype,
+        model_dtype=resolve_model_dtype(options.model, options.model_dtype, dtype),
         backend=backends.choose(options.impl, device),
         graph=options.graph,
         check_finite=options.check_finite,
@@ -169,6 +168,15 @@ def resolve_placement(
     check_bool("check_finite", placement.check_finite)
     check_graph(placement.graph, device, placement.check_finite)
     return dtype, device
+
+
+def resolve_model_dtype(
+    model: Model, model_dtype: torch.dtype | None, dtype: torch.dtype
+) -> torch.dtype:
+    """The dtype in which the model gets the state; by default what it tells, or the state's."""
+    if model_dtype is not None:
+        return check_dtype("model_dtype", model_dtype)
+    return adapter.own_dtype(model) or dtype
 
 
 def check_denoised_fn(denoised_fn: Any) -> None:
@@ -201,22 +209,21 @@ def resolve_shape(model: Model, shape: Sequence[int] | None, batch_size: int) ->
     return resolved
 
 
-def resolve_device(
-    model: Model, device: torch.device | str | None, x: Tensor | None = None
-) -> torch.device:
-    if device is not None:
-        if not isinstance(device, torch.device | str | int):
-            raise TypeError(f"device: expected a torch.device or its name, got {device!r}")
-        try:
-            return torch.empty(0, device=device).device
-        except (AssertionError, NotImplementedError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"device: expected a device that works here, got {device!r}: {reason}"
-            ) from error
-    if x is not None:
+def resolve_device(model: Model, device: Device, x: Tensor | None = None) -> torch.device:
+    if device is None and x is not None:
         return x.device
-    return adapter.own_device(model) or torch.device("cpu")
+    if device is None:
+        device = adapter.own_device(model)
+        device = "cpu" if device is None else device
+    if not isinstance(device, torch.device | str | int):
+        raise TypeError(f"device: expected a torch.device or its name, got {device!r}")
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device: expected a device that works here, got {device!r}: {reason}"
+        ) from error
 
 
 def resolve_schedule(model: Model, schedule: Schedule | None) -> Schedule:
