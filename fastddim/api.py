@@ -62,10 +62,11 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
             of their own: only at eta = 0, with the default `spacing` and `order`, and with the
             schedule, prediction, clip, thresholding and guidance that they were tuned for.
         schedule: ᾱ the model was trained with; by default `model.schedule`, also of a network that
-            the model wraps or reaches, else `Schedule.linear()`.
+            the model wraps or reaches, else `Schedule.linear()`, with a warning.
         spacing: how S timesteps are chosen out of T: trailing, which starts at T − 1 whatever S
             is, uniform (the paper's linear τ), quadratic, leading or linspace (see
-            `fastddim.select_timesteps`).
+            `fastddim.select_timesteps`). With few steps the others may start where the model
+            expects more of the data than of noise, which a warning tells where x_T is drawn.
         steps_offset: added to every timestep of `leading`.
         eta: η ≥ 0 of eq. 16, a number or a tensor `[B]`, or a sequence of S of them, one a step; 0
             is DDIM, 1 is DDPM's ancestral sampling.

@@ -14,6 +14,8 @@ from fastddim import adapter, backends, transfer
 from fastddim.adapter import Model, check_model
 from fastddim.loop import cuda
 from fastddim.loop.capture import check_graph
+from fastddim.loop.start import LateStart
+from fastddim.notices import warn_once
 from fastddim.options import DenoisedFn, Graph, InvertOptions, Placement, SamplerOptions, Update
 from fastddim.plan import Plan, make_inversion_plan, make_plan, to_table
 from fastddim.reference import compute_dtype
@@ -38,6 +40,7 @@ class Setup:
     graph: Graph
     check_finite: bool
     model_kwargs: dict[str, Any]
+    late_start: LateStart | None = None
 
     @property
     def captures(self) -> bool:
@@ -87,7 +90,13 @@ def prepare_sampling(options: SamplerOptions, *, x_T: Tensor | None = None) -> S
     split = options.denoised_fn is not None
     plan = make_plan(schedule, options.steps, update, split=split, **_walk(options))
     return make_setup(
-        options, plan, shape, dtype=dtype, device=device, denoised_fn=options.denoised_fn
+        options,
+        plan,
+        shape,
+        dtype=dtype,
+        device=device,
+        denoised_fn=options.denoised_fn,
+        late_start=LateStart.of(plan, options.steps, options.spacing),
     )
 
 
@@ -131,6 +140,7 @@ def make_setup(
     dtype: torch.dtype,
     device: torch.device,
     denoised_fn: DenoisedFn | None = None,
+    late_start: LateStart | None = None,
 ) -> Setup:
     """A setup for a plan, with tables in the dtype that is computed in."""
     halves = (plan.table, plan.first_half)
@@ -153,6 +163,7 @@ def make_setup(
         graph=options.graph,
         check_finite=options.check_finite,
         model_kwargs=check_model_kwargs(options.model_kwargs),
+        late_start=late_start,
     )
 
 
@@ -228,10 +239,24 @@ def resolve_device(model: Model, device: Device, x: Tensor | None = None) -> tor
 
 def resolve_schedule(model: Model, schedule: Schedule | None) -> Schedule:
     if schedule is None:
-        return adapter.own_schedule(model) or Schedule.linear()
+        schedule = adapter.own_schedule(model)
+        return _assumed_schedule(model) if schedule is None else schedule
     if not isinstance(schedule, Schedule):
         raise TypeError(
             "schedule: expected a fastddim.Schedule (Schedule.from_diffusers converts one), "
             f"got {type(schedule).__name__}"
         )
+    return schedule
+
+
+def _assumed_schedule(model: Model) -> Schedule:
+    kind = type(model)
+    schedule = Schedule.linear()
+    warn_once(
+        f"no schedule is given, and a model of class {kind.__qualname__} tells none: assuming "
+        f"Schedule.linear(), DDPM's {schedule.T} timesteps; pass schedule=, the one that the model "
+        "was trained with",
+        "schedule",
+        f"{kind.__module__}.{kind.__qualname__}",
+    )
     return schedule

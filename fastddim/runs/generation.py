@@ -85,6 +85,8 @@ class Generation:
             shared(SamplerOptions, options, shape=(1, *shape), batch_size=1)
         )
         _check_weights(model, options.model_id)
+        if self._setup.late_start is not None:
+            self._setup.late_start.warn()
         self._schedule = resolve_schedule(model, options.schedule)
         self._folder = Path(options.out)
         self._options = options
