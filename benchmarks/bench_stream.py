@@ -36,6 +36,7 @@ class PolicyHead(nn.Module):
     """A planner's denoiser: 16 actions of 7 numbers, three layers."""
 
     sample_shape = (112,)
+    schedule = fastddim.Schedule.linear()
 
     def __init__(self, width: int = 512) -> None:
         super().__init__()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from fastddim.schedule import Schedule
+from fastddim.validation import STATE_DTYPES
+from fastddim.wrappers import hooks, layers, modules, reachable, tensors
 
 Model: TypeAlias = Callable[..., Any]
 
@@ -34,39 +37,109 @@ def output_tensor(result: Any) -> Any:
 
 
 def own_dtype(model: Model) -> torch.dtype | None:
-    """dtype of the model's first floating-point parameter or buffer."""
-    return next((v.dtype for v in _tensors(model) if v.is_floating_point()), None)
+    """The dtype in which the model reads the state; None where it does not tell, as where its
+    parameters differ.
+
+    Hooks that cast weights for computation tell it, then the model's `dtype`, then the parameters,
+    or the buffers where these do not. What weights are merely stored in does not count.
+    """
+    parts = _modules(model)
+    for hook in hooks(parts):
+        computed = _state_dtype(hook, "compute_dtype")
+        if computed is not None:
+            return computed
+    kinds = ({value.dtype for value in held}.intersection(STATE_DTYPES) for held in tensors(parts))
+    stored = next(filter(None, kinds), set())
+    for layer in layers(model):
+        said = _state_dtype(layer, "dtype")
+        # Set by a network of several dtypes, it is what the network casts to inside.
+        inside = len(stored) > 1 and "dtype" in getattr(layer, "__dict__", {})
+        if said is not None and not inside:
+            return said
+    return stored.pop() if len(stored) == 1 else None
 
 
-def own_device(model: Model) -> torch.device | None:
-    """Device of the model's first parameter or buffer."""
-    return next((v.device for v in _tensors(model)), None)
+def _state_dtype(owner: Any, name: str) -> torch.dtype | None:
+    value = getattr(owner, name, None)
+    return value if isinstance(value, torch.dtype) and value in STATE_DTYPES else None
+
+
+def own_device(model: Model) -> Device:
+    """The device that the model computes on: where hooks take its weights, else where its
+    parameters are, or its buffers where it has none. None for a model that is no module.
+
+    Raises:
+        ValueError: parameters are on several devices, or have no values, and no hook tells.
+    """
+    parts = _modules(model)
+    for hook in hooks(parts):
+        device = _execution_device(hook)
+        if device is not None and str(device) != "meta":
+            return device
+    held = next(tensors(parts), [])
+    devices = sorted({tensor.device for tensor in held}, key=str)
+    if len(devices) > 1 or any(device.type == "meta" for device in devices):
+        raise ValueError(
+            "device: expected the device that the model computes on, since its parameters are "
+            f"on {' and '.join(map(str, devices))} and no hook of accelerate or diffusers "
+            f"moves them{_hint(devices)}; got None"
+        )
+    return devices[0] if devices else None
+
+
+def _hint(devices: list[torch.device]) -> str:
+    on_meta = any(device.type == "meta" for device in devices)
+    return ", and those on meta have no values: load the weights first" if on_meta else ""
+
+
+def _execution_device(hook: Any) -> Device:
+    """The device to which a hook of accelerate or of diffusers takes weights and inputs, if any."""
+    group = getattr(hook, "group", None)
+    device: Device = getattr(hook, "execution_device", getattr(group, "onload_device", None))
+    return device
 
 
 def own_schedule(model: Model) -> Schedule | None:
-    schedule = getattr(model, "schedule", None)
-    return schedule if isinstance(schedule, Schedule) else None
+    """`.schedule` of the model or of what it wraps, else the one that all networks within its reach
+    agree on.
+    """
+    for layer in layers(model):
+        schedule = getattr(layer, "schedule", None)
+        if isinstance(schedule, Schedule):
+            return schedule
+    found = (getattr(part, "schedule", None) for part in _parts(model))
+    schedules = {schedule for schedule in found if isinstance(schedule, Schedule)}
+    return schedules.pop() if len(schedules) == 1 else None
 
 
 def own_sample_shape(model: Model) -> tuple[int, ...] | None:
     """Shape of one sample from `.sample_shape`, or from a diffusers `.config` (in_channels,
-    sample_size).
+    sample_size), of the model or of what it wraps.
     """
-    shape = getattr(model, "sample_shape", None)
+    return next(filter(None, map(_sample_shape, layers(model))), None)
+
+
+def _sample_shape(layer: Any) -> tuple[int, ...] | None:
+    shape = getattr(layer, "sample_shape", None)
     if isinstance(shape, Sequence) and shape:
         return tuple(int(n) for n in shape)
-    config = getattr(model, "config", None)
+    config = getattr(layer, "config", None)
     channels, size = _field(config, "in_channels"), _field(config, "sample_size")
     if channels is None or size is None:
         return None
     return (int(channels), *((size, size) if isinstance(size, int) else map(int, size)))
 
 
-def _tensors(model: Model) -> Iterable[Tensor]:
-    if isinstance(model, nn.Module):
-        yield from model.parameters()
-        yield from model.buffers()
-
-
 def _field(config: Any, name: str) -> Any:
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def _modules(model: Model) -> list[nn.Module]:
+    """All modules of the one that is called, where that is one."""
+    roots = (layer for layer in layers(model) if isinstance(layer, nn.Module))
+    return next(map(modules, roots), [])
+
+
+def _parts(model: Model) -> Iterator[Any]:
+    for value in reachable(model):
+        yield from modules(value) if isinstance(value, nn.Module) else (value,)

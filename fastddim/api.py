@@ -55,17 +55,18 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
         model: any callable `model(x, t, **model_kwargs)` with t an int64 tensor `[B]` on x's
             device. It returns a tensor, a tuple that starts with one, or an object with `.sample`;
             of twice as many channels as x (learned variance) the first half is used. It gets x in
-            the dtype of its own parameters. x and t are buffers that the loop writes over: a model
-            must not change them, nor keep them without a copy.
+            `model_dtype`. x and t are buffers that the loop writes over: a model must not change
+            them, nor keep them without a copy.
         steps: number of steps S in [1, T], or the timesteps themselves in the order visited
             (decreasing), or tuned steps (`fastddim.load_steps`), which have timesteps and weights
             of their own: only at eta = 0, with the default `spacing` and `order`, and with the
             schedule, prediction, clip, thresholding and guidance that they were tuned for.
-        schedule: ᾱ the model was trained with; by default `model.schedule`, else
-            `Schedule.linear()`.
+        schedule: ᾱ the model was trained with; by default `model.schedule`, also of a network that
+            the model wraps or reaches, else `Schedule.linear()`, with a warning.
         spacing: how S timesteps are chosen out of T: trailing, which starts at T − 1 whatever S
             is, uniform (the paper's linear τ), quadratic, leading or linspace (see
-            `fastddim.select_timesteps`).
+            `fastddim.select_timesteps`). With few steps the others may start where the model
+            expects more of the data than of noise, which a warning tells where x_T is drawn.
         steps_offset: added to every timestep of `leading`.
         eta: η ≥ 0 of eq. 16, a number or a tensor `[B]`, or a sequence of S of them, one a step; 0
             is DDIM, 1 is DDPM's ancestral sampling.
@@ -99,15 +100,19 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
             list of B of them. A generator draws x_T first. Unread where no noise is added.
         x_T: starting state `[B, …]`; by default drawn from `seed` or `noise`. Not modified.
         shape: (B, …) of the state; by default that of `x_T`, else `batch_size` samples of the shape
-            that the model tells (`.sample_shape`, or a diffusers `.config`).
+            that the model tells (`.sample_shape`, or a diffusers `.config`), or one that it wraps.
         mask: weight of `known` in the result, 1 where it is kept and 0 where the model paints (as
             in latent-diffusion; the `mask_image` of diffusers is the opposite). Of any shape that
             broadcasts to the state's.
         known: data `[B, …]` for `mask`. After each step the state is blended with it as it is at
             that noise level: mixed with the noise in x_T, and itself at the end.
         batch_size: B where `shape` is not given.
-        device: of the state; by default that of `x_T`, else the model's.
+        device: of the state; by default that of `x_T`, else the model's: where the hooks of
+            accelerate or diffusers take offloaded weights, or where its parameters are.
         dtype: of the state; by default that of `x_T`, else float32.
+        model_dtype: of x as the model gets it; by default the model's own: what hooks cast its
+            weights to for computation, its `dtype`, or the one dtype of its floating-point
+            parameters. Where these differ, or the model is no module, the state's.
         impl: "auto", or the backend to use and no other ("reference", …; `fastddim env` lists
             them).
         graph: CUDA graph capture, which takes the host out of the loop: True captures one step and

@@ -233,6 +233,7 @@ class Placement:
 
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
+    model_dtype: torch.dtype | None = None
     impl: str = "auto"
     graph: Graph = "auto"
     check_finite: bool = False
@@ -351,6 +352,7 @@ class TuneOptions(Conditioning, Direction, Thresholding, Reading):
     schedule: Schedule | None = None
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
+    model_dtype: torch.dtype | None = None
     effort: EffortName = "quick"
     samples: int | None = None
     seed: int = 0

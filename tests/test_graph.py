@@ -34,6 +34,7 @@ from .support.probes import NoSync
 from .support.recorded_graph import RecordedGraph
 
 SHAPE = (2, 3, 6, 6)
+LINEAR = Schedule.linear()
 CPU = torch.device("cpu")
 CAPTURED = [True, "loop"]
 
@@ -77,6 +78,7 @@ def captures(monkeypatch):
 def sample(model, mode, steps=4, **kwargs):
     if "x_T" not in kwargs:
         kwargs.setdefault("shape", SHAPE)
+    kwargs.setdefault("schedule", LINEAR)
     return fastddim.sample(model, steps, graph=mode, **kwargs)
 
 

@@ -38,7 +38,8 @@ for name in ("diffusers", "matplotlib", "scipy", "sklearn", "triton"):
 
 import fastddim
 
-x = fastddim.sample(lambda x, t: 0.5 * x, 3, shape=(2, 1, 4, 4))
+schedule = fastddim.Schedule.linear()
+x = fastddim.sample(lambda x, t: 0.5 * x, 3, shape=(2, 1, 4, 4), schedule=schedule)
 assert x.shape == (2, 1, 4, 4)
 assert x.isfinite().all()
 """

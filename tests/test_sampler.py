@@ -270,6 +270,7 @@ PLAN = {"schedule": None, "spacing": "trailing", "steps_offset": 0}
 RUN = {
     "device": None,
     "dtype": None,
+    "model_dtype": None,
     "impl": "auto",
     "graph": "auto",
     "check_finite": False,

@@ -89,6 +89,7 @@ class Loop:
         self.step.denoised_fn = setup.denoised_fn
         self.step.check = self._refuse_nonfinite if setup.check_finite else None
         self._check_finite = setup.check_finite
+        self._late_start = setup.late_start
         self._programs.follow(setup.model, setup.denoised_fn)
         timesteps = setup.plan.timesteps
         self._timesteps = timesteps.tolist()
@@ -118,8 +119,11 @@ class Loop:
             check_known(options.mask, options.known, state, self.plan.alphas_cumprod)
         if x_T is not None:
             check_initial("x_T", x_T, tuple(state.shape), state.dtype, state.device)
-        elif noise is not None and not isinstance(noise, Tensor):
-            x_T = draw(noise, state)
+        else:
+            if self._late_start is not None:
+                self._late_start.warn()
+            if noise is not None and not isinstance(noise, Tensor):
+                x_T = draw(noise, state)
         return self.run(
             x_T,
             options,

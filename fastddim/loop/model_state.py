@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import chain
 from operator import attrgetter, methodcaller
 from typing import Any
 
 from torch import Tensor, nn
 
+from fastddim.wrappers import reachable
+
 
 class ModelState:
     """The state of the modules that models show, as far as a graph depends on it.
 
-    A model shows itself, what a method is bound to, and what a partial, a closure or an instance
-    holds.
+    A model shows itself, what a method is bound to, what a partial, a closure or an instance holds,
+    and the globals that a function names.
 
     It is read before every replay. Walking a tree of modules would take as long as the replay of a
     small model, so the modules are listed once, and again only after one came, went or changed
@@ -31,7 +31,8 @@ class ModelState:
 
     def read(self) -> tuple[Hashable, Hashable]:
         """(where the parameters and buffers are, which modules train)."""
-        roots = [module for model in self._models for module in _modules(model)]
+        reached = chain.from_iterable(map(reachable, self._models))
+        roots = [value for value in reached if isinstance(value, nn.Module)]
         if self._links != _links(roots, self._modules):
             self._modules = list(dict.fromkeys(chain.from_iterable(m.modules() for m in roots)))
             self._links = _links(roots, self._modules)
@@ -71,27 +72,3 @@ def _address(tensor: Tensor) -> int:
     except (NotImplementedError, RuntimeError, ValueError):
         # A lazy parameter, or a subclass without memory of its own.
         return id(tensor)
-
-
-def _modules(model: Any) -> Iterator[nn.Module]:
-    if isinstance(model, nn.Module):
-        yield model
-        return
-    if isinstance(model, types.MethodType):
-        held: Iterable[Any] = [model.__self__]
-    elif isinstance(model, partial):
-        held = [model.func, *model.args, *model.keywords.values()]
-    elif isinstance(model, types.FunctionType):
-        held = [cell.cell_contents for cell in model.__closure__ or () if _is_filled(cell)]
-    else:
-        held = [v for v in getattr(model, "__dict__", {}).values() if isinstance(v, nn.Module)]
-    for value in held:
-        if value is not model:
-            yield from _modules(value)
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.types import Device
 
 from fastddim import adapter, backends, transfer
 from fastddim.adapter import Model, check_model
 from fastddim.loop import cuda
 from fastddim.loop.capture import check_graph
+from fastddim.loop.start import LateStart
+from fastddim.notices import warn_once
 from fastddim.options import DenoisedFn, Graph, InvertOptions, Placement, SamplerOptions, Update
 from fastddim.plan import Plan, make_inversion_plan, make_plan, to_table
 from fastddim.reference import compute_dtype
@@ -32,14 +35,12 @@ class Setup:
     shape: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
+    model_dtype: torch.dtype
     backend: backends.Backend
     graph: Graph
     check_finite: bool
     model_kwargs: dict[str, Any]
-
-    @property
-    def model_dtype(self) -> torch.dtype:
-        return adapter.own_dtype(self.model) or self.dtype
+    late_start: LateStart | None = None
 
     @property
     def captures(self) -> bool:
@@ -89,7 +90,13 @@ def prepare_sampling(options: SamplerOptions, *, x_T: Tensor | None = None) -> S
     split = options.denoised_fn is not None
     plan = make_plan(schedule, options.steps, update, split=split, **_walk(options))
     return make_setup(
-        options, plan, shape, dtype=dtype, device=device, denoised_fn=options.denoised_fn
+        options,
+        plan,
+        shape,
+        dtype=dtype,
+        device=device,
+        denoised_fn=options.denoised_fn,
+        late_start=LateStart.of(plan, options.steps, options.spacing),
     )
 
 
@@ -133,6 +140,7 @@ def make_setup(
     dtype: torch.dtype,
     device: torch.device,
     denoised_fn: DenoisedFn | None = None,
+    late_start: LateStart | None = None,
 ) -> Setup:
     """A setup for a plan, with tables in the dtype that is computed in."""
     halves = (plan.table, plan.first_half)
@@ -150,10 +158,12 @@ def make_setup(
         shape=shape,
         device=device,
         dtype=dtype,
+        model_dtype=resolve_model_dtype(options.model, options.model_dtype, dtype),
         backend=backends.choose(options.impl, device),
         graph=options.graph,
         check_finite=options.check_finite,
         model_kwargs=check_model_kwargs(options.model_kwargs),
+        late_start=late_start,
     )
 
 
@@ -169,6 +179,15 @@ def resolve_placement(
     check_bool("check_finite", placement.check_finite)
     check_graph(placement.graph, device, placement.check_finite)
     return dtype, device
+
+
+def resolve_model_dtype(
+    model: Model, model_dtype: torch.dtype | None, dtype: torch.dtype
+) -> torch.dtype:
+    """The dtype in which the model gets the state; by default what it tells, or the state's."""
+    if model_dtype is not None:
+        return check_dtype("model_dtype", model_dtype)
+    return adapter.own_dtype(model) or dtype
 
 
 def check_denoised_fn(denoised_fn: Any) -> None:
@@ -201,30 +220,43 @@ def resolve_shape(model: Model, shape: Sequence[int] | None, batch_size: int) ->
     return resolved
 
 
-def resolve_device(
-    model: Model, device: torch.device | str | None, x: Tensor | None = None
-) -> torch.device:
-    if device is not None:
-        if not isinstance(device, torch.device | str | int):
-            raise TypeError(f"device: expected a torch.device or its name, got {device!r}")
-        try:
-            return torch.empty(0, device=device).device
-        except (AssertionError, NotImplementedError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"device: expected a device that works here, got {device!r}: {reason}"
-            ) from error
-    if x is not None:
+def resolve_device(model: Model, device: Device, x: Tensor | None = None) -> torch.device:
+    if device is None and x is not None:
         return x.device
-    return adapter.own_device(model) or torch.device("cpu")
+    if device is None:
+        device = adapter.own_device(model)
+        device = "cpu" if device is None else device
+    if not isinstance(device, torch.device | str | int):
+        raise TypeError(f"device: expected a torch.device or its name, got {device!r}")
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device: expected a device that works here, got {device!r}: {reason}"
+        ) from error
 
 
 def resolve_schedule(model: Model, schedule: Schedule | None) -> Schedule:
     if schedule is None:
-        return adapter.own_schedule(model) or Schedule.linear()
+        schedule = adapter.own_schedule(model)
+        return _assumed_schedule(model) if schedule is None else schedule
     if not isinstance(schedule, Schedule):
         raise TypeError(
             "schedule: expected a fastddim.Schedule (Schedule.from_diffusers converts one), "
             f"got {type(schedule).__name__}"
         )
+    return schedule
+
+
+def _assumed_schedule(model: Model) -> Schedule:
+    kind = type(model)
+    schedule = Schedule.linear()
+    warn_once(
+        f"no schedule is given, and a model of class {kind.__qualname__} tells none: assuming "
+        f"Schedule.linear(), DDPM's {schedule.T} timesteps; pass schedule=, the one that the model "
+        "was trained with",
+        "schedule",
+        f"{kind.__module__}.{kind.__qualname__}",
+    )
     return schedule

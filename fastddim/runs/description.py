@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import torch
@@ -49,9 +50,10 @@ def describe(
 
 def _model(setup: Setup, model_id: str | None) -> dict[str, Any]:
     model = setup.model
+    offloaded = isinstance(model, nn.Module) and any_on_meta(model)
     return {
         "class": type(model).__qualname__,
-        "weights": fingerprint(model) if isinstance(model, nn.Module) else None,
+        "weights": fingerprint(model) if isinstance(model, nn.Module) and not offloaded else None,
         "id": model_id,
         "kwargs": digest_of(setup.model_kwargs) if setup.model_kwargs else None,
     }
@@ -87,6 +89,11 @@ def _computation(setup: Setup) -> dict[str, Any]:
 def backend_name(setup: Setup) -> str:
     """The name of the backend in use, such as "cpu"; `impl` never is "auto" in a manifest."""
     return setup.backend.__name__.rpartition(".")[2]
+
+
+def any_on_meta(model: nn.Module) -> bool:
+    """True where weights have no bytes that a fingerprint could be of."""
+    return any(value.is_meta for value in chain(model.parameters(), model.buffers()))
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -34,7 +34,7 @@ from fastddim.options import (
     shared,
 )
 from fastddim.runs.complete import merge, recorded_digest
-from fastddim.runs.description import backend_name, describe
+from fastddim.runs.description import any_on_meta, backend_name, describe
 from fastddim.runs.folder import RunFolder
 from fastddim.runs.manifest import Manifest, differences, listed
 from fastddim.runs.memory import LARGEST, default_budget, fitting_batch
@@ -84,6 +84,9 @@ class Generation:
         self._setup = prepare_sampling(
             shared(SamplerOptions, options, shape=(1, *shape), batch_size=1)
         )
+        _check_weights(model, options.model_id)
+        if self._setup.late_start is not None:
+            self._setup.late_start.warn()
         self._schedule = resolve_schedule(model, options.schedule)
         self._folder = Path(options.out)
         self._options = options
@@ -248,6 +251,14 @@ def _check_identity(model: Model, model_id: Any) -> None:
         raise ValueError(
             "model_id: expected a string that tells this model from others, since it is no "
             "nn.Module whose weights do, got None"
+        )
+
+
+def _check_weights(model: Model, model_id: str | None) -> None:
+    if model_id is None and isinstance(model, nn.Module) and any_on_meta(model):
+        raise ValueError(
+            "model_id: expected a string that tells this model from others, since its weights are "
+            "on meta, where hooks offload them, and cannot be read; got None"
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastddim.loop.loop import check_known
+from fastddim.loop.start import LateStart
 from fastddim.loop.stream_order import StreamOrder
 from fastddim.options import (
     Direction,
@@ -41,6 +42,7 @@ class Route(NamedTuple):
     alphas_cumprod: Tensor  # [S + 1]
     rows: Tensor  # [S, K]
     first_half: Tensor | None  # [S, K]
+    late_start: LateStart | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,6 +117,8 @@ class Requests:
         x_T, mask, known = options.x_T, options.mask, options.known
         if x_T is not None:
             check_initial("x_T", x_T, tuple(state.shape), state.dtype, state.device)
+        elif route.late_start is not None:
+            route.late_start.warn()
         if mask is not None or known is not None:
             mask, known = check_known(mask, known, state, route.alphas_cumprod)
         with torch.inference_mode(False), torch.no_grad():
@@ -210,6 +214,7 @@ class Routes:
             plan.alphas_cumprod,
             self._table(plan.table),
             None if plan.first_half is None else self._table(plan.first_half),
+            LateStart.of(plan, steps, spacing),
         )
 
     def _table(self, rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim import adapter, backends, transfer
+from fastddim import backends, transfer
 from fastddim.adapter import check_model
 from fastddim.loop import capture
 from fastddim.loop.capture import Graph, check_outer_capture
@@ -26,6 +26,7 @@ from fastddim.loop.programs import Programs
 from fastddim.loop.setup import (
     captures,
     check_denoised_fn,
+    resolve_model_dtype,
     resolve_placement,
     resolve_schedule,
     resolve_shape,
@@ -135,7 +136,7 @@ class Stream:
             self.shape,
             self.max_steps,
             dtype=self.dtype,
-            model_dtype=adapter.own_dtype(options.model) or self.dtype,
+            model_dtype=resolve_model_dtype(options.model, options.model_dtype, self.dtype),
             device=self.device,
             masked=options.masked,
             whole=self._static,

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim import adapter, philox
+from fastddim import philox
 from fastddim._version import __version__
 from fastddim.adapter import check_model
 from fastddim.loop.modes import without_autograd
 from fastddim.loop.setup import (
     check_model_kwargs,
     resolve_device,
+    resolve_model_dtype,
     resolve_schedule,
     resolve_shape,
 )
@@ -76,7 +77,7 @@ class Tuner:
                 f"got {options.eta}"
             )
         self._tuned_for = TunedFor.of(self._schedule, update)
-        model_dtype = adapter.own_dtype(options.model) or self._dtype
+        model_dtype = resolve_model_dtype(options.model, options.model_dtype, self._dtype)
         model_kwargs = check_model_kwargs(options.model_kwargs)
         self._network = Network(options.model, update, model_kwargs, model_dtype)
         self._trials = Trials(self._network, self._schedule, update)

@@ -17,7 +17,12 @@ from gpucheck.device import on_device
 from gpucheck.record import Record
 from gpucheck.settings import Settings
 
-LOOP: dict[str, Any] = {"shape": (2, 3, 16, 16), "eta": 1.0, "seed": 7}
+LOOP: dict[str, Any] = {
+    "shape": (2, 3, 16, 16),
+    "schedule": fastddim.Schedule.linear(),
+    "eta": 1.0,
+    "seed": 7,
+}
 STEPS = 10
 
 

@@ -29,7 +29,7 @@ from fastddim.loop import capture as capturing
 from fastddim.loop import loop as loop_module
 from fastddim.loop.counters import Position
 from fastddim.loop.loop import Loop
-from fastddim.loop.setup import Setup, make_setup
+from fastddim.loop.setup import Setup, make_setup, resolve_model_dtype
 from fastddim.loop.step import Step
 from fastddim.loop.stream_order import StreamOrder
 from fastddim.options import CallOptions, Reporting, SamplerOptions
@@ -161,7 +161,12 @@ def run(
     prepared = setup(None, mode, **update)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            given = {"model": make_model(), "model_kwargs": make_kwargs() or {}}
+            model = make_model()
+            given = {
+                "model": model,
+                "model_dtype": resolve_model_dtype(model, None, prepared.dtype),
+                "model_kwargs": make_kwargs() or {},
+            }
             loop_module.Step = step_type
             loop = Loop(Setup(**{**vars(prepared), **given}))
             x = torch.zeros(SHAPE, dtype=prepared.dtype, device=CUDA)

@@ -1,0 +1,115 @@
+"""What is inside of a model: what it hands its arguments on to, what it holds, and the hooks of
+accelerate and diffusers on its modules.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+# Parallel and averaging wrappers, what torch.compile makes, and decorated functions.
+_INNER = ("module", "_orig_mod", "__wrapped__")
+
+
+def layers(model: Any) -> Iterator[Any]:
+    """The model and, each inside of the one before, all that it hands its arguments on to."""
+    passed: list[int] = []
+    while callable(model) and id(model) not in passed:
+        yield model
+        passed.append(id(model))
+        model = _inner(model)
+
+
+def _inner(model: Any) -> Any:
+    # A method has the attributes of its function.
+    if isinstance(model, types.MethodType):
+        return model.__self__
+    inner = next(filter(callable, (getattr(model, name, None) for name in _INNER)), None)
+    return model.func if inner is None and isinstance(model, partial) else inner
+
+
+def reachable(model: Any) -> list[Any]:
+    """The model, and what it reaches besides its arguments.
+
+    That is what a method is bound to, what a partial holds, the closure of a function and the
+    globals that it names, and the modules that other objects hold. A module is not looked into.
+    """
+    found: dict[int, Any] = {}
+    waiting = [model]
+    while waiting:
+        value = waiting.pop()
+        if id(value) not in found:
+            found[id(value)] = value
+            waiting += _held(value)
+    return list(found.values())
+
+
+def _held(value: Any) -> Sequence[Any]:
+    if isinstance(value, nn.Module | type | types.ModuleType):
+        return ()
+    if isinstance(value, types.MethodType):
+        return (value.__self__,)
+    if isinstance(value, partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        return [*cells, *_named_globals(value)]
+    return [held for held in getattr(value, "__dict__", {}).values() if isinstance(held, nn.Module)]
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _named_globals(function: types.FunctionType) -> Iterator[Any]:
+    """What a function may read by a name, without the functions of other files."""
+    names = function.__globals__
+    for name in function.__code__.co_names:
+        if name in names and getattr(names[name], "__globals__", names) is names:
+            yield names[name]
+
+
+def modules(root: nn.Module) -> list[nn.Module]:
+    """`root` and all modules in it, each once; `root.modules()` also makes names of them."""
+    found, seen = [root], {root}
+    for part in found:
+        for child in part._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
+def tensors(parts: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """The parameters of modules, and then their buffers, as far as there are any."""
+    for kind in ("_parameters", "_buffers"):
+        held = [value for part in parts for value in getattr(part, kind).values()]
+        found = [value for value in held if value is not None]
+        if found:
+            yield found
+
+
+def hooks(parts: Sequence[nn.Module]) -> Iterator[Any]:
+    """The hooks of accelerate and of diffusers on modules."""
+    for part in parts:
+        own = vars(part)
+        if "_hf_hook" in own:
+            yield from _flattened(own["_hf_hook"])
+        if "_diffusers_hook" in own:
+            yield from own["_diffusers_hook"].hooks.values()
+
+
+def _flattened(hook: Any) -> Iterator[Any]:
+    """A hook of accelerate, or those that it calls in turn."""
+    parts = getattr(hook, "hooks", None)
+    if parts is None:
+        return iter((hook,))
+    return chain.from_iterable(map(_flattened, parts))
