@@ -9,6 +9,7 @@ import math
 import pkgutil
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,10 @@ def run(page):
     A block with a title is not run: it is a file, or belongs to another package.
     """
     names = {}
-    for code in re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL):
-        exec(compile(code, page, "exec"), names)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fastddim")
+        for code in re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL):
+            exec(compile(code, page, "exec"), names)
     return names
 
 

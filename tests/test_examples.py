@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +101,10 @@ def test_diffusers_unet_gives_the_images_of_diffusers(capsys, monkeypatch, tmp_p
 def readme_names():
     """What the README's Python code defines, run from top to bottom in one namespace."""
     names = {"torch": torch}
-    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(compile(code, "README.md", "exec"), names)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fastddim")
+        for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+            exec(compile(code, "README.md", "exec"), names)
     return names
 
 
