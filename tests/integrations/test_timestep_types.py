@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,15 @@ import torch
 from torch import Tensor
 
 from fastddim import Schedule
+from fastddim.integrations import ermongroup, k_diffusion, webui
 
+from ..support.dropins import ermongroup as of_ermongroup
+from ..support.dropins import guided_diffusion as of_guided
+from ..support.dropins import latent_diffusion as of_latent
 from ..support.dropins.diffusers import CLASSES, DDIM, assert_alike, diffusers, ours, pair
+from ..support.dropins.k_diffusion import denoiser, levels
+from ..support.dropins.peers import assert_same, default_dtype, same_draws
+from ..support.dropins.webui import WebuiModel, peer_webui
 from ..support.tuned import random_steps
 
 SHAPE = (2, 3, 4, 5)
@@ -264,3 +272,130 @@ class TestWhereTablesLive:
         for scheduler in (theirs, own):
             scheduler.alphas_cumprod = diffusers.DDIMScheduler().alphas_cumprod ** 2
         assert_alike(theirs.step(m, T, x), own.step(m, T, x))
+
+
+class TestOtherDropIns:
+    """What each of them takes for an index."""
+
+    INDICES = ((torch.int64, torch.int32), (torch.int16, *OTHERS))
+
+    @pytest.mark.parametrize("spaced", [None, "ddim20"])
+    @pytest.mark.parametrize("hooked", [False, True])
+    def test_guided_diffusion(self, spaced: str | None, hooked: bool) -> None:
+        diffusion, x = of_guided.make(spaced=spaced), draw()[0]
+        if hooked:
+            diffusion.p_mean_variance = functools.partial(diffusion.p_mean_variance)
+        own, model = of_guided.fast(diffusion), of_guided.Model()
+        for dtype in self.INDICES[0]:
+            t = torch.tensor([3, 11], dtype=dtype)
+            result, expected = same_draws(
+                lambda: own.ddim_sample(model, x, t),  # noqa: B023
+                lambda: diffusion.ddim_sample(model, x, t),  # noqa: B023
+            )
+            assert_same(result, expected, 1e-10)
+        for t in (*(torch.tensor([3, 11]).to(d) for d in self.INDICES[1]), torch.tensor([0.5, 3])):
+            for method in ("ddim_sample", "ddim_reverse_sample"):
+                theirs = outcome(lambda: getattr(diffusion, method)(model, x, t))  # noqa: B023
+                assert isinstance(theirs, Exception)
+                with pytest.raises(IndexError, match=f"^t: expected an int64 .* got {t.dtype}$"):
+                    getattr(own, method)(model, x, t)
+        with pytest.raises(TypeError, match=r"^t: expected an int64 tensor, got \[3, 11\]$"):
+            own.ddim_sample(model, x, [3, 11])
+
+    def test_latent_diffusion_steps(self) -> None:
+        with default_dtype(torch.float64):
+            sampler = of_latent.make("eps", eta=0.4)
+            own = of_latent.fast_of(sampler)
+            x, c = draw()[0], torch.tensor([0.2, -0.4])
+            t = torch.full((2,), int(sampler.ddim_timesteps[6]))
+            for index in (6, np.int64(6), np.int32(6), torch.tensor(6), -4):
+                result, expected = same_draws(
+                    lambda: own.p_sample_ddim(x, c, t, index),  # noqa: B023
+                    lambda: sampler.p_sample_ddim(x, c, t, index),  # noqa: B023
+                )
+                assert_same(result, expected, 1e-10)
+            for index in (6.0, 0.5, True, "6", None, torch.tensor(6.0), torch.tensor([6, 3])):
+                theirs = outcome(lambda: sampler.p_sample_ddim(x, c, t, index))  # noqa: B023
+                assert isinstance(theirs, Exception)
+                with pytest.raises(REFUSALS, match=r"^index: expected "):
+                    own.p_sample_ddim(x, c, t, index)
+
+    @pytest.mark.parametrize("original", [False, True])
+    def test_latent_diffusion_noise(self, original: bool) -> None:
+        with default_dtype(torch.float64):
+            sampler, x = of_latent.make("eps"), draw()[0]
+            own = of_latent.fast_of(sampler)
+            for dtype in self.INDICES[0]:
+                t = torch.tensor([3, 7], dtype=dtype)
+                result, expected = same_draws(
+                    lambda: own.stochastic_encode(x, t, original),  # noqa: B023
+                    lambda: sampler.stochastic_encode(x, t, original),  # noqa: B023
+                )
+                assert_same(result, expected, 1e-10)
+            for dtype in self.INDICES[1]:
+                with pytest.raises(RuntimeError, match="index"):
+                    sampler.stochastic_encode(x, torch.tensor([3, 7]).to(dtype), original)
+                with pytest.raises(IndexError, match=f"^t: expected an int64 .* got {dtype}$"):
+                    own.stochastic_encode(x, torch.tensor([3, 7]).to(dtype), original)
+
+    @pytest.mark.parametrize(
+        "seq",
+        [
+            [0, 250, 500],
+            [0.0, 250.7, 500.2],
+            np.array([0, 250, 500]),
+            np.array([0.5, 250.0, 500.25]),
+            torch.tensor([0, 250, 500]),
+            torch.tensor([0.5, 250.0, 500.25]),
+            [False, np.float32(250.5), torch.tensor(500, dtype=torch.int16)],
+        ],
+        ids=str,
+    )
+    def test_ermongroup(self, seq: Any) -> None:
+        """Any number: the model sees it as it is, and ᾱ is that of its integral part."""
+        b, x = of_ermongroup.LINEAR, draw()[0]
+
+        def alpha(b: Tensor, t: Any) -> Tensor:
+            return whole(b, int(t))
+
+        with pytest.MonkeyPatch.context() as patch:
+            whole = of_ermongroup.alpha
+            patch.setattr(of_ermongroup, "alpha", alpha)
+            for fast, peer in (
+                (ermongroup.generalized_steps, of_ermongroup.peer_generalized),
+                (ermongroup.ddpm_steps, of_ermongroup.peer_ddpm),
+            ):
+                own, expected = same_draws(
+                    lambda: fast(x, seq, of_ermongroup.model, b),  # noqa: B023
+                    lambda: peer(x, list(seq), of_ermongroup.model, b),  # noqa: B023
+                )
+                assert_same(own, expected, 1e-10)
+
+    @pytest.mark.parametrize("seq", [["1"], "12", [torch.tensor([1, 2])]], ids=str)
+    def test_ermongroup_refuses_what_is_no_number(self, seq: Any) -> None:
+        with pytest.raises(TypeError, match=r"^seq: expected numbers, got "):
+            ermongroup.generalized_steps(draw()[0], seq, lambda x, t: x, of_ermongroup.LINEAR)
+
+    @pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
+    def test_webui(self) -> None:
+        model, x = WebuiModel(torch.linspace(0.99, 0.01, 200)), draw()[0]
+        for dtype in (*self.INDICES[0], *self.INDICES[1]):
+            t = torch.tensor([1, 50, 120]).to(dtype)
+            if dtype in self.INDICES[0]:
+                own, expected = same_draws(
+                    lambda: webui.ddim(model, x, t, disable=True),  # noqa: B023
+                    lambda: peer_webui(model, x, t),  # noqa: B023
+                )
+                assert_same(own, expected, 1e-5)
+                continue
+            assert isinstance(outcome(lambda: peer_webui(model, x, t)), IndexError)  # noqa: B023
+            with pytest.raises(IndexError, match=f"^timesteps: .* got {dtype}$"):
+                webui.ddim(model, x, t, disable=True)
+
+    def test_k_diffusion_takes_a_list_of_levels(self) -> None:
+        x, sigmas = draw()[0], levels(torch.float64)
+        own, expected = (
+            k_diffusion.sample_ddim(denoiser, x, given, disable=True)
+            for given in (sigmas.tolist(), sigmas)
+        )
+        assert torch.equal(own, expected)
