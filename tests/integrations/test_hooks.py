@@ -10,10 +10,17 @@ import pytest
 import torch
 
 from fastddim import Schedule
+from fastddim.integrations import denoising_diffusion_pytorch as lucidrains
+from fastddim.integrations import guided_diffusion
+from fastddim.integrations import latent_diffusion as latent
 from fastddim.integrations._hooks import Hooks
 
+from ..support.dropins import guided_diffusion as of_guided
+from ..support.dropins import latent_diffusion as of_latent
+from ..support.dropins import lucidrains as of_lucidrains
 from ..support.dropins.diffusers import CLASSES, DDIM, assert_alike, diffusers, ours, pair
 from ..support.dropins.hooks import WAYS, overriding
+from ..support.dropins.peers import assert_same, default_dtype, same_draws
 from ..support.tuned import random_steps
 
 SHAPE = (2, 3, 4, 5)
@@ -70,7 +77,8 @@ class TestHooks:
 
     def test_of_no_peer(self) -> None:
         assert self.hooks.overridden(type("Other", (), {"method": len})()) == "method"
-        assert self.hooks.overridden(types.SimpleNamespace()) == "method"
+        assert self.hooks.overridden(types.SimpleNamespace(method=len)) == "method"
+        assert self.hooks.overridden(types.SimpleNamespace()) is None
 
 
 THRESHOLDING = {"thresholding": True, "sample_max_value": 1.7}
@@ -216,3 +224,198 @@ def take_at(own: Any, seed: int) -> Any:
     x, m = torch.randn((2, *SHAPE), dtype=torch.float64)
     torch.manual_seed(seed)
     return own.step(m, 500, x, eta=0.7)
+
+
+def moved(out: dict[str, Any]) -> dict[str, Any]:
+    return {**out, "pred_xstart": 0.5 * out["pred_xstart"]}
+
+
+GUIDED_HOOKS = [
+    ("EPSILON", "p_mean_variance", moved),
+    ("EPSILON", "condition_score", moved),
+    ("EPSILON", "_predict_xstart_from_eps", lambda x_0: 0.7 * x_0),
+    ("PREVIOUS_X", "_predict_xstart_from_xprev", lambda x_0: 0.7 * x_0),
+    ("START_X", "_predict_eps_from_xstart", lambda eps: 0.7 * eps),
+    ("EPSILON", "_scale_timesteps", lambda t: (t + 1) % 20),
+    ("EPSILON", "_wrap_model", lambda wrapped: lambda x, t: 0.5 * wrapped(x, t)),
+    # What DDIM takes of it is not its result.
+    ("EPSILON", "q_posterior_mean_variance", lambda result: result),
+]
+
+
+class TestGuidedDiffusion:
+    @staticmethod
+    def steps(diffusion: Any, dtype: torch.dtype = torch.float64) -> list[Any]:
+        torch.manual_seed(3)
+        x, t, model = torch.randn(SHAPE, dtype=dtype), torch.tensor([7, 19]), of_guided.Model()
+        return [
+            diffusion.ddim_sample(model, x, t, eta=0.6),
+            diffusion.ddim_sample(model, x, t, cond_fn=lambda x, t: -0.3 * x, model_kwargs={}),
+            diffusion.ddim_sample(model, x, t, clip_denoised=False, denoised_fn=lambda x: 0.8 * x),
+            diffusion.ddim_reverse_sample(model, x, t),
+            diffusion.ddim_sample_loop(model, SHAPE, noise=x, eta=0.4),
+        ]
+
+    @staticmethod
+    def installed(diffusion: Any) -> Any:
+        """An object of a class that the drop-ins are installed on."""
+        own = copy.copy(diffusion)
+        own.__class__ = type("Installed", (type(diffusion),), {})
+        guided_diffusion.install(own.__class__)
+        return own
+
+    @pytest.mark.parametrize("spaced", [None, "ddim20"])
+    @pytest.mark.parametrize(("kind", "name", "change"), GUIDED_HOOKS)
+    @pytest.mark.parametrize("way", WAYS)
+    def test_steps_call_it(
+        self, spaced: str | None, kind: str, name: str, change: Any, way: str
+    ) -> None:
+        diffusion = of_guided.make(kind, spaced=spaced)
+        if not hasattr(diffusion, name):
+            pytest.skip(f"GaussianDiffusion has no {name}")
+        plain = self.steps(diffusion)
+        own, theirs = (
+            overriding(d, way, name, change, self.steps)
+            for d in (self.installed(diffusion), diffusion)
+        )
+        expected = self.steps(theirs)
+        assert_same(self.steps(own), expected, 1e-10)
+        changed = [
+            not torch.equal(a["sample"], b["sample"])
+            for a, b in zip(plain[:4], expected[:4], strict=True)
+        ]
+        assert any(changed) == (name != "q_posterior_mean_variance")
+
+    def test_half_precision(self) -> None:
+        diffusion = of_guided.make("EPSILON")
+        own, theirs = (
+            overriding(d, "subclass", "p_mean_variance", moved, None)
+            for d in (self.installed(diffusion), diffusion)
+        )
+        result = self.steps(own, torch.float16)
+        assert_same(result, self.steps(theirs, torch.float16), 1e-3)
+        assert result[0]["sample"].dtype is torch.float32
+
+    def test_on_the_peer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        diffusion = of_guided.make("EPSILON")
+        own = self.installed(diffusion)
+        self.steps(own)
+        (peer,) = (c for c in type(own).__mro__ if c.__name__ == "GaussianDiffusion")
+        original = peer._predict_xstart_from_eps
+        monkeypatch.setattr(
+            peer, "_predict_xstart_from_eps", lambda *args, **kw: 0.7 * original(*args, **kw)
+        )
+        assert_same(self.steps(own), self.steps(diffusion), 1e-10)
+
+
+LUCIDRAINS_HOOKS = [
+    ("pred_noise", "predict_start_from_noise", lambda x_0: 0.7 * x_0),
+    ("pred_x0", "predict_noise_from_start", lambda eps: 0.7 * eps),
+    ("pred_v", "predict_start_from_v", lambda x_0: 0.7 * x_0),
+    *(
+        (objective, "model_predictions", lambda p: p._replace(pred_x_start=0.7 * p.pred_x_start))
+        for objective in ("pred_noise", "pred_x0", "pred_v")
+    ),
+]
+LUCIDRAINS = {
+    "ddim_sample": lambda objective: of_lucidrains.make(
+        torch.float64, self_condition=True, objective=objective, ddim_sampling_eta=0.4
+    ),
+    "ddim_sample_1d": lambda objective: of_lucidrains.make_1d(
+        torch.float64, self_condition=True, objective=objective, ddim_sampling_eta=0.4
+    ),
+    "guided_ddim_sample": lambda objective: of_lucidrains.make_other(
+        "guided_diffusion", torch.float64, objective=objective, ddim_sampling_eta=0.4
+    ),
+    "classifier_free_ddim_sample": lambda objective: of_lucidrains.make_guided(
+        torch.float64, objective=objective, ddim_sampling_eta=0.4, use_cfg_plus_plus=True
+    ),
+}
+
+
+class TestLucidrains:
+    @staticmethod
+    def drawn(diffusion: Any, drop_in: str) -> Any:
+        torch.manual_seed(2)
+        if drop_in == "classifier_free_ddim_sample":
+            return diffusion.ddim_sample(torch.tensor([0, 3, 1]), of_lucidrains.SHAPE, 2.5)
+        shape = (3, 2, 10) if drop_in == "ddim_sample_1d" else of_lucidrains.SHAPE
+        return diffusion.ddim_sample(shape)
+
+    @pytest.mark.parametrize("drop_in", LUCIDRAINS)
+    @pytest.mark.parametrize(("objective", "name", "change"), LUCIDRAINS_HOOKS)
+    @pytest.mark.parametrize("way", WAYS)
+    def test_steps_call_it(
+        self, drop_in: str, objective: str, name: str, change: Any, way: str
+    ) -> None:
+        with default_dtype(torch.float64):
+            diffusion = LUCIDRAINS[drop_in](objective)
+            own = copy.copy(diffusion)
+            own.__class__ = type("Installed", (type(diffusion),), {})
+            lucidrains.install(own.__class__)
+            assert own.ddim_sample.__func__ is getattr(lucidrains, drop_in)
+            plain = self.drawn(own, drop_in)
+            own, theirs = (
+                overriding(d, way, name, change, lambda d: self.drawn(d, drop_in))
+                for d in (own, diffusion)
+            )
+            expected = self.drawn(theirs, drop_in)
+            assert_same(self.drawn(own, drop_in), expected, 1e-10)
+            assert not torch.equal(expected, plain)
+
+    @pytest.mark.parametrize("every", [False, True])
+    def test_all_states(self, every: bool) -> None:
+        with default_dtype(torch.float64):
+            for drop_in in ("ddim_sample", "guided_ddim_sample"):
+                diffusion = LUCIDRAINS[drop_in]("pred_noise")
+                diffusion.predict_start_from_noise = lambda x, t, noise: 0.3 * x - 0.1 * noise
+                own = copy.copy(diffusion)
+                lucidrains.install(own)
+                result, expected = same_draws(
+                    lambda: own.ddim_sample(of_lucidrains.SHAPE, every),  # noqa: B023
+                    lambda: diffusion.ddim_sample(of_lucidrains.SHAPE, every),  # noqa: B023
+                )
+                assert_same(result, expected, 1e-10)
+
+
+class TestLatentDiffusion:
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("name", ["predict_start_from_z_and_v", "predict_eps_from_z_and_v"])
+    @pytest.mark.parametrize("options", [
+        {},
+        {"quantize_denoised": True},
+        {"use_original_steps": True, "temperature": 0.7},
+        {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": torch.zeros(2)},
+    ], ids=str)  # fmt: skip
+    def test_steps_call_it(self, way: str, name: str, options: dict[str, Any]) -> None:
+        with default_dtype(torch.float64):
+            sampler = of_latent.make("v")
+            x, c = torch.randn(2, 4, 5, 3), torch.tensor([0.2, -0.4])
+            t = torch.full((2,), int(sampler.ddim_timesteps[6]))
+            index = int(t[0]) if options.get("use_original_steps") else 6
+
+            def step(model: Any) -> Any:
+                sampler.model = model
+                return of_latent.compare(
+                    sampler, lambda s: s.p_sample_ddim(x, c, t, index, **options), 1e-10
+                )
+
+            plain = step(sampler.model)
+            changed = step(overriding(sampler.model, way, name, lambda v: 0.7 * v, step))
+            assert not torch.equal(changed[0], plain[0])
+
+    def test_a_step_is_called_where_it_is_overridden(self) -> None:
+        sampler, c = of_latent.make("eps", eta=0.3), torch.tensor([0.2, -0.4])
+        own = copy.copy(sampler)
+        own.__class__ = type("Installed", (type(sampler),), {})
+        latent.install(own.__class__)
+        own, theirs = (
+            overriding(s, "object", "p_sample_ddim", lambda r: (0.7 * r[0], r[1]), None)
+            for s in (own, sampler)
+        )
+        for run in (
+            lambda s: s.ddim_sampling(c, (2, 4, 5, 3)),
+            lambda s: s.decode(torch.ones(2, 4, 5, 3), c, 4),
+        ):
+            result, expected = same_draws(lambda: run(own), lambda: run(theirs))  # noqa: B023
+            assert_same(result, expected, 1e-5)
