@@ -33,7 +33,7 @@ import math
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ from fastddim.integrations._hooks import Hooks
 from fastddim.integrations._shared import each
 from fastddim.integrations._tables import step_table
 from fastddim.plan import Row
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 _PACKAGE = "denoising_diffusion_pytorch"
 
@@ -80,10 +82,10 @@ def _drop_in(cls: type) -> Callable[..., Any] | None:
     return next((method for method in found if method is not None), None)
 
 
-def _of(*modules: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _of(*modules: str) -> Callable[[Method], Method]:
     """Make a method the drop-in for the classes of modules, which refuses other classes."""
 
-    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(method: Method) -> Method:
         @functools.wraps(method)
         def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
             right = _drop_in(type(self))
@@ -97,7 +99,7 @@ def _of(*modules: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             return method(self, *args, **kwargs)
 
         _drop_ins.update(dict.fromkeys(modules, checked))
-        return checked
+        return cast(Method, checked)
 
     return decorate
 
