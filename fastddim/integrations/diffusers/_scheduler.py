@@ -298,8 +298,9 @@ class Noising(Fused):
             check_indices("timesteps", timesteps)
         if state is None or timesteps.numel() not in (1, x.shape[0]):
             return None
+        row = timesteps.reshape(-1)
         if timesteps.is_cpu:
-            values = timesteps.reshape(-1).tolist()
+            values = row.tolist()
             if not values or min(values) < 0 or max(values) >= len(self.alphas_cumprod):
                 return None
         if self.alphas_cumprod.device != x.device:
@@ -310,8 +311,7 @@ class Noising(Fused):
         if table is None:
             table = _mixing_table(method, self._on_host("alphas_cumprod"))
             kept.put(key, table, (alphas,))
-        row = timesteps.reshape(-1).to(x.device, torch.int64)
-        return table(state, noise, row, return_x0=False)[0]
+        return table(state, noise, row.to(x.device, torch.int64), return_x0=False)[0]
 
 
 def _mixing_table(method: str, alphas: Tensor) -> StepTable:
