@@ -31,7 +31,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CXX_FILES := $(shell find csrc tests/native tests/support/gpuless benchmarks/gpucheck -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help report demo test test-deep test-oldest test-newest test-gpu test-sanitize test-faults lint docs bench third-party gpucheck gpucheck-prepare format clean
+.PHONY: help report demo test test-deep test-oldest test-newest test-compat test-compat-oldest test-compat-newest run-compat test-gpu test-sanitize test-faults lint docs bench third-party gpucheck gpucheck-prepare format clean
 # Two targets at once would run two pips in the same environment.
 .NOTPARALLEL:
 
@@ -52,6 +52,14 @@ test-oldest: ## Run the tests with the oldest torch that is supported, in .venv-
 
 test-newest: ## Run the tests with the newest torch that has been tried, in .venv-newest
 	$(call test-with,.venv-newest,3.13 3.12,torch==2.14.1)
+
+test-compat: test-compat-oldest test-compat-newest ## Run the drop-ins' tests with the oldest and the newest diffusers, in .venv-compat-*
+
+test-compat-oldest:
+	$(call compat-with,.venv-compat-oldest,diffusers==0.36.0)
+
+test-compat-newest:
+	$(call compat-with,.venv-compat-newest,diffusers==0.42.1)
 
 test-gpu: $(VENV)/.installed-dev ## Run the tests that need a GPU
 	$(BIN)/pytest -m gpu
@@ -124,6 +132,21 @@ python-of = $(shell for version in $(1); do \
 		"$$python" -c "" 2> /dev/null && echo "$$python" && exit; \
 	done; done)
 
+# An environment with no more than these tests need, in which pip finds the releases of what diffusers
+# requires that go with it.
+COMPAT_TESTS := $(addprefix tests/integrations/test_,diffusers.py diffusers_tuned.py hooks.py \
+	migrating.py pipelines.py processors.py timestep_types.py) tests/test_schedule.py
+COMPAT_NEEDS := einops hypothesis matplotlib pytest pytest-xdist pyyaml scipy transformers
+
+define compat-with
+	rm -rf $(1)/.installed-compat build/lib*
+	$(MAKE) $(1)/.installed-compat VENV=$(1) DIFFUSERS=$(2)
+	$(MAKE) run-compat VENV=$(1)
+endef
+
+run-compat:
+	$(RUN_TESTS) $(COMPAT_TESTS)
+
 clean: ## Remove build products and caches, but not .venv
 	rm -rf build dist demo *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -exec rm -rf {} +
@@ -149,6 +172,11 @@ $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py tests/support/dro
 	$(PIP) install --no-build-isolation $(EDITABLE) ".[test,lint]"
 	$(PIP) install --no-deps -r tests/support/dropins/peers.txt
 	touch $(VENV)/.installed $@
+
+$(VENV)/.installed-compat: $(VENV)/.torch pyproject.toml setup.py tests/support/dropins/peers.txt $(CXX_FILES)
+	$(PIP) install --no-build-isolation . "$(DIFFUSERS)" $(COMPAT_NEEDS)
+	$(PIP) install --no-deps -r tests/support/dropins/peers.txt
+	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)
 	$(PIP) install --no-build-isolation $(EDITABLE) ".[docs]"

@@ -84,7 +84,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     outcomes = session.config.pluginmanager.getplugin("terminalreporter").stats
     result = {
-        "machine": {**machine(), "triton": version_of("triton")},
+        "machine": {
+            **machine(),
+            "transformers": version_of("transformers"),
+            "triton": version_of("triton"),
+        },
         "settings": {name: os.environ[name] for name in STAND_INS if name in os.environ},
         "tests": {name: len(outcomes.get(name, [])) for name in OUTCOMES},
     }

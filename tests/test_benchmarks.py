@@ -59,6 +59,20 @@ def test_the_versions_are_those_that_passed(request: pytest.FixtureRequest) -> N
     assert all(setting in settings for setting in STAND_INS)
 
 
+def test_the_releases_of_diffusers_are_those_that_passed() -> None:
+    oldest, newest = recorded = version_tables.compat_results()
+    for result in recorded:
+        assert result["machine"]["modified"] is False, "run with uncommitted code"
+        assert result["tests"]["failed"] == result["tests"]["error"] == 0
+        assert result["tests"]["passed"] > 1000
+    makefile, project = ((ROOT / name).read_text() for name in ("Makefile", "pyproject.toml"))
+    for result, place in ((oldest, "oldest"), (newest, "newest")):
+        release = result["machine"]["diffusers"]
+        assert f".venv-compat-{place},diffusers=={release})" in makefile
+    floor = ".".join(oldest["machine"]["diffusers"].split(".")[:2])
+    assert project.count(f'"diffusers>={floor}"') == project.count('"diffusers>=') == 2
+
+
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_results_say_where_they_come_from(name: str) -> None:
     result = result_of(name)

@@ -9,7 +9,9 @@ To add one:
 1. Name the module after the code base. Its docstring shows the change that a user makes, as an
    example that runs, and lists where the peer deviates from the paper.
 2. Keep the peer's names, its signatures and its calls for noise. Cases that the kernel does not
-   cover go to the peer's own code.
+   cover go to the peer's own code. Methods that the peer calls on its objects and the drop-in does
+   not are named in a `_hooks.Hooks`, and called where they are overridden. Indices that users give
+   go through `_indices`.
 3. Compute the coefficients by the peer's operations and in its dtype, as a `fastddim.plan.Row` with
    one entry a step, and make the table by `_tables.step_table`. Where each step is a call of its
    own, keep the table in a cache as `_tables` describes.

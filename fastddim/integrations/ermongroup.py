@@ -36,13 +36,13 @@ Steps = tuple[list[Tensor], list[Tensor]]
 
 
 def generalized_steps(
-    x: Tensor, seq: Iterable[int], model: Model, b: Tensor, **kwargs: Any
+    x: Tensor, seq: Iterable[float], model: Model, b: Tensor, **kwargs: Any
 ) -> Steps:
     """DDIM down the timesteps `seq` (arXiv 2010.02502, eq. 12 and 16).
 
     Args:
         x: x_T `[B, …]`, of a floating dtype.
-        seq: timesteps, increasing.
+        seq: timesteps, increasing; ᾱ is that of their integral part.
         model: `model(x, t)` predicts epsilon; t is float32 `[B]`.
         b: β of every timestep, `[T]`.
         **kwargs: `eta`, 0 by default; others are ignored, as in the original.
@@ -50,6 +50,9 @@ def generalized_steps(
     Returns:
         (xs, x0_preds): the states, of which the first is x itself, and the predicted x_0 of every
         step, on the CPU. An η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
+
+    Raises:
+        TypeError: `seq` has something else than numbers.
     """
     timesteps, a, p = _visited(seq, b)
     sigma = kwargs.get("eta", 0) * _root((1 - a / p) * (1 - p) / (1 - a), x)
@@ -59,7 +62,7 @@ def generalized_steps(
     return _run(row, timesteps, x, model, b.dtype, lambda _: torch.randn_like(x))
 
 
-def ddpm_steps(x: Tensor, seq: Iterable[int], model: Model, b: Tensor, **kwargs: Any) -> Steps:
+def ddpm_steps(x: Tensor, seq: Iterable[float], model: Model, b: Tensor, **kwargs: Any) -> Steps:
     """DDPM's ancestral sampling down the timesteps `seq`, with variance 1 − ᾱ_t/ᾱ_prev (σ-hat of
     arXiv 2010.02502, appendix D.3) and x_0 clipped to [−1, 1].
 
@@ -75,14 +78,20 @@ def ddpm_steps(x: Tensor, seq: Iterable[int], model: Model, b: Tensor, **kwargs:
     return _run(row, timesteps, x, model, b.dtype, torch.randn_like)
 
 
-def _visited(seq: Iterable[int], b: Tensor) -> tuple[list[int], Tensor, Tensor]:
+def _visited(seq: Iterable[float], b: Tensor) -> tuple[list[float], Tensor, Tensor]:
     """The timesteps in the order visited, ᾱ of each, and ᾱ after each.
 
     They, and coefficients that cancel, are rounded as the original rounds them: to the dtype of b.
     """
-    timesteps = [int(t) for t in seq][::-1]
-    alphas = (1 - b.detach().cpu()).cumprod(0)[timesteps]
+    timesteps = [_number(t) for t in seq][::-1]
+    alphas = (1 - b.detach().cpu()).cumprod(0)[[int(t) for t in timesteps]]
     return timesteps, alphas, torch.cat([alphas, alphas.new_ones(1)])[1:]
+
+
+def _number(t: Any) -> float:
+    if isinstance(t, str) or (isinstance(t, Tensor) and t.numel() != 1):
+        raise TypeError(f"seq: expected numbers, got {t!r}")
+    return float(t)
 
 
 def _root(values: Tensor, x: Tensor) -> Tensor:
@@ -97,7 +106,7 @@ def _wide(*coefficients: Tensor) -> tuple[Tensor, ...]:
 @torch.no_grad()
 def _run(
     row: Row,
-    timesteps: list[int],
+    timesteps: list[float],
     x: Tensor,
     model: Model,
     dtype: torch.dtype,
@@ -106,7 +115,7 @@ def _run(
     table = step_table(row)
     xs, x0_preds = [x], []
     for i, timestep in enumerate(timesteps):
-        t = torch.full((x.shape[0],), float(timestep), device=x.device)
+        t = torch.full((x.shape[0],), timestep, device=x.device)
         epsilon = model(x, t)
         state = x.to(torch.promote_types(x.dtype, dtype))
         x, x_0 = table(state, epsilon, i, noise=draw(x))

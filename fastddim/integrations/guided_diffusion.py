@@ -18,10 +18,11 @@ deviations from the paper are kept:
 - an η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
 
 The methods evaluate the model themselves. They take a step in one pass, or in two where a user's
-function comes between. A `p_mean_variance` or `condition_score` that a subclass overrides is not
-called, and `conditioning_free` of the port in Tortoise is refused. `ddim_sample` copies nothing to
-the device: coefficients and the timesteps of SpacedDiffusion are there from the first call on,
-which computed them from `alphas_cumprod`.
+function comes between. `p_mean_variance` and `condition_score` are called where a subclass or an
+object overrides them, or a method that they call, and where the port in Tortoise is
+`conditioning_free`; the step from their x_0 is one pass then. `ddim_sample` copies nothing to the
+device: coefficients and the timesteps of SpacedDiffusion are there from the first call on, which
+computed them from `alphas_cumprod`.
 """
 
 from __future__ import annotations
@@ -34,12 +35,24 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fastddim.integrations._hooks import Hooks
+from fastddim.integrations._indices import check_indices
 from fastddim.integrations._shared import give_methods
 from fastddim.integrations._tables import CacheOf, step_table
 from fastddim.plan import Row
 from fastddim.steptable import StepTable
 
 Output = dict[str, Tensor]
+
+_HOOKS = Hooks(
+    "p_mean_variance",
+    "condition_score",
+    "q_posterior_mean_variance",
+    "_predict_xstart_from_eps",
+    "_predict_xstart_from_xprev",
+    "_predict_eps_from_xstart",
+    of=("GaussianDiffusion", "SpacedDiffusion"),
+)
 
 _tables = CacheOf(16)
 
@@ -71,7 +84,7 @@ def ddim_sample(
         model: `model(x, t, **model_kwargs)` with t as the diffusion scales and maps it. Of 2C
             channels (learned variance) the first half is used.
         x: state `[B, C, …]`; float16 and bfloat16 become float32, as in the original.
-        t: integers `[B]` on the device of x, indices into the timesteps of `self`.
+        t: int64 or int32 `[B]` on the device of x, indices into the timesteps of `self`.
         clip_denoised: whether x_0 is clipped to [−1, 1].
         denoised_fn: changes the predicted x_0 before the clip.
         cond_fn: `cond_fn(x, t, **model_kwargs)` returns the gradient of log p(y | x) at x.
@@ -81,8 +94,18 @@ def ddim_sample(
         `sample` and `pred_xstart`, like x.
 
     Raises:
-        NotImplementedError: the diffusion is `conditioning_free`.
+        IndexError: t of another dtype.
     """
+    check_indices("t", t)
+    if _has_hooks(self):
+        asked = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn}
+        out = self.p_mean_variance(model, x, t, **asked, model_kwargs=model_kwargs)
+        if cond_fn is not None:
+            out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
+        x_0 = out["pred_xstart"]
+        eps, noise = self._predict_eps_from_xstart(x, t, x_0), torch.randn_like(x)
+        sample, _ = _table(self, _concluding_row, eta)(_state(eps), x_0, _row_of(t), noise=noise)
+        return {"sample": sample, "pred_xstart": x_0}
     kwargs = {} if model_kwargs is None else model_kwargs
     state, output, kind, row = _predict(self, model, x, t, denoised_fn, kwargs)
     clip = 1.0 if clip_denoised else None
@@ -115,6 +138,13 @@ def ddim_reverse_sample(
         AssertionError: eta is not 0.
     """
     assert eta == 0.0, f"eta: expected 0 for the way back, got {eta}"
+    check_indices("t", t)
+    if _has_hooks(self):
+        asked = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn}
+        out = self.p_mean_variance(model, x, t, **asked, model_kwargs=model_kwargs)
+        x_0 = out["pred_xstart"]
+        sample, _ = _table(self, _row_up, "START_X", None)(_state(x), x_0, _row_of(t))
+        return {"sample": sample, "pred_xstart": x_0}
     kwargs = {} if model_kwargs is None else model_kwargs
     state, output, kind, row = _predict(self, model, x, t, denoised_fn, kwargs)
     table = _table(self, _row_up, kind, 1.0 if clip_denoised else None)
@@ -198,6 +228,23 @@ def ddim_sample_loop_progressive(
         x = out["sample"]
 
 
+def _has_hooks(diffusion: Any) -> bool:
+    """Whether x_0 comes from the object's own methods."""
+    return (
+        getattr(diffusion, "conditioning_free", False) or _HOOKS.overridden(diffusion) is not None
+    )
+
+
+def _state(x: Tensor) -> Tensor:
+    if x.dtype is torch.float32:
+        return x
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _row_of(t: Tensor) -> Tensor:
+    return t.long().contiguous()
+
+
 def _predict(
     diffusion: Any,
     model: Callable[..., Tensor],
@@ -207,11 +254,9 @@ def _predict(
     kwargs: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor, str, Tensor]:
     """(state, model output, name of the mean type that it is of, row of each sample)."""
-    if getattr(diffusion, "conditioning_free", False):
-        raise NotImplementedError("conditioning_free: expected False, got True")
     output = _evaluate(diffusion, model, x, t, kwargs)
     kind = diffusion.model_mean_type.name
-    state, row = x.to(torch.promote_types(x.dtype, torch.float32)), t.long().contiguous()
+    state, row = _state(x), _row_of(t)
     if denoised_fn is None:
         return state, output, kind, row
     predicted, _ = _table(diffusion, _predicting_row, kind)(state, output, row, return_x0=False)
@@ -233,6 +278,9 @@ def _evaluate(
     t = diffusion._scale_timesteps(t)
     if hasattr(diffusion, "_wrap_model"):
         wrapped = diffusion._wrap_model(function)
+        if type(wrapped).__name__ != "_WrappedModel":
+            output: Tensor = wrapped(x, t, **kwargs)
+            return output
         t = _timestep_map(diffusion, t.device)[t]
         if wrapped.rescale_timesteps:
             t = t.float() * (1000.0 / wrapped.original_num_steps)
@@ -263,15 +311,34 @@ def _table(diffusion: Any, make_row: Callable[..., Row], *arguments: Any) -> Ste
 
 
 def _row_down(diffusion: Any, kind: str, clip: float | None, eta: float) -> Row:
-    # Roots are taken of vectors, since the original has a coefficient for each element of x.
-    a, p = _narrow(diffusion.alphas_cumprod), _narrow(diffusion.alphas_cumprod_prev)
-    sigma = eta * ((1 - p) / (1 - a)) ** 0.5 * (1 - a / p) ** 0.5
-    return _row(diffusion, p, sigma, kind, clip)
+    p = _narrow(diffusion.alphas_cumprod_prev)
+    return _row(diffusion, p, _deviation(diffusion, eta), kind, clip)
 
 
 def _row_up(diffusion: Any, kind: str, clip: float | None) -> Row:
     p = _narrow(diffusion.alphas_cumprod_next)
     return _row(diffusion, p, torch.zeros_like(p), kind, clip)
+
+
+def _concluding_row(diffusion: Any, eta: float) -> Row:
+    """A step down from epsilon as the state and x_0 as the model output."""
+    p, sigma = _narrow(diffusion.alphas_cumprod_prev), _deviation(diffusion, eta)
+    return Row(
+        cx=0.0,
+        cm=1.0,
+        r=math.inf,
+        k0=(p**0.5).double(),
+        kx=((1 - p - sigma**2) ** 0.5).double(),
+        km=0.0,
+        pn=sigma.double(),
+        g=1.0,
+    )
+
+
+def _deviation(diffusion: Any, eta: float) -> Tensor:
+    # Roots are taken of vectors, since the original has a coefficient for each element of x.
+    a, p = _narrow(diffusion.alphas_cumprod), _narrow(diffusion.alphas_cumprod_prev)
+    return eta * ((1 - p) / (1 - a)) ** 0.5 * (1 - a / p) ** 0.5
 
 
 def _row(diffusion: Any, p: Tensor, sigma: Tensor, kind: str, clip: float | None) -> Row:

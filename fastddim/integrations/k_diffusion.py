@@ -17,7 +17,7 @@ gives its numbers to rounding, and can be assigned over it; but eta is 0 by defa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from fastddim.steptable import StepTable
 def sample_ddim(
     model: Callable[..., Tensor],
     x: Tensor,
-    sigmas: Tensor,
+    sigmas: Tensor | Sequence[float],
     extra_args: Mapping[str, Any] | None = None,
     callback: Callable[[dict[str, Any]], Any] | None = None,
     disable: bool | None = None,
@@ -47,7 +47,7 @@ def sample_ddim(
     Args:
         model: `model(x, sigma, **extra_args)` returns x_0; sigma is `[B]` in the dtype of x_T.
         x: x_T `[B, …]` at the first level, signal plus `sigmas[0]` times noise.
-        sigmas: `[S + 1]`, decreasing, the last usually 0.
+        sigmas: `[S + 1]`, decreasing, the last usually 0: a tensor, or a sequence of numbers.
         callback: called after each evaluation with a dict of `x` (before the step), `i`, `sigma`,
             `sigma_hat` (the same) and `denoised` (what the model returned).
         disable: no progress bar.
@@ -60,6 +60,8 @@ def sample_ddim(
     Returns:
         The state at the last level, in the dtype to which x and `sigmas` promote.
     """
+    if not isinstance(sigmas, Tensor):
+        sigmas = torch.as_tensor(sigmas, dtype=x.dtype, device=x.device)
     levels = sigmas.tolist()
     table = _table(sigmas, eta, s_noise)
     dtype = torch.promote_types(x.dtype, sigmas.dtype)

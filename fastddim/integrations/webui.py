@@ -22,6 +22,7 @@ import tqdm
 from torch import Tensor
 
 from fastddim import elementary
+from fastddim.integrations._indices import check_indices
 from fastddim.integrations._shared import each
 from fastddim.integrations._tables import step_table
 from fastddim.plan import Row, Scales, Update, row_of
@@ -47,7 +48,7 @@ def ddim(
         model: `model(x, t, **extra_args)` predicts epsilon; t is `[B]` in the dtype of x_T. It has
             ᾱ in `inner_model.inner_model.alphas_cumprod`.
         x: x_T `[B, …]`, of a floating dtype.
-        timesteps: int64 `[S + 1]`, increasing.
+        timesteps: int64 or int32 `[S + 1]`, increasing.
         callback: called after each step with a dict of `x`, `i`, `denoised` (the predicted x_0) and
             `sigma` and `sigma_hat`, both 0.
         disable: no progress bar.
@@ -55,7 +56,11 @@ def ddim(
     Returns:
         The state at `timesteps[0]`, in the dtype to which x and epsilon promote. An η for which
         1 − ᾱ_prev − σ² < 0 gives NaN.
+
+    Raises:
+        IndexError, TypeError: the timesteps are no tensor of integers.
     """
+    check_indices("timesteps", timesteps)
     alphas = model.inner_model.inner_model.alphas_cumprod[timesteps].cpu()
     visited = timesteps.tolist()[:0:-1]
     table = step_table(_row(alphas, eta, x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 
 import pytest
@@ -10,12 +11,21 @@ import torch
 
 from fastddim.integrations import denoising_diffusion_pytorch as fast
 
-from ..support.dropins.lucidrains import SHAPE, Model, compare, make
+from ..support.dropins.lucidrains import (
+    SHAPE,
+    Model,
+    compare,
+    make,
+    make_1d,
+    make_guided,
+    make_other,
+)
 from ..support.dropins.peers import (
     TOLERANCE,
     assert_same,
     default_dtype,
     lucidrains,
+    lucidrains_module,
     run_example,
     same_draws,
 )
@@ -90,26 +100,6 @@ def test_half_precision_buffers(objective, dtype):
     assert errors[0] <= 1.25 * errors[1]
 
 
-class GuidedModel(Model):
-    """With the guidance of the peer's own Unet."""
-
-    cond_drop_prob = 0.5
-
-    def forward(self, x, time, classes, cond_drop_prob=None):
-        kept = 1.0 - cond_drop_prob
-        shift = kept * (classes.to(x.dtype).reshape(-1, 1, 1, 1) + 1) / 5
-        return super().forward(x + shift, time) - 0.1 * shift
-
-    def forward_with_cond_scale(self, *args, **kwargs):
-        return lucidrains()[1].Unet.forward_with_cond_scale(self, *args, **kwargs)
-
-
-def make_guided(dtype, **kwargs):
-    _, peer = lucidrains()
-    kwargs = {"image_size": 6, "timesteps": 60, "sampling_timesteps": 13, **kwargs}
-    return peer.GaussianDiffusion(GuidedModel(), **kwargs).to(dtype)
-
-
 @each_dtype
 @each_objective
 @pytest.mark.parametrize("plus_plus", [False, True])
@@ -154,6 +144,176 @@ def test_classifier_free_at_scale_1(plus_plus, objective):
         compare(diffusion, method, *arguments, tolerance=1e-10)
         with pytest.raises(ValueError, match="unpack"):
             method(diffusion, torch.tensor([0, 3, 1]), SHAPE, 1.0)
+
+
+class TestSequences:
+    @each_dtype
+    @each_objective
+    @pytest.mark.parametrize("self_condition", [False, True])
+    def test_loops(self, self_condition, objective, dtype):
+        with default_dtype(dtype):
+            for schedule, eta, steps, normalize, kwargs in (
+                ("cosine", 0.0, 13, True, {}),
+                ("linear", 0.5, 59, False, {"clip_denoised": False}),
+                ("cosine", 1.0, 7, True, {"return_noise": True}),
+                ("linear", 1.0, 60, True, {"model_forward_kwargs": {"shift": 0.3}}),
+                ("cosine", 2.5, 1, True, {"return_noise": True}),
+                ("linear", 2.5, 13, True, {}),
+            ):
+                diffusion = make_1d(
+                    dtype,
+                    self_condition=self_condition,
+                    objective=objective,
+                    beta_schedule=schedule,
+                    ddim_sampling_eta=eta,
+                    sampling_timesteps=steps,
+                    auto_normalize=normalize,
+                )
+                given = diffusion.model.given
+                # Without the clip, x_0 of the first steps is large and so is its rounding.
+                tolerance = TOLERANCE[dtype] * (1 if "clip_denoised" not in kwargs else 10)
+                compare(diffusion, fast.ddim_sample_1d, (3, 2, 10), tolerance=tolerance, **kwargs)
+                assert len(given) == 2 * steps
+                assert_same(given[:steps], given[steps:], 2 * tolerance)
+
+    @pytest.mark.parametrize("channel_first", [False, True])
+    def test_through_sample(self, channel_first):
+        diffusion = make_1d(torch.float32, channel_first=channel_first, ddim_sampling_eta=0.3)
+        own = copy.copy(diffusion)
+        fast.install(own)
+        for kwargs in ({}, {"return_noise": True, "model_forward_kwargs": {"shift": 0.1}}):
+            result, expected = same_draws(
+                lambda: own.sample(2, **kwargs),  # noqa: B023
+                lambda: diffusion.sample(2, **kwargs),  # noqa: B023
+            )
+            assert_same(result, expected, 1e-5)
+
+
+class TestOtherClasses:
+    @each_dtype
+    @each_objective
+    @pytest.mark.parametrize("self_condition", [False, True])
+    def test_guided(self, self_condition, objective, dtype):
+        with default_dtype(dtype):
+            for eta, steps in ((0.0, 13), (0.7, 59), (1.0, 1)):
+                diffusion = make_other(
+                    "guided_diffusion",
+                    dtype,
+                    Model(self_condition),
+                    objective=objective,
+                    ddim_sampling_eta=eta,
+                    sampling_timesteps=steps,
+                )
+                for every in (False, True):
+                    arguments = (SHAPE, every, None, {"ignored": 1})
+                    compare(
+                        diffusion, fast.guided_ddim_sample, *arguments, tolerance=TOLERANCE[dtype]
+                    )
+
+    def test_guided_through_sample(self):
+        diffusion = make_other("guided_diffusion", torch.float32, ddim_sampling_eta=0.3)
+        own = copy.copy(diffusion)
+        fast.install(own)
+        result, expected = same_draws(lambda: own.sample(2), lambda: diffusion.sample(2))
+        assert_same(result, expected, 1e-5)
+
+    @each_objective
+    def test_repaint(self, objective):
+        with default_dtype(torch.float64):
+            diffusion = make_other(
+                "repaint",
+                torch.float64,
+                image_size=SHAPE[2:],
+                objective=objective,
+                ddim_sampling_eta=0.4,
+            )
+            for every in (False, True):
+                compare(diffusion, fast.ddim_sample, SHAPE, every, tolerance=1e-10)
+
+    @pytest.mark.parametrize("objective", ["pred_noise", "pred_x0"])
+    def test_learned_variance(self, objective, monkeypatch):
+        """Its model has twice the channels, which its own `model_predictions` splits."""
+
+        class Learned(Model):
+            out_dim = 4
+
+            def forward(self, x, time, x_self_cond=None):
+                output = super().forward(x, time, x_self_cond)
+                return torch.cat([output, 0.3 * output], dim=1)
+
+        peer = lucidrains_module("learned_gaussian_diffusion")
+        # Names that its module uses and does not import.
+        monkeypatch.setattr(peer, "partial", functools.partial, raising=False)
+        monkeypatch.setattr(peer, "identity", lambda x: x, raising=False)
+        with default_dtype(torch.float64):
+            diffusion = peer.LearnedGaussianDiffusion(
+                Learned(),
+                image_size=SHAPE[2:],
+                timesteps=60,
+                sampling_timesteps=13,
+                objective=objective,
+                ddim_sampling_eta=0.4,
+            ).double()
+            for every in (False, True):
+                compare(diffusion, fast.ddim_sample, SHAPE, every, tolerance=1e-10)
+            fast.install(diffusion)
+            assert diffusion.sample(batch_size=2).shape == (2, *SHAPE[1:])
+
+    DROP_INS = (
+        fast.ddim_sample,
+        fast.ddim_sample_1d,
+        fast.guided_ddim_sample,
+        fast.classifier_free_ddim_sample,
+    )
+
+    def test_each_refuses_the_others(self):
+        made = (
+            make(torch.float32),
+            make_1d(torch.float32),
+            make_other("guided_diffusion", torch.float32),
+            make_guided(torch.float32),
+        )
+        for diffusion, right in zip(made, self.DROP_INS, strict=True):
+            fast.install(diffusion)
+            assert diffusion.ddim_sample.__func__ is right
+            for wrong in self.DROP_INS:
+                diffusion.ddim_sample = types.MethodType(wrong, diffusion)
+                if wrong is not right:
+                    message = f"^self: .* for {wrong.__name__}, got a .* for {right.__name__}$"
+                    with pytest.raises(TypeError, match=message):
+                        diffusion.ddim_sample(SHAPE, return_noise=True)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "continuous_time_gaussian_diffusion.ContinuousTimeGaussianDiffusion",
+            "v_param_continuous_time_gaussian_diffusion.VParamContinuousTimeGaussianDiffusion",
+            "elucidated_diffusion.ElucidatedDiffusion",
+            "simple_diffusion.GaussianDiffusion",
+        ],
+    )
+    def test_no_other_class_of_the_package_has_one(self, name):
+        module, _, name = name.partition(".")
+        cls = getattr(lucidrains_module(module), name)
+        assert not hasattr(cls, "ddim_sample")
+        with pytest.raises(TypeError, match=f"^diffusion: expected .* got {name}$"):
+            fast.install(cls)
+        diffusion = cls.__new__(cls)
+        for method in self.DROP_INS:
+            with pytest.raises(TypeError, match=r"^self: expected .* which has no ddim_sample$"):
+                method(diffusion, SHAPE)
+
+    def test_weighted_objectives_have_no_ddim(self):
+        """Neither there: its own class fails, and so does ours."""
+        peer = lucidrains_module("weighted_objective_gaussian_diffusion")
+
+        class Weighted(Model):
+            out_dim = 6
+
+        with pytest.raises(AssertionError, match="ddim sampling cannot be used"):
+            peer.WeightedObjectiveGaussianDiffusion(
+                Weighted(), image_size=6, timesteps=60, sampling_timesteps=13
+            )
 
 
 def test_example():

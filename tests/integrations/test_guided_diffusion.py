@@ -216,9 +216,25 @@ def test_refused():
     diffusion, x, t = fast(make()), draw(torch.float32), torch.tensor([0, 19, 7])
     with pytest.raises(AssertionError, match=r"eta: expected 0 .* got 0\.5"):
         diffusion.ddim_reverse_sample(Model(), x, t, eta=0.5)
-    diffusion.conditioning_free = True
-    with pytest.raises(NotImplementedError, match="conditioning_free"):
-        diffusion.ddim_sample(Model(), x, t)
+
+
+@pytest.mark.parametrize("spaced", [None, "ddim20"])
+def test_conditioning_free(spaced):
+    """Of the port in Tortoise, whose model is asked twice."""
+
+    class Free(Model):
+        def forward(self, x, t, shift=0.0, conditioning_free=False):
+            return super().forward(x, t, 0.0 if conditioning_free else shift + 0.4)
+
+    diffusion, x = make(spaced=spaced), draw(torch.float64)
+    t, model = torch.tensor([0, 19, 7]), Free(learned=True)
+    diffusion.model_var_type = load_peer().ModelVarType.LEARNED_RANGE
+    diffusion.conditioning_free, diffusion.conditioning_free_k = True, 1.5
+    diffusion.ramp_conditioning_free = False
+    kwargs = {"model_kwargs": {"shift": 0.1}}
+    for eta in (0.0, 0.7):
+        compare(diffusion, lambda d: d.ddim_sample(model, x, t, eta=eta, **kwargs), 1e-10)  # noqa: B023
+    compare(diffusion, lambda d: d.ddim_reverse_sample(model, x, t, **kwargs), 1e-10)
 
 
 def test_example():

@@ -20,7 +20,8 @@ noise is drawn with the same calls. Its deviations from the paper are kept:
 - an η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
 
 Guidance is taken inside the step, from the model output for both conditions. With "v", a step reads
-√ᾱ of the timestep that `make_schedule` chose for `index`, whatever `t` is.
+√ᾱ of the timestep that `make_schedule` chose for `index`, whatever `t` is; the model's own
+`predict_start_from_z_and_v` and `predict_eps_from_z_and_v` are called where they are overridden.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastddim.integrations._hooks import Hooks
+from fastddim.integrations._indices import check_indices, one_index
 from fastddim.integrations._shared import give_methods
 from fastddim.integrations._tables import CacheOf, step_table
+from fastddim.integrations.latent_diffusion._calls import evaluate, noise_like
 from fastddim.integrations.latent_diffusion._rows import (
     concluding_row,
     encoding_row,
@@ -48,6 +52,8 @@ from fastddim.steptable import StepTable
 
 Callback = Callable[[int], Any]
 ImageCallback = Callable[[Tensor, int], Any]
+
+_HOOKS = Hooks("predict_start_from_z_and_v", "predict_eps_from_z_and_v", of=("DDPM",))
 
 # Enough for a guidance scale and a temperature that change from step to step.
 _tables = CacheOf(64)
@@ -83,7 +89,7 @@ def p_sample_ddim(
         x: latents `[B, …]`; float16 and bfloat16 become float32, as in the original.
         c: condition: a tensor, or a dict or list of tensors (or of lists of them).
         t: int64 `[B]`, timestep as the model is given it.
-        index: of the step, 0 for the last.
+        index: of the step, 0 for the last: an integer, or a tensor with one.
         repeat_noise: whether all samples get the same noise.
         use_original_steps: steps of all timesteps, rather than those of `make_schedule`. Their σ is
             the model's `ddim_sigmas_for_original_num_steps`, and where it has none (it fails in the
@@ -102,34 +108,36 @@ def p_sample_ddim(
     Raises:
         NotImplementedError: `dynamic_threshold` is not None, as in the original.
         AssertionError: `score_corrector` with "v" parameterization.
+        IndexError, TypeError, ValueError: index is something else.
     """
+    at = index if type(index) is int else one_index("index", index)
+    at = int(index) if at is None else at
     if dynamic_threshold is not None:
         raise NotImplementedError("dynamic_threshold: expected None")
     scale = float(unconditional_guidance_scale)
     guided = unconditional_conditioning is not None and scale != 1.0
-    output = _evaluate(self.model, x, c, t, unconditional_conditioning if guided else None)
-    state = x.to(torch.promote_types(x.dtype, torch.get_default_dtype()))
+    output = evaluate(self.model, x, c, t, unconditional_conditioning if guided else None)
+    default = torch.get_default_dtype()
+    state = x if x.dtype is default else x.to(torch.promote_types(x.dtype, default))
     original = use_original_steps
-    if guided and (quantize_denoised or score_corrector is not None):
+    halves = quantize_denoised or _has_hooks(self.model)
+    if guided and (halves or score_corrector is not None):
         output, scale = _guide(self, output, scale, original), 1.0
     if score_corrector is not None:
         assert self.model.parameterization == "eps", "score_corrector: expected a model of epsilon"
         output = score_corrector.modify_score(self.model, output, x, t, c, **corrector_kwargs)
-    if quantize_denoised:
-        predicting = _table(self, predicting_row, original, len(x))
-        x_0, _ = predicting(state, output, index, return_x0=False)
-        x_0 = self.model.first_stage_model.quantize(x_0)[0]
-        if self.model.parameterization == "v":
-            epsilon = _table(self, epsilon_row, original, len(x))
-            output, _ = epsilon(state, output, index, return_x0=False)
-        state, output = output.to(state.dtype), x_0
+    if halves:
+        epsilon, x_0 = _epsilon_and_x_0(self, x, t, state, output, at, original)
+        if quantize_denoised:
+            x_0 = self.model.first_stage_model.quantize(x_0)[0]
+        state, output = epsilon.to(state.dtype), x_0
         table = _table(self, concluding_row, original, len(x), temperature)
     else:
         table = _table(self, stepping_row, original, len(x), temperature, scale=scale)
-    noise = _noise_like(x, repeat_noise)
+    noise = noise_like(x, repeat_noise)
     if noise_dropout > 0.0:
         noise = torch.nn.functional.dropout(noise, p=noise_dropout)
-    x_prev, x_0 = table(state, output, index, noise=noise)
+    x_prev, x_0 = table(state, output, at, noise=noise)
     return x_prev, x_0
 
 
@@ -253,7 +261,7 @@ def encode(
     x_next, intermediates, steps = x0, [], []
     for i in tqdm(range(t_enc), desc="Encoding Image"):
         t = torch.full((x0.shape[0],), i, device=self.model.device, dtype=torch.long)
-        output = _evaluate(self.model, x_next, c, t, guided_by)
+        output = evaluate(self.model, x_next, c, t, guided_by)
         x_next, _ = table(x_next, output, i, return_x0=False)
         if return_intermediates and (
             i >= t_enc - 2 or (i % (t_enc // return_intermediates) == 0 and i < t_enc - 1)
@@ -320,30 +328,37 @@ def stochastic_encode(
         t: int64 `[B]`, indices into the steps of `make_schedule` or, with `use_original_steps`,
             timesteps.
         noise: like x0, else drawn with `torch.randn_like`.
+
+    Raises:
+        IndexError, TypeError: t is no tensor of integers.
     """
+    check_indices("t", t)
     noise = torch.randn_like(x0) if noise is None else noise
     state = x0.to(torch.promote_types(x0.dtype, self.sqrt_alphas_cumprod.dtype))
     table = _table(self, noising_row, use_original_steps)
-    noisy, _ = table(state, noise, t.contiguous(), return_x0=False)
+    noisy, _ = table(state, noise, t.long().contiguous(), return_x0=False)
     return noisy
 
 
-def _evaluate(model: Any, x: Tensor, c: Any, t: Tensor, unconditional: Any) -> Tensor:
-    """The model's output, for both conditions if there are two, the unconditional one first."""
-    if unconditional is None:
-        output: Tensor = model.apply_model(x, t, c)
-    else:
-        both = _joined(unconditional, c)
-        output = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), both)
-    return output
+def _has_hooks(model: Any) -> bool:
+    """Whether epsilon and x_0 come from the model's own methods."""
+    return model.parameterization == "v" and _HOOKS.overridden(model) is not None
 
 
-def _joined(unconditional: Any, c: Any) -> Any:
-    if isinstance(c, dict):
-        return {k: _joined(unconditional[k], v) for k, v in c.items()}
-    if isinstance(c, list):
-        return [_joined(unconditional[i], v) for i, v in enumerate(c)]
-    return torch.cat([unconditional, c])
+def _epsilon_and_x_0(
+    sampler: Any, x: Tensor, t: Tensor, state: Tensor, output: Tensor, index: int, original: bool
+) -> tuple[Tensor, Tensor]:
+    """For functions that come between the two halves of a step."""
+    model = sampler.model
+    if _has_hooks(model):
+        epsilon = model.predict_eps_from_z_and_v(x, t, output)
+        return epsilon, model.predict_start_from_z_and_v(x, t, output)
+    table = _table(sampler, predicting_row, original, len(x))
+    x_0, _ = table(state, output, index, return_x0=False)
+    if model.parameterization != "v":
+        return output, x_0
+    table = _table(sampler, epsilon_row, original, len(x))
+    return table(state, output, index, return_x0=False)[0], x_0
 
 
 def _guide(sampler: Any, output: Tensor, scale: float, original: bool) -> Tensor:
@@ -352,14 +367,6 @@ def _guide(sampler: Any, output: Tensor, scale: float, original: bool) -> Tensor
     table = _table(sampler, guiding_row, original, scale)
     guided, _ = table(unconditional, conditional, 0, return_x0=False)
     return guided
-
-
-def _noise_like(x: Tensor, repeat: bool) -> Tensor:
-    """In torch's default dtype, whatever x is of."""
-    if not repeat:
-        return torch.randn(x.shape, device=x.device)
-    noise = torch.randn((1, *x.shape[1:]), device=x.device)
-    return noise.repeat(x.shape[0], *[1] * (x.ndim - 1))
 
 
 def _visited(sampler: Any, timesteps: int | None, original: bool) -> list[int]:

@@ -13,7 +13,22 @@ from .peers import assert_same, ldm_ddim, same_draws
 T = 40
 
 
-class Latent:
+class DDPM:
+    """The methods that LatentDiffusion has from its base, which the peer names so too."""
+
+    def at(self, name, t):
+        return getattr(self, name)[t].reshape(-1, 1, 1, 1)
+
+    def predict_start_from_z_and_v(self, x, t, v):
+        a, s = self.at("sqrt_alphas_cumprod", t), self.at("sqrt_one_minus_alphas_cumprod", t)
+        return a * x - s * v
+
+    def predict_eps_from_z_and_v(self, x, t, v):
+        a, s = self.at("sqrt_alphas_cumprod", t), self.at("sqrt_one_minus_alphas_cumprod", t)
+        return a * v + s * x
+
+
+class Latent(DDPM):
     """What the sampler asks of a LatentDiffusion; buffers are rounded from float64 ones."""
 
     num_timesteps = T
@@ -38,20 +53,9 @@ class Latent:
     def quantize(self, x_0):
         return (x_0 * 4).round() / 4, "loss", "indices"
 
-    def at(self, name, t):
-        return getattr(self, name)[t].reshape(-1, 1, 1, 1)
-
     def q_sample(self, x_0, t):
         signal, noise = self.at("sqrt_alphas_cumprod", t), torch.randn_like(x_0)
         return signal * x_0 + self.at("sqrt_one_minus_alphas_cumprod", t) * noise
-
-    def predict_start_from_z_and_v(self, x, t, v):
-        a, s = self.at("sqrt_alphas_cumprod", t), self.at("sqrt_one_minus_alphas_cumprod", t)
-        return a * x - s * v
-
-    def predict_eps_from_z_and_v(self, x, t, v):
-        a, s = self.at("sqrt_alphas_cumprod", t), self.at("sqrt_one_minus_alphas_cumprod", t)
-        return a * v + s * x
 
 
 def total(c):

@@ -1,4 +1,4 @@
-"""A small model and diffusion of lucidrains', and the comparison with ours."""
+"""Small models and diffusions of lucidrains', and the comparison with ours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import types
 import torch
 from torch import nn
 
-from .peers import assert_same, lucidrains, same_draws
+from .peers import assert_same, lucidrains, lucidrains_module, same_draws
 
 SHAPE = (3, 2, 6, 10)
 
@@ -46,3 +46,44 @@ def compare(diffusion, method, *arguments, tolerance, **kwargs):
     )
     assert_same(result, expected, tolerance)
     return result
+
+
+class GuidedModel(Model):
+    """With the guidance of the peer's own Unet."""
+
+    cond_drop_prob = 0.5
+
+    def forward(self, x, time, classes, cond_drop_prob=None):
+        kept = 1.0 - cond_drop_prob
+        shift = kept * (classes.to(x.dtype).reshape(-1, 1, 1, 1) + 1) / 5
+        return super().forward(x + shift, time) - 0.1 * shift
+
+    def forward_with_cond_scale(self, *args, **kwargs):
+        return lucidrains()[1].Unet.forward_with_cond_scale(self, *args, **kwargs)
+
+
+def make_guided(dtype, **kwargs):
+    _, peer = lucidrains()
+    kwargs = {"image_size": 6, "timesteps": 60, "sampling_timesteps": 13, **kwargs}
+    return peer.GaussianDiffusion(GuidedModel(), **kwargs).to(dtype)
+
+
+class SequenceModel(Model):
+    """Of `[B, C, N]`, or `[B, N, C]`, with arguments of the user's."""
+
+    def forward(self, x, time, x_self_cond=None, shift=0.0):
+        self.given.append((time, x_self_cond))
+        mixed = x if x_self_cond is None else x + 0.5 * x_self_cond
+        return torch.tanh(mixed * 1.3 + shift) * (0.4 + time.to(x.dtype).reshape(-1, 1, 1) / 100)
+
+
+def make_1d(dtype, self_condition=False, **kwargs):
+    peer = lucidrains_module("denoising_diffusion_pytorch_1d")
+    kwargs = {"seq_length": 10, "timesteps": 60, "sampling_timesteps": 13, **kwargs}
+    return peer.GaussianDiffusion1D(SequenceModel(self_condition), **kwargs).to(dtype)
+
+
+def make_other(module, dtype, model=None, **kwargs):
+    peer = lucidrains_module(module)
+    kwargs = {"image_size": 6, "timesteps": 60, "sampling_timesteps": 13, **kwargs}
+    return peer.GaussianDiffusion(model or Model(), **kwargs).to(dtype)

@@ -38,6 +38,14 @@ def lucidrains() -> tuple[types.ModuleType, types.ModuleType]:
 
 
 @functools.cache
+def lucidrains_module(module: str) -> types.ModuleType:
+    """Another module of `denoising_diffusion_pytorch`."""
+    name = "denoising_diffusion_pytorch"
+    with _package(name, "torchvision", "ema_pytorch", "accelerate", "pytorch_fid"):
+        return importlib.import_module(f"{name}.{module}")
+
+
+@functools.cache
 def k_diffusion_sampling() -> types.ModuleType:
     """Module `k_diffusion.sampling`."""
     with _package("k_diffusion", "torchvision", "torchdiffeq", "torchsde"):
@@ -61,6 +69,8 @@ def guided_diffusion() -> types.ModuleType:
     unused += ("TTS.tts.layers.tortoise.dpm_solver", "k_diffusion.sampling")
     with modules_named({name: _stand_in() for name in unused}):
         spec.loader.exec_module(module)
+    # torch.compile looks modules up by the names of their functions.
+    sys.modules[spec.name] = module
     return module
 
 
@@ -136,8 +146,9 @@ def _package(name: str, *absent: str) -> Iterator[None]:
     package = types.ModuleType(name)
     package.__path__ = [str(_require(name))]
     stand_ins = {n: _stand_in() for n in absent if importlib.util.find_spec(n) is None}
-    if "torchvision" in stand_ins:
-        stand_ins["torchvision.transforms"] = _stand_in()
+    modules = {"torchvision": ("transforms",), "pytorch_fid": ("fid_score", "inception")}
+    for parent in modules.keys() & stand_ins.keys():
+        stand_ins |= {f"{parent}.{module}": _stand_in() for module in modules[parent]}
     with modules_named({name: package, **stand_ins}):
         yield
 
@@ -151,10 +162,12 @@ def modules_named(given: dict[str, Any]) -> Iterator[None]:
 
     before = {n: sys.modules.pop(n) for n in named()}
     sys.modules.update(given)
-    yield
-    for n in named():
-        del sys.modules[n]
-    sys.modules.update(before)
+    try:
+        yield
+    finally:
+        for n in named():
+            del sys.modules[n]
+        sys.modules.update(before)
 
 
 def _stand_in() -> mock.MagicMock:
