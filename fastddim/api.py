@@ -30,6 +30,7 @@ from fastddim.plan import coefficient_row, stack_row, to_table
 from fastddim.reference import compute_dtype
 from fastddim.signatures import takes
 from fastddim.steptable import rescaled, rescaled_differentiably
+from fastddim.transforms import check_unfollowed, tracked
 from fastddim.validation import (
     check_bool,
     check_coefficient,
@@ -257,7 +258,8 @@ def step(
         check_same_dtype("out", out, x_t.dtype)
         check_overlap("out", out, "x_t", x_t)
         check_overlap("out", out, "model_output", model_output)
-    differentiable = out is None and _needs_grad(x_t, model_output, noise)
+        check_unfollowed("out", x_t, model_output, noise)
+    differentiable = out is None and tracked(x_t, model_output, noise)
     if rescaling is not None and differentiable:
         backend, table, row = rescaled_differentiably(x_t, model_output, table, row, rescaling)
     elif rescaling is not None:
@@ -279,10 +281,6 @@ def step(
         model_input=None,
     )
     return x_prev if predicted is None else (x_prev, predicted)
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _step_noise(noise: GivenNoise, x_t: Tensor) -> Tensor:

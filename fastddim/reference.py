@@ -82,6 +82,39 @@ def updated(
     return Updated(x_prev.to(x.dtype), x0.to(x.dtype), epsilon)
 
 
+def gradients(
+    grad_x_prev: Tensor | None,
+    grad_x_0: Tensor | None,
+    x: Tensor,
+    model_output: Tensor,
+    rows: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the model output, from those of x_prev and x_0, of which None is 0.
+
+    The other arguments are those of `updated`. There is none through an x_0 that the clip has
+    changed, nor for channels that are not read.
+    """
+    row = _columns(rows, x)
+    state, m = x.to(row.cx.dtype), _model_output(x, model_output, row)
+    x0 = row.cx * state + row.cm * m
+    of_x_prev, of_x0 = (
+        torch.zeros_like(x0) if grad is None else grad.to(x0.dtype)
+        for grad in (grad_x_prev, grad_x_0)
+    )
+    if mask is not None:
+        of_x_prev = of_x_prev - mask.to(x0.dtype) * of_x_prev
+    inside = (x0 >= -row.r) & (x0 <= row.r)
+    of_x0 = torch.where(inside, row.k0 * of_x_prev + of_x0, 0.0)
+    of_x = row.cx * of_x0 + row.kx * of_x_prev
+    of_m = row.cm * of_x0 + row.km * of_x_prev
+    if model_output.shape[0] != x.shape[0]:
+        of_m = torch.cat([of_m - row.g * of_m, row.g * of_m])
+    if of_m.shape != model_output.shape:
+        of_m = torch.cat([of_m, torch.zeros_like(of_m)], dim=1)
+    return of_x.to(x.dtype), of_m.to(model_output.dtype)
+
+
 def rescaled_rows(x: Tensor, model_output: Tensor, rows: Tensor, rescaling: Rescaling) -> Tensor:
     """Rows `[B, K]` for these data, in the dtype that the update computes in.
 

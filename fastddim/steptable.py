@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from fastddim import backends, ops, reference
 from fastddim.backends import cpu
@@ -19,6 +19,7 @@ from fastddim.philox import Keys
 from fastddim.plan import Rescaling, to_table
 from fastddim.recycling import LARGE, RECYCLER
 from fastddim.reference import compute_dtype
+from fastddim.transforms import check_unfollowed, tracked, transformed
 
 # Kinds of states that a table is prepared for at the same time.
 _KINDS_KEPT = 8
@@ -90,8 +91,8 @@ class StepTable:
             row: of all samples, or an int64 tensor `[1]` or `[B]` on the device of `x`, which is
                 read there.
 
-        Differentiable in `x`, `model_output` and `noise` where grad mode is on, but not where
-        `epsilon` is written.
+        Differentiable to any order in `x`, `model_output` and `noise`, and under the transforms of
+        `torch.func`, but not where `epsilon` is written.
 
         Raises:
             RuntimeError: a tensor does not fit, or has gradients where there are none; the message
@@ -104,17 +105,22 @@ class StepTable:
         # For an int, `isinstance` with Tensor costs ten times as much as its type.
         if type(row) is int or not isinstance(row, Tensor):
             row = indices[row]
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or model_output.requires_grad
-            or (noise is not None and noise.requires_grad)
+        if transformed() or (
+            is_grad_enabled()
+            and (
+                x.requires_grad
+                or model_output.requires_grad
+                or (noise is not None and noise.requires_grad)
+            )
         ):
-            if epsilon is not None:
+            if epsilon is None:
+                return self._differentiable(prepared, x, model_output, row, noise, keys, history)
+            check_unfollowed("epsilon", x, model_output, noise)
+            if tracked(x, model_output, noise):
                 raise RuntimeError(
                     "epsilon: writing into a given tensor is not differentiable; "
                     "call under torch.no_grad()"
                 )
-            return self._differentiable(prepared, x, model_output, row, noise, keys)
         large = fast and x.nbytes >= LARGE and not torch.compiler.is_compiling()
         if fast and not large and keys is None and epsilon is None:
             results = ops.step(x, model_output, table, row, noise)
@@ -167,13 +173,14 @@ class StepTable:
         row: Tensor,
         noise: Tensor | None,
         keys: Keys | None,
+        history: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         backend, table = prepared.backend, prepared.table
         if self._rescaling is not None:
             backend, table, row = rescaled_differentiably(
                 x, model_output, table, row, self._rescaling
             )
-        return backend.update(x, model_output, table, row, noise=noise, keys=keys)
+        return backend.update(x, model_output, table, row, noise=noise, keys=keys, history=history)
 
 
 def rescaled(
@@ -194,8 +201,8 @@ def rescaled(
 def rescaled_differentiably(
     x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, rescaling: Rescaling
 ) -> tuple[backends.Backend, Tensor, Tensor]:
-    """`fitted`, and the backend for it: rows that come from the data have gradients too, which only
-    the reference follows.
+    """`rescaled`, and the backend for it: rows that come from the data have derivatives too, which
+    only the reference has.
     """
     rows = reference.rescaled_rows(x, model_output, table.index_select(0, row), rescaling)
     return backends.BACKENDS["reference"], rows, torch.arange(x.shape[0], device=x.device)

@@ -1,0 +1,70 @@
+"""Which of PyTorch's transforms follow what is computed now.
+
+`torch.func` (grad, vjp, jvp, vmap, …) and forward-mode differentiation follow operators, but not
+what a kernel writes into a given tensor. `requires_grad` does not tell of them: a dual tensor has
+none, and a batch may hide it. PyTorch has no public names for what is asked here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch._C import _are_functorch_transforms_active as functorch_active
+from torch.autograd import forward_ad
+
+__all__ = [
+    "below_autograd",
+    "check_unfollowed",
+    "followed",
+    "functorch_active",
+    "tracked",
+    "transformed",
+]
+
+
+def transformed() -> bool:
+    """True where a transform of `torch.func` is at work, or forward-mode differentiation, be it of
+    another thread.
+    """
+    return functorch_active() or forward_ad._current_level >= 0
+
+
+def followed(*tensors: Tensor | None) -> bool:
+    """True where a transform follows what is computed from these tensors."""
+    if functorch_active():
+        return True
+    return forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+    )
+
+
+def tracked(x: Tensor, model_output: Tensor, noise: Tensor | None) -> bool:
+    """True where autograd or a transform follows what is computed from these tensors."""
+    if transformed() and followed(x, model_output, noise):
+        return True
+    return is_grad_enabled() and (
+        x.requires_grad or model_output.requires_grad or (noise is not None and noise.requires_grad)
+    )
+
+
+def check_unfollowed(name: str, *tensors: Tensor | None) -> None:
+    """Refuse to write into an argument what a transform follows."""
+    if transformed() and followed(*tensors):
+        raise RuntimeError(
+            f"{name}: expected None under torch.func or forward-mode differentiation, "
+            "which cannot follow what is written into a given tensor, got a tensor"
+        )
+
+
+def below_autograd(operator: Any, keys: Any, *inputs: Any) -> Any:
+    """Call an operator's kernel from the kernel that it has for autograd.
+
+    Args:
+        operator: an overload.
+        keys: the dispatch keys that the latter was called with.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
