@@ -30,7 +30,7 @@ from fastddim.plan import coefficient_row, stack_row, to_table
 from fastddim.reference import compute_dtype
 from fastddim.signatures import takes
 from fastddim.steptable import rescaled, rescaled_differentiably
-from fastddim.transforms import check_unfollowed, tracked
+from fastddim.transforms import bare, check_unfollowed, tracked
 from fastddim.validation import (
     check_bool,
     check_coefficient,
@@ -242,7 +242,7 @@ def step(
         "dynamic_thresholding_ratio": dynamic_thresholding_ratio,
         "sample_max_value": sample_max_value,
     }
-    backend, table, row, rescaling, noisy, guided = _prepared_step(
+    backend, table, row, rescaling, noisy, guided, table_tracked = _prepared_step(
         x_t, alpha_t, alpha_prev, impl, update
     )
     check_model_output("model_output", model_output, x_t, guided=guided)
@@ -254,12 +254,12 @@ def step(
             seed, batch, sample_offset=sample_offset, step_index=step_index, device=x_t.device
         )
     if out is not None:
+        check_unfollowed("out", x_t, model_output, noise, table)
         check_like("out", out, "x_t", x_t)
         check_same_dtype("out", out, x_t.dtype)
         check_overlap("out", out, "x_t", x_t)
         check_overlap("out", out, "model_output", model_output)
-        check_unfollowed("out", x_t, model_output, noise)
-    differentiable = out is None and tracked(x_t, model_output, noise)
+    differentiable = out is None and (table_tracked or tracked(x_t, model_output, noise))
     if rescaling is not None and differentiable:
         backend, table, row = rescaled_differentiably(x_t, model_output, table, row, rescaling)
     elif rescaling is not None:
@@ -298,6 +298,7 @@ class _Step(NamedTuple):
     rescaling: Rescaling | None
     noisy: bool
     guided: bool
+    tracked: bool  # whether the table has derivatives
 
 
 def _prepared_step(
@@ -345,20 +346,25 @@ def _prepare_step(
 ) -> _Step:
     backend = backends.choose(impl, device)
     update = Update(**given).checked(batch)
-    update = replace(update, **{name: _on(device, getattr(update, name)) for name in PER_STEP})
+    per_step = {name: _on(device, getattr(update, name), given[name]) for name in PER_STEP}
+    update = replace(update, **per_step)
     a, p = (
-        _on(device, check_coefficient(name, value, batch, 0.0, 1.0))
+        _on(device, check_coefficient(name, value, batch, 0.0, 1.0), value)
         for name, value in (("alpha_t", alpha_t), ("alpha_prev", alpha_prev))
     )
     rows = stack_row(coefficient_row(a, p, update))
     table = transfer.upload(to_table(rows, compute_dtype(dtype), rows.device), device)
     row = torch.arange(table.shape[0], device=device)
-    return _Step(backend, table, row, update.rescaling, update.noisy, update.guided)
+    tracked = not bare(table)
+    return _Step(backend, table, row, update.rescaling, update.noisy, update.guided, tracked)
 
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _on(device: torch.device, value: Any) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+def _on(device: torch.device, checked: Any, given: Any) -> Any:
+    """A checked coefficient on the device, with the derivatives that it was given with."""
+    if not isinstance(checked, Tensor):
+        return checked
+    return (checked if bare(given) else given.expand_as(checked).double()).to(device)

@@ -12,16 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active as functorch_active
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
-
-__all__ = [
-    "below_autograd",
-    "check_unfollowed",
-    "followed",
-    "functorch_active",
-    "tracked",
-    "transformed",
-]
 
 
 def transformed() -> bool:
@@ -33,21 +25,23 @@ def transformed() -> bool:
 
 def followed(*tensors: Tensor | None) -> bool:
     """True where a transform follows what is computed from these tensors."""
-    if functorch_active():
-        return True
-    return forward_ad._current_level >= 0 and any(
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
-        for tensor in tensors
-    )
+    return functorch_active() or any(t is not None and _has_tangent(t) for t in tensors)
 
 
 def tracked(x: Tensor, model_output: Tensor, noise: Tensor | None) -> bool:
-    """True where autograd or a transform follows what is computed from these tensors."""
+    """True where a transform or autograd follows what is computed from these tensors."""
     if transformed() and followed(x, model_output, noise):
         return True
     return is_grad_enabled() and (
         x.requires_grad or model_output.requires_grad or (noise is not None and noise.requires_grad)
     )
+
+
+def bare(tensor: Tensor) -> bool:
+    """True for a tensor that is its values alone: no transform's own, and without derivatives."""
+    if transformed() and (is_functorch_wrapped_tensor(tensor) or _has_tangent(tensor)):
+        return False
+    return not (is_grad_enabled() and tensor.requires_grad)
 
 
 def check_unfollowed(name: str, *tensors: Tensor | None) -> None:
@@ -56,6 +50,27 @@ def check_unfollowed(name: str, *tensors: Tensor | None) -> None:
         raise RuntimeError(
             f"{name}: expected None under torch.func or forward-mode differentiation, "
             "which cannot follow what is written into a given tensor, got a tensor"
+        )
+
+
+def check_sampler_unfollowed() -> None:
+    """Refuse to run a sampler, which writes over its state, where a transform follows all that is
+    computed.
+    """
+    if functorch_active():
+        raise RuntimeError(
+            "model: expected to be sampled outside torch.func (grad, jvp, vmap, ...), since a "
+            "sampler has no derivatives and writes over its state; take the steps with "
+            "fastddim.step in a loop of your own, which these transforms follow"
+        )
+
+
+def check_no_tangent(name: str, tensor: Tensor) -> None:
+    """Refuse a dual tensor of forward-mode differentiation where its tangent would be lost."""
+    if _has_tangent(tensor):
+        raise RuntimeError(
+            f"{name}: expected a tensor without a tangent of forward-mode differentiation, since a "
+            "sampler has no derivatives; take the steps with fastddim.step in a loop of your own"
         )
 
 
@@ -68,3 +83,7 @@ def below_autograd(operator: Any, keys: Any, *inputs: Any) -> Any:
     """
     with torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
