@@ -40,6 +40,7 @@ from fastddim.validation import (
     check_overlap,
     check_same_dtype,
     check_state,
+    with_derivatives,
 )
 
 GivenNoise: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator]
@@ -363,8 +364,6 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _on(device: torch.device, checked: Any, given: Any) -> Any:
-    """A checked coefficient on the device, with the derivatives that it was given with."""
-    if not isinstance(checked, Tensor):
-        return checked
-    return (checked if bare(given) else given.expand_as(checked).double()).to(device)
+def _on(device: torch.device, checked: Coefficient, given: Coefficient) -> Any:
+    value = with_derivatives(checked, given)
+    return value.to(device) if isinstance(value, Tensor) else value

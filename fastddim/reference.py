@@ -177,8 +177,9 @@ def _threshold(x_0: Tensor, rescaling: Rescaling) -> Tensor:
         return magnitudes.new_ones(magnitudes.shape[0])
     position = rescaling.ratio * (count - 1)
     k = math.floor(position)
-    low = magnitudes.kthvalue(k + 1, dim=1).values
-    high = magnitudes.kthvalue(min(k + 2, count), dim=1).values
+    # From the largest down: the ratio is close to 1.
+    largest = magnitudes.topk(count - k, dim=1).values
+    low, high = largest[:, -1], largest[:, -min(2, count - k)]
     quantile = low + (high - low) * (position - k)
     s = quantile.clamp(1.0, rescaling.limit)
     return torch.where(magnitudes.isnan().any(dim=1), math.nan, s)

@@ -64,16 +64,15 @@ def readable(values: Tensor) -> bool:
 def check_coefficient(
     name: str, value: Any, batch: int | None, low: float = -math.inf, high: float = math.inf
 ) -> float | Tensor:
-    """A number, or a float64 tensor `[batch]`, inside [low, high], without derivatives.
+    """A number, or a float64 tensor `[batch]`, inside [low, high].
 
-    The values of a tensor on an accelerator are not read, since that would wait for the device.
+    It is without derivatives; a 0-dim tensor that has some is a tensor here too. The values of a
+    tensor on an accelerator are not read, since that would wait for the device.
     """
     if not isinstance(value, Tensor):
         return check_number(name, value, low, high)
     if value.ndim == 0 and value.device.type == "cpu":
-        if bare(value) or batch is None:
-            return check_number(name, value.item(), low, high)
-        value = value.reshape(1).expand(batch)
+        return _check_scalar(name, value, batch, low, high)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: expected a real tensor, got dtype {value.dtype}")
     if value.ndim != 1 or (batch is not None and value.shape[0] != batch):
@@ -86,6 +85,25 @@ def check_coefficient(
         for i, v in enumerate(values.tolist()):
             check_number(f"{name}[{i}]", v, low, high)
     return values
+
+
+def _check_scalar(
+    name: str, value: Tensor, batch: int | None, low: float, high: float
+) -> float | Tensor:
+    scalar = value.detach()
+    if bare(scalar):
+        number = check_number(name, scalar.item(), low, high)
+        if bare(value):
+            return number
+    return scalar.double() if batch is None else scalar.double().expand(batch)
+
+
+def with_derivatives(checked: float | Tensor, given: Any) -> float | Tensor:
+    """A coefficient that was checked, with the derivatives that it was given with."""
+    if not isinstance(checked, Tensor) or bare(given):
+        return checked
+    derived: Tensor = given.expand_as(checked).double()
+    return derived
 
 
 def check_state(name: str, value: Any) -> Tensor:

@@ -21,7 +21,7 @@ from fastddim.philox import Keys, make_keys
 from fastddim.plan import mixing_row
 from fastddim.steptable import StepTable
 from fastddim.tuned import TunedSteps
-from fastddim.validation import STATE_DTYPES, check_choice
+from fastddim.validation import STATE_DTYPES, check_choice, readable
 
 _TABLES_KEPT = 16
 
@@ -209,7 +209,7 @@ class Noising(Fused):
         state = self._state(x, noise)
         if state is None or timesteps.numel() not in (1, x.shape[0]):
             return None
-        if timesteps.is_cpu:
+        if readable(timesteps):
             values = timesteps.reshape(-1).tolist()
             if not values or min(values) < 0 or max(values) >= len(self.alphas_cumprod):
                 return None
