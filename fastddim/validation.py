@@ -46,7 +46,9 @@ def check_number(
         number = float(value)
     except OverflowError:  # of an integer
         number = math.inf
-    if not math.isfinite(number) or number > high or number < low or (open_low and number == low):
+    # Comparisons alone, which NaN fails: `torch.compile` has them for a number that may change.
+    inside = low <= number <= high and -math.inf < number < math.inf
+    if not inside or (open_low and number == low):
         raise ValueError(f"{name}: expected {_interval(low, high, open_low)}, got {number}")
     return number
 
@@ -68,7 +70,9 @@ def check_coefficient(
     """
     if not isinstance(value, Tensor):
         return check_number(name, value, low, high)
-    if value.ndim == 0 and value.device.type == "cpu":
+    if value.ndim == 0 and batch is not None and not readable(value):
+        value = value.expand(batch)
+    elif value.ndim == 0 and value.device.type == "cpu":
         return check_number(name, value.item(), low, high)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: expected a real tensor, got dtype {value.dtype}")
@@ -77,7 +81,7 @@ def check_coefficient(
         raise ValueError(
             f"{name}: expected a number or a tensor {expected}, got shape {tuple(value.shape)}"
         )
-    values = value.detach().to(torch.float64)
+    values: Tensor = value.detach().to(torch.float64)
     if readable(values):
         for i, v in enumerate(values.tolist()):
             check_number(f"{name}[{i}]", v, low, high)
