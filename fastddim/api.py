@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from fastddim import backends, philox, transfer
+from fastddim import philox
 from fastddim.loop.noise import check_generators, draw
 from fastddim.loop.pool import POOL
 from fastddim.loop.setup import prepare_inversion, prepare_sampling
 from fastddim.options import (
-    PER_STEP,
     Coefficient,
     InvertOptions,
     NoiseSource,
     Prediction,
-    Rescaling,
     SampleOptions,
     Seed,
-    Update,
     Variance,
 )
-from fastddim.plan import coefficient_row, stack_row, to_table
-from fastddim.reference import compute_dtype
 from fastddim.signatures import takes
+from fastddim.single import prepared_step
 from fastddim.steptable import rescaled, rescaled_differentiably
-from fastddim.transforms import bare, check_unfollowed, tracked
+from fastddim.transforms import check_unfollowed, tracked
 from fastddim.validation import (
     check_bool,
-    check_coefficient,
     check_like,
     check_model_output,
     check_noise,
     check_overlap,
     check_same_dtype,
     check_state,
-    with_derivatives,
 )
 
 GivenNoise: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator]
@@ -243,7 +236,7 @@ def step(
         "dynamic_thresholding_ratio": dynamic_thresholding_ratio,
         "sample_max_value": sample_max_value,
     }
-    backend, table, row, rescaling, noisy, guided, table_tracked = _prepared_step(
+    backend, table, row, rescaling, noisy, guided, table_tracked = prepared_step(
         x_t, alpha_t, alpha_prev, impl, update
     )
     check_model_output("model_output", model_output, x_t, guided=guided)
@@ -265,7 +258,8 @@ def step(
         backend, table, row = rescaled_differentiably(x_t, model_output, table, row, rescaling)
     elif rescaling is not None:
         table, row = rescaled(backend, x_t, model_output, table, row, rescaling)
-    if differentiable:
+    # In a graph, an operator that returns its results is one that compilers can move.
+    if differentiable or (out is None and is_compiling()):
         x_prev, x_0 = backend.update(x_t, model_output, table, row, noise=noise, keys=keys)
         return (x_prev, x_0) if return_x0 else x_prev
     x_prev = torch.empty_like(x_t) if out is None else out
@@ -290,80 +284,3 @@ def _step_noise(noise: GivenNoise, x_t: Tensor) -> Tensor:
     if not isinstance(noise, torch.Generator):
         check_generators("noise", noise, x_t.shape[0])
     return draw(noise, x_t)
-
-
-class _Step(NamedTuple):
-    backend: backends.Backend
-    table: Tensor  # [1 or B, K]
-    row: Tensor  # [1 or B]
-    rescaling: Rescaling | None
-    noisy: bool
-    guided: bool
-    tracked: bool  # whether the table has derivatives
-
-
-def _prepared_step(
-    x_t: Tensor,
-    alpha_t: Coefficient,
-    alpha_prev: Coefficient,
-    impl: str,
-    update: Mapping[str, Any],
-) -> _Step:
-    """Everything about a step except its tensors; what follows from plain numbers is remembered."""
-    coefficients = (alpha_t, alpha_prev, *map(update.__getitem__, PER_STEP))
-    plain = not any(map(_is_tensor, coefficients))
-    # What is made while a graph is captured holds its values only once the graph was replayed.
-    if plain and not torch.compiler.is_compiling() and not transfer.captured(x_t.device):
-        try:
-            return _remembered_step(x_t.dtype, x_t.device, alpha_t, alpha_prev, impl, **update)
-        except TypeError:
-            pass  # of something unhashable, which the checks below name, or from those checks
-    device, batch = x_t.device, x_t.shape[0]
-    return _prepare_step(x_t.dtype, device, alpha_t, alpha_prev, impl, batch, **update)
-
-
-@lru_cache(maxsize=4096, typed=True)
-def _remembered_step(
-    dtype: torch.dtype,
-    device: torch.device,
-    alpha_t: Coefficient,
-    alpha_prev: Coefficient,
-    impl: str,
-    **update: Any,
-) -> _Step:
-    step = _prepare_step(dtype, device, alpha_t, alpha_prev, impl, None, **update)
-    transfer.wait(device)  # Another stream may use it.
-    return step
-
-
-def _prepare_step(
-    dtype: torch.dtype,
-    device: torch.device,
-    alpha_t: Coefficient,
-    alpha_prev: Coefficient,
-    impl: str,
-    batch: int | None,
-    **given: Any,
-) -> _Step:
-    backend = backends.choose(impl, device)
-    update = Update(**given).checked(batch)
-    per_step = {name: _on(device, getattr(update, name), given[name]) for name in PER_STEP}
-    update = replace(update, **per_step)
-    a, p = (
-        _on(device, check_coefficient(name, value, batch, 0.0, 1.0), value)
-        for name, value in (("alpha_t", alpha_t), ("alpha_prev", alpha_prev))
-    )
-    rows = stack_row(coefficient_row(a, p, update))
-    table = transfer.upload(to_table(rows, compute_dtype(dtype), rows.device), device)
-    row = torch.arange(table.shape[0], device=device)
-    tracked = not bare(table)
-    return _Step(backend, table, row, update.rescaling, update.noisy, update.guided, tracked)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _on(device: torch.device, checked: Coefficient, given: Coefficient) -> Any:
-    value = with_derivatives(checked, given)
-    return value.to(device) if isinstance(value, Tensor) else value

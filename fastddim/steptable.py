@@ -11,14 +11,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
-from fastddim import backends, ops, reference
+from fastddim import backends, ops, reference, transfer
 from fastddim.backends import cpu
 from fastddim.cache import Cache
+from fastddim.kept import keep, ordinary
 from fastddim.philox import Keys
 from fastddim.plan import Rescaling, to_table
 from fastddim.recycling import LARGE, RECYCLER
 from fastddim.reference import compute_dtype
+from fastddim.tracing import HELD, constant
 from fastddim.transforms import check_unfollowed, tracked, transformed
 
 # Kinds of states that a table is prepared for at the same time.
@@ -33,11 +36,9 @@ class _RowIndices(dict[int, Tensor]):
         self._position = position
         self._all = torch.arange(count, device=device)
 
-    # An index that is kept must serve calls outside the caller's inference mode too.
-    @torch.inference_mode(False)
     def __missing__(self, row: int) -> Tensor:
         position = self._position(len(self._all), row)
-        index = self[row] = self._all[position : position + 1]
+        index = self[row] = ordinary(lambda: self._all[position : position + 1])
         return index
 
 
@@ -98,9 +99,23 @@ class StepTable:
             RuntimeError: a tensor does not fit, or has gradients where there are none; the message
                 names it.
         """
+        if is_compiling():
+            return self.traced(
+                getattr(HELD, self.name_in_graph(x.dtype, x.device)),
+                x,
+                model_output,
+                row,
+                rescaling=self._rescaling,
+                noise=noise,
+                keys=keys,
+                history=history,
+                epsilon=epsilon,
+                return_x0=return_x0,
+                impl=self._impl,
+            )
         prepared = self._prepared.get((x.device, x.dtype))
         if prepared is None:
-            prepared = self._prepare(x)
+            prepared = self._prepare(x.dtype, x.device)
         backend, table, indices, fast = prepared
         # For an int, `isinstance` with Tensor costs ten times as much as its type.
         if type(row) is int or not isinstance(row, Tensor):
@@ -121,7 +136,7 @@ class StepTable:
                     "epsilon: writing into a given tensor is not differentiable; "
                     "call under torch.no_grad()"
                 )
-        large = fast and x.nbytes >= LARGE and not torch.compiler.is_compiling()
+        large = fast and x.nbytes >= LARGE
         if fast and not large and keys is None and epsilon is None:
             results = ops.step(x, model_output, table, row, noise)
             return results if return_x0 else (results[0], None)
@@ -145,25 +160,87 @@ class StepTable:
         )
         return x_prev, x_0
 
+    @classmethod
+    def traced(
+        cls,
+        table: Tensor,
+        x: Tensor,
+        model_output: Tensor,
+        row: int | Tensor,
+        *,
+        rescaling: Rescaling | None,
+        noise: Tensor | None = None,
+        keys: Keys | None = None,
+        history: Tensor | None = None,
+        epsilon: Tensor | None = None,
+        return_x0: bool = True,
+        impl: str = "auto",
+    ) -> tuple[Tensor, Any]:
+        """A step as a part of a graph, with one operator for the update.
+
+        Args:
+            table: `[R, K]` as the backend reads it.
+
+        Takes, returns and raises the same as the call of an object.
+        """
+        backend = backend_in_graph(impl, x.device)
+        if not isinstance(row, Tensor):
+            position = cls._position(table.shape[0], row)
+            row = torch.full((1,), position, dtype=torch.int64, device=x.device)
+        if rescaling is not None and tracked(x, model_output, noise):
+            backend, table, row = rescaled_differentiably(x, model_output, table, row, rescaling)
+        elif rescaling is not None:
+            table, row = rescaled(backend, x, model_output, table, row, rescaling)
+        if epsilon is None:
+            x_prev, x_0 = backend.update(
+                x, model_output, table, row, noise=noise, keys=keys, history=history
+            )
+            return x_prev, x_0 if return_x0 else None
+        x_prev, predicted = torch.empty_like(x), torch.empty_like(x) if return_x0 else None
+        backend.update_out(
+            x,
+            model_output,
+            table,
+            row,
+            noise=noise,
+            keys=keys,
+            history=history,
+            out=x_prev,
+            x_0=predicted,
+            model_input=None,
+            epsilon=epsilon,
+        )
+        return x_prev, predicted
+
+    @constant
+    def name_in_graph(self, dtype: torch.dtype, device: torch.device) -> str:
+        """The name in `HELD` of the table for states of a dtype on a device."""
+        prepared = self._prepared.get((device, dtype)) or self._prepare(dtype, device)
+        return HELD.name_of(prepared.table, owner=self)
+
     @staticmethod
     def _position(count: int, row: int) -> int:
         """The place of a row among `count`, which may be given from the end."""
-        return range(count)[row]
+        if not -count <= row < count:
+            raise IndexError(f"row: expected an index in [{-count}, {count}), got {row}")
+        return row % count
 
-    # A prepared table must serve calls outside the caller's inference mode too.
-    @torch.inference_mode(False)
-    def _prepare(self, x: Tensor) -> _Prepared:
-        """The table for states like `x`: the only place that puts coefficients on a device."""
-        backend = backends.choose(self._impl, x.device)
-        table = to_table(self.rows, compute_dtype(x.dtype), x.device, checked=False)
-        prepared = _Prepared(
-            backend,
-            table,
-            _RowIndices(len(table), x.device, self._position),
-            self._rescaling is None and backend.__name__ == cpu.__name__,
-        )
-        self._prepared.put((x.device, x.dtype), prepared)
-        return prepared
+    def _prepare(self, dtype: torch.dtype, device: torch.device) -> _Prepared:
+        """The table for states of a dtype on a device: the only place that puts coefficients on a
+        device.
+        """
+        backend = backends.choose(self._impl, device)
+
+        def prepared() -> _Prepared:
+            # A view of the rows would be of inference mode where they are.
+            rows = self.rows.clone()
+            table = to_table(rows, compute_dtype(dtype), rows.device, checked=False)
+            table = transfer.upload(table, device)
+            fast = self._rescaling is None and backend.__name__ == cpu.__name__
+            indices = _RowIndices(len(table), device, self._position)
+            return _Prepared(backend, table, indices, fast)
+
+        return keep(self._prepared, (device, dtype), prepared, device=device)
 
     def _differentiable(
         self,
@@ -181,6 +258,16 @@ class StepTable:
                 x, model_output, table, row, self._rescaling
             )
         return backend.update(x, model_output, table, row, noise=noise, keys=keys, history=history)
+
+
+def backend_in_graph(impl: str, device: torch.device) -> backends.Backend:
+    """`backends.choose` as a constant of a graph that is traced."""
+    return backends.BACKENDS[_backend_name(impl, device)]
+
+
+@constant
+def _backend_name(impl: str, device: torch.device) -> str:
+    return backends.choose(impl, device).__name__.rpartition(".")[2]
 
 
 def rescaled(

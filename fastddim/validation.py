@@ -48,7 +48,9 @@ def check_number(
         number = float(value)
     except OverflowError:  # of an integer
         number = math.inf
-    if not math.isfinite(number) or number > high or number < low or (open_low and number == low):
+    # Comparisons alone, which NaN fails: `torch.compile` has them for a number that may change.
+    inside = low <= number <= high and -math.inf < number < math.inf
+    if not inside or (open_low and number == low):
         raise ValueError(f"{name}: expected {_interval(low, high, open_low)}, got {number}")
     return number
 
@@ -71,8 +73,10 @@ def check_coefficient(
     """
     if not isinstance(value, Tensor):
         return check_number(name, value, low, high)
-    if value.ndim == 0 and value.device.type == "cpu":
-        return _check_scalar(name, value, batch, low, high)
+    if value.ndim == 0 and batch is not None and not readable(value):
+        value = value.expand(batch)
+    elif value.ndim == 0 and value.device.type == "cpu":
+        return _check_scalar(name, value, low, high)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: expected a real tensor, got dtype {value.dtype}")
     if value.ndim != 1 or (batch is not None and value.shape[0] != batch):
@@ -87,15 +91,14 @@ def check_coefficient(
     return values
 
 
-def _check_scalar(
-    name: str, value: Tensor, batch: int | None, low: float, high: float
-) -> float | Tensor:
+def _check_scalar(name: str, value: Tensor, low: float, high: float) -> float | Tensor:
+    """A number, or 0-dim where the value has derivatives."""
     scalar = value.detach()
     if bare(scalar):
         number = check_number(name, scalar.item(), low, high)
         if bare(value):
             return number
-    return scalar.double() if batch is None else scalar.double().expand(batch)
+    return scalar.double()
 
 
 def with_derivatives(checked: float | Tensor, given: Any) -> float | Tensor:

@@ -25,7 +25,12 @@ gives NaN and this gives the limit.
 
 `fastddim.sample` does none of this. A half-precision state is computed in float32 and rounded once,
 where diffusers rounds every operation. Cases that the kernel does not cover (tensors that
-broadcast, an η that is not a number ≥ 0, integer samples) go to diffusers' own code.
+broadcast, an η that is not a number ≥ 0, integer samples) go to diffusers' own code, and so do all
+steps where a subclass or an object overrides a method that they call, such as `_get_variance`. One
+that is set on diffusers' class counts from the next `set_timesteps` on.
+
+Timesteps are indices, as in diffusers: a float or a boolean is refused. Their errors name the
+argument.
 
 Nothing waits for a device: timesteps that `set_timesteps` has put there are known on the host too.
 Only `DDPMScheduler`, philox noise and tuned steps read a timestep that lies on a device and comes

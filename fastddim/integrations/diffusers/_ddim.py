@@ -10,6 +10,8 @@ from diffusers.schedulers import scheduling_ddim as _ddim
 from diffusers.schedulers import scheduling_ddim_parallel as _ddim_parallel
 from torch import Tensor
 
+from fastddim.integrations._hooks import Hooks
+from fastddim.integrations._indices import check_indices
 from fastddim.integrations._tables import version
 from fastddim.integrations.diffusers._rows import (
     SignedTable,
@@ -18,7 +20,6 @@ from fastddim.integrations.diffusers._rows import (
     scales,
     signed_table,
     strided,
-    valid,
 )
 from fastddim.integrations.diffusers._scheduler import Noising, drawn_like, output_object
 from fastddim.integrations.diffusers._tuned import (
@@ -29,6 +30,10 @@ from fastddim.integrations.diffusers._tuned import (
 )
 from fastddim.plan import Update, row_of
 from fastddim.steptable import StepTable
+from fastddim.tuned import TunedSteps
+
+_METHODS = ("_get_variance", "_threshold_sample")
+_ATTRIBUTES = ("alphas_cumprod", "final_alpha_cumprod")
 
 _ONE = torch.tensor(1.0, device="cpu")
 
@@ -71,11 +76,12 @@ class _Ddim(Noising):
 
         Raises:
             TypeError: `tuned` is none of these.
-            ValueError: they were tuned for another schedule, prediction or limit of x_0.
+            ValueError: they were tuned for another schedule, prediction or limit of x_0, or a
+                method that diffusers' steps call is overridden.
         """
         steps = None if tuned is None else tuned_steps(tuned)
         if steps is not None:
-            tuned_table(steps, self.config, self.alphas_cumprod, steps.tuned_for.rederive_eps)
+            self._rows_of_tuned(steps, steps.tuned_for.rederive_eps)
         if steps is not None or CONFIG_KEY in self.config:
             self.register_to_config(**{CONFIG_KEY: None if steps is None else steps.as_dict()})
         self._fastddim_work.tuned = None if steps is None else TunedRun(steps)
@@ -126,10 +132,11 @@ class _Ddim(Noising):
             prev_sample and pred_original_sample, each shaped like `sample`.
 
         Raises:
-            ValueError: both kinds of noise are given, `set_timesteps` was not called, or the
-                config's prediction type is unknown; or the steps are tuned, and η is not 0 or the
-                timestep is not the next of them.
+            ValueError: there is more than one timestep, both kinds of noise are given,
+                `set_timesteps` was not called, or the config's prediction type is unknown; or the
+                steps are tuned, and η is not 0 or the timestep is not the next of them.
             IndexError: the timestep is no index of `alphas_cumprod`.
+            TypeError: the timestep is no number.
         """
         if self._fastddim_work.tuned is not None:
             results = self._tuned_step(
@@ -141,9 +148,12 @@ class _Ddim(Noising):
                 use_clipped_model_output,
             )
             return output_object(self._output_class, *results) if return_dict else results
+        row = timestep if type(timestep) is int else self._row(timestep, sample.device)
         state = self._state(sample, model_output)
         table = None if state is None else self._table(eta, use_clipped_model_output)
         if state is None or table is None:
+            if variance_noise is None and generator is None and eta > 0:
+                variance_noise = self._philox_noise(timestep, model_output)
             return super().step(  # type: ignore[misc]
                 model_output,
                 timestep,
@@ -164,7 +174,6 @@ class _Ddim(Noising):
                 keys = self._philox_keys(timestep, state)
             else:
                 noise = _noise(model_output, sample, generator, variance_noise)
-        row = timestep if type(timestep) is int else self._row(timestep, state.device)
         results = table(state, model_output, row, noise=noise, keys=keys)
         return output_object(self._output_class, *results) if return_dict else results
 
@@ -190,18 +199,26 @@ class _Ddim(Noising):
                 f"steps, got {sample.dtype} {tuple(sample.shape)} and {model_output.dtype} "
                 f"{tuple(model_output.shape)}"
             )
-        t = self._host_value(timestep)
-        t = int(timestep) if t is None else t
-        return run.take(self._tuned_table(run, bool(rederive_eps)), t, state, model_output)
+        table = self._tuned_table(run, bool(rederive_eps))
+        return run.take(table, self._read(timestep), state, model_output)
 
     def _tuned_table(self, run: TunedRun, rederive_eps: bool) -> StepTable:
         alphas, config, kept = self.alphas_cumprod, self.config, self._fastddim_work.tables
         key = (rederive_eps, version(alphas), id(config), id(alphas), id(run.steps))
         table: StepTable | None = kept.get(key)
         if table is None:
-            table = tuned_table(run.steps, config, alphas, rederive_eps)
+            table = self._rows_of_tuned(run.steps, rederive_eps)
             kept.put(key, table, (config, alphas, run.steps))
         return table
+
+    def _rows_of_tuned(self, steps: TunedSteps, rederive_eps: bool) -> StepTable:
+        hook = self._fastddim_hooks.overridden(self)
+        if hook is not None:
+            raise ValueError(
+                f"tuned: expected None where {hook} is overridden, which tuned steps do not call, "
+                "got tuned steps"
+            )
+        return tuned_table(steps, self.config, self._on_host("alphas_cumprod"), rederive_eps)
 
     def _table(
         self, eta: Any, rederive_eps: bool, final: Tensor | None = None
@@ -228,8 +245,10 @@ class _Ddim(Noising):
         )
         kept = self._fastddim_work.tables
         table: SignedTable | None = kept.get(key)
-        if table is None and steps is not None and not eta < 0 and valid(config):
-            table = _table(config, alphas, last, steps, float(eta), bool(rederive_eps))
+        if table is None and steps is not None and not eta < 0 and self._covered():
+            host = self._on_host("alphas_cumprod")
+            at_end = self._on_host("final_alpha_cumprod") if final is None else final
+            table = _table(config, host, at_end, steps, float(eta), bool(rederive_eps))
             kept.put(key, table, (config, alphas, last))
         return table
 
@@ -242,7 +261,6 @@ def _table(
     eta: float,
     rederive_eps: bool,
 ) -> SignedTable:
-    alphas = alphas.to("cpu")
     final = final.to(alphas)
     clip, rescaling = limits(config)
     update = Update(
@@ -284,6 +302,7 @@ class DDIMScheduler(_Ddim, _ddim.DDIMScheduler):  # type: ignore[misc]
     """
 
     _output_class = _ddim.DDIMSchedulerOutput
+    _fastddim_hooks = Hooks(*_METHODS, of=("DDIMScheduler",), attributes=_ATTRIBUTES)
 
 
 class DDIMParallelScheduler(_Ddim, _ddim_parallel.DDIMParallelScheduler):  # type: ignore[misc]
@@ -299,6 +318,9 @@ class DDIMParallelScheduler(_Ddim, _ddim_parallel.DDIMParallelScheduler):  # typ
     """
 
     _output_class = _ddim_parallel.DDIMParallelSchedulerOutput
+    _fastddim_hooks = Hooks(
+        *_METHODS, "_batch_get_variance", of=("DDIMParallelScheduler",), attributes=_ATTRIBUTES
+    )
 
     def batch_step_no_noise(
         self,
@@ -314,17 +336,26 @@ class DDIMParallelScheduler(_Ddim, _ddim_parallel.DDIMParallelScheduler):  # typ
 
         Args:
             model_output, sample: `[B, …]`.
-            timesteps: `[B]`.
+            timesteps: int64 or int32 `[B]`.
             eta: 0.
 
         Returns:
             The samples at the timesteps before, in float32 at least.
+
+        Raises:
+            IndexError: timesteps of another dtype.
+            TypeError: timesteps that are no tensor.
+            ValueError: the steps are tuned.
         """
         if self._fastddim_work.tuned is not None:
             raise ValueError(
                 "tuned: expected None for batch_step_no_noise, since each tuned step reads the "
                 "epsilon of the one before it, got tuned steps"
             )
+        check_indices("timesteps", timesteps)
+        for name in _ATTRIBUTES:
+            if getattr(self, name).device != model_output.device:
+                self._move(name, model_output.device)
         state, table = self._state(sample, model_output), None
         if state is not None and eta == 0 and timesteps.numel() in (1, sample.shape[0]):
             table = self._table(0.0, use_clipped_model_output, _ONE)

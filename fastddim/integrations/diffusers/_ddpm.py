@@ -9,9 +9,10 @@ import torch
 from diffusers.schedulers import scheduling_ddpm as _ddpm
 from torch import Tensor
 
+from fastddim.integrations._hooks import Hooks
 from fastddim.integrations._shared import each
 from fastddim.integrations._tables import version
-from fastddim.integrations.diffusers._rows import SignedTable, limits, roots, signed_table, valid
+from fastddim.integrations.diffusers._rows import SignedTable, limits, roots, signed_table
 from fastddim.integrations.diffusers._scheduler import Noising, drawn_like, output_object
 from fastddim.plan import Row, prediction_coefficients
 
@@ -27,6 +28,14 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
     x = scheduler.step(torch.zeros(1, 3, 8, 8), scheduler.timesteps[0], torch.ones(1, 3, 8, 8))
     ```
     """
+
+    _fastddim_hooks = Hooks(
+        "_get_variance",
+        "_threshold_sample",
+        "previous_timestep",
+        of=("DDPMScheduler",),
+        attributes=("alphas_cumprod",),
+    )
 
     def set_timesteps(
         self,
@@ -59,9 +68,12 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
             prev_sample and pred_original_sample, each shaped like `sample`.
 
         Raises:
-            IndexError: the timestep is not among `timesteps`.
-            ValueError: the config's prediction type is unknown.
+            IndexError: the timestep is not among `timesteps`, or no integer.
+            TypeError: the timestep is no number.
+            ValueError: there is more than one timestep, or the config's prediction type is unknown;
+                or a method of diffusers is overridden, and noise="philox".
         """
+        t = self._read(timestep)
         learned = self.variance_type in ("learned", "learned_range")
         predicted = None
         mean = model_output
@@ -69,10 +81,9 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
             mean, predicted = model_output.split(sample.shape[1], dim=1)
         state = self._state(sample, mean)
         steps = None if state is None else self._ancestral()
-        t = self._host_value(timestep)
-        t = int(timestep) if t is None else t
         missing = learned and predicted is None
         if state is None or steps is None or t not in steps.visited or missing:
+            self._check_fallback(t)
             return super().step(model_output, timestep, sample, generator, return_dict)
         noise, keys = None, None
         if t > 0:
@@ -84,6 +95,18 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
             noise = self._deviation(steps, t, predicted) * noise
         results = steps.table(state, mean, t, noise=noise, keys=keys)
         return output_object(_ddpm.DDPMSchedulerOutput, *results) if return_dict else results
+
+    def _check_fallback(self, t: int) -> None:
+        """Refuse what diffusers' own step would not name, or take without a word."""
+        hook = self._fastddim_hooks.overridden(self)
+        if hook is not None and self._fastddim_work.seed is not None:
+            raise ValueError(
+                f"noise: expected 'torch' where {hook} is overridden, since diffusers' own step "
+                "draws the noise then, got 'philox'"
+            )
+        visiting = self.custom_timesteps or self.num_inference_steps
+        if hook is None and visiting and t not in self._host_timesteps().step_of:
+            raise IndexError(f"timestep: expected one of the scheduler's timesteps, got {t}")
 
     def _deviation(self, steps: _Ancestral, t: int, predicted: Tensor) -> Tensor:
         """Standard deviation of the noise of each element, where it is learned."""
@@ -109,10 +132,10 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
         )
         kept = self._fastddim_work.tables
         found: _Ancestral | None = kept.get(key)
-        if found is None and kind == config["variance_type"] and valid(config):
+        if found is None and kind == config["variance_type"] and self._covered():
             every = range(len(alphas))[::-1]
             visited = self._host_timesteps().values if custom or steps else every
-            found = _ancestral(config, alphas.to("cpu"), visited)
+            found = _ancestral(config, self._on_host("alphas_cumprod"), visited)
             kept.put(key, found, (config, alphas, timesteps))
         return found
 

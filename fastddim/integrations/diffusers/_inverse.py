@@ -8,6 +8,7 @@ from typing import Any
 from diffusers.schedulers import scheduling_ddim_inverse as _ddim_inverse
 from torch import Tensor
 
+from fastddim.integrations._hooks import Hooks
 from fastddim.integrations._tables import version
 from fastddim.integrations.diffusers._rows import (
     SignedTable,
@@ -16,7 +17,6 @@ from fastddim.integrations.diffusers._rows import (
     scales,
     signed_table,
     strided,
-    valid,
 )
 from fastddim.integrations.diffusers._scheduler import Fused, output_object
 from fastddim.plan import Update, row_of
@@ -36,6 +36,10 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
     x = scheduler.step(torch.zeros(1, 3, 8, 8), scheduler.timesteps[0], torch.ones(1, 3, 8, 8))
     ```
     """
+
+    _fastddim_hooks = Hooks(
+        of=("DDIMInverseScheduler",), attributes=("alphas_cumprod", "initial_alpha_cumprod")
+    )
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """As in diffusers."""
@@ -57,12 +61,14 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
 
         Raises:
             IndexError: the timestep is no index of `alphas_cumprod`.
+            TypeError: the timestep is no number.
+            ValueError: there is more than one timestep.
         """
+        row = timestep if type(timestep) is int else self._row(timestep, sample.device)
         state = self._state(sample, model_output)
         table = None if state is None else self._table()
         if state is None or table is None:
             return super().step(model_output, timestep, sample, return_dict)
-        row = timestep if type(timestep) is int else self._row(timestep, state.device)
         results = table(state, model_output, row)
         return (
             output_object(_ddim_inverse.DDIMSchedulerOutput, *results) if return_dict else results
@@ -75,14 +81,14 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
         key = (steps, version(alphas), version(initial), id(config), id(alphas), id(initial))
         kept = self._fastddim_work.tables
         table: SignedTable | None = kept.get(key)
-        if table is None and steps is not None and valid(config):
-            table = _table(config, alphas, initial, steps)
+        if table is None and steps is not None and self._covered():
+            host = self._on_host("alphas_cumprod")
+            table = _table(config, host, self._on_host("initial_alpha_cumprod"), steps)
             kept.put(key, table, (config, alphas, initial))
         return table
 
 
 def _table(config: Mapping[str, Any], alphas: Tensor, initial: Tensor, steps: int) -> SignedTable:
-    alphas = alphas.to("cpu")
     initial = initial.to(alphas)
     clip, _ = limits(config)
     update = Update(prediction=config["prediction_type"], clip=clip)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -13,11 +13,18 @@ from torch import Tensor
 
 from fastddim import transfer
 from fastddim.cache import Cache
+from fastddim.integrations._hooks import Hooks
+from fastddim.integrations._indices import check_indices, one_index
 from fastddim.integrations._tables import step_table, version
-from fastddim.integrations.diffusers._rows import roots
-from fastddim.integrations.diffusers._timesteps import HostTimesteps
+from fastddim.integrations.diffusers._moved import Moved
+from fastddim.integrations.diffusers._rows import roots, valid
+from fastddim.integrations.diffusers._timesteps import (
+    ONE_EACH,
+    HostTimesteps,
+    indexes_otherwise,
+)
 from fastddim.integrations.diffusers._tuned import TunedRun
-from fastddim.philox import Keys, make_keys
+from fastddim.philox import STEP_NOISE, Keys, make_keys, normal
 from fastddim.plan import mixing_row
 from fastddim.steptable import StepTable
 from fastddim.tuned import TunedSteps
@@ -49,6 +56,13 @@ class FusedState:
         self.tables: Cache[Any] = Cache(_TABLES_KEPT)
         self.keys: Cache[Keys] = Cache(_KEYS_KEPT)
         self.timesteps: HostTimesteps | None = None
+        self.moved: dict[str, Moved] = {}
+        self.overridden: str | None = None
+
+    def __copy__(self) -> FusedState:
+        state = FusedState(self.seed, self.sample_offset, copy.copy(self.tuned))
+        state.timesteps, state.moved = self.timesteps, dict(self.moved)
+        return state
 
     def __deepcopy__(self, memo: Any) -> FusedState:
         state = FusedState(self.seed, self.sample_offset, copy.deepcopy(self.tuned, memo))
@@ -77,6 +91,8 @@ class Fused:
     alphas_cumprod: Tensor
     timesteps: Tensor
     num_inference_steps: int | None
+
+    _fastddim_hooks: ClassVar[Hooks]
 
     @cached_property
     def _fastddim_work(self) -> FusedState:
@@ -117,6 +133,35 @@ class Fused:
         fused.seed, fused.sample_offset = (seed if noise == "philox" else None), sample_offset
         fused.keys.clear()
 
+    def __copy__(self) -> Any:
+        made = object.__new__(type(self))
+        vars(made).update(vars(self), _fastddim_work=copy.copy(self._fastddim_work))
+        return made
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._fastddim_hooks.methods:
+            self._look_for_hooks()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name in self._fastddim_hooks.methods:
+            self._look_for_hooks()
+
+    def _look_for_hooks(self) -> None:
+        """Drop the tables where a method of diffusers has been overridden, or no longer is.
+
+        Tables are made where none is, so that a step that finds one need not look.
+        """
+        fused, found = self._fastddim_work, self._fastddim_hooks.overridden(self)
+        if found != fused.overridden:
+            fused.overridden = found
+            fused.tables.clear()
+
+    def _covered(self) -> bool:
+        """Return True where steps have rows; diffusers takes the others, or raises the error."""
+        return valid(self.config) and self._fastddim_hooks.overridden(self) is None
+
     def _state(self, sample: Tensor, model_output: Tensor) -> Tensor | None:
         """The state in the dtype of the result; None where the kernel does not take these two."""
         shape, dtype = sample.shape, sample.dtype
@@ -136,6 +181,24 @@ class Fused:
         with torch.inference_mode(False):
             self.timesteps = self.timesteps.to(device, copy=self.timesteps.is_inference())
         self._fastddim_work.timesteps = HostTimesteps.of(self.timesteps, values)
+        self._look_for_hooks()
+
+    def _move(self, name: str, device: torch.device) -> None:
+        """Move a tensor of the scheduler, as diffusers does, and remember its values."""
+        host = self._on_host(name)
+        # Only tensors made outside inference mode count their changes.
+        with torch.inference_mode(False):
+            moved = getattr(self, name).to(device)
+        if type(moved) is Tensor:  # and not a stand-in for one, as under a fake mode
+            setattr(self, name, moved)
+            self._fastddim_work.moved[name] = Moved.of(moved, host)
+
+    def _on_host(self, name: str) -> Tensor:
+        """A tensor of the scheduler on the CPU, without waiting for the device that it is on."""
+        tensor: Tensor = getattr(self, name)
+        moved = self._fastddim_work.moved.get(name)
+        known = moved is not None and moved.tensor is tensor and moved.current
+        return moved.host if known and moved is not None else tensor.to("cpu")
 
     def _host_timesteps(self) -> HostTimesteps:
         """The timesteps; read once where they do not come from `set_timesteps`."""
@@ -147,10 +210,16 @@ class Fused:
 
     def _host_value(self, timestep: Any) -> int | None:
         """The value of a timestep; None where it would have to be read from a device."""
-        if not isinstance(timestep, Tensor) or timestep.is_cpu:
-            return int(timestep)
+        t = one_index("timestep", timestep, ONE_EACH)
+        if t is not None:
+            return t
         known = self._fastddim_work.timesteps
         return None if known is None else known.value_of(timestep)
+
+    def _read(self, timestep: Any) -> int:
+        """The value of a timestep, wherever it lies."""
+        t = self._host_value(timestep)
+        return int(timestep) if t is None else t
 
     def _row(self, timestep: Any, device: torch.device) -> int | Tensor:
         """The row of a timestep in a `SignedTable`, for a state on the device."""
@@ -163,9 +232,7 @@ class Fused:
         return rows.remainder(2 * self.alphas_cumprod.shape[0])
 
     def _philox_keys(self, timestep: Any, sample: Tensor) -> Keys:
-        fused = self._fastddim_work
-        t = self._host_value(timestep)
-        t = int(timestep) if t is None else t
+        fused, t = self._fastddim_work, self._read(timestep)
         step = self._host_timesteps().step_of.get(t)
         if step is None:
             raise ValueError(
@@ -186,19 +253,37 @@ class Fused:
                 fused.keys.put(key, keys)
         return keys
 
+    def _philox_noise(self, timestep: Any, like: Tensor) -> Tensor | None:
+        """The noise of a step that diffusers takes; None where torch draws it."""
+        if self._fastddim_work.seed is None or not like.ndim:
+            return None
+        return normal(self._philox_keys(timestep, like), like.shape[1:], STEP_NOISE).to(like.dtype)
+
 
 class Noising(Fused):
-    """`add_noise` and `get_velocity` of the schedulers that have them."""
+    """`add_noise` and `get_velocity` of the schedulers that have them.
+
+    Both leave `alphas_cumprod` on the device of the samples.
+    """
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ_t·original_samples + √(1 − ᾱ_t)·noise, as in diffusers."""
+        """√ᾱ_t·original_samples + √(1 − ᾱ_t)·noise, as in diffusers.
+
+        Raises:
+            IndexError: timesteps of another dtype than int64 and int32.
+            TypeError: timesteps that are no tensor.
+        """
         mixed = self._mixed("add_noise", original_samples, noise, timesteps)
         if mixed is None:
             return super().add_noise(original_samples, noise, timesteps)  # type: ignore[misc,no-any-return]
         return mixed
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ_t·noise − √(1 − ᾱ_t)·sample, as in diffusers."""
+        """√ᾱ_t·noise − √(1 − ᾱ_t)·sample, as in diffusers.
+
+        Raises:
+            IndexError, TypeError: as in `add_noise`.
+        """
         mixed = self._mixed("get_velocity", sample, noise, timesteps)
         if mixed is None:
             return super().get_velocity(sample, noise, timesteps)  # type: ignore[misc,no-any-return]
@@ -207,24 +292,29 @@ class Noising(Fused):
     def _mixed(self, method: str, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor | None:
         """The result of a method; None where it is a case for diffusers."""
         state = self._state(x, noise)
+        if not isinstance(timesteps, Tensor) or timesteps.dtype is not torch.int64:
+            if indexes_otherwise(timesteps, self.alphas_cumprod):
+                return None
+            check_indices("timesteps", timesteps)
         if state is None or timesteps.numel() not in (1, x.shape[0]):
             return None
         if readable(timesteps):
             values = timesteps.reshape(-1).tolist()
             if not values or min(values) < 0 or max(values) >= len(self.alphas_cumprod):
                 return None
+        if self.alphas_cumprod.device != x.device:
+            self._move("alphas_cumprod", x.device)
         alphas, kept = self.alphas_cumprod, self._fastddim_work.tables
         key = (method, version(alphas), id(alphas))
         table: StepTable | None = kept.get(key)
         if table is None:
-            table = _mixing_table(method, alphas)
+            table = _mixing_table(method, self._on_host("alphas_cumprod"))
             kept.put(key, table, (alphas,))
         row = timesteps.reshape(-1).to(x.device, torch.int64)
         return table(state, noise, row, return_x0=False)[0]
 
 
 def _mixing_table(method: str, alphas: Tensor) -> StepTable:
-    alphas = alphas.to("cpu")
     signal, sigma = roots(alphas).double(), roots(1 - alphas).double()
     of_x, of_noise = (signal, sigma) if method == "add_noise" else (-sigma, signal)
     return step_table(mixing_row(of_x, of_noise))

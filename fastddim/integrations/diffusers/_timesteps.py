@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastddim.integrations._tables import version
+
+ONE_EACH = (
+    "; for a timestep of each sample, call batch_step_no_noise of DDIMParallelScheduler, "
+    "fastddim.step with tensors alpha_t and alpha_prev, or fastddim.Stream"
+)
+"""The end of an error about many timesteps."""
 
 
 class HostTimesteps(NamedTuple):
@@ -43,3 +49,13 @@ class HostTimesteps(NamedTuple):
         distance = int(element.storage_offset()) - int(tensor.storage_offset())
         index, rest = divmod(distance, tensor.stride(0))
         return self.values[index] if rest == 0 and 0 <= index < len(self.values) else None
+
+
+def indexes_otherwise(timesteps: Any, alphas: Tensor) -> bool:
+    """Whether a tensor of another dtype is an index too: a mask of all timesteps, or one number."""
+    if not isinstance(timesteps, Tensor):
+        return False
+    dtype = timesteps.dtype
+    if dtype in (torch.bool, torch.uint8):
+        return timesteps.shape == alphas.shape
+    return timesteps.ndim == 0 and not dtype.is_floating_point and not dtype.is_complex
