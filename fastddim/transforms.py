@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active as functorch_active
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 
 def transformed() -> bool:
@@ -24,8 +24,12 @@ def transformed() -> bool:
 
 
 def followed(*tensors: Tensor | None) -> bool:
-    """True where a transform follows what is computed from these tensors."""
-    return functorch_active() or any(t is not None and _has_tangent(t) for t in tensors)
+    """True where a transform follows what is computed from these tensors, or may: a graph that is
+    traced does not tell.
+    """
+    if functorch_active() or is_compiling():
+        return True
+    return any(t is not None and _has_tangent(t) for t in tensors)
 
 
 def tracked(x: Tensor, model_output: Tensor, noise: Tensor | None) -> bool:
@@ -39,7 +43,9 @@ def tracked(x: Tensor, model_output: Tensor, noise: Tensor | None) -> bool:
 
 def bare(tensor: Tensor) -> bool:
     """True for a tensor that is its values alone: no transform's own, and without derivatives."""
-    if transformed() and (is_functorch_wrapped_tensor(tensor) or _has_tangent(tensor)):
+    if transformed() and (
+        is_compiling() or torch.func.debug_unwrap(tensor) is not tensor or _has_tangent(tensor)
+    ):
         return False
     return not (is_grad_enabled() and tensor.requires_grad)
 

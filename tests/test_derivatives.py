@@ -18,7 +18,7 @@ from torch.autograd import forward_ad, functional
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import fastddim
-from fastddim import ops, philox, process
+from fastddim import backends, ops, philox, process
 from fastddim.plan import Update, mixing_row, stack_row, unchecked_row
 from fastddim.steptable import StepTable
 
@@ -249,9 +249,18 @@ def test_the_clip_acts_on_some_elements(kind: str) -> None:
     assert 0 < int((x_0.abs() == clip).sum()) < x_0.numel()
 
 
-@pytest.mark.parametrize("impl", CPU_IMPLS)
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("kind", "impl"),
+    [
+        pytest.param(
+            *(kind, impl),
+            # Most transforms take the formula of the reference whatever the backend.
+            marks=() if impl == CPU_IMPLS[0] or kind in ("guided", "all") else pytest.mark.deep,
+        )
+        for kind, impl in itertools.product(KINDS, CPU_IMPLS)
+    ],
+)
 def test_transforms(transform: str, kind: str, impl: str) -> None:
     differentiate = TRANSFORMS[transform]
     got, expected = differentiate(of_fastddim(kind, impl)), differentiate(by_hand(kind))
@@ -680,3 +689,56 @@ def test_what_a_transform_leaves_behind_serves_all_others() -> None:
                 )
                 torch.testing.assert_close(got, right)
             torch.testing.assert_close(f(X).flatten(), expected(X))
+
+
+# --- compilers and kernels of GPUs ------------------------------------------------------------
+
+
+COMPILED: dict[str, Callable[[Function], Function]] = {
+    "grad": lambda f: grad(loss(f)),
+    "jvp": lambda f: lambda x: jvp(f, (x,), (V,))[1],
+    "vmap": lambda f: lambda x: vmap(f)(torch.stack([x, -x])),
+    "vmap of grad": lambda f: lambda x: vmap(grad(loss(f)))(torch.stack([x, -x])),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "transform"),
+    [
+        ("epsilon", "grad"),
+        ("guided", "vmap"),
+        *(
+            pytest.param(kind, transform, marks=pytest.mark.deep)
+            for kind, transform in itertools.product(("epsilon", "guided", "noise drawn"), COMPILED)
+        ),
+    ],
+)
+def test_transforms_in_a_compiled_graph(kind: str, transform: str) -> None:
+    torch.compiler.reset()
+    f = COMPILED[transform](of_fastddim(kind, "auto"))
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(X), f(X), rtol=1e-12, atol=1e-12)
+
+
+def test_the_operators_of_triton() -> None:
+    """They have the derivatives and the batches of those of the CPU."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from gpucheck import triton_jit
+
+    from .support.gpuless.triton_on_ptx import Interpreter
+
+    every = operands(guided=True)
+    floats = {name: every[name].float() for name in ADDED}
+
+    def through(update: Function) -> Function:
+        def f(x: Tensor) -> Tensor:
+            results = update(**{**every, **floats, "x": x.float()})
+            return torch.cat([result.flatten() for result in results]).double()
+
+        return f
+
+    triton, cpu = through(backends.BACKENDS["triton"].update), through(ops.update)
+    with triton_jit.compiled_for(triton_jit.SM_90, Interpreter()):
+        for transform in ("backward", "grad", "jvp", "hessian", "vmap", "vmap of grad", "dual"):
+            got, expected = TRANSFORMS[transform](triton), TRANSFORMS[transform](cpu)
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
