@@ -148,3 +148,13 @@ def register(library: torch.library.Library, name: str) -> None:
 
 _library = torch.library.Library("fastddim", "IMPL")
 register(_library, "update")
+
+
+@torch.library.impl(_library, "step", "FuncTorchDynamicLayerFrontMode")
+def _step(
+    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`fastddim::step` under a transform of `torch.func`, which a caller need not ask for."""
+    inputs = Inputs(x, model_output, table, row, noise)
+    results: tuple[Tensor, Tensor] = torch.ops.fastddim.update(*inputs)
+    return results

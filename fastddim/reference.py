@@ -70,7 +70,7 @@ def updated(
     """
     row = _columns(rows, x)
     state, m = x.to(row.cx.dtype), _model_output(x, model_output, row)
-    x0 = (row.cx * state + row.cm * m).clamp(-row.r, row.r)
+    x0 = _clamped(row.cx * state + row.cm * m, row.r)
     x_prev = row.k0 * x0 + row.kx * state + row.km * m
     if history is not None:
         x_prev = x_prev + row.ph * history.to(m.dtype)
@@ -159,6 +159,15 @@ def _model_output(x: Tensor, model_output: Tensor, row: Any) -> Tensor:
     unconditional, conditional = m.chunk(2)
     guided: Tensor = unconditional + row.g * (conditional - unconditional)
     return guided
+
+
+def _clamped(x0: Tensor, limit: Tensor) -> Tensor:
+    """x0 in [−limit, limit], or NaN; of derivative 1 where it is at a limit from the start.
+
+    The derivative of `torch.clamp` by tensors is another there, from one version to the next.
+    """
+    floored = torch.where(x0 < -limit, -limit, x0)
+    return torch.where(floored > limit, limit, floored)
 
 
 def _deviation(m: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fastddim import backends, ops, reference, transfer
@@ -22,7 +23,7 @@ from fastddim.plan import Rescaling, to_table
 from fastddim.recycling import LARGE, RECYCLER
 from fastddim.reference import compute_dtype
 from fastddim.tracing import HELD, constant
-from fastddim.transforms import check_unfollowed, tracked, transformed
+from fastddim.transforms import check_unfollowed, functorch_active, tracked
 
 # Kinds of states that a table is prepared for at the same time.
 _KINDS_KEPT = 8
@@ -120,26 +121,30 @@ class StepTable:
         # For an int, `isinstance` with Tensor costs ten times as much as its type.
         if type(row) is int or not isinstance(row, Tensor):
             row = indices[row]
-        if transformed() or (
-            is_grad_enabled()
-            and (
-                x.requires_grad
-                or model_output.requires_grad
-                or (noise is not None and noise.requires_grad)
-            )
-        ):
-            if epsilon is None:
-                return self._differentiable(prepared, x, model_output, row, noise, keys, history)
-            check_unfollowed("epsilon", x, model_output, noise)
-            if tracked(x, model_output, noise):
-                raise RuntimeError(
-                    "epsilon: writing into a given tensor is not differentiable; "
-                    "call under torch.no_grad()"
+        # Levels are those of all threads, and `tracked` would take a hundredth of a step.
+        if (
+            forward_ad._current_level >= 0
+            or (
+                is_grad_enabled()
+                and (
+                    x.requires_grad
+                    or model_output.requires_grad
+                    or (noise is not None and noise.requires_grad)
                 )
+            )
+        ) and tracked(x, model_output, noise):
+            return self._differentiable(
+                prepared, x, model_output, row, noise, keys, history, epsilon
+            )
         large = fast and x.nbytes >= LARGE
         if fast and not large and keys is None and epsilon is None:
             results = ops.step(x, model_output, table, row, noise)
             return results if return_x0 else (results[0], None)
+        # What `ops.step` tells by itself.
+        if functorch_active():
+            return self._differentiable(
+                prepared, x, model_output, row, noise, keys, history, epsilon
+            )
         if self._rescaling is not None:
             table, row = rescaled(backend, x, model_output, table, row, self._rescaling)
         empty_like = RECYCLER.empty_like if large else torch.empty_like
@@ -196,6 +201,7 @@ class StepTable:
                 x, model_output, table, row, noise=noise, keys=keys, history=history
             )
             return x_prev, x_0 if return_x0 else None
+        check_unfollowed("epsilon", x, model_output, noise)
         x_prev, predicted = torch.empty_like(x), torch.empty_like(x) if return_x0 else None
         backend.update_out(
             x,
@@ -251,7 +257,14 @@ class StepTable:
         noise: Tensor | None,
         keys: Keys | None,
         history: Tensor | None,
+        epsilon: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        if epsilon is not None:
+            check_unfollowed("epsilon", x, model_output, noise)
+            raise RuntimeError(
+                "epsilon: writing into a given tensor is not differentiable; "
+                "call under torch.no_grad()"
+            )
         backend, table = prepared.backend, prepared.table
         if self._rescaling is not None:
             backend, table, row = rescaled_differentiably(

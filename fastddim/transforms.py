@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _are_functorch_transforms_active as functorch_active
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+
+# Whether a transform of `torch.func` is at work in this thread.
+functorch_active = torch._C._are_functorch_transforms_active
 
 
 def transformed() -> bool:
@@ -34,7 +36,9 @@ def followed(*tensors: Tensor | None) -> bool:
 
 def tracked(x: Tensor, model_output: Tensor, noise: Tensor | None) -> bool:
     """True where a transform or autograd follows what is computed from these tensors."""
-    if transformed() and followed(x, model_output, noise):
+    # `transformed()`, without the time of its call.
+    maybe_followed = functorch_active() or forward_ad._current_level >= 0
+    if maybe_followed and followed(x, model_output, noise):
         return True
     return is_grad_enabled() and (
         x.requires_grad or model_output.requires_grad or (noise is not None and noise.requires_grad)

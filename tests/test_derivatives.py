@@ -353,22 +353,26 @@ def test_second_derivatives_in_other_dtypes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
-def test_the_bound_of_the_clip_is_inside_as_in_torch_clamp(impl: str) -> None:
+def test_at_the_bound_of_the_clip_the_derivative_is_that_inside(impl: str) -> None:
+    """In every order and mode. That of `torch.clamp` is another in each version of PyTorch."""
     x = torch.tensor([[0.5, -0.5, 0.5000001, 0.2]], dtype=torch.float64)
 
-    def ours(x: Tensor) -> Tensor:
+    def cube(x: Tensor) -> Tensor:
         made = fastddim.step(x, 0 * x, 0.25, 1.0, clip=1.0, impl=impl)
         assert isinstance(made, Tensor)
         return made.pow(3).sum()
 
-    def clamped(x: Tensor) -> Tensor:
-        return (x / 0.5).clamp(-1.0, 1.0).pow(3).sum()
-
+    # Of (x/0.5)³, and of a number.
+    first = torch.tensor([[6.0, 6.0, 0.0, 0.96]]).double()
+    second = torch.diag(torch.tensor([24.0, -24.0, 0.0, 9.6]).double())
     leaf = x.clone().requires_grad_()
-    (first,) = torch.autograd.grad(ours(leaf), leaf)
-    assert first.tolist() == [[6.0, 6.0, 0.0, 6.0 * 0.4**2]]
-    for transform in (grad, hessian, jacfwd):
-        torch.testing.assert_close(transform(ours)(x), transform(clamped)(x))
+    torch.testing.assert_close(torch.autograd.grad(cube(leaf), leaf)[0], first)
+    (again,) = torch.autograd.grad(cube(leaf), leaf, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(again.sum(), leaf)[0][0], second.diag())
+    for transform in (grad, jacrev, jacfwd):
+        torch.testing.assert_close(transform(cube)(x), first)
+    for transform in (hessian, lambda f: jacfwd(jacfwd(f)), lambda f: jacrev(jacrev(f))):
+        torch.testing.assert_close(transform(cube)(x)[0, :, 0], second)
 
 
 # --- vmap -------------------------------------------------------------------------------------
