@@ -212,7 +212,11 @@ def step(
     The other arguments are those of `sample`. Values of coefficient tensors on an accelerator are
     not checked, since reading them would wait for the device.
 
-    Without `out` the result is differentiable in `x_t`, `model_output` and a `noise` tensor.
+    Without `out` the result is differentiable, to any order and in forward mode too, in `x_t`,
+    `model_output`, a `noise` tensor and coefficient tensors (at ᾱ_prev = 1 as if the roots that are
+    0 there stayed so); at a bound of the clip the derivative is that inside. The transforms of
+    `torch.func` follow it. Under `torch.vmap` each of the mapped calls is that call alone, and so
+    all have the same noise, unless `seed` or `step_index` are mapped too, as int64 tensors.
 
     Returns:
         x_prev, or `(x_prev, x_0)`, with the shape, dtype and device of `x_t`.
@@ -220,6 +224,7 @@ def step(
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
             it.
+        RuntimeError: `out` is given where autograd or a transform follows the result.
     """
     check_state("x_t", x_t)
     check_bool("return_x0", return_x0)
