@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fastddim import backends, transfer
 from fastddim.kept import ordinary
@@ -33,6 +33,7 @@ class PreparedStep(NamedTuple):
     rescaling: Rescaling | None
     noisy: bool
     guided: bool
+    in_graph: bool = False  # whether it is traced
 
 
 def prepared_step(
@@ -43,7 +44,7 @@ def prepared_step(
     update: Mapping[str, Any],
 ) -> PreparedStep:
     """Everything about a step except its tensors; what follows from plain numbers is remembered."""
-    if is_compiling():
+    if is_dynamo_compiling() or (type(x_t) not in _WITH_VALUES and is_compiling()):
         return _step_in_graph(x_t, alpha_t, alpha_prev, impl, update)
     coefficients = (alpha_t, alpha_prev, *map(update.__getitem__, PER_STEP))
     plain = type(x_t) in _WITH_VALUES and not any(map(_is_tensor, coefficients))
@@ -133,6 +134,7 @@ def _step_in_graph(
         update.rescaling,
         update.noisy,
         update.guided,
+        in_graph=True,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from fastddim import backends, ops, reference, transfer
 from fastddim.backends import cpu
@@ -99,7 +99,7 @@ class StepTable:
             RuntimeError: a tensor does not fit, or has gradients where there are none; the message
                 names it.
         """
-        if is_compiling():
+        if is_dynamo_compiling():
             return self.traced(
                 getattr(HELD, self.name_in_graph(x.dtype, x.device)),
                 x,
@@ -136,7 +136,7 @@ class StepTable:
                     "epsilon: writing into a given tensor is not differentiable; "
                     "call under torch.no_grad()"
                 )
-        large = fast and x.nbytes >= LARGE
+        large = fast and x.nbytes >= LARGE and type(x) is Tensor
         if fast and not large and keys is None and epsilon is None:
             results = ops.step(x, model_output, table, row, noise)
             return results if return_x0 else (results[0], None)

@@ -8,8 +8,19 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+_PLAIN = (int, Tensor)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a graph is traced in which a value may be another one when it runs.
+
+    `torch.export` may trace with tensors of a class of its own, in Python as it is.
+    """
+    return is_dynamo_compiling() or (type(value) not in _PLAIN and is_compiling())
 
 
 def constant(function: Function) -> Function:
