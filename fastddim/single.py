@@ -17,11 +17,8 @@ from fastddim.options import PER_STEP, Coefficient, Rescaling, Update
 from fastddim.plan import coefficient_row, stack_row, to_table
 from fastddim.reference import compute_dtype
 from fastddim.steptable import backend_in_graph
-from fastddim.tracing import HELD, constant, is_constant
+from fastddim.tracing import HELD, PLAIN, constant, is_constant
 from fastddim.validation import check_coefficient
-
-# Fake tensors and others without values are served by tensors of their own mode.
-_WITH_VALUES = (Tensor, torch.nn.Parameter)
 
 
 class PreparedStep(NamedTuple):
@@ -44,10 +41,11 @@ def prepared_step(
     update: Mapping[str, Any],
 ) -> PreparedStep:
     """Everything about a step except its tensors; what follows from plain numbers is remembered."""
-    if is_dynamo_compiling() or (type(x_t) not in _WITH_VALUES and is_compiling()):
+    has_values = type(x_t) in PLAIN
+    if is_dynamo_compiling() or (not has_values and is_compiling()):
         return _step_in_graph(x_t, alpha_t, alpha_prev, impl, update)
     coefficients = (alpha_t, alpha_prev, *map(update.__getitem__, PER_STEP))
-    plain = type(x_t) in _WITH_VALUES and not any(map(_is_tensor, coefficients))
+    plain = has_values and not any(map(_is_tensor, coefficients))
     # What is made while a graph is captured holds its values only once the graph was replayed.
     if plain and not transfer.captured(x_t.device):
         try:

@@ -21,7 +21,7 @@ from fastddim.philox import Keys
 from fastddim.plan import Rescaling, to_table
 from fastddim.recycling import LARGE, RECYCLER
 from fastddim.reference import compute_dtype
-from fastddim.tracing import HELD, constant
+from fastddim.tracing import HELD, PLAIN, constant
 from fastddim.transforms import check_unfollowed, tracked, transformed
 
 # Kinds of states that a table is prepared for at the same time.
@@ -72,7 +72,7 @@ class StepTable:
         self._impl = impl
         self._prepared: Cache[_Prepared] = Cache(_KINDS_KEPT)
 
-    def __call__(
+    def take(
         self,
         x: Tensor,
         model_output: Tensor,
@@ -99,20 +99,6 @@ class StepTable:
             RuntimeError: a tensor does not fit, or has gradients where there are none; the message
                 names it.
         """
-        if is_dynamo_compiling():
-            return self.traced(
-                getattr(HELD, self.name_in_graph(x.dtype, x.device)),
-                x,
-                model_output,
-                row,
-                rescaling=self._rescaling,
-                noise=noise,
-                keys=keys,
-                history=history,
-                epsilon=epsilon,
-                return_x0=return_x0,
-                impl=self._impl,
-            )
         prepared = self._prepared.get((x.device, x.dtype))
         if prepared is None:
             prepared = self._prepare(x.dtype, x.device)
@@ -120,12 +106,17 @@ class StepTable:
         # For an int, `isinstance` with Tensor costs ten times as much as its type.
         if type(row) is int or not isinstance(row, Tensor):
             row = indices[row]
-        if transformed() or (
-            is_grad_enabled()
-            and (
-                x.requires_grad
-                or model_output.requires_grad
-                or (noise is not None and noise.requires_grad)
+        # An operator that returns its results suits every class of tensors.
+        if (
+            transformed()
+            or type(x) not in PLAIN
+            or (
+                is_grad_enabled()
+                and (
+                    x.requires_grad
+                    or model_output.requires_grad
+                    or (noise is not None and noise.requires_grad)
+                )
             )
         ):
             if epsilon is None:
@@ -136,7 +127,7 @@ class StepTable:
                     "epsilon: writing into a given tensor is not differentiable; "
                     "call under torch.no_grad()"
                 )
-        large = fast and x.nbytes >= LARGE and type(x) is Tensor
+        large = fast and x.nbytes >= LARGE
         if fast and not large and keys is None and epsilon is None:
             results = ops.step(x, model_output, table, row, noise)
             return results if return_x0 else (results[0], None)
@@ -160,57 +151,14 @@ class StepTable:
         )
         return x_prev, x_0
 
-    @classmethod
-    def traced(
-        cls,
-        table: Tensor,
-        x: Tensor,
-        model_output: Tensor,
-        row: int | Tensor,
-        *,
-        rescaling: Rescaling | None,
-        noise: Tensor | None = None,
-        keys: Keys | None = None,
-        history: Tensor | None = None,
-        epsilon: Tensor | None = None,
-        return_x0: bool = True,
-        impl: str = "auto",
-    ) -> tuple[Tensor, Any]:
-        """A step as a part of a graph, with one operator for the update.
-
-        Args:
-            table: `[R, K]` as the backend reads it.
-
-        Takes, returns and raises the same as the call of an object.
-        """
-        backend = backend_in_graph(impl, x.device)
-        if not isinstance(row, Tensor):
-            position = cls._position(table.shape[0], row)
-            row = torch.full((1,), position, dtype=torch.int64, device=x.device)
-        if rescaling is not None and tracked(x, model_output, noise):
-            backend, table, row = rescaled_differentiably(x, model_output, table, row, rescaling)
-        elif rescaling is not None:
-            table, row = rescaled(backend, x, model_output, table, row, rescaling)
-        if epsilon is None:
-            x_prev, x_0 = backend.update(
-                x, model_output, table, row, noise=noise, keys=keys, history=history
-            )
-            return x_prev, x_0 if return_x0 else None
-        x_prev, predicted = torch.empty_like(x), torch.empty_like(x) if return_x0 else None
-        backend.update_out(
-            x,
-            model_output,
-            table,
-            row,
-            noise=noise,
-            keys=keys,
-            history=history,
-            out=x_prev,
-            x_0=predicted,
-            model_input=None,
-            epsilon=epsilon,
-        )
-        return x_prev, predicted
+    def __call__(self, *operands: Any, **others: Any) -> tuple[Tensor, Any]:
+        """Take the step, as a part of the graph where one is traced; see `take`."""
+        if not is_dynamo_compiling():
+            return self.take(*operands, **others)
+        x: Tensor = operands[0]
+        table = getattr(HELD, self.name_in_graph(x.dtype, x.device))
+        traced = TracedTable(table, self._position, self._rescaling, self._impl)
+        return traced.take(*operands, **others)
 
     @constant
     def name_in_graph(self, dtype: torch.dtype, device: torch.device) -> str:
@@ -258,6 +206,73 @@ class StepTable:
                 x, model_output, table, row, self._rescaling
             )
         return backend.update(x, model_output, table, row, noise=noise, keys=keys, history=history)
+
+
+class TracedTable:
+    """A table in a graph that is traced, where each step is one operator that returns its results:
+    compilers can move such an operator.
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        position: Callable[[int, int], int],
+        rescaling: Rescaling | None,
+        impl: str = "auto",
+    ) -> None:
+        """
+        Args:
+            table: `[R, K]` as the backend reads it.
+            position: the place of a row among R.
+            rescaling, impl: as in `StepTable`.
+        """
+        self._table = table
+        self._position = position
+        self._rescaling = rescaling
+        self._impl = impl
+
+    def take(
+        self,
+        x: Tensor,
+        model_output: Tensor,
+        row: int | Tensor,
+        *,
+        noise: Tensor | None = None,
+        keys: Keys | None = None,
+        history: Tensor | None = None,
+        epsilon: Tensor | None = None,
+        return_x0: bool = True,
+    ) -> tuple[Tensor, Any]:
+        """Take a step; see `StepTable.take`."""
+        backend, table = backend_in_graph(self._impl, x.device), self._table
+        if not isinstance(row, Tensor):
+            position = self._position(table.shape[0], row)
+            row = torch.full((1,), position, dtype=torch.int64, device=x.device)
+        if self._rescaling is not None and tracked(x, model_output, noise):
+            backend, table, row = rescaled_differentiably(
+                x, model_output, table, row, self._rescaling
+            )
+        elif self._rescaling is not None:
+            table, row = rescaled(backend, x, model_output, table, row, self._rescaling)
+        if epsilon is None:
+            return backend.update(
+                x, model_output, table, row, noise=noise, keys=keys, history=history
+            )
+        x_prev, x_0 = torch.empty_like(x), torch.empty_like(x)
+        backend.update_out(
+            x,
+            model_output,
+            table,
+            row,
+            noise=noise,
+            keys=keys,
+            history=history,
+            out=x_prev,
+            x_0=x_0,
+            model_input=None,
+            epsilon=epsilon,
+        )
+        return x_prev, x_0 if return_x0 else None
 
 
 def backend_in_graph(impl: str, device: torch.device) -> backends.Backend:

@@ -7,10 +7,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-_PLAIN = (int, Tensor)
+PLAIN = (Tensor, nn.Parameter)
+"""Classes of tensors whose values are at hand, as those of fake tensors are not."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -20,7 +21,9 @@ def is_traced(value: Any) -> bool:
 
     `torch.export` may trace with tensors of a class of its own, in Python as it is.
     """
-    return is_dynamo_compiling() or (type(value) not in _PLAIN and is_compiling())
+    if is_dynamo_compiling():
+        return True
+    return type(value) is not int and type(value) not in PLAIN and is_compiling()
 
 
 def constant(function: Function) -> Function:

@@ -13,7 +13,6 @@ from torch.compiler import is_dynamo_compiling
 
 from fastddim.integrations._hooks import Hooks
 from fastddim.integrations._indices import check_indices
-from fastddim.integrations.diffusers._graph import Table
 from fastddim.integrations.diffusers._noising import Noising
 from fastddim.integrations.diffusers._rows import (
     SignedTable,
@@ -32,7 +31,7 @@ from fastddim.integrations.diffusers._tuned import (
 )
 from fastddim.kept import keep
 from fastddim.plan import Update, row_of
-from fastddim.steptable import StepTable
+from fastddim.steptable import StepTable, TracedTable
 from fastddim.tuned import TunedSteps
 
 _METHODS = ("_get_variance", "_threshold_sample")
@@ -139,6 +138,7 @@ class _Ddim(Noising):
             IndexError: the timestep is no index of `alphas_cumprod`.
             TypeError: the timestep is no number.
         """
+        in_graph = is_dynamo_compiling()
         if self._fastddim_work.tuned is not None:
             results = self._tuned_step(
                 self._fastddim_work.tuned,
@@ -148,10 +148,16 @@ class _Ddim(Noising):
                 eta,
                 use_clipped_model_output,
             )
-            return output_object(self._output_class, *results) if return_dict else results
+            if not return_dict:
+                return results
+            return output_object(self._output_class, results[0], results[1], in_graph)
         row = timestep if type(timestep) is int else self._row(timestep, sample.device)
         state = self._state(sample, model_output)
-        table = None if state is None else self._table(state, eta, use_clipped_model_output, False)
+        table: Any = None
+        if state is not None and in_graph:
+            table = self._table_in_graph(state, eta, use_clipped_model_output, False)
+        elif state is not None:
+            table = self._table(self.num_inference_steps, eta, use_clipped_model_output, False)
         if state is None or table is None:
             if variance_noise is None and generator is None and eta > 0:
                 variance_noise = self._philox_noise(timestep, model_output)
@@ -175,8 +181,10 @@ class _Ddim(Noising):
                 keys = self._philox_keys(timestep, state)
             else:
                 noise = _noise(model_output, sample, generator, variance_noise)
-        results = table(state, model_output, row, noise=noise, keys=keys)
-        return output_object(self._output_class, *results) if return_dict else results
+        results = table.take(state, model_output, row, noise=noise, keys=keys)
+        if not return_dict:
+            return results
+        return output_object(self._output_class, results[0], results[1], in_graph)
 
     def _tuned_step(
         self,
@@ -227,27 +235,25 @@ class _Ddim(Noising):
             )
         return tuned_table(steps, self.config, self._on_host("alphas_cumprod"), rederive_eps)
 
-    def _table(
+    def _table_in_graph(
         self, state: Tensor, eta: Any, rederive_eps: bool, ends_at_one: bool
-    ) -> Table | None:
+    ) -> TracedTable | None:
+        arguments = (self.num_inference_steps, eta, bool(rederive_eps), ends_at_one)
+        rescaling = limits(self.config)[1]
+        return self._in_graph("_table", state, *arguments, rescaling=rescaling, kind=SignedTable)
+
+    def _table(
+        self, steps: int | None, eta: Any, rederive_eps: bool, ends_at_one: bool
+    ) -> SignedTable | None:
         """The table of an η; None where the step is for diffusers: an error to raise, or a case
         that the kernel does not cover.
 
         Args:
+            steps: `num_inference_steps`.
             ends_at_one: whether ᾱ after the last timestep is 1, whatever the scheduler's is.
         """
         if not isinstance(eta, (float, int)):
             return None
-        if not is_dynamo_compiling():
-            return self._kept_table(self.num_inference_steps, eta, rederive_eps, ends_at_one)
-        arguments = (self.num_inference_steps, eta, bool(rederive_eps), ends_at_one)
-        return self._in_graph(
-            "_kept_table", state, *arguments, rescaling=limits(self.config)[1], kind=SignedTable
-        )
-
-    def _kept_table(
-        self, steps: int | None, eta: float, rederive_eps: bool, ends_at_one: bool
-    ) -> SignedTable | None:
         alphas, final, config = self.alphas_cumprod, self.final_alpha_cumprod, self.config
         try:
             key = (
@@ -263,7 +269,7 @@ class _Ddim(Noising):
             )
         except RuntimeError:  # of inference mode
             settled = self._count_changes(*_ATTRIBUTES)
-            return self._kept_table(steps, eta, rederive_eps, ends_at_one) if settled else None
+            return self._table(steps, eta, rederive_eps, ends_at_one) if settled else None
         kept = self._fastddim_work.tables
         table: SignedTable | None = kept.get(key)
         if table is None and steps is not None and not eta < 0 and self._covered():
@@ -381,15 +387,21 @@ class DDIMParallelScheduler(_Ddim, _ddim_parallel.DDIMParallelScheduler):  # typ
         for name in _ATTRIBUTES:
             if getattr(self, name).device != model_output.device:
                 self._move(name, model_output.device)
-        state, table = self._state(sample, model_output), None
-        if state is not None and eta == 0 and timesteps.numel() in (1, sample.shape[0]):
-            table = self._table(state, 0.0, use_clipped_model_output, True)
+        state = self._state(sample, model_output)
+        table: Any = None
+        covered = eta == 0 and timesteps.numel() in (1, sample.shape[0])
+        # ᾱ of many timesteps has a part in the dtype of the result, unlike ᾱ of one.
+        if state is not None and covered:
+            state = state.to(torch.promote_types(state.dtype, self.alphas_cumprod.dtype))
+            if is_dynamo_compiling():
+                table = self._table_in_graph(state, 0.0, use_clipped_model_output, True)
+            else:
+                steps = self.num_inference_steps
+                table = self._table(steps, 0.0, use_clipped_model_output, True)
         if state is None or table is None:
             return super().batch_step_no_noise(
                 model_output, timesteps, sample, eta, use_clipped_model_output
             )
-        # ᾱ of many timesteps has a part in the dtype of the result, unlike ᾱ of one.
-        state = state.to(torch.promote_types(state.dtype, self.alphas_cumprod.dtype))
         row = self._rows(timesteps, state.device)
-        result: Tensor = table(state, model_output, row, return_x0=False)[0]
+        result: Tensor = table.take(state, model_output, row, return_x0=False)[0]
         return result

@@ -97,8 +97,10 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
                 noise = drawn_like(mean, generator)
         if noise is not None and predicted is not None:
             noise = self._deviation(steps, t, predicted) * noise
-        results = steps.table(state, mean, t, noise=noise, keys=keys)
-        return output_object(_ddpm.DDPMSchedulerOutput, *results) if return_dict else results
+        results = steps.table.take(state, mean, t, noise=noise, keys=keys)
+        if not return_dict:
+            return results
+        return output_object(_ddpm.DDPMSchedulerOutput, results[0], results[1], in_graph)
 
     def _check_fallback(self, t: int) -> None:
         """Refuse what diffusers' own step would not name, or take without a word."""

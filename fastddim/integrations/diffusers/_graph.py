@@ -7,9 +7,7 @@ place is not seen. Timesteps may be ints or tensors, whose values are read where
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,14 +15,13 @@ from torch import Tensor
 from fastddim.integrations._hooks import Hooks
 from fastddim.philox import Keys, make_keys
 from fastddim.plan import Rescaling
-from fastddim.steptable import StepTable
+from fastddim.steptable import StepTable, TracedTable
 from fastddim.tracing import HELD, constant, specialized
 
 IN_GRAPH = "in the graph"
 """Where timesteps have their values if a graph sets them."""
 
-Table = Callable[..., Any]
-"""A `StepTable`, or its step in a graph, which takes the same arguments."""
+Table: TypeAlias = StepTable | TracedTable
 
 
 class InGraph:
@@ -43,7 +40,7 @@ class InGraph:
         *arguments: Any,
         rescaling: Rescaling | None = None,
         kind: type[StepTable] = StepTable,
-    ) -> Table | None:
+    ) -> TracedTable | None:
         """The table that the method `find` has for the arguments, or None.
 
         Args:
@@ -62,7 +59,7 @@ class InGraph:
         )
         if not name:
             return None
-        return partial(kind.traced, getattr(HELD, name), rescaling=rescaling)
+        return TracedTable(getattr(HELD, name), kind._position, rescaling)
 
     @constant
     def _name_in_graph(

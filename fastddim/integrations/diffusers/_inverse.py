@@ -68,26 +68,31 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
         """
         row = timestep if type(timestep) is int else self._row(timestep, sample.device)
         state = self._state(sample, model_output)
-        table = None if state is None else self._table(state)
+        table: Table | None = None
+        steps = self.num_inference_steps
+        in_graph = is_dynamo_compiling()
+        if state is not None and in_graph:
+            table = self._in_graph("_table", state, steps, kind=SignedTable)
+        elif state is not None:
+            table = self._table(steps)
         if state is None or table is None:
             return super().step(model_output, timestep, sample, return_dict)
-        results = table(state, model_output, row)
-        return (
-            output_object(_ddim_inverse.DDIMSchedulerOutput, *results) if return_dict else results
-        )
+        results = table.take(state, model_output, row)
+        if not return_dict:
+            return results
+        return output_object(_ddim_inverse.DDIMSchedulerOutput, results[0], results[1], in_graph)
 
-    def _table(self, state: Tensor) -> Table | None:
-        """The table of all steps; None where diffusers has an error to raise."""
-        if not is_dynamo_compiling():
-            return self._kept_table(self.num_inference_steps)
-        return self._in_graph("_kept_table", state, self.num_inference_steps, kind=SignedTable)
+    def _table(self, steps: int | None) -> SignedTable | None:
+        """The table of all steps; None where diffusers has an error to raise.
 
-    def _kept_table(self, steps: int | None) -> SignedTable | None:
+        Args:
+            steps: `num_inference_steps`.
+        """
         alphas, initial, config = self.alphas_cumprod, self.initial_alpha_cumprod, self.config
         try:
             versions = alphas._version, initial._version
         except RuntimeError:  # of inference mode
-            return self._kept_table(steps) if self._count_changes(*_ATTRIBUTES) else None
+            return self._table(steps) if self._count_changes(*_ATTRIBUTES) else None
         key = (steps, *versions, id(config), id(alphas), id(initial))
         kept = self._fastddim_work.tables
         table: SignedTable | None = kept.get(key)

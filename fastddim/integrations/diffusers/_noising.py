@@ -66,7 +66,7 @@ class Noising(Fused):
         if table is None:
             return None
         row = timesteps.reshape(-1).to(x.device, torch.int64)
-        return table(state, noise, row, return_x0=False)[0]
+        return table.take(state, noise, row, return_x0=False)[0]
 
     def _mixing(self, method: str) -> StepTable | None:
         alphas, kept = self.alphas_cumprod, self._fastddim_work.tables
@@ -88,8 +88,7 @@ class Noising(Fused):
             return None
         row = timesteps.reshape(-1).to(state.device, torch.int64)
         row = torch.where(row < 0, row + len(self.alphas_cumprod), row)
-        mixed: Tensor = table(state, noise, row)[0]
-        return mixed
+        return table.take(state, noise, row)[0]
 
 
 def _mixing_table(method: str, alphas: Tensor) -> StepTable:

@@ -27,7 +27,7 @@ class SignedTable(StepTable):
             raise IndexError(
                 f"timestep: expected an index of alphas_cumprod, in [{-half}, {half}), got {row}"
             )
-        return range(count)[row]
+        return row % count
 
 
 def signed_table(row: Row, rescaling: Rescaling | None = None) -> SignedTable:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from fastddim import transfer
 from fastddim.cache import Cache
@@ -24,14 +24,11 @@ from fastddim.integrations.diffusers._timesteps import (
 from fastddim.integrations.diffusers._tuned import TunedRun
 from fastddim.kept import keep, ordinary
 from fastddim.philox import STEP_NOISE, Keys, make_keys, normal
-from fastddim.tracing import is_traced
+from fastddim.tracing import PLAIN, is_traced
 from fastddim.tuned import TunedSteps
 from fastddim.validation import STATE_DTYPES, check_choice
 
 _TABLES_KEPT = 16
-
-# Tensors whose values are there to be read; those of a fake mode are not.
-_WITH_VALUES = (Tensor, torch.nn.Parameter)
 
 # One for each step of a long run, since making them waits for the device.
 _KEYS_KEPT = 1024
@@ -177,7 +174,7 @@ class Fused(InGraph):
         if self._moved(name) is not None:
             return True
         tensor = getattr(self, name)
-        readable = type(tensor) in _WITH_VALUES and not tensor.is_meta
+        readable = type(tensor) in PLAIN and not tensor.is_meta
         return readable and not transfer.captured(tensor.device)
 
     def _count_changes(self, *names: str) -> bool:
@@ -268,8 +265,11 @@ class Fused(InGraph):
 
     def _row(self, timestep: Any, device: torch.device) -> int | Tensor:
         """The row of a timestep in a `SignedTable`, for a state on the device."""
-        if is_traced(timestep) and is_one_index(timestep):
-            return self._rows(timestep, device)
+        if is_traced(timestep):
+            if type(timestep) is int:
+                return timestep
+            if is_one_index(timestep):
+                return self._rows(timestep, device)
         t = self._host_value(timestep)
         return self._rows(timestep, device) if t is None else t
 
@@ -319,9 +319,13 @@ def drawn_like(like: Tensor, generator: Any) -> Tensor:
 _set_item = OrderedDict.__setitem__
 
 
-def output_object(cls: Any, prev_sample: Tensor, pred_original_sample: Tensor) -> Any:
-    """The output object of diffusers, whose own constructor takes longer than a small step."""
-    if is_dynamo_compiling():
+def output_object(
+    cls: Any, prev_sample: Tensor, pred_original_sample: Tensor, in_graph: bool
+) -> Any:
+    """The output object of diffusers, whose own constructor takes longer than a small step, but is
+    what compilers know.
+    """
+    if in_graph:
         return cls(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
     output = cls.__new__(cls)
     _set_item(output, "prev_sample", prev_sample)
