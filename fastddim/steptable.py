@@ -21,7 +21,7 @@ from fastddim.philox import Keys
 from fastddim.plan import Rescaling, to_table
 from fastddim.recycling import LARGE, RECYCLER
 from fastddim.reference import compute_dtype
-from fastddim.tracing import HELD, PLAIN, constant
+from fastddim.tracing import HELD, PLAIN, constant, is_traced
 from fastddim.transforms import check_unfollowed, tracked, transformed
 
 # Kinds of states that a table is prepared for at the same time.
@@ -127,7 +127,8 @@ class StepTable:
                     "epsilon: writing into a given tensor is not differentiable; "
                     "call under torch.no_grad()"
                 )
-        large = fast and x.nbytes >= LARGE
+        # Traced by `torch.jit`, memory that is lent would become a constant.
+        large = fast and x.nbytes >= LARGE and not is_traced(x)
         if fast and not large and keys is None and epsilon is None:
             results = ops.step(x, model_output, table, row, noise)
             return results if return_x0 else (results[0], None)

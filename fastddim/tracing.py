@@ -1,4 +1,4 @@
-"""Steps under `torch.compile` and `torch.export`: what is constant in the graph."""
+"""Steps in a graph that `torch.compile`, `torch.export` or `torch.jit` traces: its constants."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch._C import _is_tracing
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 PLAIN = (Tensor, nn.Parameter)
@@ -21,7 +22,8 @@ def is_traced(value: Any) -> bool:
 
     `torch.export` may trace with tensors of a class of its own, in Python as it is.
     """
-    if is_dynamo_compiling():
+    # The latter is `torch.jit.is_tracing`, at a tenth of its time.
+    if is_dynamo_compiling() or _is_tracing():
         return True
     return type(value) is not int and type(value) not in PLAIN and is_compiling()
 

@@ -218,6 +218,7 @@ PRIVATE = {
     "fastddim/loop/cuda.py": "capture",
     "fastddim/processor.py": "what the CPU has",
     "fastddim/runs/memory.py": "which storage a tensor has",
+    "fastddim/tracing.py": "whether torch.jit traces",
     "fastddim/transforms.py": "which transforms are at work, and a kernel below that of autograd",
 }
 
