@@ -158,7 +158,7 @@ class StepTable:
             return self.take(*operands, **others)
         x: Tensor = operands[0]
         table = getattr(HELD, self.name_in_graph(x.dtype, x.device))
-        traced = TracedTable(table, self._position, self._rescaling, self._impl)
+        traced = TracedTable(table, self.position, self._rescaling, self._impl)
         return traced.take(*operands, **others)
 
     @constant
@@ -168,7 +168,7 @@ class StepTable:
         return HELD.name_of(prepared.table, owner=self)
 
     @staticmethod
-    def _position(count: int, row: int) -> int:
+    def position(count: int, row: int) -> int:
         """The place of a row among `count`, which may be given from the end."""
         if not -count <= row < count:
             raise IndexError(f"row: expected an index in [{-count}, {count}), got {row}")
@@ -186,7 +186,7 @@ class StepTable:
             table = to_table(rows, compute_dtype(dtype), rows.device, checked=False)
             table = transfer.upload(table, device)
             fast = self._rescaling is None and backend.__name__ == cpu.__name__
-            indices = _RowIndices(len(table), device, self._position)
+            indices = _RowIndices(len(table), device, self.position)
             return _Prepared(backend, table, indices, fast)
 
         return keep(self._prepared, (device, dtype), prepared, device=device)

@@ -7,9 +7,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch._C import _is_tracing
 from torch.compiler import is_compiling, is_dynamo_compiling
+
+TAKES_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+"""Whether a function that is `constant` takes other objects than its own: not in torch 2.11."""
 
 PLAIN = (Tensor, nn.Parameter)
 """Classes of tensors whose values are at hand, as those of fake tensors are not."""

@@ -59,7 +59,7 @@ class InGraph:
         )
         if not name:
             return None
-        return TracedTable(getattr(HELD, name), kind._position, rescaling)
+        return TracedTable(getattr(HELD, name), kind.position, rescaling)
 
     @constant
     def _name_in_graph(

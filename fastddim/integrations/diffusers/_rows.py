@@ -21,7 +21,7 @@ class SignedTable(StepTable):
     """Rows made from `doubled`, which are those of t in [−T, T)."""
 
     @staticmethod
-    def _position(count: int, row: int) -> int:
+    def position(count: int, row: int) -> int:
         half = count // 2
         if not -half <= row < half:
             raise IndexError(
