@@ -7,7 +7,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from fastddim import philox
 from fastddim.loop.noise import check_generators, draw
@@ -241,7 +240,7 @@ def step(
         "dynamic_thresholding_ratio": dynamic_thresholding_ratio,
         "sample_max_value": sample_max_value,
     }
-    backend, table, row, rescaling, noisy, guided, table_tracked = prepared_step(
+    backend, table, row, rescaling, noisy, guided, table_tracked, in_graph = prepared_step(
         x_t, alpha_t, alpha_prev, impl, update
     )
     check_model_output("model_output", model_output, x_t, guided=guided)
@@ -264,7 +263,7 @@ def step(
     elif rescaling is not None:
         table, row = rescaled(backend, x_t, model_output, table, row, rescaling)
     # In a graph, an operator that returns its results is one that compilers can move.
-    if differentiable or (out is None and is_compiling()):
+    if differentiable or (in_graph and out is None):
         x_prev, x_0 = backend.update(x_t, model_output, table, row, noise=noise, keys=keys)
         return (x_prev, x_0) if return_x0 else x_prev
     x_prev = torch.empty_like(x_t) if out is None else out

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fastddim import backends, transfer
 from fastddim.kept import ordinary
@@ -17,12 +17,9 @@ from fastddim.options import PER_STEP, Coefficient, Rescaling, Update
 from fastddim.plan import coefficient_row, stack_row, to_table
 from fastddim.reference import compute_dtype
 from fastddim.steptable import backend_in_graph
-from fastddim.tracing import HELD, constant, is_constant
+from fastddim.tracing import HELD, PLAIN, constant, is_constant
 from fastddim.transforms import bare
 from fastddim.validation import check_coefficient, with_derivatives
-
-# Fake tensors and others without values are served by tensors of their own mode.
-_WITH_VALUES = (Tensor, torch.nn.Parameter)
 
 
 class PreparedStep(NamedTuple):
@@ -35,6 +32,7 @@ class PreparedStep(NamedTuple):
     noisy: bool
     guided: bool
     tracked: bool  # whether the table has derivatives
+    in_graph: bool = False  # whether it is traced
 
 
 def prepared_step(
@@ -45,10 +43,11 @@ def prepared_step(
     update: Mapping[str, Any],
 ) -> PreparedStep:
     """Everything about a step except its tensors; what follows from plain numbers is remembered."""
-    if is_compiling():
+    has_values = type(x_t) in PLAIN
+    if is_dynamo_compiling() or (not has_values and is_compiling()):
         return _step_in_graph(x_t, alpha_t, alpha_prev, impl, update)
     coefficients = (alpha_t, alpha_prev, *map(update.__getitem__, PER_STEP))
-    plain = type(x_t) in _WITH_VALUES and not any(map(_is_tensor, coefficients))
+    plain = has_values and not any(map(_is_tensor, coefficients))
     # What is made while a graph is captured holds its values only once the graph was replayed.
     if plain and not transfer.captured(x_t.device):
         try:
@@ -146,6 +145,7 @@ def _step_in_graph(
         update.noisy,
         update.guided,
         tracked=not bare(table),
+        in_graph=True,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from fastddim import backends, ops, reference, transfer
 from fastddim.backends import cpu
@@ -22,7 +22,7 @@ from fastddim.philox import Keys
 from fastddim.plan import Rescaling, to_table
 from fastddim.recycling import LARGE, RECYCLER
 from fastddim.reference import compute_dtype
-from fastddim.tracing import HELD, constant
+from fastddim.tracing import HELD, PLAIN, constant, is_traced
 from fastddim.transforms import check_unfollowed, functorch_active, tracked
 
 # Kinds of states that a table is prepared for at the same time.
@@ -73,7 +73,7 @@ class StepTable:
         self._impl = impl
         self._prepared: Cache[_Prepared] = Cache(_KINDS_KEPT)
 
-    def __call__(
+    def take(
         self,
         x: Tensor,
         model_output: Tensor,
@@ -100,20 +100,6 @@ class StepTable:
             RuntimeError: a tensor does not fit, or has gradients where there are none; the message
                 names it.
         """
-        if is_compiling():
-            return self.traced(
-                getattr(HELD, self.name_in_graph(x.dtype, x.device)),
-                x,
-                model_output,
-                row,
-                rescaling=self._rescaling,
-                noise=noise,
-                keys=keys,
-                history=history,
-                epsilon=epsilon,
-                return_x0=return_x0,
-                impl=self._impl,
-            )
         prepared = self._prepared.get((x.device, x.dtype))
         if prepared is None:
             prepared = self._prepare(x.dtype, x.device)
@@ -136,12 +122,15 @@ class StepTable:
             return self._differentiable(
                 prepared, x, model_output, row, noise, keys, history, epsilon
             )
-        large = fast and x.nbytes >= LARGE
-        if fast and not large and keys is None and epsilon is None:
+        # Traced by `torch.jit`, memory that is lent would become a constant.
+        large = fast and x.nbytes >= LARGE and not is_traced(x)
+        plain = type(x) in PLAIN
+        if fast and plain and not large and keys is None and epsilon is None:
             results = ops.step(x, model_output, table, row, noise)
             return results if return_x0 else (results[0], None)
-        # What `ops.step` tells by itself.
-        if functorch_active():
+        # Transforms, which `ops.step` tells by itself, and every class of tensors are served by an
+        # operator that returns its results.
+        if functorch_active() or (epsilon is None and not plain):
             return self._differentiable(
                 prepared, x, model_output, row, noise, keys, history, epsilon
             )
@@ -165,58 +154,14 @@ class StepTable:
         )
         return x_prev, x_0
 
-    @classmethod
-    def traced(
-        cls,
-        table: Tensor,
-        x: Tensor,
-        model_output: Tensor,
-        row: int | Tensor,
-        *,
-        rescaling: Rescaling | None,
-        noise: Tensor | None = None,
-        keys: Keys | None = None,
-        history: Tensor | None = None,
-        epsilon: Tensor | None = None,
-        return_x0: bool = True,
-        impl: str = "auto",
-    ) -> tuple[Tensor, Any]:
-        """A step as a part of a graph, with one operator for the update.
-
-        Args:
-            table: `[R, K]` as the backend reads it.
-
-        Takes, returns and raises the same as the call of an object.
-        """
-        backend = backend_in_graph(impl, x.device)
-        if not isinstance(row, Tensor):
-            position = cls._position(table.shape[0], row)
-            row = torch.full((1,), position, dtype=torch.int64, device=x.device)
-        if rescaling is not None and tracked(x, model_output, noise):
-            backend, table, row = rescaled_differentiably(x, model_output, table, row, rescaling)
-        elif rescaling is not None:
-            table, row = rescaled(backend, x, model_output, table, row, rescaling)
-        if epsilon is None:
-            x_prev, x_0 = backend.update(
-                x, model_output, table, row, noise=noise, keys=keys, history=history
-            )
-            return x_prev, x_0 if return_x0 else None
-        check_unfollowed("epsilon", x, model_output, noise)
-        x_prev, predicted = torch.empty_like(x), torch.empty_like(x) if return_x0 else None
-        backend.update_out(
-            x,
-            model_output,
-            table,
-            row,
-            noise=noise,
-            keys=keys,
-            history=history,
-            out=x_prev,
-            x_0=predicted,
-            model_input=None,
-            epsilon=epsilon,
-        )
-        return x_prev, predicted
+    def __call__(self, *operands: Any, **others: Any) -> tuple[Tensor, Any]:
+        """Take the step, as a part of the graph where one is traced; see `take`."""
+        if not is_dynamo_compiling():
+            return self.take(*operands, **others)
+        x: Tensor = operands[0]
+        table = getattr(HELD, self.name_in_graph(x.dtype, x.device))
+        traced = TracedTable(table, self.position, self._rescaling, self._impl)
+        return traced.take(*operands, **others)
 
     @constant
     def name_in_graph(self, dtype: torch.dtype, device: torch.device) -> str:
@@ -225,7 +170,7 @@ class StepTable:
         return HELD.name_of(prepared.table, owner=self)
 
     @staticmethod
-    def _position(count: int, row: int) -> int:
+    def position(count: int, row: int) -> int:
         """The place of a row among `count`, which may be given from the end."""
         if not -count <= row < count:
             raise IndexError(f"row: expected an index in [{-count}, {count}), got {row}")
@@ -243,7 +188,7 @@ class StepTable:
             table = to_table(rows, compute_dtype(dtype), rows.device, checked=False)
             table = transfer.upload(table, device)
             fast = self._rescaling is None and backend.__name__ == cpu.__name__
-            indices = _RowIndices(len(table), device, self._position)
+            indices = _RowIndices(len(table), device, self.position)
             return _Prepared(backend, table, indices, fast)
 
         return keep(self._prepared, (device, dtype), prepared, device=device)
@@ -271,6 +216,74 @@ class StepTable:
                 x, model_output, table, row, self._rescaling
             )
         return backend.update(x, model_output, table, row, noise=noise, keys=keys, history=history)
+
+
+class TracedTable:
+    """A table in a graph that is traced, where each step is one operator that returns its results:
+    compilers can move such an operator.
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        position: Callable[[int, int], int],
+        rescaling: Rescaling | None,
+        impl: str = "auto",
+    ) -> None:
+        """
+        Args:
+            table: `[R, K]` as the backend reads it.
+            position: the place of a row among R.
+            rescaling, impl: as in `StepTable`.
+        """
+        self._table = table
+        self._position = position
+        self._rescaling = rescaling
+        self._impl = impl
+
+    def take(
+        self,
+        x: Tensor,
+        model_output: Tensor,
+        row: int | Tensor,
+        *,
+        noise: Tensor | None = None,
+        keys: Keys | None = None,
+        history: Tensor | None = None,
+        epsilon: Tensor | None = None,
+        return_x0: bool = True,
+    ) -> tuple[Tensor, Any]:
+        """Take a step; see `StepTable.take`."""
+        backend, table = backend_in_graph(self._impl, x.device), self._table
+        if not isinstance(row, Tensor):
+            position = self._position(table.shape[0], row)
+            row = torch.full((1,), position, dtype=torch.int64, device=x.device)
+        if self._rescaling is not None and tracked(x, model_output, noise):
+            backend, table, row = rescaled_differentiably(
+                x, model_output, table, row, self._rescaling
+            )
+        elif self._rescaling is not None:
+            table, row = rescaled(backend, x, model_output, table, row, self._rescaling)
+        if epsilon is None:
+            return backend.update(
+                x, model_output, table, row, noise=noise, keys=keys, history=history
+            )
+        check_unfollowed("epsilon", x, model_output, noise)
+        x_prev, x_0 = torch.empty_like(x), torch.empty_like(x)
+        backend.update_out(
+            x,
+            model_output,
+            table,
+            row,
+            noise=noise,
+            keys=keys,
+            history=history,
+            out=x_prev,
+            x_0=x_0,
+            model_input=None,
+            epsilon=epsilon,
+        )
+        return x_prev, x_0 if return_x0 else None
 
 
 def backend_in_graph(impl: str, device: torch.device) -> backends.Backend:

@@ -1,4 +1,4 @@
-"""Steps under `torch.compile` and `torch.export`: what is constant in the graph."""
+"""Steps in a graph that `torch.compile`, `torch.export` or `torch.jit` traces: its constants."""
 
 from __future__ import annotations
 
@@ -7,9 +7,29 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch._C import _is_tracing
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+TAKES_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+"""Whether a function that is `constant` takes other objects than its own: not in torch 2.11."""
+
+PLAIN = (Tensor, nn.Parameter)
+"""Classes of tensors whose values are at hand, as those of fake tensors are not."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a graph is traced in which a value may be another one when it runs.
+
+    `torch.export` may trace with tensors of a class of its own, in Python as it is.
+    """
+    # The latter is `torch.jit.is_tracing`, at a tenth of its time.
+    if is_dynamo_compiling() or _is_tracing():
+        return True
+    return type(value) is not int and type(value) not in PLAIN and is_compiling()
 
 
 def constant(function: Function) -> Function:

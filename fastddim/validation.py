@@ -286,7 +286,7 @@ def check_step_index(name: str, value: Any, batch: int) -> int | Tensor:
             raise TypeError(f"{name}: expected an int64 tensor, got dtype {value.dtype}")
         if value.shape[0] != batch:
             raise ValueError(f"{name}: expected [{batch}], got shape {tuple(value.shape)}")
-        if value.device.type == "cpu" and bare(value):
+        if readable(value):
             for i, v in enumerate(value.tolist()):
                 check_int(f"{name}[{i}]", v, 0, 2**32 - 1)
         return value

@@ -219,6 +219,7 @@ PRIVATE = {
     "fastddim/processor.py": "what the CPU has",
     "fastddim/runs/memory.py": "which storage a tensor has",
     "fastddim/steptable.py": "the level of forward-mode differentiation, without a call",
+    "fastddim/tracing.py": "whether torch.jit traces",
     "fastddim/transforms.py": "which transforms are at work, and a kernel below that of autograd",
 }
 

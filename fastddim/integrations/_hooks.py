@@ -27,7 +27,7 @@ class Hooks:
         """
         self.methods = methods
         self._of = of
-        self._attributes = attributes
+        self.attributes = attributes
 
     def overridden(self, owner: Any) -> str | None:
         """The first name that an object does not have from the peer's code, or None.
@@ -41,7 +41,7 @@ class Hooks:
         for name in self.methods:
             if name in own or not any(_defines(peer, name, cls) for peer in peers):
                 return name
-        return next((name for name in self._attributes if hasattr(cls, name)), None)
+        return next((name for name in self.attributes if hasattr(cls, name)), None)
 
 
 def _defines(peer: type, name: str, cls: type) -> bool:

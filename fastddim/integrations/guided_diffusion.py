@@ -32,12 +32,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from tqdm.auto import tqdm
 
 from fastddim.integrations._shared import give_methods
 from fastddim.integrations._tables import CacheOf, step_table
+from fastddim.kept import keep
 from fastddim.plan import Row
-from fastddim.steptable import StepTable
+from fastddim.steptable import StepTable, TracedTable
+from fastddim.tracing import HELD, TAKES_OBJECTS, constant
+from fastddim.transfer import upload
 
 Output = dict[str, Tensor]
 
@@ -88,11 +92,12 @@ def ddim_sample(
     clip = 1.0 if clip_denoised else None
     if cond_fn is not None:
         gradient = _evaluate(self, cond_fn, x, t, kwargs)
-        conditioned = _table(self, _conditioning_row, kind, clip)
-        output, _ = conditioned(state, output, row, noise=gradient, return_x0=False)
+        conditioned = _table(self, state, _conditioning_row, kind, clip)
+        output, _ = conditioned.take(state, output, row, noise=gradient, return_x0=False)
         kind, clip = "START_X", None
     noise = torch.randn_like(x)
-    sample, x_0 = _table(self, _row_down, kind, clip, eta)(state, output, row, noise=noise)
+    table = _table(self, state, _row_down, kind, clip, eta)
+    sample, x_0 = table.take(state, output, row, noise=noise)
     return {"sample": sample, "pred_xstart": x_0}
 
 
@@ -117,8 +122,8 @@ def ddim_reverse_sample(
     assert eta == 0.0, f"eta: expected 0 for the way back, got {eta}"
     kwargs = {} if model_kwargs is None else model_kwargs
     state, output, kind, row = _predict(self, model, x, t, denoised_fn, kwargs)
-    table = _table(self, _row_up, kind, 1.0 if clip_denoised else None)
-    sample, x_0 = table(state, output, row)
+    table = _table(self, state, _row_up, kind, 1.0 if clip_denoised else None)
+    sample, x_0 = table.take(state, output, row)
     return {"sample": sample, "pred_xstart": x_0}
 
 
@@ -214,7 +219,8 @@ def _predict(
     state, row = x.to(torch.promote_types(x.dtype, torch.float32)), t.long().contiguous()
     if denoised_fn is None:
         return state, output, kind, row
-    predicted, _ = _table(diffusion, _predicting_row, kind)(state, output, row, return_x0=False)
+    table = _table(diffusion, state, _predicting_row, kind)
+    predicted, _ = table.take(state, output, row, return_x0=False)
     return state, denoised_fn(predicted), "START_X", row
 
 
@@ -242,23 +248,58 @@ def _evaluate(
 
 def _timestep_map(diffusion: Any, device: torch.device) -> Tensor:
     """The timesteps of SpacedDiffusion on a device."""
+    if TAKES_OBJECTS and is_dynamo_compiling():
+        timesteps: Tensor = getattr(HELD, _map_in_graph(diffusion, device, diffusion.timestep_map))
+        return timesteps
+    return _kept_map(diffusion, device)
+
+
+@constant
+def _map_in_graph(diffusion: Any, device: torch.device, _watched: Sequence[int]) -> str:
+    return HELD.name_of(_kept_map(diffusion, device), owner=diffusion)
+
+
+def _kept_map(diffusion: Any, device: torch.device) -> Tensor:
     kept, alphas = _timestep_maps[diffusion], diffusion.alphas_cumprod
     key = (device, id(alphas))
     timesteps: Tensor | None = kept.get(key)
     if timesteps is None:
-        timesteps = torch.tensor(diffusion.timestep_map, device=device)
-        kept.put(key, timesteps, (alphas,))
+        timesteps = keep(
+            kept,
+            key,
+            lambda: upload(torch.tensor(diffusion.timestep_map, device="cpu"), device),
+            device=device,
+            sources=(alphas,),
+        )
     return timesteps
 
 
-def _table(diffusion: Any, make_row: Callable[..., Row], *arguments: Any) -> StepTable:
-    """The rows `make_row(diffusion, *arguments)`, one a timestep."""
+def _table(
+    diffusion: Any, state: Tensor, make_row: Callable[..., Row], *arguments: Any
+) -> StepTable | TracedTable:
+    """The rows `make_row(diffusion, *arguments)`, one a timestep, for states like one."""
+    if not (TAKES_OBJECTS and is_dynamo_compiling()):
+        return _kept_table(diffusion, make_row, *arguments)
+    kind = state.dtype, state.device
+    name = _name_in_graph(diffusion, *kind, make_row, *arguments)
+    return TracedTable(getattr(HELD, name), StepTable.position, None)
+
+
+@constant
+def _name_in_graph(
+    diffusion: Any, dtype: torch.dtype, device: torch.device, *arguments: Any
+) -> str:
+    return _kept_table(diffusion, *arguments).name_in_graph(dtype, device)
+
+
+def _kept_table(diffusion: Any, make_row: Callable[..., Row], *arguments: Any) -> StepTable:
     kept, alphas = _tables[diffusion], diffusion.alphas_cumprod
     key = (make_row, *arguments, id(alphas))
     table: StepTable | None = kept.get(key)
     if table is None:
-        table = step_table(make_row(diffusion, *arguments))
-        kept.put(key, table, (alphas,))
+        table = keep(
+            kept, key, lambda: step_table(make_row(diffusion, *arguments)), sources=(alphas,)
+        )
     return table
 
 
@@ -328,4 +369,4 @@ def _scales(diffusion: Any) -> tuple[Tensor, Tensor]:
 
 def _narrow(values: Any) -> Tensor:
     """Float32, to which the original rounds each of its float64 arrays before it reads them."""
-    return torch.as_tensor(values).float()
+    return torch.as_tensor(values, device="cpu").float()
