@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastddim import backends, philox, transfer
+from fastddim import philox
 from fastddim.loop.noise import check_generators, draw
 from fastddim.loop.pool import POOL
 from fastddim.loop.setup import prepare_inversion, prepare_sampling
 from fastddim.options import (
-    PER_STEP,
     Coefficient,
     InvertOptions,
     NoiseSource,
     Prediction,
-    Rescaling,
     SampleOptions,
     Seed,
-    Update,
     Variance,
 )
-from fastddim.plan import coefficient_row, stack_row, to_table
-from fastddim.reference import compute_dtype
 from fastddim.signatures import takes
+from fastddim.single import prepared_step
 from fastddim.steptable import rescaled, rescaled_differentiably
+from fastddim.transforms import check_unfollowed, tracked
 from fastddim.validation import (
     check_bool,
-    check_coefficient,
     check_like,
     check_model_output,
     check_noise,
@@ -222,7 +216,11 @@ def step(
     The other arguments are those of `sample`. Values of coefficient tensors on an accelerator are
     not checked, since reading them would wait for the device.
 
-    Without `out` the result is differentiable in `x_t`, `model_output` and a `noise` tensor.
+    Without `out` the result is differentiable, to any order and in forward mode too, in `x_t`,
+    `model_output`, a `noise` tensor and coefficient tensors (at ᾱ_prev = 1 as if the roots that are
+    0 there stayed so); at a bound of the clip the derivative is that inside. The transforms of
+    `torch.func` follow it. Under `torch.vmap` each of the mapped calls is that call alone, and so
+    all have the same noise, unless `seed` or `step_index` are mapped too, as int64 tensors.
 
     Returns:
         x_prev, or `(x_prev, x_0)`, with the shape, dtype and device of `x_t`.
@@ -230,6 +228,7 @@ def step(
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
             it.
+        RuntimeError: `out` is given where autograd or a transform follows the result.
     """
     check_state("x_t", x_t)
     check_bool("return_x0", return_x0)
@@ -246,7 +245,7 @@ def step(
         "dynamic_thresholding_ratio": dynamic_thresholding_ratio,
         "sample_max_value": sample_max_value,
     }
-    backend, table, row, rescaling, noisy, guided = _prepared_step(
+    backend, table, row, rescaling, noisy, guided, table_tracked, in_graph = prepared_step(
         x_t, alpha_t, alpha_prev, impl, update
     )
     check_model_output("model_output", model_output, x_t, guided=guided)
@@ -258,16 +257,18 @@ def step(
             seed, batch, sample_offset=sample_offset, step_index=step_index, device=x_t.device
         )
     if out is not None:
+        check_unfollowed("out", x_t, model_output, noise, table)
         check_like("out", out, "x_t", x_t)
         check_same_dtype("out", out, x_t.dtype)
         check_overlap("out", out, "x_t", x_t)
         check_overlap("out", out, "model_output", model_output)
-    differentiable = out is None and _needs_grad(x_t, model_output, noise)
+    differentiable = out is None and (table_tracked or tracked(x_t, model_output, noise))
     if rescaling is not None and differentiable:
         backend, table, row = rescaled_differentiably(x_t, model_output, table, row, rescaling)
     elif rescaling is not None:
         table, row = rescaled(backend, x_t, model_output, table, row, rescaling)
-    if differentiable:
+    # In a graph, an operator that returns its results is one that compilers can move.
+    if differentiable or (in_graph and out is None):
         x_prev, x_0 = backend.update(x_t, model_output, table, row, noise=noise, keys=keys)
         return (x_prev, x_0) if return_x0 else x_prev
     x_prev = torch.empty_like(x_t) if out is None else out
@@ -286,86 +287,9 @@ def step(
     return x_prev if predicted is None else (x_prev, predicted)
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def _step_noise(noise: GivenNoise, x_t: Tensor) -> Tensor:
     if isinstance(noise, Tensor):
         return check_noise("noise", noise, x_t)
     if not isinstance(noise, torch.Generator):
         check_generators("noise", noise, x_t.shape[0])
     return draw(noise, x_t)
-
-
-class _Step(NamedTuple):
-    backend: backends.Backend
-    table: Tensor  # [1 or B, K]
-    row: Tensor  # [1 or B]
-    rescaling: Rescaling | None
-    noisy: bool
-    guided: bool
-
-
-def _prepared_step(
-    x_t: Tensor,
-    alpha_t: Coefficient,
-    alpha_prev: Coefficient,
-    impl: str,
-    update: Mapping[str, Any],
-) -> _Step:
-    """Everything about a step except its tensors; what follows from plain numbers is remembered."""
-    coefficients = (alpha_t, alpha_prev, *map(update.__getitem__, PER_STEP))
-    plain = not any(map(_is_tensor, coefficients))
-    # What is made while a graph is captured holds its values only once the graph was replayed.
-    if plain and not torch.compiler.is_compiling() and not transfer.captured(x_t.device):
-        try:
-            return _remembered_step(x_t.dtype, x_t.device, alpha_t, alpha_prev, impl, **update)
-        except TypeError:
-            pass  # of something unhashable, which the checks below name, or from those checks
-    device, batch = x_t.device, x_t.shape[0]
-    return _prepare_step(x_t.dtype, device, alpha_t, alpha_prev, impl, batch, **update)
-
-
-@lru_cache(maxsize=4096, typed=True)
-def _remembered_step(
-    dtype: torch.dtype,
-    device: torch.device,
-    alpha_t: Coefficient,
-    alpha_prev: Coefficient,
-    impl: str,
-    **update: Any,
-) -> _Step:
-    step = _prepare_step(dtype, device, alpha_t, alpha_prev, impl, None, **update)
-    transfer.wait(device)  # Another stream may use it.
-    return step
-
-
-def _prepare_step(
-    dtype: torch.dtype,
-    device: torch.device,
-    alpha_t: Coefficient,
-    alpha_prev: Coefficient,
-    impl: str,
-    batch: int | None,
-    **given: Any,
-) -> _Step:
-    backend = backends.choose(impl, device)
-    update = Update(**given).checked(batch)
-    update = replace(update, **{name: _on(device, getattr(update, name)) for name in PER_STEP})
-    a, p = (
-        _on(device, check_coefficient(name, value, batch, 0.0, 1.0))
-        for name, value in (("alpha_t", alpha_t), ("alpha_prev", alpha_prev))
-    )
-    rows = stack_row(coefficient_row(a, p, update))
-    table = transfer.upload(to_table(rows, compute_dtype(dtype), rows.device), device)
-    row = torch.arange(table.shape[0], device=device)
-    return _Step(backend, table, row, update.rescaling, update.noisy, update.guided)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _on(device: torch.device, value: Any) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

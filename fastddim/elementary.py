@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastddim.transforms import bare
 from fastddim.validation import readable
 
 # Bits that exp and cos are worked out in, and then rounded from to 53. That goes wrong only where a
@@ -33,17 +34,23 @@ def sqrt(value: Tensor) -> Tensor: ...
 def sqrt(value: float | Tensor) -> float | Tensor:
     """√ of a number, or of each element of a tensor, where below 0 it is NaN.
 
-    Of a tensor that cannot be read, as on an accelerator or under tracing, torch takes the root:
-    CUDA's square root of float64 is correctly rounded.
+    Of a tensor that cannot be read, as on an accelerator or under tracing, or that has derivatives,
+    torch takes the root: CUDA's square root of float64 is correctly rounded. Its derivative at 0 is
+    0: roots of what stays 0, as of 1 − ᾱ_prev after the last step, would give NaN.
     """
     if not isinstance(value, Tensor):
         return math.sqrt(value)
     if not readable(value):
-        return value.sqrt()
+        return value.sqrt() if bare(value) else _differentiable_sqrt(value)
     root = torch.empty_like(value)
     with np.errstate(invalid="ignore"):
         np.sqrt(value.numpy(), out=root.numpy())
     return root
+
+
+def _differentiable_sqrt(value: Tensor) -> Tensor:
+    zero = value == 0
+    return torch.where(zero, value.detach(), torch.where(zero, 1.0, value).sqrt())
 
 
 def exp(values: np.ndarray) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""The update as PyTorch operators: schemas, fakes and gradients, each in one place.
+"""The update as PyTorch operators: schemas and fakes, each in one place.
 
-`fastddim::update_out` writes into tensors it is given; `fastddim::update` returns new ones and is
-differentiable; `fastddim::fit_rows` takes factors of coefficients from the data;
-`fastddim::normal_out` draws; `fastddim::advance` moves a loop to its next step. The compiled
-extension implements `update_out`, `backward_out`, `fit_rows`, `normal_out` and `advance`, or some
-of them; `fastddim.backends.reference` implements them wherever the extension does not.
+`fastddim::update_out` writes into tensors it is given; `fastddim::update` returns new ones, and its
+derivatives are in `fastddim.derivatives`; `fastddim::fit_rows` takes factors of coefficients from
+the data; `fastddim::normal_out` draws; `fastddim::advance` moves a loop to its next step. The
+compiled extension implements `update_out`, `backward_out`, `fit_rows`, `normal_out` and `advance`,
+or some of them; `fastddim.backends.reference` implements them wherever the extension does not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastddim.philox import Keys
-from fastddim.plan import Rescaling, Row
+from fastddim.plan import Rescaling
 
 
 class Inputs(NamedTuple):
@@ -303,50 +303,8 @@ for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"fastddim::{_name}", _fake, lib=_library)
 
 
-_ADDED = ("noise", "history", "known")
-"""Inputs that are added to the new state, each with a factor of its own."""
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    given = Inputs(*inputs)
-    if given.mask is not None and given.mask.requires_grad:
-        raise NotImplementedError("mask: expected a tensor that does not require grad")
-    ctx.save_for_backward(given.x, given.model_output, given.table, given.row, given.mask)
-    added = {name: getattr(given, name) for name in _ADDED}
-    ctx.dtypes = {name: tensor.dtype for name, tensor in added.items() if tensor is not None}
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, grad_x_prev: Tensor | None, grad_x_0: Tensor | None) -> tuple[Any, ...]:
-    x, model_output, table, row, mask = ctx.saved_tensors
-    grads: dict[str, Tensor | None] = {}
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        grads["x"], grads["model_output"] = torch.ops.fastddim.backward(
-            grad_x_prev, grad_x_0, x, model_output, table, row, mask
-        )
-    if grad_x_prev is not None:
-        columns = table.index_select(0, row).reshape(-1, len(Row._fields), *[1] * (x.ndim - 1))
-        pn, ph = (columns[:, Row._fields.index(name)] for name in ("pn", "ph"))
-        kept = grad_x_prev if mask is None else grad_x_prev * (1 - mask)
-        known = None if mask is None else grad_x_prev * mask
-        grads |= {"noise": pn * kept, "history": ph * kept, "known": known}
-    for name in _ADDED:
-        grad, dtype = grads.get(name), ctx.dtypes.get(name)
-        grads[name] = None if grad is None or dtype is None else grad.to(dtype)
-    return tuple(map(grads.get, Inputs._fields))
-
-
-torch.library.register_autograd(
-    "fastddim::update", _gradients, setup_context=_setup_context, lib=_library
-)
-
-
 def define_like(library: torch.library.Library, name: str, original: str) -> None:
-    """Define `fastddim::name` with the schema, the fake and the gradients of `original`."""
+    """Define `fastddim::name` with the schema and the fake of `original`."""
     schema = str(getattr(torch.ops.fastddim, original).default._schema)
     library.define(schema.replace(f"fastddim::{original}", name))
     torch.library.register_fake(f"fastddim::{name}", _FAKES[original], lib=library)
-    if original == "update":
-        torch.library.register_autograd(
-            f"fastddim::{name}", _gradients, setup_context=_setup_context, lib=library
-        )

@@ -180,7 +180,7 @@ def check_samples(
     from fastddim.validation import check_sample_range, check_seed
 
     seeds = check_seed("seed", seed, batch)
-    per_sample = isinstance(seeds, Tensor)
+    per_sample = isinstance(seeds, Tensor) and seeds.ndim > 0
     check_sample_range(sample_offset, batch, per_sample_seed=per_sample)
     return Samples(seeds, None if per_sample else int(sample_offset))
 
@@ -237,7 +237,7 @@ def make_keys(
 
 def _on_device(value: int | Tensor, batch: int, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return upload(value.contiguous(), device)
+        return upload(value.expand(batch).contiguous(), device)
     return filled(value, batch, device)
 
 

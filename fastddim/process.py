@@ -32,6 +32,7 @@ from fastddim.adapter import Model, check_model, output_tensor
 from fastddim.elementary import sqrt
 from fastddim.options import Coefficient
 from fastddim.schedule import Schedule
+from fastddim.transforms import bare
 from fastddim.validation import (
     check_coefficient,
     check_int,
@@ -39,6 +40,7 @@ from fastddim.validation import (
     check_model_output,
     check_state,
     check_timestep,
+    with_derivatives,
 )
 
 # σ² = 1 − α_{t−1} may come out of eq. 16 a few units of 2⁻⁵³ too large.
@@ -228,7 +230,8 @@ def _batch(*coefficients: Coefficient) -> int | None:
 def _vector(name: str, value: Coefficient, batch: int | None, high: float = math.inf) -> Tensor:
     """float64 on the CPU, 0-dim or `[batch]`, inside [0, high]."""
     value = value.cpu() if isinstance(value, Tensor) else value
-    return torch.as_tensor(check_coefficient(name, value, batch, 0.0, high), dtype=torch.float64)
+    checked = with_derivatives(check_coefficient(name, value, batch, 0.0, high), value)
+    return torch.as_tensor(checked, dtype=torch.float64)
 
 
 def _column(vector: Tensor, x: Tensor) -> Tensor:
@@ -247,8 +250,10 @@ def _check_schedule(schedule: Schedule) -> None:
 
 
 def _refuse(bad: Tensor, expected: str, **given: Tensor) -> None:
-    """ValueError with the `given` values at the first place where `bad` holds."""
-    if bool(bad.any()):
+    """ValueError with the `given` values at the first place where `bad` holds, unless a transform
+    of `torch.func` hides them.
+    """
+    if bare(bad) and bool(bad.any()):
         i = int(bad.flatten().nonzero()[0])
         got = [f"{name} = {v.expand_as(bad).flatten()[i].item()}" for name, v in given.items()]
         where = f" at index {i}" if bad.numel() > 1 else ""

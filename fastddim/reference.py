@@ -70,7 +70,7 @@ def updated(
     """
     row = _columns(rows, x)
     state, m = x.to(row.cx.dtype), _model_output(x, model_output, row)
-    x0 = (row.cx * state + row.cm * m).clamp(-row.r, row.r)
+    x0 = _clamped(row.cx * state + row.cm * m, row.r)
     x_prev = row.k0 * x0 + row.kx * state + row.km * m
     if history is not None:
         x_prev = x_prev + row.ph * history.to(m.dtype)
@@ -80,6 +80,39 @@ def updated(
         x_prev = x_prev + mask.to(m.dtype) * (known.to(m.dtype) - x_prev)
     epsilon = row.e0 * x0 + (row.ex * state + row.em * m)
     return Updated(x_prev.to(x.dtype), x0.to(x.dtype), epsilon)
+
+
+def gradients(
+    grad_x_prev: Tensor | None,
+    grad_x_0: Tensor | None,
+    x: Tensor,
+    model_output: Tensor,
+    rows: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the model output, from those of x_prev and x_0, of which None is 0.
+
+    The other arguments are those of `updated`. There is none through an x_0 that the clip has
+    changed, nor for channels that are not read.
+    """
+    row = _columns(rows, x)
+    state, m = x.to(row.cx.dtype), _model_output(x, model_output, row)
+    x0 = row.cx * state + row.cm * m
+    of_x_prev, of_x0 = (
+        torch.zeros_like(x0) if grad is None else grad.to(x0.dtype)
+        for grad in (grad_x_prev, grad_x_0)
+    )
+    if mask is not None:
+        of_x_prev = of_x_prev - mask.to(x0.dtype) * of_x_prev
+    inside = (x0 >= -row.r) & (x0 <= row.r)
+    of_x0 = torch.where(inside, row.k0 * of_x_prev + of_x0, 0.0)
+    of_x = row.cx * of_x0 + row.kx * of_x_prev
+    of_m = row.cm * of_x0 + row.km * of_x_prev
+    if model_output.shape[0] != x.shape[0]:
+        of_m = torch.cat([of_m - row.g * of_m, row.g * of_m])
+    if of_m.shape != model_output.shape:
+        of_m = torch.cat([of_m, torch.zeros_like(of_m)], dim=1)
+    return of_x.to(x.dtype), of_m.to(model_output.dtype)
 
 
 def rescaled_rows(x: Tensor, model_output: Tensor, rows: Tensor, rescaling: Rescaling) -> Tensor:
@@ -128,6 +161,15 @@ def _model_output(x: Tensor, model_output: Tensor, row: Any) -> Tensor:
     return guided
 
 
+def _clamped(x0: Tensor, limit: Tensor) -> Tensor:
+    """x0 in [−limit, limit], or NaN; of derivative 1 where it is at a limit from the start.
+
+    The derivative of `torch.clamp` by tensors is another there, from one version to the next.
+    """
+    floored = torch.where(x0 < -limit, -limit, x0)
+    return torch.where(floored > limit, limit, floored)
+
+
 def _deviation(m: Tensor) -> Tensor:
     """Standard deviation of each sample, without bias."""
     samples = m.flatten(1)
@@ -144,8 +186,9 @@ def _threshold(x_0: Tensor, rescaling: Rescaling) -> Tensor:
         return magnitudes.new_ones(magnitudes.shape[0])
     position = rescaling.ratio * (count - 1)
     k = math.floor(position)
-    low = magnitudes.kthvalue(k + 1, dim=1).values
-    high = magnitudes.kthvalue(min(k + 2, count), dim=1).values
+    # From the largest down: the ratio is close to 1.
+    largest = magnitudes.topk(count - k, dim=1).values
+    low, high = largest[:, -1], largest[:, -min(2, count - k)]
     quantile = low + (high - low) * (position - k)
     s = quantile.clamp(1.0, rescaling.limit)
     return torch.where(magnitudes.isnan().any(dim=1), math.nan, s)

@@ -10,15 +10,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
-from fastddim import backends, ops, reference
+from fastddim import backends, ops, reference, transfer
 from fastddim.backends import cpu
 from fastddim.cache import Cache
+from fastddim.kept import keep, ordinary
 from fastddim.philox import Keys
 from fastddim.plan import Rescaling, to_table
 from fastddim.recycling import LARGE, RECYCLER
 from fastddim.reference import compute_dtype
+from fastddim.tracing import HELD, PLAIN, constant, is_traced
+from fastddim.transforms import check_unfollowed, functorch_active, tracked
 
 # Kinds of states that a table is prepared for at the same time.
 _KINDS_KEPT = 8
@@ -32,11 +37,9 @@ class _RowIndices(dict[int, Tensor]):
         self._position = position
         self._all = torch.arange(count, device=device)
 
-    # An index that is kept must serve calls outside the caller's inference mode too.
-    @torch.inference_mode(False)
     def __missing__(self, row: int) -> Tensor:
         position = self._position(len(self._all), row)
-        index = self[row] = self._all[position : position + 1]
+        index = self[row] = ordinary(lambda: self._all[position : position + 1])
         return index
 
 
@@ -70,7 +73,7 @@ class StepTable:
         self._impl = impl
         self._prepared: Cache[_Prepared] = Cache(_KINDS_KEPT)
 
-    def __call__(
+    def take(
         self,
         x: Tensor,
         model_output: Tensor,
@@ -90,8 +93,8 @@ class StepTable:
             row: of all samples, or an int64 tensor `[1]` or `[B]` on the device of `x`, which is
                 read there.
 
-        Differentiable in `x`, `model_output` and `noise` where grad mode is on, but not where
-        `epsilon` is written.
+        Differentiable to any order in `x`, `model_output` and `noise`, and under the transforms of
+        `torch.func`, but not where `epsilon` is written.
 
         Raises:
             RuntimeError: a tensor does not fit, or has gradients where there are none; the message
@@ -99,26 +102,38 @@ class StepTable:
         """
         prepared = self._prepared.get((x.device, x.dtype))
         if prepared is None:
-            prepared = self._prepare(x)
+            prepared = self._prepare(x.dtype, x.device)
         backend, table, indices, fast = prepared
         # For an int, `isinstance` with Tensor costs ten times as much as its type.
         if type(row) is int or not isinstance(row, Tensor):
             row = indices[row]
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or model_output.requires_grad
-            or (noise is not None and noise.requires_grad)
-        ):
-            if epsilon is not None:
-                raise RuntimeError(
-                    "epsilon: writing into a given tensor is not differentiable; "
-                    "call under torch.no_grad()"
+        # Levels are those of all threads, and `tracked` would take a hundredth of a step.
+        if (
+            forward_ad._current_level >= 0
+            or (
+                is_grad_enabled()
+                and (
+                    x.requires_grad
+                    or model_output.requires_grad
+                    or (noise is not None and noise.requires_grad)
                 )
-            return self._differentiable(prepared, x, model_output, row, noise, keys)
-        large = fast and x.nbytes >= LARGE and not torch.compiler.is_compiling()
-        if fast and not large and keys is None and epsilon is None:
+            )
+        ) and tracked(x, model_output, noise):
+            return self._differentiable(
+                prepared, x, model_output, row, noise, keys, history, epsilon
+            )
+        # Traced by `torch.jit`, memory that is lent would become a constant.
+        large = fast and x.nbytes >= LARGE and not is_traced(x)
+        plain = type(x) in PLAIN
+        if fast and plain and not large and keys is None and epsilon is None:
             results = ops.step(x, model_output, table, row, noise)
             return results if return_x0 else (results[0], None)
+        # Transforms, which `ops.step` tells by itself, and every class of tensors are served by an
+        # operator that returns its results.
+        if functorch_active() or (epsilon is None and not plain):
+            return self._differentiable(
+                prepared, x, model_output, row, noise, keys, history, epsilon
+            )
         if self._rescaling is not None:
             table, row = rescaled(backend, x, model_output, table, row, self._rescaling)
         empty_like = RECYCLER.empty_like if large else torch.empty_like
@@ -139,25 +154,44 @@ class StepTable:
         )
         return x_prev, x_0
 
-    @staticmethod
-    def _position(count: int, row: int) -> int:
-        """The place of a row among `count`, which may be given from the end."""
-        return range(count)[row]
+    def __call__(self, *operands: Any, **others: Any) -> tuple[Tensor, Any]:
+        """Take the step, as a part of the graph where one is traced; see `take`."""
+        if not is_dynamo_compiling():
+            return self.take(*operands, **others)
+        x: Tensor = operands[0]
+        table = getattr(HELD, self.name_in_graph(x.dtype, x.device))
+        traced = TracedTable(table, self.position, self._rescaling, self._impl)
+        return traced.take(*operands, **others)
 
-    # A prepared table must serve calls outside the caller's inference mode too.
-    @torch.inference_mode(False)
-    def _prepare(self, x: Tensor) -> _Prepared:
-        """The table for states like `x`: the only place that puts coefficients on a device."""
-        backend = backends.choose(self._impl, x.device)
-        table = to_table(self.rows, compute_dtype(x.dtype), x.device, checked=False)
-        prepared = _Prepared(
-            backend,
-            table,
-            _RowIndices(len(table), x.device, self._position),
-            self._rescaling is None and backend.__name__ == cpu.__name__,
-        )
-        self._prepared.put((x.device, x.dtype), prepared)
-        return prepared
+    @constant
+    def name_in_graph(self, dtype: torch.dtype, device: torch.device) -> str:
+        """The name in `HELD` of the table for states of a dtype on a device."""
+        prepared = self._prepared.get((device, dtype)) or self._prepare(dtype, device)
+        return HELD.name_of(prepared.table, owner=self)
+
+    @staticmethod
+    def position(count: int, row: int) -> int:
+        """The place of a row among `count`, which may be given from the end."""
+        if not -count <= row < count:
+            raise IndexError(f"row: expected an index in [{-count}, {count}), got {row}")
+        return row % count
+
+    def _prepare(self, dtype: torch.dtype, device: torch.device) -> _Prepared:
+        """The table for states of a dtype on a device: the only place that puts coefficients on a
+        device.
+        """
+        backend = backends.choose(self._impl, device)
+
+        def prepared() -> _Prepared:
+            # A view of the rows would be of inference mode where they are.
+            rows = self.rows.clone()
+            table = to_table(rows, compute_dtype(dtype), rows.device, checked=False)
+            table = transfer.upload(table, device)
+            fast = self._rescaling is None and backend.__name__ == cpu.__name__
+            indices = _RowIndices(len(table), device, self.position)
+            return _Prepared(backend, table, indices, fast)
+
+        return keep(self._prepared, (device, dtype), prepared, device=device)
 
     def _differentiable(
         self,
@@ -167,13 +201,99 @@ class StepTable:
         row: Tensor,
         noise: Tensor | None,
         keys: Keys | None,
+        history: Tensor | None,
+        epsilon: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        if epsilon is not None:
+            check_unfollowed("epsilon", x, model_output, noise)
+            raise RuntimeError(
+                "epsilon: writing into a given tensor is not differentiable; "
+                "call under torch.no_grad()"
+            )
         backend, table = prepared.backend, prepared.table
         if self._rescaling is not None:
             backend, table, row = rescaled_differentiably(
                 x, model_output, table, row, self._rescaling
             )
-        return backend.update(x, model_output, table, row, noise=noise, keys=keys)
+        return backend.update(x, model_output, table, row, noise=noise, keys=keys, history=history)
+
+
+class TracedTable:
+    """A table in a graph that is traced, where each step is one operator that returns its results:
+    compilers can move such an operator.
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        position: Callable[[int, int], int],
+        rescaling: Rescaling | None,
+        impl: str = "auto",
+    ) -> None:
+        """
+        Args:
+            table: `[R, K]` as the backend reads it.
+            position: the place of a row among R.
+            rescaling, impl: as in `StepTable`.
+        """
+        self._table = table
+        self._position = position
+        self._rescaling = rescaling
+        self._impl = impl
+
+    def take(
+        self,
+        x: Tensor,
+        model_output: Tensor,
+        row: int | Tensor,
+        *,
+        noise: Tensor | None = None,
+        keys: Keys | None = None,
+        history: Tensor | None = None,
+        epsilon: Tensor | None = None,
+        return_x0: bool = True,
+    ) -> tuple[Tensor, Any]:
+        """Take a step; see `StepTable.take`."""
+        backend, table = backend_in_graph(self._impl, x.device), self._table
+        if not isinstance(row, Tensor):
+            position = self._position(table.shape[0], row)
+            row = torch.full((1,), position, dtype=torch.int64, device=x.device)
+        if self._rescaling is not None and tracked(x, model_output, noise):
+            backend, table, row = rescaled_differentiably(
+                x, model_output, table, row, self._rescaling
+            )
+        elif self._rescaling is not None:
+            table, row = rescaled(backend, x, model_output, table, row, self._rescaling)
+        if epsilon is None:
+            return backend.update(
+                x, model_output, table, row, noise=noise, keys=keys, history=history
+            )
+        check_unfollowed("epsilon", x, model_output, noise)
+        x_prev, x_0 = torch.empty_like(x), torch.empty_like(x)
+        backend.update_out(
+            x,
+            model_output,
+            table,
+            row,
+            noise=noise,
+            keys=keys,
+            history=history,
+            out=x_prev,
+            x_0=x_0,
+            model_input=None,
+            epsilon=epsilon,
+        )
+        return x_prev, x_0 if return_x0 else None
+
+
+def backend_in_graph(impl: str, device: torch.device) -> backends.Backend:
+    """`backends.choose` as a constant of a graph that is traced."""
+    return backends.BACKENDS[_backend_name(impl, device)]
+
+
+@constant
+def _backend_name(impl: str, device: torch.device) -> str:
+    return backends.choose(impl, device).__name__.rpartition(".")[2]
 
 
 def rescaled(
@@ -194,8 +314,8 @@ def rescaled(
 def rescaled_differentiably(
     x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, rescaling: Rescaling
 ) -> tuple[backends.Backend, Tensor, Tensor]:
-    """`fitted`, and the backend for it: rows that come from the data have gradients too, which only
-    the reference follows.
+    """`rescaled`, and the backend for it: rows that come from the data have derivatives too, which
+    only the reference has.
     """
     rows = reference.rescaled_rows(x, model_output, table.index_select(0, row), rescaling)
     return backends.BACKENDS["reference"], rows, torch.arange(x.shape[0], device=x.device)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastddim.transforms import bare
 
 STATE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -46,17 +48,19 @@ def check_number(
         number = float(value)
     except OverflowError:  # of an integer
         number = math.inf
-    if not math.isfinite(number) or number > high or number < low or (open_low and number == low):
+    # Comparisons alone, which NaN fails: `torch.compile` has them for a number that may change.
+    inside = low <= number <= high and -math.inf < number < math.inf
+    if not inside or (open_low and number == low):
         raise ValueError(f"{name}: expected {_interval(low, high, open_low)}, got {number}")
     return number
 
 
 def readable(values: Tensor) -> bool:
-    """True where values can be looked at without waiting for a device or breaking a traced graph.
-    A subclass, as of fake tensors, may have none.
+    """True where values can be looked at without waiting for a device, breaking a traced graph or
+    losing a derivative. A subclass, as of fake tensors, may have none.
     """
     plain = type(values) is Tensor and values.device.type == "cpu"
-    return plain and not torch.compiler.is_compiling()
+    return plain and not torch.compiler.is_compiling() and bare(values)
 
 
 def check_coefficient(
@@ -64,12 +68,15 @@ def check_coefficient(
 ) -> float | Tensor:
     """A number, or a float64 tensor `[batch]`, inside [low, high].
 
-    The values of a tensor on an accelerator are not read, since that would wait for the device.
+    It is without derivatives; a 0-dim tensor that has some is a tensor here too. The values of a
+    tensor on an accelerator are not read, since that would wait for the device.
     """
     if not isinstance(value, Tensor):
         return check_number(name, value, low, high)
-    if value.ndim == 0 and value.device.type == "cpu":
-        return check_number(name, value.item(), low, high)
+    if value.ndim == 0 and batch is not None and not readable(value):
+        value = value.expand(batch)
+    elif value.ndim == 0 and value.device.type == "cpu":
+        return _check_scalar(name, value, low, high)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: expected a real tensor, got dtype {value.dtype}")
     if value.ndim != 1 or (batch is not None and value.shape[0] != batch):
@@ -77,11 +84,29 @@ def check_coefficient(
         raise ValueError(
             f"{name}: expected a number or a tensor {expected}, got shape {tuple(value.shape)}"
         )
-    values = value.detach().to(torch.float64)
+    values: Tensor = value.detach().to(torch.float64)
     if readable(values):
         for i, v in enumerate(values.tolist()):
             check_number(f"{name}[{i}]", v, low, high)
     return values
+
+
+def _check_scalar(name: str, value: Tensor, low: float, high: float) -> float | Tensor:
+    """A number, or 0-dim where the value has derivatives."""
+    scalar = value.detach()
+    if bare(scalar):
+        number = check_number(name, scalar.item(), low, high)
+        if bare(value):
+            return number
+    return scalar.double()
+
+
+def with_derivatives(checked: float | Tensor, given: Any) -> float | Tensor:
+    """A coefficient that was checked, with the derivatives that it was given with."""
+    if not isinstance(checked, Tensor) or bare(given):
+        return checked
+    derived: Tensor = given.expand_as(checked).double()
+    return derived
 
 
 def check_state(name: str, value: Any) -> Tensor:
@@ -222,13 +247,17 @@ def check_timestep(name: str, value: Any, batch: int, T: int) -> Tensor:
         raise ValueError(
             f"{name}: expected an integer or a tensor [{batch}], got shape {tuple(value.shape)}"
         )
-    for v in index.tolist():
+    for v in index.tolist() if bare(index) else ():
         check_int(name, v, 0, T - 1)
     return index
 
 
 def check_seed(name: str, value: Any, batch: int) -> int | Tensor:
-    """The seed's 64 bits, signed: an integer, or int64 `[batch]` where each sample has its own."""
+    """The seed's 64 bits, signed: an integer, or int64 `[batch]` where each sample has its own; or
+    int64 `[]` under `torch.vmap` over seeds.
+    """
+    if _mapped_integer(value):
+        return value
     if isinstance(value, int):
         return signed_bits(check_int(name, value, 0, 2**64 - 1))
     if isinstance(value, Tensor) and value.ndim == 1:
@@ -257,10 +286,12 @@ def check_step_index(name: str, value: Any, batch: int) -> int | Tensor:
             raise TypeError(f"{name}: expected an int64 tensor, got dtype {value.dtype}")
         if value.shape[0] != batch:
             raise ValueError(f"{name}: expected [{batch}], got shape {tuple(value.shape)}")
-        if value.device.type == "cpu":
+        if readable(value):
             for i, v in enumerate(value.tolist()):
                 check_int(f"{name}[{i}]", v, 0, 2**32 - 1)
         return value
+    if _mapped_integer(value):
+        return value.expand(batch)
     return check_int(name, _unwrapped(value), 0, 2**32 - 1)
 
 
@@ -274,6 +305,12 @@ def check_sample_range(sample_offset: Any, batch: int, *, per_sample_seed: bool)
         raise ValueError(
             f"sample_offset: expected sample indices below 2**32, got {offset} + {batch} samples"
         )
+
+
+def _mapped_integer(value: Any) -> TypeGuard[Tensor]:
+    """True for an int64 that differs between the calls of `torch.vmap`, and so cannot be read."""
+    one = isinstance(value, Tensor) and value.ndim == 0 and value.dtype == torch.int64
+    return one and not bare(value)
 
 
 def _unwrapped(value: Any) -> Any:

@@ -1153,15 +1153,15 @@ class TestInACaptureOfTheCallers:
                 fastddim.step(latents(), latents(), 0.5, 0.75, eta=1.0, noise=noise)
 
     def test_a_step_keeps_nothing_for_later_calls(self, captures, monkeypatch):
-        from fastddim import api
+        from fastddim import single
 
         x = latents()
         expected = fastddim.step(x, x, 0.375, 0.75, eta=1.0, seed=3)
-        api._remembered_step.cache_clear()
+        single._remembered_step.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(transfer, "captured", lambda device: True)
             assert torch.equal(fastddim.step(x, x, 0.375, 0.75, eta=1.0, seed=3), expected)
-        assert api._remembered_step.cache_info().currsize == 0
+        assert single._remembered_step.cache_info().currsize == 0
 
 
 def doubled(x, t):

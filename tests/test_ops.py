@@ -202,11 +202,14 @@ def test_no_gradient_where_the_clip_acts() -> None:
         assert x.grad.tolist() == [[0.0, 4.0]]
 
 
-def test_mask_gradient_is_refused() -> None:
+def test_mask_has_a_gradient() -> None:
     arguments = inputs(requires_grad=True)
-    arguments["mask"].requires_grad_()
-    with pytest.raises(NotImplementedError, match="mask"):
-        ops.update(**arguments)
+    mask = arguments["mask"].double()
+
+    def both(mask: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.update(**{**arguments, "mask": mask})
+
+    assert torch.autograd.gradcheck(both, mask.requires_grad_())
 
 
 def test_writing_into_out_refuses_gradients() -> None:

@@ -85,8 +85,8 @@ class Backend(Protocol):
         keys: Keys | None,
         **others: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(x_prev, x_0) in new tensors, differentiable in every floating-point input except `table`
-        and `mask`.
+        """(x_prev, x_0) in new tensors, differentiable to any order in every floating-point input,
+        and under the transforms of `torch.func`.
 
         The arguments are those of `update_out`; `others` are `history`, `mask` and `known`.
         """

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastddim import ops, philox, reference
+from fastddim.derivatives import composed
 from fastddim.philox import Keys
 from fastddim.plan import Rescaling
 
@@ -65,7 +66,7 @@ def _rescale_rows(
 @torch.library.impl(_library, "update_out", "CompositeExplicitAutograd")
 def _update_out(*operands: Any) -> None:
     inputs, outputs = ops.split_operands(operands)
-    new = _updated(inputs)
+    new = composed(inputs)
     outputs.out.copy_(new.x_prev)
     if outputs.x_0 is not None:
         outputs.x_0.copy_(new.x_0)
@@ -78,17 +79,7 @@ def _update_out(*operands: Any) -> None:
 
 
 def _update(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return _updated(ops.Inputs(*inputs))[:2]
-
-
-def _updated(inputs: ops.Inputs) -> reference.Updated:
-    x, keys, noise = inputs.x, inputs.keys, inputs.noise
-    if keys is not None:
-        noise = philox.normal(keys, x.shape[1:], philox.STEP_NOISE)
-    rows = inputs.table.index_select(0, inputs.row)
-    return reference.updated(
-        x, inputs.model_output, rows, noise, inputs.history, inputs.mask, inputs.known
-    )
+    return composed(ops.Inputs(*inputs))[:2]
 
 
 update = ops.update_through(_update)
@@ -107,13 +98,7 @@ def _backward_out(
     grad_x: Tensor,
     grad_model_output: Tensor,
 ) -> None:
-    known = None if mask is None else torch.zeros_like(x)
-    with torch.enable_grad():
-        inputs = (x.detach().requires_grad_(), model_output.detach().requires_grad_())
-        outputs = update(*inputs, table, row, noise=None, keys=None, mask=mask, known=known)
-        pairs = [
-            (o, g) for o, g in zip(outputs, (grad_x_prev, grad_x_0), strict=True) if g is not None
-        ]
-        grads = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs])
+    rows = table.index_select(0, row)
+    grads = reference.gradients(grad_x_prev, grad_x_0, x, model_output, rows, mask)
     grad_x.copy_(grads[0])
     grad_model_output.copy_(grads[1])

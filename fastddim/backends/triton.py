@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim import ops
+from fastddim import derivatives, ops
 from fastddim.ops import rescale_rows
 from fastddim.philox import Keys
 
@@ -30,6 +30,7 @@ PRIORITY = 15
 _library = torch.library.Library("fastddim", "FRAGMENT")
 for _name in ("update_out", "update", "normal_out", "advance"):
     ops.define_like(_library, f"triton_{_name}", _name)
+derivatives.register(_library, "triton_update")
 
 _advance_op = torch.ops.fastddim.triton_advance.default
 

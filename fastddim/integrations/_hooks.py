@@ -41,7 +41,7 @@ class Hooks:
         """
         self.methods = frozenset(methods)
         self._of = of
-        self._attributes = attributes
+        self.attributes = attributes
         self._known: dict[type, _Known] = {}
 
     def overridden(self, owner: Any) -> str | None:
@@ -64,7 +64,7 @@ class Hooks:
         peers = [last[name] for name in self._of if name in last]
         there = sorted(name for name in self.methods if hasattr(cls, name))
         changed = [name for name in there if not _is_of(getattr(cls, name), name, peers)]
-        changed += [name for name in self._attributes if hasattr(cls, name)]
+        changed += [name for name in self.attributes if hasattr(cls, name)]
         get = attrgetter(*there, "__class__")
         if len(self._known) >= _CLASSES_KEPT:
             self._known.clear()

@@ -54,6 +54,11 @@ def one_index(name: str, value: Any, otherwise: str = "") -> int | None:
     raise (IndexError if number else TypeError)(f"{expected}, got {value!r}")
 
 
+def is_one_index(value: Any) -> bool:
+    """Whether a value is a tensor that `one_index` takes, wherever it lies."""
+    return isinstance(value, Tensor) and value.dtype in _NUMBERS and value.numel() == 1
+
+
 def check_indices(name: str, value: Any) -> Tensor:
     """Return a tensor of indices, one a sample.
 

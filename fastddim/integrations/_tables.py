@@ -4,6 +4,8 @@ Every drop-in makes its tables by `step_table`. One that is called for each step
 `Cache`: its own, or the one that `CacheOf` has for an object of another library. The key of a table
 has everything that the table depends on: numbers by value, objects by their `id`, and tensors also
 by their `version`.
+
+`fastddim.kept` makes each outside the modes of the call that it is made in.
 """
 
 from __future__ import annotations

@@ -321,7 +321,9 @@ class _Steps(NamedTuple):
 
     @classmethod
     def of(cls, diffusion: Any) -> _Steps:
-        ends = torch.linspace(-1, diffusion.num_timesteps - 1, diffusion.sampling_timesteps + 1)
+        ends = torch.linspace(
+            -1, diffusion.num_timesteps - 1, diffusion.sampling_timesteps + 1, device="cpu"
+        )
         *timesteps, _ = ends.int().tolist()[::-1]
         # Terms that cancel are rounded to the dtype of the buffers, as in the original.
         a = diffusion.alphas_cumprod.cpu()[timesteps]

@@ -73,7 +73,7 @@ def ddpm_steps(x: Tensor, seq: Iterable[float], model: Model, b: Tensor, **kwarg
     cx, cm = _wide(_root(1 / a, x), -_root(1 / a - 1, x))
     k0, kx = _wide(_root(p, x) * beta / (1 - a), _root(1 - beta, x) * (1 - p) / (1 - a))
     deviation = each(lambda v: torch.exp(0.5 * torch.log(v)), beta, len(x))
-    (pn,) = _wide(deviation * (torch.tensor(timesteps) != 0))
+    (pn,) = _wide(deviation * (torch.tensor(timesteps, device="cpu") != 0))
     row = Row(cx=cx, cm=cm, r=1.0, k0=k0, kx=kx, km=0.0, pn=pn, g=1.0)
     return _run(row, timesteps, x, model, b.dtype, torch.randn_like)
 

@@ -23,6 +23,7 @@ from fastddim.loop.step import Step
 from fastddim.loop.stream_order import StreamOrder
 from fastddim.options import CallOptions, NoiseSource, Progress, Reporting
 from fastddim.philox import Samples
+from fastddim.transforms import check_no_tangent, transformed
 from fastddim.validation import (
     check_bool,
     check_finite_output,
@@ -150,6 +151,8 @@ class Loop:
         check_bool("return_trajectory", reporting.return_trajectory)
         noise = noise if self.plan.kind.noisy else None
         with self._alone, self._order.use(self._tensors), without_autograd():
+            if transformed():
+                self._refuse_tangents(x_T=x, noise=noise, known=known)
             masked = mask is not None
             if masked and self.step.inpainting is None:
                 self.step.inpainting = Inpainting.allocate(self.buffers, self.plan.steps)
@@ -235,6 +238,18 @@ class Loop:
         from tqdm.auto import tqdm
 
         return tqdm(range(self.plan.steps), desc="sampling", unit="step")
+
+    def _refuse_tangents(self, **given: Any) -> None:
+        """Refuse dual tensors, from now on also as the model's outputs."""
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                check_no_tangent(name, value)
+        self.step.check = self._refuse_tangent
+
+    def _refuse_tangent(self, output: Tensor) -> None:
+        check_no_tangent("model output", output)
+        if self._check_finite:
+            self._refuse_nonfinite(output)
 
     def _refuse_nonfinite(self, output: Tensor) -> None:
         def where() -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastddim.transforms import check_sampler_unfollowed
+
 NOTHING: AbstractContextManager[None] = nullcontext()
 
 
@@ -32,7 +34,11 @@ class OneAtATime:
 def without_autograd() -> AbstractContextManager[Any]:
     """Ordinary tensors without gradients, whatever the caller's modes are; no mode is entered where
     it is on already, since that takes as long as a launch.
+
+    Raises:
+        RuntimeError: a transform of `torch.func` is at work.
     """
+    check_sampler_unfollowed()
     if torch.is_inference_mode_enabled():
         return _outside_inference_mode()
     return torch.no_grad() if torch.is_grad_enabled() else NOTHING

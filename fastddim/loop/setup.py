@@ -20,6 +20,7 @@ from fastddim.options import DenoisedFn, Graph, InvertOptions, Placement, Sample
 from fastddim.plan import Plan, make_inversion_plan, make_plan, to_table
 from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
+from fastddim.transforms import check_sampler_unfollowed
 from fastddim.validation import check_bool, check_dtype, check_initial, check_int, check_state
 
 
@@ -77,6 +78,7 @@ def prepare_sampling(options: SamplerOptions, *, x_T: Tensor | None = None) -> S
         options: what was asked for.
         x_T: the starting state, if any, whose shape, dtype and device are the defaults.
     """
+    check_sampler_unfollowed()
     check_model(options.model)
     check_denoised_fn(options.denoised_fn)
     given = options.shape
@@ -103,6 +105,7 @@ def prepare_sampling(options: SamplerOptions, *, x_T: Tensor | None = None) -> S
 def prepare_inversion(options: InvertOptions) -> Setup:
     """The setup of `invert`."""
     x_0 = options.x_0
+    check_sampler_unfollowed()
     check_model(options.model)
     check_state("x_0", x_0)
     for name, neutral in (("eta", 0.0), ("clip", None), ("rederive_eps", False)):

@@ -40,6 +40,7 @@ from fastddim.stream.conditions import Conditions, check_same_conditions
 from fastddim.stream.requests import Request, Requests
 from fastddim.stream.slots import Batch, Running, Slots
 from fastddim.stream.tickets import Ticket, in_order, settle
+from fastddim.transforms import check_sampler_unfollowed
 from fastddim.validation import (
     check_bool,
     check_choice,
@@ -97,6 +98,7 @@ class Stream:
             TypeError, ValueError: an argument is of the wrong type, shape or range; the message
                 names it.
         """
+        check_sampler_unfollowed()
         check_model(options.model)
         check_bool("guided", options.guided)
         check_bool("masked", options.masked)
@@ -180,6 +182,7 @@ class Stream:
                 names it.
             queue.Full: `max_pending` requests are waiting.
         """
+        check_sampler_unfollowed()
         request = self._requests.make(options)
         with torch.inference_mode(False), self._queue_lock:
             self._make_room()

@@ -50,7 +50,8 @@ from __future__ import annotations
 # A pipeline that is loaded looks for SchedulerMixin in the scheduler's module.
 from diffusers import SchedulerMixin
 
-from fastddim.integrations.diffusers._ddim import DDIMParallelScheduler, DDIMScheduler
+from fastddim.integrations.diffusers._ddim import DDIMScheduler
+from fastddim.integrations.diffusers._ddim_parallel import DDIMParallelScheduler
 from fastddim.integrations.diffusers._ddpm import DDPMScheduler
 from fastddim.integrations.diffusers._inverse import DDIMInverseScheduler
 from fastddim.integrations.diffusers._scheduler import _restored

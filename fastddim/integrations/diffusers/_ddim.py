@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from diffusers.schedulers import scheduling_ddim as _ddim
-from diffusers.schedulers import scheduling_ddim_parallel as _ddim_parallel
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastddim.integrations._hooks import Hooks
-from fastddim.integrations._indices import check_indices
-from fastddim.integrations._tables import version
+from fastddim.integrations.diffusers._noising import Noising
 from fastddim.integrations.diffusers._rows import (
     SignedTable,
     doubled,
@@ -21,24 +20,23 @@ from fastddim.integrations.diffusers._rows import (
     signed_table,
     strided,
 )
-from fastddim.integrations.diffusers._scheduler import Noising, drawn_like, output_object
+from fastddim.integrations.diffusers._scheduler import drawn_like, output_object
 from fastddim.integrations.diffusers._tuned import (
     CONFIG_KEY,
     TunedRun,
     tuned_steps,
     tuned_table,
 )
+from fastddim.kept import keep
 from fastddim.plan import Update, row_of
-from fastddim.steptable import StepTable
+from fastddim.steptable import StepTable, TracedTable
 from fastddim.tuned import TunedSteps
 
-_METHODS = ("_get_variance", "_threshold_sample")
-_ATTRIBUTES = ("alphas_cumprod", "final_alpha_cumprod")
-
-_ONE = torch.tensor(1.0, device="cpu")
+METHODS = ("_get_variance", "_threshold_sample")
+ATTRIBUTES = ("alphas_cumprod", "final_alpha_cumprod")
 
 
-class _Ddim(Noising):
+class Ddim(Noising):
     """`step` of the two DDIM schedulers."""
 
     final_alpha_cumprod: Tensor
@@ -138,6 +136,7 @@ class _Ddim(Noising):
             IndexError: the timestep is no index of `alphas_cumprod`.
             TypeError: the timestep is no number.
         """
+        in_graph = is_dynamo_compiling()
         if self._fastddim_work.tuned is not None:
             results = self._tuned_step(
                 self._fastddim_work.tuned,
@@ -147,10 +146,16 @@ class _Ddim(Noising):
                 eta,
                 use_clipped_model_output,
             )
-            return output_object(self._output_class, *results) if return_dict else results
+            if not return_dict:
+                return results
+            return output_object(self._output_class, results[0], results[1], in_graph)
         row = timestep if type(timestep) is int else self._row(timestep, sample.device)
         state = self._state(sample, model_output)
-        table = None if state is None else self._table(eta, use_clipped_model_output)
+        table: Any = None
+        if state is not None and in_graph:
+            table = self._table_in_graph(state, eta, use_clipped_model_output, False)
+        elif state is not None:
+            table = self._table(self.num_inference_steps, eta, use_clipped_model_output, False)
         if state is None or table is None:
             if variance_noise is None and generator is None and eta > 0:
                 variance_noise = self._philox_noise(timestep, model_output)
@@ -174,8 +179,10 @@ class _Ddim(Noising):
                 keys = self._philox_keys(timestep, state)
             else:
                 noise = _noise(model_output, sample, generator, variance_noise)
-        results = table(state, model_output, row, noise=noise, keys=keys)
-        return output_object(self._output_class, *results) if return_dict else results
+        results = table.take(state, model_output, row, noise=noise, keys=keys)
+        if not return_dict:
+            return results
+        return output_object(self._output_class, results[0], results[1], in_graph)
 
     def _tuned_step(
         self,
@@ -199,17 +206,23 @@ class _Ddim(Noising):
                 f"steps, got {sample.dtype} {tuple(sample.shape)} and {model_output.dtype} "
                 f"{tuple(model_output.shape)}"
             )
-        table = self._tuned_table(run, bool(rederive_eps))
+        table = self._tuned_table(run.steps, bool(rederive_eps))
         return run.take(table, self._read(timestep), state, model_output)
 
-    def _tuned_table(self, run: TunedRun, rederive_eps: bool) -> StepTable:
+    def _tuned_table(self, steps: TunedSteps, rederive_eps: bool) -> StepTable:
         alphas, config, kept = self.alphas_cumprod, self.config, self._fastddim_work.tables
-        key = (rederive_eps, version(alphas), id(config), id(alphas), id(run.steps))
-        table: StepTable | None = kept.get(key)
-        if table is None:
-            table = self._rows_of_tuned(run.steps, rederive_eps)
-            kept.put(key, table, (config, alphas, run.steps))
-        return table
+        try:
+            key = (rederive_eps, alphas._version, id(config), id(alphas), id(steps))
+        except RuntimeError:  # of inference mode
+            if self._count_changes("alphas_cumprod"):
+                return self._tuned_table(steps, rederive_eps)
+            return self._rows_of_tuned(steps, rederive_eps)
+        return kept.get(key) or keep(
+            kept,
+            key,
+            lambda: self._rows_of_tuned(steps, rederive_eps),
+            sources=(config, alphas, steps),
+        )
 
     def _rows_of_tuned(self, steps: TunedSteps, rederive_eps: bool) -> StepTable:
         hook = self._fastddim_hooks.overridden(self)
@@ -220,48 +233,64 @@ class _Ddim(Noising):
             )
         return tuned_table(steps, self.config, self._on_host("alphas_cumprod"), rederive_eps)
 
+    def _table_in_graph(
+        self, state: Tensor, eta: Any, rederive_eps: bool, ends_at_one: bool
+    ) -> TracedTable | None:
+        arguments = (self.num_inference_steps, eta, bool(rederive_eps), ends_at_one)
+        rescaling = limits(self.config)[1]
+        return self._in_graph("_table", state, *arguments, rescaling=rescaling, kind=SignedTable)
+
     def _table(
-        self, eta: Any, rederive_eps: bool, final: Tensor | None = None
+        self, steps: int | None, eta: Any, rederive_eps: bool, ends_at_one: bool
     ) -> SignedTable | None:
         """The table of an η; None where the step is for diffusers: an error to raise, or a case
         that the kernel does not cover.
 
         Args:
-            final: ᾱ after the last timestep, by default the scheduler's.
+            steps: `num_inference_steps`.
+            ends_at_one: whether ᾱ after the last timestep is 1, whatever the scheduler's is.
         """
         if not isinstance(eta, (float, int)):
             return None
-        alphas, steps, config = self.alphas_cumprod, self.num_inference_steps, self.config
-        last = self.final_alpha_cumprod if final is None else final
-        key = (
-            eta,
-            rederive_eps,
-            steps,
-            version(alphas),
-            version(last),
-            id(config),
-            id(alphas),
-            id(last),
-        )
+        alphas, final, config = self.alphas_cumprod, self.final_alpha_cumprod, self.config
+        try:
+            key = (
+                eta,
+                rederive_eps,
+                ends_at_one,
+                steps,
+                alphas._version,
+                final._version,
+                id(config),
+                id(alphas),
+                id(final),
+            )
+        except RuntimeError:  # of inference mode
+            settled = self._count_changes(*ATTRIBUTES)
+            return self._table(steps, eta, rederive_eps, ends_at_one) if settled else None
         kept = self._fastddim_work.tables
         table: SignedTable | None = kept.get(key)
         if table is None and steps is not None and not eta < 0 and self._covered():
-            host = self._on_host("alphas_cumprod")
-            at_end = self._on_host("final_alpha_cumprod") if final is None else final
-            table = _table(config, host, at_end, steps, float(eta), bool(rederive_eps))
-            kept.put(key, table, (config, alphas, last))
+            host, last = map(self._on_host, ATTRIBUTES)
+            final_alpha = 1.0 if ends_at_one else last
+            table = keep(
+                kept,
+                key,
+                lambda: _table(config, host, final_alpha, steps, float(eta), bool(rederive_eps)),
+                sources=(config, alphas, final),
+            )
         return table
 
 
 def _table(
     config: Mapping[str, Any],
     alphas: Tensor,
-    final: Tensor,
+    final: float | Tensor,
     steps: int,
     eta: float,
     rederive_eps: bool,
 ) -> SignedTable:
-    final = final.to(alphas)
+    final = torch.as_tensor(final, dtype=alphas.dtype, device=alphas.device)
     clip, rescaling = limits(config)
     update = Update(
         eta=eta, prediction=config["prediction_type"], clip=clip, rederive_eps=rederive_eps
@@ -289,7 +318,7 @@ def _noise(
     return variance_noise
 
 
-class DDIMScheduler(_Ddim, _ddim.DDIMScheduler):  # type: ignore[misc]
+class DDIMScheduler(Ddim, _ddim.DDIMScheduler):  # type: ignore[misc]
     """diffusers' `DDIMScheduler` with fused steps; the module says what they keep.
 
     ```python
@@ -302,67 +331,4 @@ class DDIMScheduler(_Ddim, _ddim.DDIMScheduler):  # type: ignore[misc]
     """
 
     _output_class = _ddim.DDIMSchedulerOutput
-    _fastddim_hooks = Hooks(*_METHODS, of=("DDIMScheduler",), attributes=_ATTRIBUTES)
-
-
-class DDIMParallelScheduler(_Ddim, _ddim_parallel.DDIMParallelScheduler):  # type: ignore[misc]
-    """diffusers' `DDIMParallelScheduler` with fused steps; the module says what they keep.
-
-    ```python
-    import diffusers, fastddim.integrations.diffusers, torch
-    theirs = diffusers.DDIMParallelScheduler()
-    scheduler = fastddim.integrations.diffusers.DDIMParallelScheduler.from_config(theirs.config)
-    scheduler.set_timesteps(50)
-    x = scheduler.batch_step_no_noise(torch.zeros(2, 8), torch.tensor([980, 0]), torch.ones(2, 8))
-    ```
-    """
-
-    _output_class = _ddim_parallel.DDIMParallelSchedulerOutput
-    _fastddim_hooks = Hooks(
-        *_METHODS, "_batch_get_variance", of=("DDIMParallelScheduler",), attributes=_ATTRIBUTES
-    )
-
-    def batch_step_no_noise(
-        self,
-        model_output: Tensor,
-        timesteps: Tensor,
-        sample: Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-    ) -> Tensor:
-        """A step of each sample from its own timestep, as in diffusers.
-
-        After the last timestep ᾱ is 1 here even where `set_alpha_to_one` is False.
-
-        Args:
-            model_output, sample: `[B, …]`.
-            timesteps: int64 or int32 `[B]`.
-            eta: 0.
-
-        Returns:
-            The samples at the timesteps before, in float32 at least.
-
-        Raises:
-            IndexError: timesteps of another dtype.
-            TypeError: timesteps that are no tensor.
-            ValueError: the steps are tuned.
-        """
-        if self._fastddim_work.tuned is not None:
-            raise ValueError(
-                "tuned: expected None for batch_step_no_noise, since each tuned step reads the "
-                "epsilon of the one before it, got tuned steps"
-            )
-        check_indices("timesteps", timesteps)
-        for name in _ATTRIBUTES:
-            if getattr(self, name).device != model_output.device:
-                self._move(name, model_output.device)
-        state, table = self._state(sample, model_output), None
-        if state is not None and eta == 0 and timesteps.numel() in (1, sample.shape[0]):
-            table = self._table(0.0, use_clipped_model_output, _ONE)
-        if state is None or table is None:
-            return super().batch_step_no_noise(
-                model_output, timesteps, sample, eta, use_clipped_model_output
-            )
-        # ᾱ of many timesteps has a part in the dtype of the result, unlike ᾱ of one.
-        state = state.to(torch.promote_types(state.dtype, self.alphas_cumprod.dtype))
-        return table(state, model_output, self._rows(timesteps, state.device), return_x0=False)[0]
+    _fastddim_hooks = Hooks(*METHODS, of=("DDIMScheduler",), attributes=ATTRIBUTES)

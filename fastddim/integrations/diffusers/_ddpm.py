@@ -11,10 +11,12 @@ from torch import Tensor
 
 from fastddim.integrations._hooks import Hooks
 from fastddim.integrations._shared import each
-from fastddim.integrations._tables import version
+from fastddim.integrations.diffusers._noising import Noising
 from fastddim.integrations.diffusers._rows import SignedTable, limits, roots, signed_table
-from fastddim.integrations.diffusers._scheduler import Noising, drawn_like, output_object
+from fastddim.integrations.diffusers._scheduler import drawn_like, output_object
+from fastddim.kept import keep
 from fastddim.plan import Row, prediction_coefficients
+from fastddim.tracing import constant, is_constant, is_traced
 
 
 class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
@@ -73,28 +75,32 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
             ValueError: there is more than one timestep, or the config's prediction type is unknown;
                 or a method of diffusers is overridden, and noise="philox".
         """
-        t = self._read(timestep)
+        in_graph = is_traced(timestep)
+        t = self._row(timestep, sample.device) if in_graph else self._read(timestep)
         learned = self.variance_type in ("learned", "learned_range")
         predicted = None
         mean = model_output
         if learned and model_output.shape[1] == 2 * sample.shape[1]:
             mean, predicted = model_output.split(sample.shape[1], dim=1)
         state = self._state(sample, mean)
-        steps = None if state is None else self._ancestral()
-        missing = learned and predicted is None
-        if state is None or steps is None or t not in steps.visited or missing:
-            self._check_fallback(t)
+        steps = None if state is None else self._steps(state, t, in_graph)
+        if state is None or steps is None or (learned and predicted is None):
+            if not isinstance(t, Tensor) and not in_graph:
+                self._check_fallback(t)
             return super().step(model_output, timestep, sample, generator, return_dict)
         noise, keys = None, None
-        if t > 0:
+        # Noise for a tensor's timestep is drawn at 0 too, where it is not read.
+        if isinstance(t, Tensor) or t > 0:
             if predicted is None and generator is None and self._fastddim_work.seed is not None:
-                keys = self._philox_keys(t, state)
+                keys = self._philox_keys(timestep if in_graph else t, state)
             else:
                 noise = drawn_like(mean, generator)
         if noise is not None and predicted is not None:
             noise = self._deviation(steps, t, predicted) * noise
-        results = steps.table(state, mean, t, noise=noise, keys=keys)
-        return output_object(_ddpm.DDPMSchedulerOutput, *results) if return_dict else results
+        results = steps.table.take(state, mean, t, noise=noise, keys=keys)
+        if not return_dict:
+            return results
+        return output_object(_ddpm.DDPMSchedulerOutput, results[0], results[1], in_graph)
 
     def _check_fallback(self, t: int) -> None:
         """Refuse what diffusers' own step would not name, or take without a word."""
@@ -108,7 +114,7 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
         if hook is None and visiting and t not in self._host_timesteps().step_of:
             raise IndexError(f"timestep: expected one of the scheduler's timesteps, got {t}")
 
-    def _deviation(self, steps: _Ancestral, t: int, predicted: Tensor) -> Tensor:
+    def _deviation(self, steps: _Ancestral, t: int | Tensor, predicted: Tensor) -> Tensor:
         """Standard deviation of the noise of each element, where it is learned."""
         if self.variance_type == "learned":
             return predicted**0.5
@@ -116,52 +122,93 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
         fraction = (predicted + 1) / 2
         return torch.exp(0.5 * (fraction * high + (1 - fraction) * low))
 
+    def _steps(self, state: Tensor, t: Any, in_graph: bool) -> _Ancestral | None:
+        """The steps; None where diffusers has an error to raise, as for a timestep that is not
+        visited.
+        """
+        if in_graph:
+            return self._steps_in_graph(state, t)
+        steps = self._ancestral()
+        return steps if steps is not None and t in steps.visited else None
+
     def _ancestral(self) -> _Ancestral | None:
         """The steps; None where diffusers has an error to raise."""
         alphas, timesteps, config = self.alphas_cumprod, self.timesteps, self.config
         kind, custom, steps = self.variance_type, self.custom_timesteps, self.num_inference_steps
-        key = (
-            steps,
-            custom,
-            kind,
-            version(alphas),
-            version(timesteps),
-            id(config),
-            id(alphas),
-            id(timesteps),
-        )
+        try:
+            versions = alphas._version, timesteps._version
+        except RuntimeError:  # of inference mode
+            return self._ancestral() if self._count_changes("alphas_cumprod", "timesteps") else None
+        key = (steps, custom, kind, *versions, id(config), id(alphas), id(timesteps))
         kept = self._fastddim_work.tables
         found: _Ancestral | None = kept.get(key)
         if found is None and kind == config["variance_type"] and self._covered():
             every = range(len(alphas))[::-1]
             visited = self._host_timesteps().values if custom or steps else every
-            found = _ancestral(config, self._on_host("alphas_cumprod"), visited)
-            kept.put(key, found, (config, alphas, timesteps))
+            host = self._on_host("alphas_cumprod")
+            found = keep(
+                kept,
+                key,
+                lambda: _ancestral(config, host, visited),
+                sources=(config, alphas, timesteps),
+            )
         return found
+
+    def _steps_in_graph(self, state: Tensor, t: int | Tensor) -> _Ancestral | None:
+        """`_steps` for a graph; a timestep that it does not hold constant and that is not visited
+        gives NaN.
+        """
+        kind, visited = self.variance_type, self._visited_in_graph()
+        constant_t = t if not isinstance(t, Tensor) and is_constant(t) else None
+        if visited is None or (kind == "learned_range" and constant_t is None):
+            return None
+        rescaling = limits(self.config)[1]
+        arguments = (kind, self.custom_timesteps, self.num_inference_steps, visited, constant_t)
+        table = self._in_graph(
+            "_kept_table", state, *arguments, rescaling=rescaling, kind=SignedTable
+        )
+        if table is None:
+            return None
+        bounds = {}
+        if kind == "learned_range" and constant_t is not None:
+            bounds[constant_t] = self._bounds_in_graph(constant_t)
+        return _Ancestral(table, frozenset(), bounds)
+
+    def _kept_table(self, *arguments: Any) -> SignedTable | None:
+        found, t = self._ancestral(), arguments[-1]
+        visited = found is not None and (t is None or t in found.visited)
+        return found.table if found is not None and visited else None
+
+    @constant
+    def _bounds_in_graph(self, t: int) -> tuple[float, float]:
+        found = self._ancestral()
+        assert found is not None
+        return found.log_variances[t]
 
 
 class _Ancestral(NamedTuple):
     """The steps of DDPM down some timesteps."""
 
-    table: SignedTable
+    table: Any  # a SignedTable, or its step in a graph
     visited: frozenset[int]
-    log_variances: list[list[float]]
-    """(smallest, largest) of each timestep, where the variance is learned between them."""
+    log_variances: Mapping[Any, tuple[float, float]]
+    """(smallest, largest) of a timestep, where the variance is learned between them."""
 
 
 def _ancestral(config: Mapping[str, Any], alphas: Tensor, visited: Sequence[int]) -> _Ancestral:
     # Of a timestep that is there twice, diffusers finds the first.
     pairs = list(zip(visited, [*visited[1:], -1], strict=True))[::-1]
     previous = dict(pairs)
-    before = torch.ones_like(alphas).repeat(2)
+    before = torch.full_like(alphas, float("nan")).repeat(2)
     for t, earlier in previous.items():
-        if earlier >= 0:
-            before[t] = alphas[earlier]
+        before[t] = alphas[earlier] if earlier >= 0 else 1.0
     a, p = alphas.repeat(2), before
     k0, kx, variance, large = _posterior(a, p)
     signal, sigma = roots(a).double(), roots(1 - a).double()
     cx, cm, _, _ = prediction_coefficients(signal, sigma, config["prediction_type"])
     clip, rescaling = limits(config)
+    deviation = _fixed_deviation(config["variance_type"], variance, large).double()
+    deviation[[0, len(alphas)]] = 0.0  # There is no noise at t = 0.
     row = Row(
         cx=cx,
         cm=cm,
@@ -169,13 +216,13 @@ def _ancestral(config: Mapping[str, Any], alphas: Tensor, visited: Sequence[int]
         k0=k0.double(),
         kx=kx.double(),
         km=0.0,
-        pn=_fixed_deviation(config["variance_type"], variance, large).double(),
+        pn=deviation,
         g=1.0,
     )
-    log_variances: list[list[float]] = []
+    log_variances = {}
     if config["variance_type"] == "learned_range":
-        logs = [each(torch.log, v[: len(alphas)]) for v in (variance, large)]
-        log_variances = torch.stack(logs, dim=1).tolist()
+        logs = (each(torch.log, v[: len(alphas)]).tolist() for v in (variance, large))
+        log_variances = dict(enumerate(zip(*logs, strict=True)))
     return _Ancestral(signed_table(row, rescaling), frozenset(previous), log_variances)
 
 

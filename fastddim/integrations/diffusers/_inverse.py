@@ -7,9 +7,10 @@ from typing import Any
 
 from diffusers.schedulers import scheduling_ddim_inverse as _ddim_inverse
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastddim.integrations._hooks import Hooks
-from fastddim.integrations._tables import version
+from fastddim.integrations.diffusers._graph import Table
 from fastddim.integrations.diffusers._rows import (
     SignedTable,
     doubled,
@@ -19,7 +20,10 @@ from fastddim.integrations.diffusers._rows import (
     strided,
 )
 from fastddim.integrations.diffusers._scheduler import Fused, output_object
+from fastddim.kept import keep
 from fastddim.plan import Update, row_of
+
+_ATTRIBUTES = ("alphas_cumprod", "initial_alpha_cumprod")
 
 
 class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: ignore[misc]
@@ -37,9 +41,7 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
     ```
     """
 
-    _fastddim_hooks = Hooks(
-        of=("DDIMInverseScheduler",), attributes=("alphas_cumprod", "initial_alpha_cumprod")
-    )
+    _fastddim_hooks = Hooks(of=("DDIMInverseScheduler",), attributes=_ATTRIBUTES)
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """As in diffusers."""
@@ -66,25 +68,42 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
         """
         row = timestep if type(timestep) is int else self._row(timestep, sample.device)
         state = self._state(sample, model_output)
-        table = None if state is None else self._table()
+        table: Table | None = None
+        steps = self.num_inference_steps
+        in_graph = is_dynamo_compiling()
+        if state is not None and in_graph:
+            table = self._in_graph("_table", state, steps, kind=SignedTable)
+        elif state is not None:
+            table = self._table(steps)
         if state is None or table is None:
             return super().step(model_output, timestep, sample, return_dict)
-        results = table(state, model_output, row)
-        return (
-            output_object(_ddim_inverse.DDIMSchedulerOutput, *results) if return_dict else results
-        )
+        results = table.take(state, model_output, row)
+        if not return_dict:
+            return results
+        return output_object(_ddim_inverse.DDIMSchedulerOutput, results[0], results[1], in_graph)
 
-    def _table(self) -> SignedTable | None:
-        """The table of all steps; None where diffusers has an error to raise."""
-        alphas, steps, config = self.alphas_cumprod, self.num_inference_steps, self.config
-        initial = self.initial_alpha_cumprod
-        key = (steps, version(alphas), version(initial), id(config), id(alphas), id(initial))
+    def _table(self, steps: int | None) -> SignedTable | None:
+        """The table of all steps; None where diffusers has an error to raise.
+
+        Args:
+            steps: `num_inference_steps`.
+        """
+        alphas, initial, config = self.alphas_cumprod, self.initial_alpha_cumprod, self.config
+        try:
+            versions = alphas._version, initial._version
+        except RuntimeError:  # of inference mode
+            return self._table(steps) if self._count_changes(*_ATTRIBUTES) else None
+        key = (steps, *versions, id(config), id(alphas), id(initial))
         kept = self._fastddim_work.tables
         table: SignedTable | None = kept.get(key)
         if table is None and steps is not None and self._covered():
-            host = self._on_host("alphas_cumprod")
-            table = _table(config, host, self._on_host("initial_alpha_cumprod"), steps)
-            kept.put(key, table, (config, alphas, initial))
+            host, start = map(self._on_host, _ATTRIBUTES)
+            table = keep(
+                kept,
+                key,
+                lambda: _table(config, host, start, steps),
+                sources=(config, alphas, initial),
+            )
         return table
 
 

@@ -22,5 +22,8 @@ class Moved(NamedTuple):
 
     @property
     def current(self) -> bool:
-        """Whether both still have their values."""
-        return self.versions == (version(self.tensor), version(self.host))
+        """Whether both are known to have their values still."""
+        return min(self.versions) >= 0 and self.versions == (
+            version(self.tensor),
+            version(self.host),
+        )

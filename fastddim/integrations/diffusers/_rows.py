@@ -21,13 +21,13 @@ class SignedTable(StepTable):
     """Rows made from `doubled`, which are those of t in [−T, T)."""
 
     @staticmethod
-    def _position(count: int, row: int) -> int:
+    def position(count: int, row: int) -> int:
         half = count // 2
         if not -half <= row < half:
             raise IndexError(
                 f"timestep: expected an index of alphas_cumprod, in [{-half}, {half}), got {row}"
             )
-        return range(count)[row]
+        return row % count
 
 
 def signed_table(row: Row, rescaling: Rescaling | None = None) -> SignedTable:

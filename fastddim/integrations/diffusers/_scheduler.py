@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastddim import transfer
 from fastddim.cache import Cache
-from fastddim.integrations._hooks import Hooks
-from fastddim.integrations._indices import check_indices, one_index
-from fastddim.integrations._tables import step_table, version
+from fastddim.integrations._indices import is_one_index, one_index
+from fastddim.integrations.diffusers._graph import IN_GRAPH, InGraph
 from fastddim.integrations.diffusers._moved import Moved
-from fastddim.integrations.diffusers._rows import roots, valid
+from fastddim.integrations.diffusers._rows import valid
 from fastddim.integrations.diffusers._timesteps import (
     ONE_EACH,
     HostTimesteps,
-    indexes_otherwise,
 )
 from fastddim.integrations.diffusers._tuned import TunedRun
+from fastddim.kept import keep, ordinary
 from fastddim.philox import STEP_NOISE, Keys, make_keys, normal
-from fastddim.plan import mixing_row
-from fastddim.steptable import StepTable
+from fastddim.tracing import PLAIN, is_traced
 from fastddim.tuned import TunedSteps
 from fastddim.validation import STATE_DTYPES, check_choice
 
@@ -56,12 +54,15 @@ class FusedState:
         self.tables: Cache[Any] = Cache(_TABLES_KEPT)
         self.keys: Cache[Keys] = Cache(_KEYS_KEPT)
         self.timesteps: HostTimesteps | None = None
+        # What tells the timesteps of `set_timesteps` from others, or nothing.
+        self.visiting = ""
         self.moved: dict[str, Moved] = {}
         self.overridden: str | None = None
 
     def __copy__(self) -> FusedState:
         state = FusedState(self.seed, self.sample_offset, copy.copy(self.tuned))
         state.timesteps, state.moved = self.timesteps, dict(self.moved)
+        state.visiting = self.visiting
         return state
 
     def __deepcopy__(self, memo: Any) -> FusedState:
@@ -71,6 +72,7 @@ class FusedState:
             # The scheduler's copy has the same copy of its timesteps.
             tensor = copy.deepcopy(timesteps.tensor, memo)
             state.timesteps = HostTimesteps.of(tensor, timesteps.values)
+            state.visiting = self.visiting
         return state
 
     def __reduce__(self) -> Any:
@@ -83,21 +85,20 @@ def _restored(seed: Any, sample_offset: int, tuned: TunedSteps | None = None) ->
     return FusedState(seed, sample_offset, None if tuned is None else TunedRun(tuned))
 
 
-class Fused:
+class Fused(InGraph):
     """The base that comes before diffusers' class in the order of bases."""
 
     # Set by diffusers.
-    config: Any
     alphas_cumprod: Tensor
-    timesteps: Tensor
     num_inference_steps: int | None
 
-    _fastddim_hooks: ClassVar[Hooks]
+    # Its name is that in pickles, those of earlier versions too.
+    _fastddim_work: FusedState
 
-    @cached_property
-    def _fastddim_work(self) -> FusedState:
-        """Made when first asked for; its name is that in pickles, those of earlier versions too."""
-        return FusedState()
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
+        made = super().__new__(cls)
+        vars(made)["_fastddim_work"] = FusedState()
+        return made
 
     @classmethod
     def from_config(
@@ -140,6 +141,8 @@ class Fused:
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        if name == "timesteps":
+            self._fastddim_work.visiting = IN_GRAPH if is_compiling() else ""
         if name in self._fastddim_hooks.methods:
             self._look_for_hooks()
 
@@ -160,7 +163,32 @@ class Fused:
 
     def _covered(self) -> bool:
         """Return True where steps have rows; diffusers takes the others, or raises the error."""
-        return valid(self.config) and self._fastddim_hooks.overridden(self) is None
+        return (
+            valid(self.config)
+            and self._fastddim_hooks.overridden(self) is None
+            and all(map(self._has_values, self._fastddim_hooks.attributes))
+        )
+
+    def _has_values(self, name: str) -> bool:
+        """Whether the values of a tensor of the scheduler can be read now."""
+        if self._moved(name) is not None:
+            return True
+        tensor = getattr(self, name)
+        readable = type(tensor) in PLAIN and not tensor.is_meta
+        return readable and not transfer.captured(tensor.device)
+
+    def _count_changes(self, *names: str) -> bool:
+        """Put copies that count their changes in place of tensors of inference mode, which do not.
+
+        Return False where the class does not let its attributes be set.
+        """
+        if any(hasattr(type(self), name) for name in names):
+            return False
+        for name in names:
+            tensor = getattr(self, name)
+            if tensor.is_inference():
+                setattr(self, name, ordinary(tensor.clone))
+        return True
 
     def _state(self, sample: Tensor, model_output: Tensor) -> Tensor | None:
         """The state in the dtype of the result; None where the kernel does not take these two."""
@@ -176,16 +204,23 @@ class Fused:
 
     def _move_timesteps(self, device: Any) -> None:
         """Move the timesteps, which are on the host, to the device, and remember their values."""
+        if is_compiling() or type(self.timesteps) is not Tensor:
+            self.timesteps, self._fastddim_work.timesteps = self.timesteps.to(device), None
+            return
         values = self.timesteps.tolist()
         # Only tensors made outside inference mode count their changes.
         with torch.inference_mode(False):
             self.timesteps = self.timesteps.to(device, copy=self.timesteps.is_inference())
-        self._fastddim_work.timesteps = HostTimesteps.of(self.timesteps, values)
+        fused = self._fastddim_work
+        fused.timesteps = HostTimesteps.of(self.timesteps, values)
+        fused.visiting = str(hash(tuple(values)))
         self._look_for_hooks()
 
     def _move(self, name: str, device: torch.device) -> None:
         """Move a tensor of the scheduler, as diffusers does, and remember its values."""
         host = self._on_host(name)
+        if host.is_inference():
+            host = ordinary(host.clone)
         # Only tensors made outside inference mode count their changes.
         with torch.inference_mode(False):
             moved = getattr(self, name).to(device)
@@ -195,10 +230,17 @@ class Fused:
 
     def _on_host(self, name: str) -> Tensor:
         """A tensor of the scheduler on the CPU, without waiting for the device that it is on."""
-        tensor: Tensor = getattr(self, name)
+        moved, tensor = self._moved(name), getattr(self, name)
+        if moved is not None:
+            return moved.host
+        # Of a real tensor, some fake modes make a fake one.
+        return tensor if tensor.is_cpu else ordinary(lambda: tensor.to("cpu"))  # type: ignore[no-any-return]
+
+    def _moved(self, name: str) -> Moved | None:
+        """A tensor of the scheduler that was moved and has not changed since."""
         moved = self._fastddim_work.moved.get(name)
-        known = moved is not None and moved.tensor is tensor and moved.current
-        return moved.host if known and moved is not None else tensor.to("cpu")
+        known = moved is not None and moved.tensor is getattr(self, name) and moved.current
+        return moved if known else None
 
     def _host_timesteps(self) -> HostTimesteps:
         """The timesteps; read once where they do not come from `set_timesteps`."""
@@ -223,6 +265,11 @@ class Fused:
 
     def _row(self, timestep: Any, device: torch.device) -> int | Tensor:
         """The row of a timestep in a `SignedTable`, for a state on the device."""
+        if is_traced(timestep):
+            if type(timestep) is int:
+                return timestep
+            if is_one_index(timestep):
+                return self._rows(timestep, device)
         t = self._host_value(timestep)
         return self._rows(timestep, device) if t is None else t
 
@@ -232,6 +279,8 @@ class Fused:
         return rows.remainder(2 * self.alphas_cumprod.shape[0])
 
     def _philox_keys(self, timestep: Any, sample: Tensor) -> Keys:
+        if is_traced(timestep):
+            return self._keys_in_graph(timestep, sample)
         fused, t = self._fastddim_work, self._read(timestep)
         step = self._host_timesteps().step_of.get(t)
         if step is None:
@@ -239,85 +288,24 @@ class Fused:
                 f"timestep: expected one of the scheduler's timesteps with noise='philox', got {t}"
             )
         key = (step, sample.shape[0], sample.device)
-        keys = fused.keys.get(key)
-        if keys is None:
-            keys = make_keys(
+        return fused.keys.get(key) or keep(
+            fused.keys,
+            key,
+            lambda: make_keys(
                 fused.seed,
                 sample.shape[0],
                 sample_offset=fused.sample_offset,
                 step_index=step,
                 device=sample.device,
-            )
-            if not transfer.captured(sample.device):
-                transfer.wait(sample.device)  # Another stream may use them.
-                fused.keys.put(key, keys)
-        return keys
+            ),
+            device=sample.device,
+        )
 
     def _philox_noise(self, timestep: Any, like: Tensor) -> Tensor | None:
         """The noise of a step that diffusers takes; None where torch draws it."""
         if self._fastddim_work.seed is None or not like.ndim:
             return None
         return normal(self._philox_keys(timestep, like), like.shape[1:], STEP_NOISE).to(like.dtype)
-
-
-class Noising(Fused):
-    """`add_noise` and `get_velocity` of the schedulers that have them.
-
-    Both leave `alphas_cumprod` on the device of the samples.
-    """
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ_t·original_samples + √(1 − ᾱ_t)·noise, as in diffusers.
-
-        Raises:
-            IndexError: timesteps of another dtype than int64 and int32.
-            TypeError: timesteps that are no tensor.
-        """
-        mixed = self._mixed("add_noise", original_samples, noise, timesteps)
-        if mixed is None:
-            return super().add_noise(original_samples, noise, timesteps)  # type: ignore[misc,no-any-return]
-        return mixed
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ_t·noise − √(1 − ᾱ_t)·sample, as in diffusers.
-
-        Raises:
-            IndexError, TypeError: as in `add_noise`.
-        """
-        mixed = self._mixed("get_velocity", sample, noise, timesteps)
-        if mixed is None:
-            return super().get_velocity(sample, noise, timesteps)  # type: ignore[misc,no-any-return]
-        return mixed
-
-    def _mixed(self, method: str, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor | None:
-        """The result of a method; None where it is a case for diffusers."""
-        state = self._state(x, noise)
-        if not isinstance(timesteps, Tensor) or timesteps.dtype is not torch.int64:
-            if indexes_otherwise(timesteps, self.alphas_cumprod):
-                return None
-            check_indices("timesteps", timesteps)
-        if state is None or timesteps.numel() not in (1, x.shape[0]):
-            return None
-        row = timesteps.reshape(-1)
-        if timesteps.is_cpu:
-            values = row.tolist()
-            if not values or min(values) < 0 or max(values) >= len(self.alphas_cumprod):
-                return None
-        if self.alphas_cumprod.device != x.device:
-            self._move("alphas_cumprod", x.device)
-        alphas, kept = self.alphas_cumprod, self._fastddim_work.tables
-        key = (method, version(alphas), id(alphas))
-        table: StepTable | None = kept.get(key)
-        if table is None:
-            table = _mixing_table(method, self._on_host("alphas_cumprod"))
-            kept.put(key, table, (alphas,))
-        return table(state, noise, row.to(x.device, torch.int64), return_x0=False)[0]
-
-
-def _mixing_table(method: str, alphas: Tensor) -> StepTable:
-    signal, sigma = roots(alphas).double(), roots(1 - alphas).double()
-    of_x, of_noise = (signal, sigma) if method == "add_noise" else (-sigma, signal)
-    return step_table(mixing_row(of_x, of_noise))
 
 
 def drawn_like(like: Tensor, generator: Any) -> Tensor:
@@ -331,8 +319,14 @@ def drawn_like(like: Tensor, generator: Any) -> Tensor:
 _set_item = OrderedDict.__setitem__
 
 
-def output_object(cls: Any, prev_sample: Tensor, pred_original_sample: Tensor) -> Any:
-    """The output object of diffusers, whose own constructor takes longer than a small step."""
+def output_object(
+    cls: Any, prev_sample: Tensor, pred_original_sample: Tensor, in_graph: bool
+) -> Any:
+    """The output object of diffusers, whose own constructor takes longer than a small step, but is
+    what compilers know.
+    """
+    if in_graph:
+        return cls(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
     output = cls.__new__(cls)
     _set_item(output, "prev_sample", prev_sample)
     _set_item(output, "pred_original_sample", pred_original_sample)

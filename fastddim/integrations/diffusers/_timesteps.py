@@ -33,15 +33,17 @@ class HostTimesteps(NamedTuple):
 
     @property
     def current(self) -> bool:
-        """Whether the tensor still has these values."""
-        return version(self.tensor) == self.version
+        """Whether the tensor is known to have these values still. One of inference mode is not: it
+        does not count its changes.
+        """
+        return 0 <= self.version == version(self.tensor)
 
     def value_of(self, element: Tensor) -> int | None:
         """The value of an element of the tensor, by its address; None if it is no element of it."""
         tensor = self.tensor
         if (
             element.untyped_storage() is not self.storage
-            or version(tensor) != self.version
+            or not self.current
             or element.dtype is not tensor.dtype
             or element.numel() != 1
         ):

@@ -47,6 +47,7 @@ from fastddim.integrations.latent_diffusion._rows import (
     predicting_row,
     stepping_row,
 )
+from fastddim.kept import keep
 from fastddim.plan import Row
 from fastddim.steptable import StepTable
 
@@ -386,10 +387,14 @@ def _table(
     model = sampler.model
     kept = _tables[sampler]
     sources = (sampler.ddim_sigmas, sampler.ddim_alphas, model.alphas_cumprod)
-    key = (make_row, original, *arguments, scale, model.parameterization, *map(id, sources))
+    dtype = torch.get_default_dtype()  # to which the rows round
+    key = (make_row, original, *arguments, scale, model.parameterization, dtype, *map(id, sources))
     table: StepTable | None = kept.get(key)
     if table is None:
-        row = make_row(sampler, original, *arguments)._replace(g=scale)
-        table = step_table(row)
-        kept.put(key, table, sources)
+        table = keep(
+            kept,
+            key,
+            lambda: step_table(make_row(sampler, original, *arguments)._replace(g=scale)),
+            sources=sources,
+        )
     return table

@@ -60,7 +60,7 @@ def concluding_row(sampler: Any, original: bool, batch: int, temperature: float)
 
 def guiding_row(_sampler: Any, _original: bool, scale: float) -> Row:
     """u + g·(c − u) from u as the state and c as the model output."""
-    g = torch.tensor([scale], dtype=torch.float64)
+    g = torch.tensor([scale], dtype=torch.float64, device="cpu")
     return mixing_row(1 - g, g)
 
 
@@ -118,4 +118,5 @@ def _narrow(values: Any) -> Tensor:
 
 def _host(values: Any) -> Tensor:
     """A buffer, which is a tensor or an array, on the CPU."""
-    return torch.as_tensor(values).detach().cpu()
+    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+    return tensor.detach().cpu()

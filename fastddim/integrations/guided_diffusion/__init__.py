@@ -27,20 +27,30 @@ computed them from `alphas_cumprod`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from tqdm.auto import tqdm
 
 from fastddim.integrations._hooks import Hooks
 from fastddim.integrations._indices import check_indices
 from fastddim.integrations._shared import give_methods
 from fastddim.integrations._tables import CacheOf, step_table
+from fastddim.integrations.guided_diffusion._rows import (
+    concluding_row,
+    conditioning_row,
+    predicting_row,
+    row_down,
+    row_up,
+)
+from fastddim.kept import keep
 from fastddim.plan import Row
-from fastddim.steptable import StepTable
+from fastddim.steptable import StepTable, TracedTable
+from fastddim.tracing import HELD, TAKES_OBJECTS, constant
+from fastddim.transfer import upload
 
 Output = dict[str, Tensor]
 
@@ -103,19 +113,21 @@ def ddim_sample(
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
         x_0 = out["pred_xstart"]
-        eps, noise = self._predict_eps_from_xstart(x, t, x_0), torch.randn_like(x)
-        sample, _ = _table(self, _concluding_row, eta)(_state(eps), x_0, _row_of(t), noise=noise)
+        state, noise = _state(self._predict_eps_from_xstart(x, t, x_0)), torch.randn_like(x)
+        concluding = _table(self, state, concluding_row, eta)
+        sample, _ = concluding.take(state, x_0, _row_of(t), noise=noise)
         return {"sample": sample, "pred_xstart": x_0}
     kwargs = {} if model_kwargs is None else model_kwargs
     state, output, kind, row = _predict(self, model, x, t, denoised_fn, kwargs)
     clip = 1.0 if clip_denoised else None
     if cond_fn is not None:
         gradient = _evaluate(self, cond_fn, x, t, kwargs)
-        conditioned = _table(self, _conditioning_row, kind, clip)
-        output, _ = conditioned(state, output, row, noise=gradient, return_x0=False)
+        conditioned = _table(self, state, conditioning_row, kind, clip)
+        output, _ = conditioned.take(state, output, row, noise=gradient, return_x0=False)
         kind, clip = "START_X", None
     noise = torch.randn_like(x)
-    sample, x_0 = _table(self, _row_down, kind, clip, eta)(state, output, row, noise=noise)
+    table = _table(self, state, row_down, kind, clip, eta)
+    sample, x_0 = table.take(state, output, row, noise=noise)
     return {"sample": sample, "pred_xstart": x_0}
 
 
@@ -142,13 +154,13 @@ def ddim_reverse_sample(
     if _has_hooks(self):
         asked = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn}
         out = self.p_mean_variance(model, x, t, **asked, model_kwargs=model_kwargs)
-        x_0 = out["pred_xstart"]
-        sample, _ = _table(self, _row_up, "START_X", None)(_state(x), x_0, _row_of(t))
+        x_0, state = out["pred_xstart"], _state(x)
+        sample, _ = _table(self, state, row_up, "START_X", None).take(state, x_0, _row_of(t))
         return {"sample": sample, "pred_xstart": x_0}
     kwargs = {} if model_kwargs is None else model_kwargs
     state, output, kind, row = _predict(self, model, x, t, denoised_fn, kwargs)
-    table = _table(self, _row_up, kind, 1.0 if clip_denoised else None)
-    sample, x_0 = table(state, output, row)
+    table = _table(self, state, row_up, kind, 1.0 if clip_denoised else None)
+    sample, x_0 = table.take(state, output, row)
     return {"sample": sample, "pred_xstart": x_0}
 
 
@@ -259,7 +271,8 @@ def _predict(
     state, row = _state(x), _row_of(t)
     if denoised_fn is None:
         return state, output, kind, row
-    predicted, _ = _table(diffusion, _predicting_row, kind)(state, output, row, return_x0=False)
+    table = _table(diffusion, state, predicting_row, kind)
+    predicted, _ = table.take(state, output, row, return_x0=False)
     return state, denoised_fn(predicted), "START_X", row
 
 
@@ -290,109 +303,56 @@ def _evaluate(
 
 def _timestep_map(diffusion: Any, device: torch.device) -> Tensor:
     """The timesteps of SpacedDiffusion on a device."""
+    if TAKES_OBJECTS and is_dynamo_compiling():
+        timesteps: Tensor = getattr(HELD, _map_in_graph(diffusion, device, diffusion.timestep_map))
+        return timesteps
+    return _kept_map(diffusion, device)
+
+
+@constant
+def _map_in_graph(diffusion: Any, device: torch.device, _watched: Sequence[int]) -> str:
+    return HELD.name_of(_kept_map(diffusion, device), owner=diffusion)
+
+
+def _kept_map(diffusion: Any, device: torch.device) -> Tensor:
     kept, alphas = _timestep_maps[diffusion], diffusion.alphas_cumprod
     key = (device, id(alphas))
     timesteps: Tensor | None = kept.get(key)
     if timesteps is None:
-        timesteps = torch.tensor(diffusion.timestep_map, device=device)
-        kept.put(key, timesteps, (alphas,))
+        timesteps = keep(
+            kept,
+            key,
+            lambda: upload(torch.tensor(diffusion.timestep_map, device="cpu"), device),
+            device=device,
+            sources=(alphas,),
+        )
     return timesteps
 
 
-def _table(diffusion: Any, make_row: Callable[..., Row], *arguments: Any) -> StepTable:
-    """The rows `make_row(diffusion, *arguments)`, one a timestep."""
+def _table(
+    diffusion: Any, state: Tensor, make_row: Callable[..., Row], *arguments: Any
+) -> StepTable | TracedTable:
+    """The rows `make_row(diffusion, *arguments)`, one a timestep, for states like one."""
+    if not (TAKES_OBJECTS and is_dynamo_compiling()):
+        return _kept_table(diffusion, make_row, *arguments)
+    kind = state.dtype, state.device
+    name = _name_in_graph(diffusion, *kind, make_row, *arguments)
+    return TracedTable(getattr(HELD, name), StepTable.position, None)
+
+
+@constant
+def _name_in_graph(
+    diffusion: Any, dtype: torch.dtype, device: torch.device, *arguments: Any
+) -> str:
+    return _kept_table(diffusion, *arguments).name_in_graph(dtype, device)
+
+
+def _kept_table(diffusion: Any, make_row: Callable[..., Row], *arguments: Any) -> StepTable:
     kept, alphas = _tables[diffusion], diffusion.alphas_cumprod
     key = (make_row, *arguments, id(alphas))
     table: StepTable | None = kept.get(key)
     if table is None:
-        table = step_table(make_row(diffusion, *arguments))
-        kept.put(key, table, (alphas,))
+        table = keep(
+            kept, key, lambda: step_table(make_row(diffusion, *arguments)), sources=(alphas,)
+        )
     return table
-
-
-def _row_down(diffusion: Any, kind: str, clip: float | None, eta: float) -> Row:
-    p = _narrow(diffusion.alphas_cumprod_prev)
-    return _row(diffusion, p, _deviation(diffusion, eta), kind, clip)
-
-
-def _row_up(diffusion: Any, kind: str, clip: float | None) -> Row:
-    p = _narrow(diffusion.alphas_cumprod_next)
-    return _row(diffusion, p, torch.zeros_like(p), kind, clip)
-
-
-def _concluding_row(diffusion: Any, eta: float) -> Row:
-    """A step down from epsilon as the state and x_0 as the model output."""
-    p, sigma = _narrow(diffusion.alphas_cumprod_prev), _deviation(diffusion, eta)
-    return Row(
-        cx=0.0,
-        cm=1.0,
-        r=math.inf,
-        k0=(p**0.5).double(),
-        kx=((1 - p - sigma**2) ** 0.5).double(),
-        km=0.0,
-        pn=sigma.double(),
-        g=1.0,
-    )
-
-
-def _deviation(diffusion: Any, eta: float) -> Tensor:
-    # Roots are taken of vectors, since the original has a coefficient for each element of x.
-    a, p = _narrow(diffusion.alphas_cumprod), _narrow(diffusion.alphas_cumprod_prev)
-    return eta * ((1 - p) / (1 - a)) ** 0.5 * (1 - a / p) ** 0.5
-
-
-def _row(diffusion: Any, p: Tensor, sigma: Tensor, kind: str, clip: float | None) -> Row:
-    """A step to ᾱ = p, with eps = (x/√ᾱ − x_0)/√(1/ᾱ − 1)."""
-    x_scale, eps_scale = _scales(diffusion)
-    direction = ((1 - p - sigma**2) ** 0.5).double() / eps_scale
-    cx, cm = _prediction(diffusion, kind)
-    return Row(
-        cx=cx,
-        cm=cm,
-        r=math.inf if clip is None else clip,
-        k0=(p**0.5).double() - direction,
-        kx=direction * x_scale,
-        km=0.0,
-        pn=sigma.double(),
-        g=1.0,
-    )
-
-
-def _predicting_row(diffusion: Any, kind: str) -> Row:
-    """x_0 as the new state."""
-    cx, cm = _prediction(diffusion, kind)
-    return Row(cx=cx, cm=cm, r=math.inf, k0=1.0, kx=0.0, km=0.0, pn=0.0, g=1.0)
-
-
-def _conditioning_row(diffusion: Any, kind: str, clip: float | None) -> Row:
-    """x_0 moved along a gradient that comes as the noise: eps less √(1 − ᾱ) times the gradient is
-    x_0 plus √(1/ᾱ − 1)·√(1 − ᾱ) times it.
-    """
-    deviation = ((1 - _narrow(diffusion.alphas_cumprod)) ** 0.5).double()
-    _, eps_scale = _scales(diffusion)
-    return _predicting_row(diffusion, kind)._replace(
-        r=math.inf if clip is None else clip, pn=eps_scale * deviation
-    )
-
-
-def _prediction(diffusion: Any, kind: str) -> tuple[Tensor, Tensor]:
-    """(cx, cm): x_0 = cx·x + cm·m."""
-    x_scale, eps_scale = _scales(diffusion)
-    if kind == "EPSILON":
-        return x_scale, -eps_scale
-    if kind == "START_X":
-        return torch.zeros_like(x_scale), torch.ones_like(x_scale)
-    # The mean of q(x_{t−1} | x_t, x_0) (arXiv 2006.11239, eq. 7), solved for x_0.
-    of_x_0, of_x = diffusion.posterior_mean_coef1, diffusion.posterior_mean_coef2
-    return -_narrow(of_x / of_x_0).double(), _narrow(1 / of_x_0).double()
-
-
-def _scales(diffusion: Any) -> tuple[Tensor, Tensor]:
-    """1/√ᾱ and √(1/ᾱ − 1)."""
-    x_scale = _narrow(diffusion.sqrt_recip_alphas_cumprod).double()
-    return x_scale, _narrow(diffusion.sqrt_recipm1_alphas_cumprod).double()
-
-
-def _narrow(values: Any) -> Tensor:
-    """Float32, to which the original rounds each of its float64 arrays before it reads them."""
-    return torch.as_tensor(values).float()

@@ -1,0 +1,91 @@
+"""Steps in a graph that `torch.compile`, `torch.export` or `torch.jit` traces: its constants."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._C import _is_tracing
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+TAKES_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+"""Whether a function that is `constant` takes other objects than its own: not in torch 2.11."""
+
+PLAIN = (Tensor, nn.Parameter)
+"""Classes of tensors whose values are at hand, as those of fake tensors are not."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a graph is traced in which a value may be another one when it runs.
+
+    `torch.export` may trace with tensors of a class of its own, in Python as it is.
+    """
+    # The latter is `torch.jit.is_tracing`, at a tenth of its time.
+    if is_dynamo_compiling() or _is_tracing():
+        return True
+    return type(value) is not int and type(value) not in PLAIN and is_compiling()
+
+
+def constant(function: Function) -> Function:
+    """Mark a function whose result is a constant of the graph that is traced.
+
+    It runs while the graph is made. Besides its object, if it is a method, it takes constants, and
+    it returns a number or a string. Nothing else that it reads is guarded: callers pass the `id` of
+    each object that may be replaced by another.
+
+    It is `torch.compiler.assume_constant_result`, which imports the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def specialized(number: Any) -> Any:
+    """A number as a constant of the graph: where it changes, there is another graph."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return guard_scalar(number)
+
+
+def is_constant(number: float) -> bool:
+    """Whether a number is a constant of the graph, rather than one of its inputs."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(number)
+
+
+class Held:
+    """Tensors that graphs hold, as attributes: a tensor that is an attribute of a global object is
+    one that every tracer knows how to find.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+        self._unused = itertools.count()
+
+    def name_of(self, tensor: Tensor, owner: Any = None) -> str:
+        """The name of a tensor, which it gets when first asked for and is held by from then on.
+
+        Args:
+            owner: the tensor is let go with this object, if given.
+        """
+        name = self._names.get(id(tensor))
+        if name is None:
+            name = self._names[id(tensor)] = f"table_{next(self._unused)}"
+            setattr(self, name, tensor)
+            if owner is not None:
+                weakref.finalize(owner, self._let_go, id(tensor), name)
+        return name
+
+    def _let_go(self, identity: int, name: str) -> None:
+        del self._names[identity]
+        delattr(self, name)
+
+
+HELD = Held()
+"""The tensors that the graphs of this process hold."""
