@@ -32,14 +32,19 @@ class Setup:
     shape: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
+    model_dtype: torch.dtype
+    impl: str
     backend: backends.Backend
     graph: Graph
     check_finite: bool
     model_kwargs: dict[str, Any]
 
-    @property
-    def model_dtype(self) -> torch.dtype:
-        return adapter.own_dtype(self.model) or self.dtype
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "backend"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle may come from a machine with other backends."""
+        vars(self).update(state, backend=backends.choose(state["impl"], state["device"]))
 
     @property
     def captures(self) -> bool:
@@ -150,6 +155,8 @@ def make_setup(
         shape=shape,
         device=device,
         dtype=dtype,
+        model_dtype=adapter.own_dtype(options.model) or dtype,
+        impl=options.impl,
         backend=backends.choose(options.impl, device),
         graph=options.graph,
         check_finite=options.check_finite,

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import fastddim
 from fastddim import Schedule, api, backends, philox, transfer
+from fastddim.adapter import own_dtype
 from fastddim.loop import capture as capturing
 from fastddim.loop import loop as loop_module
 from fastddim.loop.counters import Position
@@ -161,7 +162,12 @@ def run(
     prepared = setup(None, mode, **update)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            given = {"model": make_model(), "model_kwargs": make_kwargs() or {}}
+            model = make_model()
+            given = {
+                "model": model,
+                "model_dtype": own_dtype(model) or prepared.dtype,
+                "model_kwargs": make_kwargs() or {},
+            }
             loop_module.Step = step_type
             loop = Loop(Setup(**{**vars(prepared), **given}))
             x = torch.zeros(SHAPE, dtype=prepared.dtype, device=CUDA)
