@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastddim import philox
+from fastddim.loop.modes import is_traced
 from fastddim.loop.noise import check_generators, draw
 from fastddim.loop.pool import POOL
 from fastddim.loop.setup import prepare_inversion, prepare_sampling
@@ -133,6 +134,14 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
             it.
     """
+    if is_traced():
+        from fastddim.loop import traced
+
+        return traced.sample(options, _sample)
+    return _sample(options)
+
+
+def _sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
     with POOL.borrow(prepare_sampling(options, x_T=options.x_T)) as loop:
         return loop.sample(options)
 
@@ -168,6 +177,14 @@ def invert(options: InvertOptions) -> Tensor | tuple[Tensor, Tensor]:
             inverted (among them `prediction="sample"`, whose step from ᾱ = 1 does not depend on the
             state); the message names it.
     """
+    if is_traced():
+        from fastddim.loop import traced
+
+        return traced.invert(options, _invert)
+    return _invert(options)
+
+
+def _invert(options: InvertOptions) -> Tensor | tuple[Tensor, Tensor]:
     with POOL.borrow(prepare_inversion(options)) as loop:
         return loop.run(options.x_0, options)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastddim.transfer import filled, upload
+from fastddim.validation import check_sample_range, check_seed, check_step_index
 
 LATENTS, STEP_NOISE = 0, 1
 """Streams: the last word of the counter tells initial latents from step noise."""
@@ -177,8 +178,6 @@ def check_samples(
     Raises:
         TypeError, ValueError: see `make_keys`.
     """
-    from fastddim.validation import check_sample_range, check_seed
-
     seeds = check_seed("seed", seed, batch)
     per_sample = isinstance(seeds, Tensor) and seeds.ndim > 0
     check_sample_range(sample_offset, batch, per_sample_seed=per_sample)
@@ -222,8 +221,6 @@ def make_keys(
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
             it.
     """
-    from fastddim.validation import check_step_index
-
     place = torch.device("cpu" if device is None else device)
     seeds, first = check_samples(seed, batch, sample_offset=sample_offset)
     steps = check_step_index("step_index", step_index, batch)

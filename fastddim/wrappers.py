@@ -33,11 +33,14 @@ def _inner(model: Any) -> Any:
     return model.func if inner is None and isinstance(model, partial) else inner
 
 
-def reachable(model: Any) -> list[Any]:
+def reachable(model: Any, *, named: bool = True) -> list[Any]:
     """The model, and what it reaches besides its arguments.
 
     That is what a method is bound to, what a partial holds, the closure of a function and the
     globals that it names, and the modules that other objects hold. A module is not looked into.
+
+    Args:
+        named: whether the globals count, which may be more than a function calls.
     """
     found: dict[int, Any] = {}
     waiting = [model]
@@ -46,6 +49,8 @@ def reachable(model: Any) -> list[Any]:
         if id(value) not in found:
             found[id(value)] = value
             waiting += _held(value)
+            if named and isinstance(value, types.FunctionType):
+                waiting += _named_globals(value)
     return list(found.values())
 
 
@@ -57,8 +62,7 @@ def _held(value: Any) -> Sequence[Any]:
     if isinstance(value, partial):
         return (value.func, *value.args, *value.keywords.values())
     if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        return [*cells, *_named_globals(value)]
+        return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
     return [held for held in getattr(value, "__dict__", {}).values() if isinstance(held, nn.Module)]
 
 
@@ -75,6 +79,12 @@ def _named_globals(function: types.FunctionType) -> Iterator[Any]:
     for name in function.__code__.co_names:
         if name in names and getattr(names[name], "__globals__", names) is names:
             yield names[name]
+
+
+def held_modules(model: Any) -> Iterator[nn.Module]:
+    """The modules that a model is or holds, without those that it finds by global names."""
+    held = reachable(model, named=False)
+    return (value for value in held if isinstance(value, nn.Module))
 
 
 def modules(root: nn.Module) -> list[nn.Module]:

@@ -435,8 +435,14 @@ def test_a_loop_that_keeps_its_first_timesteps_is_caught(captures, monkeypatch):
     assert not torch.equal(sample(elementwise_model, "loop", steps), expected)
 
 
+@functools.cache
+def zeros(shape, dtype):
+    return torch.zeros(shape, dtype=dtype)
+
+
 def same(x, t, **kwargs):
-    return x
+    """An output that no operator of the model's makes."""
+    return zeros(tuple(x.shape), x.dtype)
 
 
 @pytest.mark.parametrize("steps", [1, 3])

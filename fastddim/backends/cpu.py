@@ -53,8 +53,16 @@ def loop_step(
     made = torch.ops.fastddim.make_loop_step(*inputs, counters, timesteps, t)
     call = importlib.import_module("fastddim._C").take_loop_step(made)
     dtype, shape = model_output.dtype, model_output.shape
+    # What the model reads is written over: an output that lies there is read from a copy, unless it
+    # is the state itself, of which each element is read before it is written.
+    read = state if model_input is None else model_input
+    first = read.data_ptr()
+    end = first + read.nbytes
+    may_be_state = model_input is None and shape == state.shape
+    apart = 0  # the last address that was seen to be elsewhere, since outputs come back to it
 
     def take(output: Tensor) -> bool:
+        nonlocal apart
         if (
             type(output) is not Tensor
             or output.dtype is not dtype
@@ -68,6 +76,11 @@ def loop_step(
         # Empty, or zeros without memory.
         if not address:
             return False
+        if address != apart:
+            if first <= address < end and not (may_be_state and address == first):
+                output = output.clone()
+                address = output.data_ptr()
+            apart = address
         call(address)
         return True
 

@@ -117,7 +117,7 @@ class Loop:
         )
         check_noise_source(noise, self.plan.steps, state)
         if options.mask is not None or options.known is not None:
-            check_known(options.mask, options.known, state, self.plan.alphas_cumprod)
+            check_known(options.mask, options.known, state, self.plan.alphas_cumprod[0] == 1)
         if x_T is not None:
             check_initial("x_T", x_T, tuple(state.shape), state.dtype, state.device)
         else:
@@ -336,16 +336,20 @@ class Loop:
 
 
 def check_known(
-    mask: Tensor | None, known: Tensor | None, state: Tensor, alphas_cumprod: Tensor
+    mask: Tensor | None, known: Tensor | None, state: Tensor, clean: bool | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(mask, known), of which neither can be without the other."""
+    """(mask, known), of which neither can be without the other.
+
+    Args:
+        clean: whether ᾱ is 1 before the first step.
+    """
     if known is None:
         raise ValueError("known: expected data beside mask, got None")
     if mask is None:
         raise ValueError("mask: expected a weight of known, got None")
     check_like("known", known, "the state", state)
     check_mask("mask", mask, state)
-    if alphas_cumprod[0] == 1:
+    if clean:
         raise ValueError("mask: expected None where the first alpha_cumprod is 1, got a tensor")
     return mask, known
 

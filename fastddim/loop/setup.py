@@ -37,11 +37,19 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     model_dtype: torch.dtype
+    impl: str
     backend: backends.Backend
     graph: Graph
     check_finite: bool
     model_kwargs: dict[str, Any]
     late_start: LateStart | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "backend"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle may come from a machine with other backends."""
+        vars(self).update(state, backend=backends.choose(state["impl"], state["device"]))
 
     @property
     def captures(self) -> bool:
@@ -162,6 +170,7 @@ def make_setup(
         device=device,
         dtype=dtype,
         model_dtype=resolve_model_dtype(options.model, options.model_dtype, dtype),
+        impl=options.impl,
         backend=backends.choose(options.impl, device),
         graph=options.graph,
         check_finite=options.check_finite,

@@ -71,6 +71,9 @@ class Step:
         minimal &= not captured and type(buffers.state) is Tensor
         self._make_loop_step = getattr(backend, "loop_step", None) if minimal else None
         self._loop_step: LoopStep | None = None
+        seen = [self._model_input, *([buffers.x_0] if kind.split else [])]
+        # Fake tensors have no addresses.
+        self._seen = [_extent(t) for t in seen if type(t) is Tensor]
 
     def take(
         self,
@@ -109,7 +112,23 @@ class Step:
         )
         if self.check is not None:
             self.check(checked)
-        return checked
+        return self._apart(checked)
+
+    def _apart(self, tensor: Tensor) -> Tensor:
+        """The tensor, or a copy where it lies in what the user's functions are given, which a step
+        writes over while it reads.
+
+        The state itself is no such: each element is read before it is written.
+        """
+        try:
+            address = tensor.data_ptr()
+        except (NotImplementedError, RuntimeError):  # of a subclass without memory of its own
+            return tensor
+        for first, end in self._seen:
+            if first <= address < end:
+                itself = self._buffers.next_input is None and tensor.is_set_to(self._buffers.state)
+                return tensor if itself else tensor.clone()
+        return tensor
 
     def _refined(self, at: Position, model_kwargs: Mapping[str, Any]) -> Tensor:
         """The state from which the step is taken, with the model's input at what `refine` steps
@@ -191,7 +210,9 @@ class Step:
         self._write(x, output, table, row, x_0, epsilon=epsilon)
         changed = self.denoised_fn(x_0, at.t[: len(x_0)])
         check_like("denoised_fn's result", changed, "the state", x_0)
-        return (x if epsilon is None else epsilon), changed
+        # x_0 itself is read where it is written, element by element.
+        read = changed if changed is x_0 else self._apart(changed)
+        return (x if epsilon is None else epsilon), read
 
     def _rows(
         self, at: Position, x: Tensor, output: Tensor, table: Tensor, rescaling: Rescaling | None
@@ -236,3 +257,9 @@ class Step:
             model_input=None,
             epsilon=epsilon,
         )
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and past the last of a contiguous tensor."""
+    first = tensor.data_ptr()
+    return first, first + tensor.nbytes

@@ -120,7 +120,7 @@ class Requests:
         elif route.late_start is not None:
             route.late_start.warn()
         if mask is not None or known is not None:
-            mask, known = check_known(mask, known, state, route.alphas_cumprod)
+            mask, known = check_known(mask, known, state, route.alphas_cumprod[0] == 1)
         with torch.inference_mode(False), torch.no_grad():
             kwargs, conditions = copied_conditions(
                 options.model_kwargs, 2 if common.guided else 1, state.device

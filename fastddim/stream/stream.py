@@ -21,6 +21,8 @@ from fastddim import backends, transfer
 from fastddim.adapter import check_model
 from fastddim.loop import capture
 from fastddim.loop.capture import Graph, check_outer_capture
+from fastddim.loop.copying import Rebuilt
+from fastddim.loop.first_weight import FirstWeight
 from fastddim.loop.modes import OneAtATime, without_autograd
 from fastddim.loop.programs import Programs
 from fastddim.loop.setup import (
@@ -37,6 +39,7 @@ from fastddim.options import RequestOptions, StreamOptions, Update, shared
 from fastddim.plan import ORDERS, StepKind
 from fastddim.signatures import method_takes
 from fastddim.stream.conditions import Conditions, check_same_conditions
+from fastddim.stream.programs import outside_of_programs
 from fastddim.stream.requests import Request, Requests
 from fastddim.stream.slots import Batch, Running, Slots
 from fastddim.stream.tickets import Ticket, in_order, settle
@@ -48,7 +51,7 @@ from fastddim.validation import (
 )
 
 
-class Stream:
+class Stream(Rebuilt):
     """Many requests in one batch of constant memory, each with its own number of steps, η, seed,
     guidance scale and time of arrival.
 
@@ -68,6 +71,9 @@ class Stream:
     generator, for which there is `fastddim.sample`; guidance and masks, which all requests of a
     stream have or none (`guided`, `masked`); thresholding, `guidance_rescale`, `order` and
     `denoised_fn`, which are one for all requests.
+
+    A copy or a pickle of a stream without requests is a new stream, with a copy of the model as
+    `fastddim.Sampler` has it; requests cannot be copied.
     """
 
     # A buffer made under the caller's inference mode could not be written to outside it.
@@ -120,7 +126,9 @@ class Stream:
         check_choice("order", options.order, ORDERS)
 
         self._options = options
-        self._backend = backends.choose(options.impl, self.device)
+        self._schedule = schedule
+        self._model_dtype = resolve_model_dtype(options.model, options.model_dtype, self.dtype)
+        self._weight = FirstWeight("Stream", options.model, self.device)
         self._kind = StepKind(
             rescaling=update.rescaling,
             noisy=options.order == 1,
@@ -128,9 +136,20 @@ class Stream:
             history=options.order - 1,
             split=options.denoised_fn is not None,
         )
+        self._rebuild()
+
+    @torch.inference_mode(False)
+    def _build(self) -> None:
+        options = self._options
+        self._backend = backends.choose(options.impl, self.device)
         self._static = captures(options.graph, self.device, options.check_finite)
         self._requests = Requests(
-            options, schedule, self.shape, self.max_steps, dtype=self.dtype, device=self.device
+            options,
+            self._schedule,
+            self.shape,
+            self.max_steps,
+            dtype=self.dtype,
+            device=self.device,
         )
         self._slots = Slots(
             self._kind,
@@ -138,7 +157,7 @@ class Stream:
             self.shape,
             self.max_steps,
             dtype=self.dtype,
-            model_dtype=resolve_model_dtype(options.model, options.model_dtype, self.dtype),
+            model_dtype=self._model_dtype,
             device=self.device,
             masked=options.masked,
             whole=self._static,
@@ -159,7 +178,20 @@ class Stream:
             "Stream: expected one call of step at a time, got another from a callback or a thread"
         )
 
+    def _functions(self) -> tuple[Any, ...]:
+        return self._options.model, self._options.denoised_fn
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.pending or self.running:
+            raise RuntimeError(
+                "Stream: expected no request to copy or pickle it, since those stay with their "
+                f"tickets, got {self.pending} waiting and {self.running} running; run() it first, "
+                "or make a new Stream"
+            )
+        return super().__getstate__()
+
     @method_takes(RequestOptions)
+    @outside_of_programs
     def submit(self, options: RequestOptions) -> Ticket:
         """Queue a request for one sample.
 
@@ -191,6 +223,7 @@ class Stream:
             self._pending.append(request)
         return request.ticket
 
+    @outside_of_programs
     def step(self) -> list[Ticket]:
         """Take one step of every request that has a slot, and give the tickets that are done.
 
@@ -201,8 +234,10 @@ class Stream:
 
         Raises:
             RuntimeError: another call is not over.
-            ValueError: the caller is capturing a CUDA graph, which cannot hold one of the stream's.
+            ValueError: the caller is capturing a CUDA graph, which cannot hold one of the stream's;
+                or the model was converted or moved since the stream was made.
         """
+        self._weight.check()
         check_outer_capture(self._options.graph, self.device, self._options.check_finite)
         with self._alone, self._order.use(self._slots.tensors), without_autograd():
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,12 @@ class Ticket(Future[Tensor]):
         self.index = -1
         self.steps = steps
         self.taken = 0
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"Ticket: expected to stay where its stream is, got a copy or pickle of request "
+            f"{self.index}; its result() can be copied"
+        )
 
 
 def settle(ticket: Ticket, outcome: Tensor | BaseException) -> None:

@@ -1,0 +1,313 @@
+"""Sampling in a program: of `torch.compile`, `torch.export`, `torch.jit.trace` or `make_fx`.
+
+Imported only where something is traced, since it imports the compiler. The compiler follows what is
+here but for `_prepare`, which works with numbers on the host.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any, ParamSpec, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastddim import philox
+from fastddim.loop.loop import check_known
+from fastddim.loop.modes import is_jit_traced
+from fastddim.loop.noise import check_noise_source
+from fastddim.loop.setup import (
+    Setup,
+    check_denoised_fn,
+    check_model_kwargs,
+    prepare_inversion,
+    prepare_sampling,
+)
+from fastddim.loop.walk import Functions, Mixing, Noise, Walk
+from fastddim.options import (
+    PER_STEP,
+    CallOptions,
+    InvertOptions,
+    Reporting,
+    SampleOptions,
+    SamplerOptions,
+)
+from fastddim.validation import check_bool, check_device, check_same_dtype, check_state
+
+Drawn: TypeAlias = Tensor | tuple[Tensor, Tensor]
+Eager: TypeAlias = Callable[[Any], Drawn]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+# Earlier compilers do not hand a user's object on to code that they do not follow.
+_HANDS_ON_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+_HANDED_ON = {"model", "model_kwargs", "denoised_fn", "x_0"} | {f.name for f in fields(Reporting)}
+"""Options that no walk is made of, or that are handed on apart."""
+
+_OF_SAMPLING = tuple(f.name for f in fields(SamplerOptions) if f.name not in _HANDED_ON)
+_OF_INVERSION = tuple(f.name for f in fields(InvertOptions) if f.name not in _HANDED_ON)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What is worked out before the first step."""
+
+    walk: Walk
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def draw(walk: Walk, setup: Setup, options: CallOptions, eager: Eager) -> Drawn:
+    """A call of a `Sampler`.
+
+    Args:
+        walk: of the setup.
+        setup: of the sampler.
+        options: of the call.
+        eager: the call where nothing is traced.
+    """
+    unfit = _unfit(options, setup.check_finite)
+    if unfit is not None:
+        return _outside(eager, options, *unfit)
+    functions = Functions(setup.model, setup.denoised_fn, setup.model_kwargs)
+    return _drawn(Prepared(walk, setup.shape, setup.dtype), functions, options)
+
+
+def sample(options: SampleOptions, eager: Eager) -> Drawn:
+    """A call of `fastddim.sample`, which is `eager` where nothing is traced."""
+    unfit = _unfit(options, options.check_finite) or _inconstant(options)
+    if unfit is not None:
+        return _outside(eager, options, *unfit)
+    check_denoised_fn(options.denoised_fn)
+    values = {name: _constant(getattr(options, name)) for name in _OF_SAMPLING}
+    x_T, dtype, device = options.x_T, None, None
+    if x_T is not None:
+        dtype, device = check_state("x_T", x_T).dtype, x_T.device
+        # Sizes may be unknown numbers, of which no walk is made.
+        values |= {"shape": None, "batch_size": 1}
+    split = options.denoised_fn is not None
+    prepared = _prepared(_sampling, options.model, dtype, device, split, **values)
+    if prepared is None:
+        run: Drawn = _run_eagerly(eager, options)
+        return run
+    if x_T is not None:
+        shape = tuple(x_T.shape) if options.shape is None else tuple(options.shape)
+        prepared = Prepared(prepared.walk, shape, prepared.dtype)
+    functions = Functions(
+        options.model, options.denoised_fn, check_model_kwargs(options.model_kwargs)
+    )
+    return _drawn(prepared, functions, options)
+
+
+def invert(options: InvertOptions, eager: Eager) -> Drawn:
+    """A call of `fastddim.invert`, which is `eager` where nothing is traced."""
+    unfit = _unfit(options, options.check_finite) or _inconstant(options)
+    if unfit is not None:
+        return _outside(eager, options, *unfit)
+    x_0 = check_state("x_0", options.x_0)
+    values = {name: _constant(getattr(options, name)) for name in _OF_INVERSION}
+    prepared = _prepared(_inversion, options.model, x_0.dtype, x_0.device, False, **values)
+    if prepared is None:
+        run: Drawn = _run_eagerly(eager, options)
+        return run
+    functions = Functions(options.model, None, check_model_kwargs(options.model_kwargs))
+    with torch.no_grad():
+        return _reported(prepared.walk.states(functions, x_0, Noise(None, None), None), options)
+
+
+def _drawn(prepared: Prepared, functions: Functions, options: CallOptions) -> Drawn:
+    walk, shape, dtype = prepared.walk, prepared.shape, prepared.dtype
+    x = options.x_T
+    if x is not None:
+        _check_start(x, prepared)
+    noise = options.noise if isinstance(options.noise, Tensor) else None
+    with torch.no_grad():
+        samples = _samples(options, x, shape)
+        if x is None:
+            x = walk.latents(samples, shape, dtype)
+        # Under torch.jit.trace sizes are tensors; the operators refuse those that do not fit.
+        if not is_jit_traced():
+            check_noise_source(noise, walk.steps, x)
+        mixing = None
+        if options.mask is not None or options.known is not None:
+            mask, known = check_known(options.mask, options.known, x, walk.clean)
+            mixing = Mixing(mask.to(dtype).expand_as(x).contiguous(), known.to(dtype), x)
+        return _reported(walk.states(functions, x, Noise(noise, samples), mixing), options)
+
+
+def _reported(states: list[Tensor], reporting: Reporting) -> Drawn:
+    # Not every program keeps the mode without gradients.
+    x = states[-1].detach()
+    if check_bool("return_trajectory", reporting.return_trajectory):
+        return x, torch.stack(states).detach()
+    return x
+
+
+def _samples(options: CallOptions, x: Tensor | None, shape: tuple[int, ...]) -> philox.Samples:
+    # The batch of x_T may be open, so that only seeds of its own ask for it.
+    open_batch = x is not None and isinstance(options.seed, int)
+    batch = 1 if open_batch else (shape if x is None else x.shape)[0]
+    return philox.check_samples(options.seed, batch, sample_offset=options.sample_offset)
+
+
+def _check_start(x: Tensor, prepared: Prepared) -> None:
+    """The batch may be another one than that of a sampler, since a program may leave it open, but
+    not where samples have rows of their own.
+    """
+    walk, shape = prepared.walk, prepared.shape
+    check_same_dtype("x_T", check_state("x_T", x), prepared.dtype)
+    check_device("x_T", x, "the state", walk.timesteps.device)
+    if is_jit_traced():
+        return
+    own_rows = walk.rows.shape[1] > 1
+    if tuple(x.shape[1:]) != shape[1:] or (own_rows and x.shape[0] != shape[0]):
+        raise ValueError(f"x_T: expected shape {shape}, got {tuple(x.shape)}")
+
+
+def _unfit(options: Any, check_finite: bool) -> tuple[str, Any] | None:
+    """(name, value) of an option that no program can hold."""
+    if options.callback is not None:
+        return "callback", options.callback
+    if options.progress:
+        return "progress", options.progress
+    if check_finite:
+        return "check_finite", check_finite
+    noise = getattr(options, "noise", None)
+    if noise is not None and not isinstance(noise, Tensor):
+        return "noise", noise
+    return None
+
+
+def _inconstant(options: Any) -> tuple[str, Any] | None:
+    """(name, tensor) of an option of which the walk is made, and that is no constant."""
+    for name in ("steps", *PER_STEP):
+        value = getattr(options, name, None)
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, Tensor | np.ndarray):
+                return name, each
+    return None
+
+
+def _constant(value: Any) -> Any:
+    """The value with its integers, which may be unknown in a compiled function, as they are now."""
+    if isinstance(value, list | tuple):
+        return [_constant(each) for each in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return operator.index(value)
+    return value
+
+
+def _outside(eager: Eager, options: Any, name: str, value: Any) -> Drawn:
+    """The call itself, in a break of a compiled function; other programs cannot have one."""
+    if not torch.compiler.is_dynamo_compiling():
+        shown = "a tensor" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"{name}: expected what a program can hold, since sampling is traced (by torch.export, "
+            f"torch.jit.trace or make_fx), got {shown}"
+        )
+    run: Drawn = _run_eagerly(eager, options)
+    return run
+
+
+def call_of_stream(
+    call: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
+    """A call of a `Stream`, as a break in a compiled function.
+
+    Raises:
+        RuntimeError: the program is another one, which cannot have one.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(
+            "Stream: expected calls outside of programs (of torch.export, torch.jit.trace or "
+            "make_fx), which cannot follow requests that come and go; fastddim.sample and a "
+            "fastddim.Sampler can be traced"
+        )
+    result: Result = _run_eagerly(call, *args, **kwargs)
+    return result
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="fastddim: callback, progress, check_finite, generators as noise, tensors as steps, "
+    "eta, guidance_scale or temperature, a Stream, and arguments that are refused, are for outside "
+    "of programs"
+)
+def _run_eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **kwargs)
+
+
+_KEPT = SimpleNamespace()
+"""What compiled functions were prepared with, by name: the compiler takes no more than a string for
+a constant, and then follows the object that it finds by that name.
+"""
+
+
+def _prepared(*arguments: Any, **values: Any) -> Prepared | None:
+    """The result of `_prepare`.
+
+    None where a compiled function cannot have it, or where it would raise an error: the same call
+    outside of the program then does.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return _prepare(*arguments, **values)
+    if not _HANDS_ON_OBJECTS:
+        return None
+    name: str = _kept(*arguments, **values)
+    kept: Prepared | None = getattr(_KEPT, name) if name else None
+    return kept
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _kept(*arguments: Any, **values: Any) -> str:
+    """The name of what was prepared, or an empty one."""
+    try:
+        prepared = _prepare(*arguments, **values)
+    except (TypeError, ValueError):
+        return ""
+    name = f"_{len(vars(_KEPT))}"
+    setattr(_KEPT, name, prepared)
+    return name
+
+
+def _prepare(
+    prepare: Callable[..., Setup],
+    model: Any,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+    split: bool,
+    /,
+    **values: Any,
+) -> Prepared:
+    """
+    Args:
+        prepare: makes a setup of the other arguments.
+        model: of the user.
+        dtype, device: of the tensor that the walk starts from, if there is one.
+        split: whether there is a `denoised_fn`.
+        values: options.
+    """
+
+    def work() -> Prepared:
+        like = None if dtype is None else torch.empty(1, dtype=dtype, device=device)
+        setup = prepare(model, like, split, values)
+        return Prepared(Walk.of(setup), setup.shape, setup.dtype)
+
+    # Modes of a tracer, such as that of fake tensors, belong to its thread.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
+
+
+def _sampling(model: Any, x_T: Tensor | None, split: bool, values: dict[str, Any]) -> Setup:
+    denoised_fn = torch.add if split else None  # Only whether there is one matters.
+    options = SamplerOptions(model=model, denoised_fn=denoised_fn, **values)
+    return prepare_sampling(options, x_T=x_T)
+
+
+def _inversion(model: Any, x_0: Tensor, split: bool, values: dict[str, Any]) -> Setup:
+    return prepare_inversion(InvertOptions(model=model, x_0=x_0, **values))

@@ -1,0 +1,258 @@
+"""The walk of a plan as a function, for what makes programs of Python: `torch.compile`,
+`torch.export` and `torch.jit.trace`.
+
+A `Loop` writes over its buffers and calls the compiled kernel past PyTorch, of which a tracer sees
+only parts. Here each step returns new tensors, by operators, and the loop is unrolled: a program
+has the model's own operators and between them those of the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fastddim import adapter, ops, philox, transfer
+from fastddim.adapter import Model
+from fastddim.backends import Backend, reference
+from fastddim.loop.modes import is_jit_traced
+from fastddim.loop.setup import Setup
+from fastddim.options import DenoisedFn, Rescaling
+from fastddim.philox import Keys, Samples
+from fastddim.plan import Row, StepKind, known_rows
+from fastddim.reference import compute_dtype
+from fastddim.validation import check_like, check_model_output
+
+
+class Functions(NamedTuple):
+    """What a run calls of the user's, and with what."""
+
+    model: Model
+    denoised_fn: DenoisedFn | None
+    model_kwargs: Mapping[str, Any]
+
+
+class Noise(NamedTuple):
+    """The noise of the steps: given `[S, B, …]`, or that of samples."""
+
+    given: Tensor | None
+    samples: Samples | None
+
+
+class Mixing(NamedTuple):
+    """Known data, and the latents that they are mixed with; all like the state."""
+
+    mask: Tensor
+    data: Tensor
+    x_T: Tensor
+
+
+class Table(NamedTuple):
+    """Rows `[R, K]` of steps, and those by which the new state is epsilon."""
+
+    update: Tensor
+    epsilon: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Table:
+        row: Any = Row(*rows.unbind(1))
+        zero = torch.zeros_like(row.cx)
+        epsilon = row._replace(k0=row.e0, kx=row.ex, km=row.em, pn=zero, ph=zero)
+        return cls(rows, torch.stack(list(epsilon), dim=1))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Walk:
+    """A plan as traced programs read it; tensors are on the device of the state.
+
+    Attributes:
+        kind: what the steps have in common.
+        backend: what computes them.
+        steps: S.
+        table: the rows of all steps.
+        first_half: where steps are split, those of their first halves.
+        rows: int64 `[S, 1]`, or `[S, B]` where each sample has rows of its own.
+        known: the rows `[S, K]` that mix known data.
+        index: int64 `[S]`, the rows of `known`.
+        timesteps: int64 `[S]`.
+        model_dtype: of the model's input.
+        clean: whether ᾱ is 1 before the first step.
+    """
+
+    kind: StepKind
+    backend: Backend
+    steps: int
+    table: Table
+    first_half: Table | None
+    rows: Tensor
+    known: Tensor
+    index: Tensor
+    timesteps: Tensor
+    model_dtype: torch.dtype
+    clean: bool
+
+    @classmethod
+    def of(cls, setup: Setup) -> Walk:
+        """The walk of a setup, worked out by code that a tracer must not follow."""
+        plan, device = setup.plan, setup.device
+        index = torch.arange(plan.steps, device="cpu")
+        rows = index[:, None]
+        if plan.table.ndim == 3:
+            rows = rows + plan.steps * torch.arange(setup.shape[0], device="cpu")
+
+        def own(values: Tensor) -> Tensor:
+            return transfer.upload(values.clone(), device)
+
+        walk = cls(
+            kind=plan.kind,
+            backend=_as_operators(setup.backend),
+            steps=plan.steps,
+            table=Table.of(own(setup.table)),
+            first_half=None if setup.first_half is None else Table.of(own(setup.first_half)),
+            rows=own(rows),
+            known=own(known_rows(plan.alphas_cumprod).to(setup.table.dtype)),
+            index=own(index),
+            timesteps=own(plan.timesteps),
+            model_dtype=setup.model_dtype,
+            clean=bool(plan.alphas_cumprod[0] == 1),
+        )
+        transfer.wait(device)  # Any stream may run the program.
+        return walk
+
+    def latents(self, samples: Samples, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """x_T of the samples."""
+        x_T = torch.empty(shape, dtype=dtype, device=self.rows.device)
+        self.backend.normal_out(self._keys(samples, shape[0], 0), philox.LATENTS, x_T)
+        return x_T
+
+    def states(
+        self, functions: Functions, x: Tensor, noise: Noise, mixing: Mixing | None
+    ) -> list[Tensor]:
+        """The states from `x` on, S + 1 of them."""
+        states = [x]
+        history = torch.zeros_like(x, dtype=self.model_dtype) if self.kind.history else None
+        for s in range(self.steps):
+            x, history = self._step(functions, s, x, history, noise, mixing)
+            states.append(x)
+        return states
+
+    def _step(
+        self,
+        functions: Functions,
+        s: int,
+        x: Tensor,
+        history: Tensor | None,
+        noise: Noise,
+        mixing: Mixing | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The state after step `s`, and the epsilon that the next one reads."""
+        start, row, rescaling = x, self.rows[s], self.kind.rescaling
+        t = self.timesteps[s : s + 1].repeat(self.kind.parts * x.shape[0])
+        output = self._evaluate(functions, x, t)
+        for _ in range(self.kind.refine):
+            made, own_row = self._fitted(x, output, self.table, row, rescaling)
+            output = self._evaluate(functions, self._update(x, output, made.update, own_row), t)
+        if self.first_half is not None:
+            x, output = self._take_first_half(functions, x, output, row, t)
+            rescaling = None if rescaling is None else rescaling._replace(rescale=0.0)
+        table, row = self._fitted(x, output, self.table, row, rescaling)
+        drawn = self.kind.noisy and noise.given is None and noise.samples is not None
+        state = self._update(
+            x,
+            output,
+            table.update,
+            row,
+            noise=noise.given[s] if self.kind.noisy and noise.given is not None else None,
+            keys=self._keys(noise.samples, start.shape[0], s) if drawn else None,
+            history=history,
+            **self._known(mixing, s),
+        )
+        if history is not None:
+            history = self._epsilon(x, output, table, row).to(history.dtype)
+        return state, history
+
+    def _evaluate(self, functions: Functions, x: Tensor, t: Tensor) -> Tensor:
+        given = x.to(self.model_dtype)
+        if self.kind.guided:
+            given = torch.cat([given, given])
+        output: Tensor = adapter.output_tensor(functions.model(given, t, **functions.model_kwargs))
+        # Sizes are tensors under torch.jit.trace; the operators refuse those that do not fit.
+        if not is_jit_traced():
+            check_model_output("model output", output, x, guided=self.kind.guided)
+        return output
+
+    def _take_first_half(
+        self, functions: Functions, x: Tensor, output: Tensor, row: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The state and the model output that the second half of a split step reads."""
+        assert self.first_half is not None
+        assert functions.denoised_fn is not None
+        rescaling = self.kind.rescaling
+        rescaling = None if rescaling is None else rescaling._replace(ratio=0.0)
+        table, row = self._fitted(x, output, self.first_half, row, rescaling)
+        x_0 = self._update(x, output, table.update, row)
+        if not self.kind.rederived:
+            x = self._epsilon(x, output, table, row).to(x.dtype)
+        changed = functions.denoised_fn(x_0, t[: x_0.shape[0]])
+        if not is_jit_traced():
+            check_like("denoised_fn's result", changed, "the state", x_0)
+        return x, changed
+
+    def _fitted(
+        self, x: Tensor, output: Tensor, table: Table, row: Tensor, rescaling: Rescaling | None
+    ) -> tuple[Table, Tensor]:
+        """The table and the rows of a step, which may be made for the data at hand."""
+        if rescaling is None or (rescaling.rescale == 0 and rescaling.ratio == 0):
+            return table, row
+        rows = table.update
+        own = rows.new_empty((x.shape[0], rows.shape[1]))
+        self.backend.rescale_rows(x, output, rows, row, rescaling, own)
+        return Table.of(own), torch.arange(x.shape[0], device=x.device)
+
+    def _epsilon(self, x: Tensor, output: Tensor, table: Table, row: Tensor) -> Tensor:
+        """The epsilon of a step, in the dtype that is computed in."""
+        return self._update(x.to(compute_dtype(x.dtype)), output, table.epsilon, row)
+
+    def _known(self, mixing: Mixing | None, s: int) -> dict[str, Tensor]:
+        """Known data as they are after step `s`, and their weight."""
+        if mixing is None:
+            return {}
+        row = self.index[s : s + 1]
+        known = self._update(mixing.data, mixing.x_T, self.known, row)
+        return {"mask": mixing.mask, "known": known}
+
+    def _update(
+        self, x: Tensor, output: Tensor, table: Tensor, row: Tensor, **others: Any
+    ) -> Tensor:
+        given = {"noise": None, "keys": None, **others}
+        x_prev, _ = self.backend.update(x, output, table, row, **given)
+        return x_prev
+
+    def _keys(self, samples: Samples | None, batch: int, s: int) -> Keys:
+        assert samples is not None
+        seed, first = samples
+        device = self.rows.device
+
+        def filled(value: int) -> Tensor:
+            return torch.full((batch,), value, dtype=torch.int64, device=device)
+
+        return Keys(
+            seed=seed.to(device) if isinstance(seed, Tensor) else filled(seed),
+            step=filled(s),
+            sample=(
+                filled(0)
+                if first is None
+                else torch.arange(first, first + batch, dtype=torch.int64, device=device)
+            ),
+        )
+
+
+def _as_operators(backend: Backend) -> Backend:
+    """Where nothing is compiled the operators are the reference: one in a program, and not all that
+    it consists of.
+    """
+    only = backend.__name__ == reference.__name__ and ops.EXTENSION_ERROR is not None
+    return cast(Backend, ops) if only else backend

@@ -1,0 +1,31 @@
+"""Calls of a stream inside programs, such as that of `torch.compile`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+from fastddim.loop.modes import is_traced
+
+Arguments = ParamSpec("Arguments")
+Owner = TypeVar("Owner")
+Result = TypeVar("Result")
+
+
+def outside_of_programs(
+    method: Callable[Concatenate[Owner, Arguments], Result],
+) -> Callable[Concatenate[Owner, Arguments], Result]:
+    """Keep a method out of programs: `torch.compile` breaks its function there, and others refuse
+    the call.
+    """
+
+    @functools.wraps(method)
+    def call(self: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if is_traced():
+            from fastddim.loop import traced
+
+            return traced.call_of_stream(method, self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return call
