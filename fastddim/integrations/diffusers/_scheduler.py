@@ -279,7 +279,7 @@ class Fused(InGraph):
         return rows.remainder(2 * self.alphas_cumprod.shape[0])
 
     def _philox_keys(self, timestep: Any, sample: Tensor) -> Keys:
-        if is_traced(timestep):
+        if is_traced(sample):
             return self._keys_in_graph(timestep, sample)
         fused, t = self._fastddim_work, self._read(timestep)
         step = self._host_timesteps().step_of.get(t)
