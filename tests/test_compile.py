@@ -6,6 +6,7 @@ A step is one operator of the graph, and the graph gives the bits that the step 
 from __future__ import annotations
 
 import io
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,15 @@ TIMESTEPS = [750, 500, 250, 0]
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape or SHAPE, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def thinned(every: int, *lists: Any) -> list[Any]:
+    """The product of lists, of which each `every`-th case is quick and the others are deep."""
+    cases = list(itertools.product(*lists)) if len(lists) > 1 else [(case,) for case in lists[0]]
+    return [
+        pytest.param(*case, marks=[pytest.mark.deep] if i % every else [], id=None)
+        for i, case in enumerate(cases)
+    ]
 
 
 class Compiled:
@@ -97,15 +107,16 @@ def loop_of(scheduler: Any, kind: str, **kwargs: Any) -> Callable[[Tensor], Any]
 
 
 class TestLoops:
-    @pytest.mark.parametrize("return_dict", [True, False])
-    @pytest.mark.parametrize("kind", ["int", "tensor"])
-    @pytest.mark.parametrize("name", CLASSES)
+    @pytest.mark.parametrize(
+        ("name", "kind", "return_dict"), thinned(3, CLASSES, ["int", "tensor"], [True, False])
+    )
     def test_one_graph(self, name: str, kind: str, return_dict: bool) -> None:
         compiled = Compiled(loop_of(scheduler_of(name), kind, return_dict=return_dict))
         for seed in range(2):
             compiled.check(draw(seed=seed))
         assert compiled.updates == [4]
 
+    @pytest.mark.parametrize("name", thinned(2, DDIM))
     @pytest.mark.parametrize(
         "config",
         [
@@ -117,15 +128,14 @@ class TestLoops:
         ],
         ids=str,
     )
-    @pytest.mark.parametrize("name", DDIM)
     def test_configs(self, name: str, config: dict) -> None:
         compiled = Compiled(loop_of(scheduler_of(name, **config), "tensor"))
         compiled.check(draw())
         assert [graph["fastddim.update.default"] for graph in compiled.graphs] == [4]
 
-    @pytest.mark.parametrize("noise", ["torch", "philox", "given"])
-    @pytest.mark.parametrize("kind", ["int", "tensor"])
-    @pytest.mark.parametrize("name", DDIM)
+    @pytest.mark.parametrize(
+        ("name", "kind", "noise"), thinned(5, DDIM, ["int", "tensor"], ["torch", "philox", "given"])
+    )
     def test_noise(self, name: str, kind: str, noise: str) -> None:
         scheduler = scheduler_of(name)
         scheduler.set_noise("philox" if noise == "philox" else "torch", 7)
@@ -136,9 +146,13 @@ class TestLoops:
         compiled.check(draw())
         assert compiled.updates == [4]
 
-    @pytest.mark.parametrize("kind", ["int", "tensor"])
     @pytest.mark.parametrize(
-        "variance", ["fixed_small", "fixed_large", "fixed_small_log", "learned", "learned_range"]
+        ("variance", "kind"),
+        thinned(
+            4,
+            ["learned_range", "fixed_small", "learned", "fixed_large", "fixed_small_log"],
+            ["int", "tensor"],
+        ),
     )
     def test_ancestral_variances(self, variance: str, kind: str) -> None:
         scheduler = scheduler_of("DDPMScheduler", variance_type=variance)
@@ -170,7 +184,7 @@ class TestLoops:
         compiled.check(draw())
         assert compiled.updates == [4]
 
-    @pytest.mark.parametrize("name", CLASSES)
+    @pytest.mark.parametrize("name", thinned(2, CLASSES))
     def test_dtypes(self, name: str) -> None:
         scheduler = scheduler_of(name)
         compiled = Compiled(lambda m, t, x: scheduler.step(m, t, x, return_dict=False))
@@ -219,8 +233,7 @@ class TestLoops:
 
 
 class TestOneGraphForMany:
-    @pytest.mark.parametrize("kind", ["int", "tensor"])
-    @pytest.mark.parametrize("name", CLASSES)
+    @pytest.mark.parametrize(("name", "kind"), thinned(3, CLASSES, ["int", "tensor"]))
     def test_timesteps(self, name: str, kind: str) -> None:
         """A tensor needs one graph for all; an int a second one, where it is an input, and DDPM one
         without noise.
@@ -233,7 +246,7 @@ class TestOneGraphForMany:
         most = {"tensor": 1, "int": 3 if name == "DDPMScheduler" else 2}[kind]
         assert len(compiled.graphs) <= most
 
-    @pytest.mark.parametrize("name", CLASSES)
+    @pytest.mark.parametrize("name", thinned(2, CLASSES))
     def test_batches(self, name: str) -> None:
         scheduler = scheduler_of(name)
         # torch draws no batch of any size in a graph of its 2.13.
@@ -245,7 +258,7 @@ class TestOneGraphForMany:
             compiled.check(x)
         assert compiled.updates == [4]
 
-    @pytest.mark.parametrize("name", CLASSES)
+    @pytest.mark.parametrize("name", thinned(2, CLASSES))
     def test_set_timesteps_again(self, name: str) -> None:
         scheduler = scheduler_of(name, 50)
         compiled = Compiled(lambda m, t, x: scheduler.step(m, t, x, return_dict=False))
@@ -259,7 +272,7 @@ class TestOneGraphForMany:
 class TestChanges:
     """Another graph where something changes, and the values of the step as it is now."""
 
-    @pytest.mark.parametrize("name", CLASSES)
+    @pytest.mark.parametrize("name", thinned(2, CLASSES))
     def test_number_of_steps(self, name: str) -> None:
         scheduler = scheduler_of(name, 10)
         compiled = Compiled(lambda x: scheduler.step(torch.tanh(x), scheduler.timesteps[1], x)[0])
@@ -276,7 +289,7 @@ class TestChanges:
         for eta in (0.0, 0.5, 1.0, 0.25, 0.5, 0.0):
             compiled.check(draw(), eta)
 
-    @pytest.mark.parametrize("name", CLASSES)
+    @pytest.mark.parametrize("name", thinned(3, CLASSES))
     def test_alphas_and_config(self, name: str) -> None:
         scheduler = scheduler_of(name)
         compiled = Compiled(lambda x: scheduler.step(torch.tanh(x), 500, x)[0])
@@ -287,7 +300,7 @@ class TestChanges:
         compiled.check(draw())
         assert compiled.updates == [1, 1, 1]
 
-    @pytest.mark.parametrize("name", CLASSES)
+    @pytest.mark.parametrize("name", thinned(4, CLASSES))
     def test_another_scheduler(self, name: str) -> None:
         """Two in one graph, and the same function with one and then the other."""
         schedulers = [scheduler_of(name), scheduler_of(name, beta_end=0.01)]
@@ -312,7 +325,7 @@ class TestChanges:
         scheduler.timesteps = torch.tensor([800, 500, 77])
         compiled.check(draw())
 
-    @pytest.mark.parametrize("name", CLASSES)
+    @pytest.mark.parametrize("name", thinned(4, CLASSES))
     def test_timesteps_set_in_the_graph(self, name: str) -> None:
         scheduler = scheduler_of(name, 10)
 
@@ -341,7 +354,7 @@ STEPS: dict[str, dict[str, Any]] = {
 
 
 class TestStep:
-    @pytest.mark.parametrize("kind", STEPS)
+    @pytest.mark.parametrize("kind", thinned(3, STEPS))
     def test_constants(self, kind: str) -> None:
         def loop(x: Tensor) -> Any:
             result: Any = x
@@ -354,7 +367,7 @@ class TestStep:
         compiled.check(draw())
         assert [graph["fastddim.update.default"] for graph in compiled.graphs] == [3]
 
-    @pytest.mark.parametrize("kind", STEPS)
+    @pytest.mark.parametrize("kind", thinned(3, STEPS))
     def test_numbers_that_change(self, kind: str) -> None:
         """From the second call on they are inputs of the graph, which serves all values."""
         compiled = Compiled(lambda x, a, p: fastddim.step(x, torch.tanh(x), a, p, **STEPS[kind]))
@@ -434,6 +447,7 @@ class TestOtherDropIns:
         compiled.check(draw(seed=1))
         assert compiled.updates == [1]
 
+    @pytest.mark.deep
     def test_loops_with_breaks(self) -> None:
         """Loops that read values of their arguments on the host break the graph, as they must."""
         sampler = latent_diffusion.fast_of(latent_diffusion.make())
@@ -496,21 +510,20 @@ def module_of(name: str, kind: str) -> nn.Module:
     return Loop(taking(scheduler), TIMESTEPS if kind == "int" else scheduler.timesteps)
 
 
-EXPORTED = [(name, kind) for name in CLASSES for kind in ("int", "tensor")] + [("step", "int")]
+EXPORTED = [("step", "int"), *((name, kind) for name in CLASSES for kind in ("int", "tensor"))]
 
 
 class TestExport:
-    @pytest.mark.parametrize("strict", [True, False])
-    @pytest.mark.parametrize(("name", "kind"), EXPORTED)
-    def test_cold(self, name: str, kind: str, strict: bool) -> None:
+    @pytest.mark.parametrize(("case", "strict"), thinned(3, EXPORTED, [True, False]))
+    def test_cold(self, case: tuple[str, str], strict: bool) -> None:
         """Before any step was taken; for batches of any size; and steps are real ones after it."""
-        module, x = module_of(name, kind), draw()
+        module, x = module_of(*case), draw()
         batch = torch.export.Dim("batch", min=2, max=64)
         program = torch.export.export(module, (x,), strict=strict, dynamic_shapes=({0: batch},))
         with torch.no_grad():
             expected = module(x)
             assert type(expected) is Tensor
-            assert torch.equal(expected, module_of(name, kind)(x))
+            assert torch.equal(expected, module_of(*case)(x))
             stored = io.BytesIO()
             torch.export.save(program, stored)
             stored.seek(0)
@@ -538,6 +551,7 @@ class TestExport:
             grads.append(leaf.grad)
         assert torch.equal(*grads)
 
+    @pytest.mark.deep
     def test_in_another_process(self, tmp_path: Path, run_python: RunPython) -> None:
         """The operators come with `import fastddim`."""
         module, x = module_of("DDIMScheduler", "tensor"), draw()
@@ -555,14 +569,12 @@ class TestExport:
 
 class TestTrace:
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-    @pytest.mark.parametrize("warm", [False, True])
-    @pytest.mark.parametrize("size", [4, 512])
-    @pytest.mark.parametrize(("name", "kind"), EXPORTED)
-    def test_loops(self, name: str, kind: str, size: int, warm: bool) -> None:
+    @pytest.mark.parametrize(
+        ("case", "size", "warm"), thinned(9, EXPORTED, [512, 4], [False, True])
+    )
+    def test_loops(self, case: tuple[str, str], size: int, warm: bool) -> None:
         """Right for other states of the same shape; large ones have memory that is lent."""
-        if kind == "tensor" and size > 4:
-            return
-        module, shape = module_of(name, kind), (2, 3, size, size)
+        module, shape = module_of(*case), (2, 3, size, size)
         with torch.no_grad():
             if warm:
                 module(draw(*shape))
@@ -572,7 +584,7 @@ class TestTrace:
                 assert torch.equal(result, module(draw(*shape, seed=seed)))
 
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-    @pytest.mark.parametrize("name", CLASSES)
+    @pytest.mark.parametrize("name", thinned(4, CLASSES))
     def test_timesteps_as_inputs(self, name: str) -> None:
         scheduler = scheduler_of(name)
         if name == "DDPMScheduler":
@@ -584,6 +596,7 @@ class TestTrace:
                 assert torch.equal(traced(x, torch.tensor(t)), module(x, torch.tensor(t)))
 
 
+@pytest.mark.deep
 def test_pairs_are_alike_in_graphs() -> None:
     """The graph of a drop-in gives what that of diffusers gives."""
     for name in CLASSES[:3]:
