@@ -132,7 +132,8 @@ def _step_in_graph(
         def tensor(value: Any) -> Any:
             if value is None or _is_tensor(value) or is_constant(value):
                 return _on(device, value)
-            return torch.full((count,), value, dtype=torch.float64, device=device)
+            # A factor of a tensor may be an input of a graph; what fills one is made a constant.
+            return torch.ones(count, dtype=torch.float64, device=device) * value
 
         changed = {name: tensor(getattr(update, name)) for name in PER_STEP}
         rows = stack_row(coefficient_row(tensor(a), tensor(p), replace(update, **changed)))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C import _is_tracing
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling
 
 TAKES_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
 """Whether a function that is `constant` takes other objects than its own: not in torch 2.11."""
@@ -22,14 +22,15 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a graph is traced in which a value may be another one when it runs.
-
-    `torch.export` may trace with tensors of a class of its own, in Python as it is.
+    """Whether a graph is traced in which a value may be another one when it runs, or the value is a
+    tensor of a class that may have none, as fake tensors have.
     """
     # The latter is `torch.jit.is_tracing`, at a tenth of its time.
     if is_dynamo_compiling() or _is_tracing():
         return True
-    return type(value) is not int and type(value) not in PLAIN and is_compiling()
+    # For an int, `isinstance` with Tensor costs ten times as much as its type.
+    cls = type(value)
+    return cls is not int and cls not in PLAIN and isinstance(value, Tensor)
 
 
 def constant(function: Function) -> Function:

@@ -36,6 +36,12 @@ Nothing waits for a device: timesteps that `set_timesteps` has put there are kno
 Only `DDPMScheduler`, philox noise and tuned steps read a timestep that lies on a device and comes
 from elsewhere, since they need its value.
 
+Under `torch.compile` and `torch.export` a step is one operator, and its table a constant of the
+graph. A timestep may be an int or a tensor there. What changes `alphas_cumprod` or, for DDPM,
+`timesteps` in place is not seen by a graph that is made; a new tensor is. A graph does not tell
+that a tensor's timestep is none of the scheduler's: DDPM's step is NaN then, and philox noise that
+of the first step. DDPM draws noise for a tensor's timestep 0 too, and leaves it out.
+
 `from_config(..., noise="philox", seed=0, sample_offset=0)`, or `set_noise` later, takes the noise
 of the steps from the seed instead of from torch: see `fastddim.sample`. It is no part of the
 config, and a saved pipeline does not have it.

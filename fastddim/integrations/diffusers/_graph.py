@@ -7,6 +7,7 @@ place is not seen. Timesteps may be ints or tensors, whose values are read where
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -22,6 +23,14 @@ IN_GRAPH = "in the graph"
 """Where timesteps have their values if a graph sets them."""
 
 Table: TypeAlias = StepTable | TracedTable
+
+
+_numbers = itertools.count()
+
+
+def unique() -> str:
+    """Return a string that no other call in this process returns."""
+    return f"{next(_numbers)}"
 
 
 class InGraph:
@@ -54,7 +63,7 @@ class InGraph:
             find,
             state.dtype,
             state.device,
-            (id(self.config), self._fastddim_work.overridden, *watched),
+            (self._fastddim_work.configured, self._fastddim_work.overridden, *watched),
             *[specialized(v) if isinstance(v, (int, float)) else v for v in arguments],
         )
         if not name:

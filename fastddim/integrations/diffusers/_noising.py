@@ -13,7 +13,7 @@ from fastddim.integrations.diffusers._timesteps import indexes_otherwise
 from fastddim.kept import keep
 from fastddim.plan import mixing_row
 from fastddim.steptable import StepTable
-from fastddim.tracing import is_traced
+from fastddim.tracing import PLAIN, is_traced
 from fastddim.validation import readable
 
 
@@ -55,7 +55,7 @@ class Noising(Fused):
             check_indices("timesteps", timesteps)
         if state is None or timesteps.numel() not in (1, x.shape[0]):
             return None
-        if is_traced(timesteps):
+        if is_traced(timesteps) or type(x) not in PLAIN:
             return self._mixed_in_graph(method, state, noise, timesteps)
         if readable(timesteps):
             values = timesteps.reshape(-1).tolist()

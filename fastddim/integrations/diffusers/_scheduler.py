@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from fastddim import transfer
 from fastddim.cache import Cache
 from fastddim.integrations._indices import is_one_index, one_index
-from fastddim.integrations.diffusers._graph import IN_GRAPH, InGraph
+from fastddim.integrations.diffusers._graph import IN_GRAPH, InGraph, unique
 from fastddim.integrations.diffusers._moved import Moved
 from fastddim.integrations.diffusers._rows import valid
 from fastddim.integrations.diffusers._timesteps import (
@@ -56,6 +56,8 @@ class FusedState:
         self.timesteps: HostTimesteps | None = None
         # What tells the timesteps of `set_timesteps` from others, or nothing.
         self.visiting = ""
+        # Tells this config from all others.
+        self.configured = unique()
         self.moved: dict[str, Moved] = {}
         self.overridden: str | None = None
 
@@ -141,6 +143,8 @@ class Fused(InGraph):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        if name == "_internal_dict":  # where diffusers puts a new config
+            self._fastddim_work.configured = unique()
         if name == "timesteps":
             self._fastddim_work.visiting = IN_GRAPH if is_compiling() else ""
         if name in self._fastddim_hooks.methods:
@@ -279,7 +283,7 @@ class Fused(InGraph):
         return rows.remainder(2 * self.alphas_cumprod.shape[0])
 
     def _philox_keys(self, timestep: Any, sample: Tensor) -> Keys:
-        if is_traced(timestep):
+        if is_traced(sample):
             return self._keys_in_graph(timestep, sample)
         fused, t = self._fastddim_work, self._read(timestep)
         step = self._host_timesteps().step_of.get(t)
