@@ -23,7 +23,7 @@ import fastddim
 from fastddim import Sampler
 
 from .support.environment import ROOT, RunPython
-from .support.models import SmallNet
+from .support.models import SmallNet, shown
 from .support.tuned import random_steps
 
 SHAPE = (2, 3, 4, 4)
@@ -242,7 +242,7 @@ def operators(graph: torch.fx.Graph) -> list[str]:
         ({"denoised_fn": darker}, ["update"] * 3),
         ({"dynamic_thresholding_ratio": 0.9}, ["fit_rows", "update"]),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_the_operators_of_a_program(kind: dict[str, Any], each_step: list[str]) -> None:
     expected = each_step * S

@@ -20,7 +20,7 @@ from fastddim import Sampler, Stream, graph, options
 from fastddim.loop import cuda
 from fastddim.loop.setup import prepare_sampling
 
-from .support.models import SmallNet
+from .support.models import SmallNet, shown
 from .support.recorded_graph import RecordedGraph
 from .support.tuned import random_steps
 
@@ -188,7 +188,7 @@ class Named(Sampler):
 @pytest.mark.parametrize(
     "kind",
     [{}, {"guided": True}, {"order": 2}, {"denoised_fn": halved}, {"max_pending": 4}],
-    ids=str,
+    ids=shown,
 )
 def test_a_stream(kind: dict[str, Any], way: str) -> None:
     def take(stream: Stream) -> Tensor:
