@@ -156,7 +156,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("default")
     for _ in range(3):
         fastddim.step(x, m, 0.25, 1.0)
-        fastddim.sample(lambda x, t: x, 2, shape=(1, 4))
+        fastddim.sample(lambda x, t: x, 2, schedule=fastddim.Schedule.linear(), shape=(1, 4))
 print(len(caught), caught[0].message)
 print(fastddim.step(x, m, 0.25, 1.0, impl="reference").tolist())
 try:

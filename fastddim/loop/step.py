@@ -124,6 +124,8 @@ class Step:
             address = tensor.data_ptr()
         except (NotImplementedError, RuntimeError):  # of a subclass without memory of its own
             return tensor
+        if not address:  # without memory
+            return tensor
         for first, end in self._seen:
             if first <= address < end:
                 itself = self._buffers.next_input is None and tensor.is_set_to(self._buffers.state)

@@ -241,10 +241,17 @@ def ddim_sample_loop_progressive(
 
 
 def _has_hooks(diffusion: Any) -> bool:
-    """Whether x_0 comes from the object's own methods."""
-    return (
-        getattr(diffusion, "conditioning_free", False) or _HOOKS.overridden(diffusion) is not None
-    )
+    """Whether x_0 comes from the object's own methods; in a graph, as when it is made."""
+    if getattr(diffusion, "conditioning_free", False):
+        return True
+    if TAKES_OBJECTS and is_dynamo_compiling():
+        return bool(_overridden_in_graph(diffusion))
+    return _HOOKS.overridden(diffusion) is not None
+
+
+@constant
+def _overridden_in_graph(diffusion: Any) -> str:
+    return _HOOKS.overridden(diffusion) or ""
 
 
 def _state(x: Tensor) -> Tensor:
