@@ -122,9 +122,10 @@ class StepTable:
             return self._differentiable(
                 prepared, x, model_output, row, noise, keys, history, epsilon
             )
-        # Traced by `torch.jit`, memory that is lent would become a constant.
-        large = fast and x.nbytes >= LARGE and not is_traced(x)
+        # The size of a tensor of another class, such as a fake one, may be unknown. Traced by
+        # `torch.jit`, memory that is lent would become a constant.
         plain = type(x) in PLAIN
+        large = fast and plain and x.nbytes >= LARGE and not is_traced(x)
         if fast and plain and not large and keys is None and epsilon is None:
             results = ops.step(x, model_output, table, row, noise)
             return results if return_x0 else (results[0], None)

@@ -536,6 +536,14 @@ class TestExport:
                 larger = draw(5, *SHAPE[1:], seed=1)
                 assert torch.equal(again(larger), module(larger))
 
+    @pytest.mark.parametrize("name", CLASSES)
+    def test_where_nothing_has_gradients(self, name: str) -> None:
+        module = module_of(name, "int").requires_grad_(False)
+        batch = torch.export.Dim("batch", min=2, max=64)
+        program = torch.export.export(module, (draw(),), dynamic_shapes=({0: batch},))
+        larger = draw(5, *SHAPE[1:], seed=1)
+        assert torch.equal(program.module()(larger), module(larger))
+
     @pytest.mark.parametrize("strict", [True, False])
     @pytest.mark.parametrize("name", CLASSES[:3])
     def test_timesteps_as_inputs(self, name: str, strict: bool) -> None:
