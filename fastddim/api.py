@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastddim import philox
-from fastddim.loop.modes import is_traced
 from fastddim.loop.noise import check_generators, draw
 from fastddim.loop.pool import POOL
 from fastddim.loop.setup import prepare_inversion, prepare_sampling
@@ -25,6 +24,7 @@ from fastddim.options import (
 from fastddim.signatures import takes
 from fastddim.single import prepared_step
 from fastddim.steptable import rescaled, rescaled_differentiably
+from fastddim.tracing import in_program
 from fastddim.transforms import check_unfollowed, tracked
 from fastddim.validation import (
     check_bool,
@@ -134,7 +134,7 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
             it.
     """
-    if is_traced():
+    if in_program():
         from fastddim.loop import traced
 
         return traced.sample(options, _sample)
@@ -177,7 +177,7 @@ def invert(options: InvertOptions) -> Tensor | tuple[Tensor, Tensor]:
             inverted (among them `prediction="sample"`, whose step from ᾱ = 1 does not depend on the
             state); the message names it.
     """
-    if is_traced():
+    if in_program():
         from fastddim.loop import traced
 
         return traced.invert(options, _invert)

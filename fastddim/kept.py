@@ -30,10 +30,13 @@ def ordinary(make: Callable[[], Made]) -> Made:
         make: names the device of every tensor that it makes from numbers. It waits for a device
             other than the CPU, since its thread may have another stream.
     """
-    if _is_ordinary(torch.empty(0, device="cpu")):
-        return make()
-    with ThreadPoolExecutor(1) as elsewhere:
-        return elsewhere.submit(make).result()
+    return make() if _is_ordinary(torch.empty(0, device="cpu")) else elsewhere(make)
+
+
+def elsewhere(make: Callable[[], Made]) -> Made:
+    """Return what `make` does in a thread of its own, which is in no mode and traced by nothing."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 def keep(

@@ -10,11 +10,11 @@ from torch import Tensor
 from fastddim.loop.copying import Rebuilt
 from fastddim.loop.first_weight import FirstWeight
 from fastddim.loop.loop import Loop
-from fastddim.loop.modes import is_traced
 from fastddim.loop.setup import prepare_sampling
 from fastddim.loop.walk import Walk
 from fastddim.options import CallOptions, SamplerOptions
 from fastddim.signatures import method_takes
+from fastddim.tracing import in_program
 
 
 class Sampler(Rebuilt):
@@ -65,7 +65,7 @@ class Sampler(Rebuilt):
                 was converted or moved since the sampler was made; the message names it.
             RuntimeError: another call is running, in a thread or around this one's callback.
         """
-        if is_traced():
+        if in_program():
             from fastddim.loop import traced
 
             return traced.draw(self._walk, self._setup, options, self._draw)

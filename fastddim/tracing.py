@@ -1,4 +1,4 @@
-"""Steps in a graph that `torch.compile`, `torch.export` or `torch.jit` traces: its constants."""
+"""Programs that `torch.compile`, `torch.export` or `torch.jit` trace: whether, and constants."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C import _is_tracing
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 TAKES_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
 """Whether a function that is `constant` takes other objects than its own: not in torch 2.11."""
 
 PLAIN = (Tensor, nn.Parameter)
 """Classes of tensors whose values are at hand, as those of fake tensors are not."""
+
+is_jit_traced: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,12 +28,24 @@ def is_traced(value: Any) -> bool:
     """Whether a graph is traced in which a value may be another one when it runs, or the value is a
     tensor of a class that may have none, as fake tensors have.
     """
-    # The latter is `torch.jit.is_tracing`, at a tenth of its time.
+    # The latter is `is_jit_traced`, at a tenth of its time.
     if is_dynamo_compiling() or _is_tracing():
         return True
     # For an int, `isinstance` with Tensor costs ten times as much as its type.
     cls = type(value)
     return cls is not int and cls not in PLAIN and isinstance(value, Tensor)
+
+
+def in_program() -> bool:
+    """Whether the calls of now go into a program: of `torch.compile`, `torch.export`,
+    `torch.jit.trace` or `make_fx`.
+    """
+    return (
+        is_compiling()
+        or is_jit_traced()
+        # To ask for a mode takes longer than to ask whether there is any.
+        or (torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None)
+    )
 
 
 def constant(function: Function) -> Function:
@@ -61,26 +76,27 @@ def is_constant(number: float) -> bool:
 
 
 class Held:
-    """Tensors that graphs hold, as attributes: a tensor that is an attribute of a global object is
-    one that every tracer knows how to find.
+    """What graphs hold, as attributes: an attribute of a global object is one that every tracer
+    knows how to find.
     """
 
     def __init__(self) -> None:
         self._names: dict[int, str] = {}
         self._unused = itertools.count()
 
-    def name_of(self, tensor: Tensor, owner: Any = None) -> str:
-        """The name of a tensor, which it gets when first asked for and is held by from then on.
+    def name_of(self, value: Any, owner: Any = None) -> str:
+        """The name of a tensor or another object, which it gets when first asked for and is held by
+        from then on.
 
         Args:
-            owner: the tensor is let go with this object, if given.
+            owner: the value is let go with this object, if given.
         """
-        name = self._names.get(id(tensor))
+        name = self._names.get(id(value))
         if name is None:
-            name = self._names[id(tensor)] = f"table_{next(self._unused)}"
-            setattr(self, name, tensor)
+            name = self._names[id(value)] = f"held_{next(self._unused)}"
+            setattr(self, name, value)
             if owner is not None:
-                weakref.finalize(owner, self._let_go, id(tensor), name)
+                weakref.finalize(owner, self._let_go, id(value), name)
         return name
 
     def _let_go(self, identity: int, name: str) -> None:
@@ -89,4 +105,4 @@ class Held:
 
 
 HELD = Held()
-"""The tensors that the graphs of this process hold."""
+"""What the graphs of this process hold."""

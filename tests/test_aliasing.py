@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import fastddim
-from fastddim import graph
-from fastddim.loop import cuda
 
 from .support.environment import CPU_IMPLS
-from .support.recorded_graph import RecordedGraph
+from .support.recorded_graph import RecordedGraph, recorded_graphs
 
 # A kernel reads and writes a sample of this size in several parts.
 SHAPE = (3, 2, 48, 48)
@@ -228,18 +226,8 @@ def test_what_one_function_keeps_for_the_other(of: str) -> None:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RecordedGraph]]:
     """Graphs by recording, on the CPU."""
-    graphs: list[RecordedGraph] = []
-
-    def record(body: Callable[[], None], warm_up: Callable[[], None], *_: Any) -> RecordedGraph:
-        warm_up()
-        graphs.append(RecordedGraph(body))
-        return graphs[-1]
-
-    monkeypatch.setattr(cuda, "record", record)
-    monkeypatch.setattr(cuda, "available", lambda device: True)
-    graph.clear()
-    yield graphs
-    graph.clear()
+    with recorded_graphs(monkeypatch) as graphs:
+        yield graphs
 
 
 @pytest.mark.parametrize("mode", [True, "loop"])

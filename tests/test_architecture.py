@@ -216,11 +216,10 @@ def test_the_loop_updates_in_one_place() -> None:
 PRIVATE = {
     "fastddim/backends/cuda.py": "whether an operator has a kernel",
     "fastddim/loop/cuda.py": "capture",
-    "fastddim/loop/modes.py": "whether any mode watches operators",
     "fastddim/processor.py": "what the CPU has",
     "fastddim/runs/memory.py": "which storage a tensor has",
     "fastddim/steptable.py": "the level of forward-mode differentiation, without a call",
-    "fastddim/tracing.py": "whether torch.jit traces",
+    "fastddim/tracing.py": "whether torch.jit traces, and whether any mode watches operators",
     "fastddim/transforms.py": "which transforms are at work, and a kernel below that of autograd",
 }
 

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import fastddim
-from fastddim import Sampler, Stream, graph, options
-from fastddim.loop import cuda
+from fastddim import Sampler, Stream, options
 from fastddim.loop.setup import prepare_sampling
 
 from .support.models import SmallNet, shown
-from .support.recorded_graph import RecordedGraph
+from .support.recorded_graph import RecordedGraph, recorded_graphs
 from .support.tuned import random_steps
 
 SHAPE = (2, 3, 6, 6)
@@ -260,18 +259,8 @@ def test_a_changed_x_0_by_a_function_of_a_module_that_is_copied() -> None:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RecordedGraph]]:
     """Graphs by recording, on the CPU."""
-    graphs: list[RecordedGraph] = []
-
-    def record(body: Callable[[], None], warm_up: Callable[[], None], *_: Any) -> RecordedGraph:
-        warm_up()
-        graphs.append(RecordedGraph(body))
-        return graphs[-1]
-
-    monkeypatch.setattr(cuda, "record", record)
-    monkeypatch.setattr(cuda, "available", lambda device: True)
-    graph.clear()
-    yield graphs
-    graph.clear()
+    with recorded_graphs(monkeypatch) as graphs:
+        yield graphs
 
 
 @pytest.mark.parametrize("way", COPIES)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastddim.transforms import check_sampler_unfollowed
 
@@ -50,18 +49,3 @@ def _outside_inference_mode() -> Iterator[None]:
     # Leaving inference mode turns gradients on.
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-is_jit_traced: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
-
-
-def is_traced() -> bool:
-    """Whether the calls of now go into a program: of `torch.compile`, `torch.export`,
-    `torch.jit.trace` or `make_fx`.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or is_jit_traced()
-        # To ask for a mode takes longer than to ask whether there is any.
-        or (torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None)
-    )

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
@@ -18,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastddim import philox
+from fastddim.kept import elsewhere
 from fastddim.loop.loop import check_known
-from fastddim.loop.modes import is_jit_traced
 from fastddim.loop.noise import check_noise_source
 from fastddim.loop.setup import (
     Setup,
@@ -37,6 +35,7 @@ from fastddim.options import (
     SampleOptions,
     SamplerOptions,
 )
+from fastddim.tracing import HELD, constant, is_jit_traced
 from fastddim.validation import check_bool, check_device, check_same_dtype, check_state
 
 Drawn: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -242,12 +241,6 @@ def _run_eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return call(*args, **kwargs)
 
 
-_KEPT = SimpleNamespace()
-"""What compiled functions were prepared with, by name: the compiler takes no more than a string for
-a constant, and then follows the object that it finds by that name.
-"""
-
-
 def _prepared(*arguments: Any, **values: Any) -> Prepared | None:
     """The result of `_prepare`.
 
@@ -259,20 +252,17 @@ def _prepared(*arguments: Any, **values: Any) -> Prepared | None:
     if not _HANDS_ON_OBJECTS:
         return None
     name: str = _kept(*arguments, **values)
-    kept: Prepared | None = getattr(_KEPT, name) if name else None
+    kept: Prepared | None = getattr(HELD, name) if name else None
     return kept
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _kept(*arguments: Any, **values: Any) -> str:
-    """The name of what was prepared, or an empty one."""
+    """The name in `HELD` of what was prepared, or an empty one."""
     try:
-        prepared = _prepare(*arguments, **values)
+        return HELD.name_of(_prepare(*arguments, **values))
     except (TypeError, ValueError):
         return ""
-    name = f"_{len(vars(_KEPT))}"
-    setattr(_KEPT, name, prepared)
-    return name
 
 
 def _prepare(
@@ -298,9 +288,7 @@ def _prepare(
         setup = prepare(model, like, split, values)
         return Prepared(Walk.of(setup), setup.shape, setup.dtype)
 
-    # Modes of a tracer, such as that of fake tensors, belong to its thread.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(work).result()
+    return elsewhere(work)
 
 
 def _sampling(model: Any, x_T: Tensor | None, split: bool, values: dict[str, Any]) -> Setup:

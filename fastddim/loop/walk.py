@@ -18,12 +18,12 @@ from torch import Tensor
 from fastddim import adapter, ops, philox, transfer
 from fastddim.adapter import Model
 from fastddim.backends import Backend, reference
-from fastddim.loop.modes import is_jit_traced
 from fastddim.loop.setup import Setup
 from fastddim.options import DenoisedFn, Rescaling
 from fastddim.philox import Keys, Samples
 from fastddim.plan import Row, StepKind, known_rows
 from fastddim.reference import compute_dtype
+from fastddim.tracing import is_jit_traced
 from fastddim.validation import check_like, check_model_output
 
 

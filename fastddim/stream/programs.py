@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
-from fastddim.loop.modes import is_traced
+from fastddim.tracing import in_program
 
 Arguments = ParamSpec("Arguments")
 Owner = TypeVar("Owner")
@@ -22,7 +22,7 @@ def outside_of_programs(
 
     @functools.wraps(method)
     def call(self: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if is_traced():
+        if in_program():
             from fastddim.loop import traced
 
             return traced.call_of_stream(method, self, *args, **kwargs)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
+
+from fastddim import graph
+from fastddim.loop import cuda
 
 from .probes import NoSync
 
@@ -50,6 +55,23 @@ class RecordedGraph(NoSync):
                 again = [v for v in result if v.untyped_storage()._cdata not in given]
                 for old, new in zip(made, again, strict=True):
                     old.copy_(new)
+
+
+@contextmanager
+def recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RecordedGraph]]:
+    """Let graphs be captured on the CPU, by recording; the list has those that were."""
+    graphs: list[RecordedGraph] = []
+
+    def record(body: Callable[[], None], warm_up: Callable[[], None], *_: Any) -> RecordedGraph:
+        warm_up()
+        graphs.append(RecordedGraph(body))
+        return graphs[-1]
+
+    monkeypatch.setattr(cuda, "record", record)
+    monkeypatch.setattr(cuda, "available", lambda device: True)
+    graph.clear()
+    yield graphs
+    graph.clear()
 
 
 def _tensors(tree: Any) -> list[Tensor]:
