@@ -76,7 +76,11 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
                 or a method of diffusers is overridden, and noise="philox".
         """
         in_graph = is_traced(timestep)
-        t = self._row(timestep, sample.device) if in_graph else self._read(timestep)
+        t: int | Tensor
+        if type(timestep) is int:
+            t = timestep
+        else:
+            t = self._row(timestep, sample.device) if in_graph else self._read(timestep)
         learned = self.variance_type in ("learned", "learned_range")
         predicted = None
         mean = model_output

@@ -14,7 +14,7 @@ from fastddim.kept import keep
 from fastddim.plan import mixing_row
 from fastddim.steptable import StepTable
 from fastddim.tracing import PLAIN, is_traced
-from fastddim.validation import readable
+from fastddim.transforms import bare
 
 
 class Noising(Fused):
@@ -57,8 +57,9 @@ class Noising(Fused):
             return None
         if is_traced(timesteps) or type(x) not in PLAIN:
             return self._mixed_in_graph(method, state, noise, timesteps)
-        if readable(timesteps):
-            values = timesteps.reshape(-1).tolist()
+        row = timesteps.reshape(-1)
+        if timesteps.is_cpu and bare(timesteps):
+            values = row.tolist()
             if not values or min(values) < 0 or max(values) >= len(self.alphas_cumprod):
                 return None
         if self.alphas_cumprod.device != x.device:
@@ -66,8 +67,7 @@ class Noising(Fused):
         table = self._mixing(method)
         if table is None:
             return None
-        row = timesteps.reshape(-1).to(x.device, torch.int64)
-        return table.take(state, noise, row, return_x0=False)[0]
+        return table.take(state, noise, row.to(x.device, torch.int64), return_x0=False)[0]
 
     def _mixing(self, method: str) -> StepTable | None:
         alphas, kept = self.alphas_cumprod, self._fastddim_work.tables
