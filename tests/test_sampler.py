@@ -274,8 +274,9 @@ RUN = {
     "impl": "auto",
     "graph": "auto",
     "check_finite": False,
-    "model_kwargs": None,
+    "uncond_model": None,
 }
+GIVEN = {"model_kwargs": None, "uncond_kwargs": None}
 WATCH = {"progress": False, "callback": None, "return_trajectory": False}
 
 
@@ -292,6 +293,7 @@ class TestSignatures:
                 | NOISE
                 | PLAN
                 | RUN
+                | GIVEN
                 | WATCH
                 | FIT
                 | LOOP
@@ -304,15 +306,16 @@ class TestSignatures:
                 UPDATE
                 | PLAN
                 | RUN
+                | GIVEN
                 | FIT
                 | LOOP
                 | {"variance": "small", "shape": None, "batch_size": 1},
             ),
-            (Sampler.__call__, ["self"], NOISE | WATCH | MASK | {"x_T": None}),
+            (Sampler.__call__, ["self"], NOISE | GIVEN | WATCH | MASK | {"x_T": None}),
             (
                 fastddim.invert,
                 ["model", "x_0", "steps"],
-                UPDATE | PLAN | RUN | WATCH | {"order": 1, "refine": 0},
+                UPDATE | PLAN | RUN | GIVEN | WATCH | {"order": 1, "refine": 0},
             ),
             (
                 fastddim.step,
