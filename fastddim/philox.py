@@ -20,14 +20,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastddim import transfer
 from fastddim.tracing import in_program
-from fastddim.transfer import captured, filled, upload
+from fastddim.transfer import filled, upload
 from fastddim.transforms import bare
 from fastddim.validation import check_sample_range, check_seed, check_step_index, readable
 
 LATENTS, STEP_NOISE = 0, 1
 """Streams: the last word of the counter tells initial latents from step noise."""
 
+_CPU = torch.device("cpu")
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -188,7 +190,7 @@ def fresh_seed(device: torch.device) -> int | Tensor:
             noise of this one seed.
     """
     traced = in_program()
-    if not traced and captured(device):
+    if not traced and transfer.captured(device):
         raise ValueError(
             "seed: expected an int, or an int64 tensor [B] to write to between replays, while a "
             "CUDA graph is being captured, since all replays would have the noise of one fresh "
@@ -203,7 +205,7 @@ def check_samples(
     batch: int,
     *,
     sample_offset: int = 0,
-    device: torch.device,
+    device: torch.device = _CPU,
 ) -> Samples:
     """Samples by the arguments of `make_keys`.
 
@@ -253,7 +255,7 @@ def make_keys(
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
             it.
     """
-    place = torch.device("cpu" if device is None else device)
+    place = _CPU if device is None else torch.device(device)
     seeds, first = check_samples(seed, batch, sample_offset=sample_offset, device=place)
     steps = check_step_index("step_index", step_index, batch)
     samples = (
