@@ -337,7 +337,7 @@ class GenerateOptions(Progress, Conditioning, Placement, Hook, Update, Visited, 
     memory: int | None = None
     format: Format = "npz"
     merged: str | os.PathLike[str] | None = None
-    sample_shape: Sequence[int] | None = None
+    shape: Sequence[int] | None = None
     model_id: str | None = None
 
 
