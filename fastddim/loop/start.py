@@ -5,8 +5,9 @@ from __future__ import annotations
 import numbers
 from typing import NamedTuple
 
+from fastddim.choices import Spacing, SpacingSynonym
 from fastddim.notices import warn_once
-from fastddim.options import Spacing, Steps
+from fastddim.options import Steps
 from fastddim.plan import Plan
 
 MOST_DATA = 0.5
@@ -27,7 +28,7 @@ class LateStart(NamedTuple):
     chosen: str
 
     @classmethod
-    def of(cls, plan: Plan, steps: Steps, spacing: Spacing) -> LateStart | None:
+    def of(cls, plan: Plan, steps: Steps, spacing: Spacing | SpacingSynonym) -> LateStart | None:
         """What `warn` says of a plan for these `steps`; None where it starts early enough."""
         alpha = float(plan.alphas_cumprod[0])
         if alpha <= MOST_DATA:
