@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from fastddim import philox
-from fastddim.choices import (
-    Impl,
-    Prediction,
-    PredictionSynonym,
-    Variance,
-    VarianceSynonym,
-)
+from fastddim.choices import Impl, Prediction, PredictionSynonym, Variance, VarianceSynonym
 from fastddim.loop.noise import check_generators, draw
 from fastddim.loop.pool import POOL
 from fastddim.loop.setup import prepare_inversion, prepare_sampling
-from fastddim.options import (
-    Coefficient,
-    InvertOptions,
-    NoiseSource,
-    SampleOptions,
-    Seed,
-)
+from fastddim.options import Coefficient, InvertOptions, NoiseSource, SampleOptions, Seed
 from fastddim.signatures import takes
 from fastddim.single import prepared_step
 from fastddim.steptable import rescaled, rescaled_differentiably
@@ -40,6 +28,9 @@ from fastddim.validation import (
     check_same_dtype,
     check_state,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 GivenNoise: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator]
 
@@ -195,6 +186,63 @@ def invert(options: InvertOptions) -> Tensor | tuple[Tensor, Tensor]:
 def _invert(options: InvertOptions) -> Tensor | tuple[Tensor, Tensor]:
     with POOL.borrow(prepare_inversion(options)) as loop:
         return loop.run(options.x_0, options)
+
+
+class StepOptions(TypedDict, total=False):
+    """The options of `step` besides `return_x0`, which decides what it returns."""
+
+    eta: Coefficient
+    variance: Variance | VarianceSynonym
+    prediction: Prediction | PredictionSynonym
+    clip: float | None
+    rederive_eps: bool
+    guidance_scale: Coefficient | None
+    temperature: Coefficient
+    guidance_rescale: float
+    dynamic_thresholding_ratio: float | None
+    sample_max_value: float | None
+    seed: Seed
+    sample_offset: int
+    step_index: int | Tensor
+    noise: NoiseSource
+    out: Tensor | None
+    impl: Impl
+
+
+@overload
+def step(
+    x_t: Tensor,
+    model_output: Tensor,
+    alpha_t: Coefficient,
+    alpha_prev: Coefficient,
+    *,
+    return_x0: Literal[False] = False,
+    **options: Unpack[StepOptions],
+) -> Tensor: ...
+
+
+@overload
+def step(
+    x_t: Tensor,
+    model_output: Tensor,
+    alpha_t: Coefficient,
+    alpha_prev: Coefficient,
+    *,
+    return_x0: Literal[True],
+    **options: Unpack[StepOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def step(
+    x_t: Tensor,
+    model_output: Tensor,
+    alpha_t: Coefficient,
+    alpha_prev: Coefficient,
+    *,
+    return_x0: bool,
+    **options: Unpack[StepOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def step(
