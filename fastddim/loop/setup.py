@@ -12,6 +12,7 @@ from torch.types import Device
 
 from fastddim import adapter, backends, transfer
 from fastddim.adapter import Model, check_model
+from fastddim.choices import Graph
 from fastddim.loop import cuda
 from fastddim.loop.arguments import ModelArguments
 from fastddim.loop.capture import check_graph
@@ -19,7 +20,6 @@ from fastddim.loop.start import LateStart
 from fastddim.notices import warn_once
 from fastddim.options import (
     DenoisedFn,
-    Graph,
     InvertOptions,
     Placement,
     SamplerOptions,
