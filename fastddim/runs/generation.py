@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastddim.adapter import Model, check_model
 from fastddim.api import sample
 from fastddim.files import check_writable
-from fastddim.loop.loop import check_progress
+from fastddim.loop.reports import check_progress
 from fastddim.loop.setup import prepare_sampling, resolve_schedule, resolve_shape
 from fastddim.options import (
     Callback,
@@ -39,6 +39,7 @@ from fastddim.runs.manifest import Manifest, differences, listed
 from fastddim.runs.memory import LARGEST, default_budget, fitting_batch
 from fastddim.runs.ranks import Ranks, joined
 from fastddim.runs.shards import Batch, Sharding, check_format, write_batch
+from fastddim.stopping import STOP
 from fastddim.validation import check_int
 
 
@@ -177,7 +178,7 @@ class Generation:
             steps=plan.tuned or plan.timesteps,
             update=self._update,
             order=options.order,
-            callback=options.callback,
+            callback=_unstopped(options.callback),
         )
         with self._bar(ranks, batches) as bar, ThreadPoolExecutor(1, "fastddim-writer") as writer:
             for batch in batches:
@@ -218,9 +219,7 @@ class Generation:
             progress=False,
             callback=callback,
         )
-        samples = sample(**vars(options))
-        assert isinstance(samples, Tensor)
-        return samples
+        return sample(**vars(options))
 
     def _bar(self, ranks: Ranks, batches: Sequence[Batch]) -> Any:
         from tqdm import tqdm
@@ -236,6 +235,21 @@ class Generation:
         if self._merged is not None:
             merge(self._folder, self._merged)
         return recorded_digest(self._folder, sharding)
+
+
+def _unstopped(callback: Callback | None) -> Callback | None:
+    """The callback, which may not end a run: files hold the samples of all steps."""
+    if callback is None:
+        return None
+
+    def call(step_index: int, timestep: int, x_t: Tensor, x_0: Tensor) -> None:
+        if callback(step_index, timestep, x_t, x_0) is STOP:
+            raise ValueError(
+                "callback: expected a result other than fastddim.STOP, since files hold samples "
+                f"after the last step, got {STOP!r} at step {step_index}"
+            )
+
+    return call
 
 
 def _check_eval(model: Model) -> None:
