@@ -196,6 +196,7 @@ class Slots:
         counting = Counting(now, numbers[: model_size + size], self._timesteps)
         buffers = self.buffers.first(size)
         taking = Step(self._kind, self._backend, buffers, counting, captured=self._whole)
+        taking.shape = tuple(self.buffers.state.shape)
         taking.inpainting = None if self._inpainting is None else self._inpainting.first(size)
         self._prepare(taking)
         model_kwargs = {} if self.conditions is None else self.conditions.of(size)
