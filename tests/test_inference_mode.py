@@ -122,7 +122,7 @@ def test_a_run_into_files(tmp_path: Path) -> None:
     for name, mode in MODES.items():
         with mode():
             net = SmallNet().eval()
-            given: dict[str, Any] = {"sample_shape": SHAPE[1:], "batch_size": 2, "eta": 1.0}
+            given: dict[str, Any] = {"shape": (2, *SHAPE[1:]), "eta": 1.0}
             fastddim.generate(net, S, tmp_path / name, stop=4, **given)
         shards.append({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.npz")})
     assert shards[0]
