@@ -1,0 +1,110 @@
+"""Parts of the README on the pages of the site.
+
+A line `--8<-- "README.md:name"` of a page stands for the text between the marks
+`<!-- --8<-- [start:name] -->` and `<!-- --8<-- [end:name] -->` of the README. The headings of the
+part are shifted to fit the page: the first is the page's title where the page has no other. Links
+of the README become those of the site. The name of a file that the site lacks stays without a link.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from markdown.extensions.toc import slugify
+from mkdocs.exceptions import PluginError
+
+README = Path(__file__).parents[1] / "README.md"
+
+INCLUDE = re.compile(r'^--8<-- "README\.md:(\w+)"$', re.MULTILINE)
+PART = re.compile(
+    r"^<!-- --8<-- \[start:(\w+)\] -->\n(.*?)^<!-- --8<-- \[end:\1\] -->$",
+    re.MULTILINE | re.DOTALL,
+)
+HEADING = re.compile(r"^(#+) (.+)$")
+LINK = re.compile(r"(!?\[([^\]]*)\])\(([^)\s]+)\)")
+
+PAGES: dict[str, str] = {}
+"""The page that each part is on."""
+FILES: set[str] = set()
+"""Everything that a page of the site may link to."""
+
+
+def parts() -> dict[str, str]:
+    """The text of each part."""
+    return dict(PART.findall(README.read_text(encoding="utf-8")))
+
+
+def outside_code(text: str) -> Iterator[tuple[str, bool]]:
+    """The lines, and whether each is prose and not code."""
+    fenced = False
+    for line in text.splitlines():
+        fence = line.startswith("```")
+        yield line, not (fenced or fence)
+        fenced ^= fence
+
+
+def headings(text: str) -> list[tuple[int, str]]:
+    """Level and title of each heading."""
+    found = (HEADING.match(line) for line, prose in outside_code(text) if prose)
+    return [(len(heading[1]), heading[2]) for heading in found if heading]
+
+
+def on_files(files: Any, **_: Any) -> None:
+    """Called by MkDocs with the files of the site."""
+    FILES.update(file.src_uri for file in files)
+    for file in files.documentation_pages():
+        PAGES.update((name, file.src_uri) for name in INCLUDE.findall(file.content_string))
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Called by MkDocs with the text of each page."""
+    texts = parts()
+    places = {
+        slugify(title, "-"): PAGES[name]
+        for name, text in texts.items()
+        if name in PAGES
+        for _, title in headings(text)
+    }
+    here = page.file.src_uri
+    top = 2 if any(level == 1 for level, _ in headings(markdown)) else 1
+
+    def part(found: re.Match[str]) -> str:
+        if found[1] not in texts:
+            raise PluginError(f"{here}: expected a part of README.md, got {found[1]}")
+        return as_part(texts[found[1]], here, top, places)
+
+    return INCLUDE.sub(part, markdown)
+
+
+def as_part(text: str, here: str, top: int, places: dict[str, str]) -> str:
+    """A part of the README as text of the page `here`, its headings from level `top` on."""
+    shift = top - min((level for level, _ in headings(text)), default=top)
+
+    def link(found: re.Match[str]) -> str:
+        label, name, target = found.groups()
+        path, _, anchor = target.partition("#")
+        if ":" in path:
+            return found[0]
+        if not path:
+            if anchor not in places:
+                raise PluginError(f"README.md: {target}: expected a heading that the site has")
+            return f"{label}({relative(places[anchor], here)}#{anchor})"
+        if path.removeprefix("docs/") not in FILES:
+            return name
+        return f"{label}({relative(target.removeprefix('docs/'), here)})"
+
+    lines = []
+    for line, prose in outside_code(text):
+        if prose and HEADING.match(line):
+            line = "#" * shift + line if shift >= 0 else line[-shift:]
+        lines.append(LINK.sub(link, line) if prose else line)
+    return "\n".join(lines)
+
+
+def relative(target: str, here: str) -> str:
+    """The way to a file of the site from the page `here`."""
+    return posixpath.relpath(target, posixpath.dirname(here) or ".")
