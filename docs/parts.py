@@ -3,7 +3,8 @@
 A line `--8<-- "README.md:name"` of a page stands for the text between the marks
 `<!-- --8<-- [start:name] -->` and `<!-- --8<-- [end:name] -->` of the README. The headings of the
 part are shifted to fit the page: the first is the page's title where the page has no other. Links
-of the README become those of the site. The name of a file that the site lacks stays without a link.
+of the README become those of the site, and a page that is called by the name of its file is called
+by its title. The name of a file that the site lacks stays without a link.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ PART = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 HEADING = re.compile(r"^(#+) (.+)$")
-LINK = re.compile(r"(!?\[([^\]]*)\])\(([^)\s]+)\)")
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 PAGES: dict[str, str] = {}
 """The page that each part is on."""
-FILES: set[str] = set()
-"""Everything that a page of the site may link to."""
+TITLES: dict[str, str | None] = {}
+"""Everything that a page of the site may link to, with the title of what is a page with one."""
 
 
 def parts() -> dict[str, str]:
@@ -55,9 +56,11 @@ def headings(text: str) -> list[tuple[int, str]]:
 
 def on_files(files: Any, **_: Any) -> None:
     """Called by MkDocs with the files of the site."""
-    FILES.update(file.src_uri for file in files)
+    TITLES.update((file.src_uri, None) for file in files)
     for file in files.documentation_pages():
-        PAGES.update((name, file.src_uri) for name in INCLUDE.findall(file.content_string))
+        text = file.content_string
+        PAGES.update((name, file.src_uri) for name in INCLUDE.findall(text))
+        TITLES[file.src_uri] = next((title for _, title in headings(text)), None)
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
@@ -85,17 +88,18 @@ def as_part(text: str, here: str, top: int, places: dict[str, str]) -> str:
     shift = top - min((level for level, _ in headings(text)), default=top)
 
     def link(found: re.Match[str]) -> str:
-        label, name, target = found.groups()
+        mark, name, target = found.groups()
         path, _, anchor = target.partition("#")
         if ":" in path:
             return found[0]
         if not path:
             if anchor not in places:
                 raise PluginError(f"README.md: {target}: expected a heading that the site has")
-            return f"{label}({relative(places[anchor], here)}#{anchor})"
-        if path.removeprefix("docs/") not in FILES:
+            return f"{mark}[{name}]({relative(places[anchor], here)}#{anchor})"
+        if path.removeprefix("docs/") not in TITLES:
             return name
-        return f"{label}({relative(target.removeprefix('docs/'), here)})"
+        title = TITLES[path.removeprefix("docs/")] if name == path else None
+        return f"{mark}[{title or name}]({relative(target.removeprefix('docs/'), here)})"
 
     lines = []
     for line, prose in outside_code(text):
