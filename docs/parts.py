@@ -103,9 +103,11 @@ def as_part(text: str, here: str, top: int, places: dict[str, str]) -> str:
 
     lines = []
     for line, prose in outside_code(text):
-        if prose and HEADING.match(line):
-            line = "#" * shift + line if shift >= 0 else line[-shift:]
-        lines.append(LINK.sub(link, line) if prose else line)
+        heading = HEADING.match(line) if prose else None
+        if heading is not None:
+            lines.append("#" * (len(heading[1]) + shift) + f" {heading[2]}")
+        else:
+            lines.append(LINK.sub(link, line) if prose else line)
     return "\n".join(lines)
 
 
