@@ -62,6 +62,16 @@ class Page(HTMLParser):
         return (self.path.parent / unquote(urlsplit(address).path)).resolve()
 
 
+def hook(name):
+    """A module of docs/ that MkDocs calls."""
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("mkdocs is not installed")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The folder of the built site."""
@@ -210,3 +220,96 @@ def test_help_fits(pages):
     for block in blocks:
         lines = html.unescape(re.sub(r"<[^>]*>", "", block)).splitlines()
         assert max(map(len, lines)) <= CODE_WIDTH, max(lines, key=len)
+
+
+class Source:
+    """A page, or another file, before the site is built."""
+
+    def __init__(self, address, text=""):
+        self.src_uri = address
+        self.content_string = text
+        self.file = self
+
+
+class Sources(list):
+    """The files of a site, as MkDocs passes them."""
+
+    def documentation_pages(self):
+        return [file for file in self if file.src_uri.endswith(".md")]
+
+
+PART = """# Title
+<!-- --8<-- [start:one] -->
+## One
+
+See [two](#two), [docs/b.md](docs/b.md#end), [this](docs/b.md), [far](https://example.org/#two),
+[benchmarks/README.md](benchmarks/README.md) and ![a plot](docs/figures/plot.png).
+
+```text
+## no heading, [no link](#two)
+```
+
+### Below
+<!-- --8<-- [end:one] -->
+<!-- --8<-- [start:two] -->
+## Two
+<!-- --8<-- [end:two] -->
+"""
+
+
+@pytest.fixture
+def included(monkeypatch, tmp_path):
+    """A function that gives a page as it is with the parts of `PART`."""
+    parts = hook("parts")
+    monkeypatch.setattr(parts, "README", tmp_path / "README.md")
+
+    def on_a_page(text, *, readme=PART):
+        parts.README.write_text(readme, encoding="utf-8")
+        page = Source("tasks/a.md", text)
+        others = [("c.md", '--8<-- "README.md:two"\n'), ("b.md", "# The other\n")]
+        pictures = Source("figures/plot.png")
+        parts.on_files(Sources([page, pictures, *(Source(*other) for other in others)]))
+        return parts.on_page_markdown(text, page=page)
+
+    return on_a_page
+
+
+def test_links_of_an_included_part_are_those_of_its_page(included):
+    text = included('--8<-- "README.md:one"\n')
+    assert text.splitlines()[2:4] == [
+        "See [two](../c.md#two), [The other](../b.md#end), [this](../b.md), "
+        "[far](https://example.org/#two),",
+        "benchmarks/README.md and ![a plot](../figures/plot.png).",
+    ]
+    assert "## no heading, [no link](#two)" in text
+
+
+@pytest.mark.parametrize(("title", "level"), [("", 1), ("# A page\n\n", 2)])
+def test_headings_of_an_included_part_fit_its_page(included, title, level):
+    lines = included(f'{title}--8<-- "README.md:one"\n').splitlines()
+    assert f"{'#' * level} One" in lines
+    assert f"{'#' * (level + 1)} Below" in lines
+
+
+def test_a_part_or_a_heading_that_is_not_there_stops_the_build(included):
+    from mkdocs.exceptions import PluginError
+
+    with pytest.raises(PluginError, match=r"tasks/a\.md: expected a part of README\.md, got three"):
+        included('--8<-- "README.md:three"\n')
+    with pytest.raises(
+        PluginError, match=r"README\.md: #gone: expected a heading that the site has"
+    ):
+        included('--8<-- "README.md:one"\n', readme=PART.replace("(#two),", "(#gone),"))
+
+
+def test_a_formula_that_is_no_latex_stops_the_build():
+    from mkdocs.exceptions import PluginError
+
+    formulas = hook("formulas")
+    page = Source("a.md")
+    inline = '<p><span class="arithmatex">\\(a &lt; b\\)</span></p>'
+    drawn = formulas.on_page_content(inline, page=page)
+    assert drawn == "<p><math><mi>a</mi><mo>&lt;</mo><mi>b</mi></math></p>"
+    block = '<div class="arithmatex">\\[\\unknown\\]</div>'
+    with pytest.raises(PluginError, match=r"a\.md: \\unknown: "):
+        formulas.on_page_content(block, page=page)
