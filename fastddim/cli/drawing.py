@@ -43,14 +43,12 @@ class Drawing:
         """
         for start, stop in _spans("sampling", self._count, self._machine):
             x_T = None if latents is None else _state(latents[start:stop], self._machine)
-            samples = self._sampler(stop - start)(
+            yield self._sampler(stop - start)(
                 seed=seed,
                 sample_offset=sample_offset + start,
                 x_T=x_T,
                 progress=_shows_steps(self._count, self._machine),
             )
-            assert isinstance(samples, Tensor)
-            yield samples
 
     def _new_sampler(self, batch: int) -> fastddim.Sampler:
         with usage_errors():
@@ -84,7 +82,7 @@ class Encoding:
         """The latents of `x_0` `[N, C, H, W]`, one batch at a time."""
         count = len(x_0)
         for start, stop in _spans("encoding", count, self._machine):
-            latents = fastddim.invert(
+            yield fastddim.invert(
                 self._source.model,
                 _state(x_0[start:stop], self._machine),
                 schedule=self._source.schedule,
@@ -93,8 +91,6 @@ class Encoding:
                 progress=_shows_steps(count, self._machine),
                 **self._visits,
             )
-            assert isinstance(latents, Tensor)
-            yield latents
 
 
 def _state(x: Tensor, machine: Machine) -> Tensor:
