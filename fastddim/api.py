@@ -207,7 +207,7 @@ class StepOptions(TypedDict, total=False):
     guidance_rescale: float
     dynamic_thresholding_ratio: float | None
     sample_max_value: float | None
-    seed: Seed
+    seed: Seed | None
     sample_offset: int
     step_index: int | Tensor
     noise: NoiseSource
