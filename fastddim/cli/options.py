@@ -12,7 +12,8 @@ import click
 import torch
 from click.core import ParameterSource
 
-from fastddim.options import PREDICTIONS, VARIANCES, SampleOptions, Variance
+from fastddim.choices import PREDICTIONS, VARIANCES, Variance
+from fastddim.options import SampleOptions
 from fastddim.plan import SPACINGS
 from fastddim.tuned import load_steps
 
