@@ -172,7 +172,8 @@ def read_text(path: str | os.PathLike[str]) -> dict[str, str]:
     """
     with _opened(path) as image:
         image.load()  # text may also follow the pixels
-        return {name: value for name, value in image.info.items() if isinstance(value, str)}
+        found = {str(name): value for name, value in image.info.items()}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def save_gif(
