@@ -16,6 +16,7 @@ from fastddim.cli.options import (
     model_argument,
     prediction_option,
     scale_option,
+    tell_seeds,
     tunable_visits_options,
 )
 from fastddim.cli.program import usage_errors
@@ -77,6 +78,7 @@ def command(
     from fastddim.cli.sources import load
     from fastddim.images import to_uint8
 
+    unseeded = seeds is None
     seeds = fresh_seeds(STRIP) if seeds is None else seeds
     if len(seeds) not in (STRIP, CORNERS):
         raise click.UsageError(f"--seeds: expected two or four seeds, got {len(seeds)}")
@@ -92,6 +94,8 @@ def command(
         columns=frames,
         scale=scale,
     )
+    if unseeded:
+        tell_seeds(seeds)
     for samples in drawing.batches(latents=latents):
         sink.add(to_uint8(samples))
     sink.finish()

@@ -187,11 +187,14 @@ def working_device(name: str = "auto") -> torch.device:
 
 
 def fresh_seeds(count: int) -> list[int]:
-    """Seeds for a command that got none, which stderr names; small enough to be typed again."""
-    seeds = [secrets.randbelow(2**32) for _ in range(count)]
-    names = "seed" if count == 1 else "seeds"
+    """Seeds for a command that got none, small enough to be typed again."""
+    return [secrets.randbelow(2**32) for _ in range(count)]
+
+
+def tell_seeds(seeds: Sequence[int]) -> None:
+    """Name seeds that the user did not choose."""
+    names = "seed" if len(seeds) == 1 else "seeds"
     click.echo(f"fastddim: {names} {','.join(map(str, seeds))}", err=True)
-    return seeds
 
 
 def shows_progress(asked: bool | None = None) -> bool:

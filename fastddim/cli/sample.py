@@ -18,6 +18,7 @@ from fastddim.cli.options import (
     model_argument,
     prediction_option,
     scale_option,
+    tell_seeds,
     tunable_visits_options,
 )
 from fastddim.cli.program import usage_errors
@@ -142,8 +143,8 @@ def command(
     start, stop = (0, count) if rows is None else (rows.start, rows.stop)
     kept = slice(None) if rows is None else slice(rows.image - start, rows.image - start + 1)
     drawing = Drawing(source, machine, stop - start, {**visits.arguments(), **vars(denoising)})
-    if seed is None and (x_T is None or denoising.eta != 0):
-        (seed,) = fresh_seeds(1)
+    unseeded = seed is None and (x_T is None or denoising.eta != 0)
+    seed = fresh_seeds(1)[0] if unseeded else seed
     files = visits.files() | ({} if latents is None else {"latents": latents})
     made = record(source.model, machine, files, seed=seed, **visits.decided())
     if like is not None:
@@ -152,6 +153,8 @@ def command(
     first = sample_offset if rows is None else sample_offset + rows.image
     sink = open_sink(out, made, first=first, columns=columns, scale=scale)
     animation = None if gif is None else Animation(gif, columns=columns, scale=scale)
+    if unseeded and seed is not None:
+        tell_seeds([seed])
     for drawn in drawing.batches(
         seed=seed or 0,
         sample_offset=sample_offset + start,
