@@ -22,7 +22,7 @@ from fastddim.cli.options import (
     tunable_visits_options,
     working_device,
 )
-from fastddim.cli.program import usage_errors
+from fastddim.cli.program import Command, usage_errors
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,7 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
 
 @click.command(
     "generate",
+    cls=Command,
     epilog="""\b
 Examples:
   fastddim generate digits --stop 50000 --out run/ --merged samples.npz
@@ -176,6 +177,7 @@ def command(
 
 @click.command(
     "merge",
+    cls=Command,
     epilog="""\b
 Example:
   fastddim merge first/ second/ --out samples.npz""",
@@ -197,6 +199,7 @@ def merge(folders: tuple[str, ...], out: str) -> None:
 
 @click.command(
     "digest",
+    cls=Command,
     epilog="""\b
 Example:
   fastddim digest run/""",
