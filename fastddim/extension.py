@@ -40,8 +40,7 @@ def _local_version() -> str:
 
 
 def _command() -> str:
-    options = "--no-build-isolation --no-deps --force-reinstall --no-cache-dir"
-    return f"pip install {options} {_origin()}"
+    return f"pip install --no-deps --force-reinstall --no-cache-dir {_origin()}"
 
 
 def _origin() -> str:
