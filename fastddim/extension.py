@@ -52,6 +52,10 @@ def _origin() -> str:
     if text is None:
         return "fastddim"
     origin = json.loads(text)
-    url, editable = origin["url"], origin.get("dir_info", {}).get("editable")
-    path = url2pathname(urlsplit(url).path) if url.startswith("file:") else url
-    return f"{'-e ' if editable else ''}{shlex.quote(path)}"
+    named = origin["url"]
+    if "vcs_info" in origin:
+        named = f"{origin['vcs_info']['vcs']}+{named}@{origin['vcs_info']['commit_id']}"
+    elif named.startswith("file:"):
+        named = url2pathname(urlsplit(named).path)
+    editable = origin.get("dir_info", {}).get("editable", False)
+    return f"{'-e ' if editable else ''}{shlex.quote(named)}"
