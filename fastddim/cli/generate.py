@@ -154,7 +154,6 @@ def command(
         generation = Generation(
             GenerateOptions(
                 source.model,
-                sample_shape=source.sample_shape,
                 schedule=source.schedule,
                 prediction=source.prediction,
                 device=device,
