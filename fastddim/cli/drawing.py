@@ -34,12 +34,18 @@ class Drawing:
         self._sampler(min(count, machine.batch_size))
 
     def batches(
-        self, *, seed: int = 0, sample_offset: int = 0, latents: Tensor | None = None
+        self,
+        *,
+        seed: int | None = None,
+        sample_offset: int = 0,
+        latents: Tensor | None = None,
+        return_trajectory: bool = False,
     ) -> Iterator[Tensor]:
         """All samples `[b, C, H, W]`, one batch at a time.
 
         Args:
             latents: `[count, C, H, W]` to start from instead of the seed's.
+            return_trajectory: give all states of each batch, `[S + 1, b, C, H, W]`.
         """
         for start, stop in _spans("sampling", self._count, self._machine):
             x_T = None if latents is None else _state(latents[start:stop], self._machine)
@@ -48,6 +54,7 @@ class Drawing:
                 sample_offset=sample_offset + start,
                 x_T=x_T,
                 progress=_shows_steps(self._count, self._machine),
+                return_trajectory=return_trajectory,
             )
 
     def _new_sampler(self, batch: int) -> fastddim.Sampler:
