@@ -34,23 +34,28 @@ class Drawing:
         self._sampler(min(count, machine.batch_size))
 
     def batches(
-        self, *, seed: int = 0, sample_offset: int = 0, latents: Tensor | None = None
+        self,
+        *,
+        seed: int | None = None,
+        sample_offset: int = 0,
+        latents: Tensor | None = None,
+        return_trajectory: bool = False,
     ) -> Iterator[Tensor]:
         """All samples `[b, C, H, W]`, one batch at a time.
 
         Args:
             latents: `[count, C, H, W]` to start from instead of the seed's.
+            return_trajectory: give all states of each batch, `[S + 1, b, C, H, W]`.
         """
         for start, stop in _spans("sampling", self._count, self._machine):
             x_T = None if latents is None else _state(latents[start:stop], self._machine)
-            samples = self._sampler(stop - start)(
+            yield self._sampler(stop - start)(
                 seed=seed,
                 sample_offset=sample_offset + start,
                 x_T=x_T,
                 progress=_shows_steps(self._count, self._machine),
+                return_trajectory=return_trajectory,
             )
-            assert isinstance(samples, Tensor)
-            yield samples
 
     def _new_sampler(self, batch: int) -> fastddim.Sampler:
         with usage_errors():
@@ -84,7 +89,7 @@ class Encoding:
         """The latents of `x_0` `[N, C, H, W]`, one batch at a time."""
         count = len(x_0)
         for start, stop in _spans("encoding", count, self._machine):
-            latents = fastddim.invert(
+            yield fastddim.invert(
                 self._source.model,
                 _state(x_0[start:stop], self._machine),
                 schedule=self._source.schedule,
@@ -93,8 +98,6 @@ class Encoding:
                 progress=_shows_steps(count, self._machine),
                 **self._visits,
             )
-            assert isinstance(latents, Tensor)
-            yield latents
 
 
 def _state(x: Tensor, machine: Machine) -> Tensor:
