@@ -33,6 +33,7 @@ Seed: TypeAlias = int | Sequence[int] | Tensor
 NoiseSource: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator] | None
 Callback: TypeAlias = Callable[[int, int, Tensor, Tensor], None]
 DenoisedFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Conditions: TypeAlias = Mapping[str, Any] | Callable[[int, int], Mapping[str, Any]]
 
 Spacing: TypeAlias = Literal["uniform", "quadratic", "leading", "trailing", "linspace"]
 Variance: TypeAlias = Literal["small", "large"]
@@ -337,6 +338,8 @@ class GenerateOptions(Progress, Conditioning, Placement, Hook, Update, Visited, 
     memory: int | None = None
     format: Format = "npz"
     merged: str | os.PathLike[str] | None = None
+    conditions: Conditions | None = None
+    decode: Any = None
     shape: Sequence[int] | None = None
     model_id: str | None = None
 
