@@ -128,7 +128,9 @@ def _tensor(path: Path, value: Any) -> Tensor:
                 f"{_shown(path)}: expected a tensor, an array or a list of numbers, got "
                 f"{type(value).__name__}"
             )
-        rows = torch.from_numpy(np.ascontiguousarray(array))
+        if array.ndim == 1 and array.dtype.kind in "iu":
+            array = array.astype(np.int64)
+        rows = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     return rows.long() if _is_labels(rows) else rows
 
 

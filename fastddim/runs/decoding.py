@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from fastddim import adapter
 from fastddim.runs.fingerprints import any_on_meta, fingerprint
-from fastddim.wrappers import held_modules
+from fastddim.wrappers import reachable
 
 # The numbers in the config of an autoencoder of diffusers that its latents are scaled with.
 _SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 class Decoder:
-    """What happens to the samples of a batch before they are written."""
+    """The function that makes images of the samples of a batch before they are written."""
 
     def __init__(self, decode: Any) -> None:
         """Find out what `decode` is.
@@ -31,9 +31,13 @@ class Decoder:
         self._scaling = _scaling(decode)
         if not self._scaling:
             _check_function(decode)
-        self._networks = list(held_modules(decode))
-        if any(network.training for network in self._networks):
-            raise ValueError("decode: expected eval mode (decode.eval()), got training mode")
+        self._networks = [value for value in reachable(decode) if isinstance(value, nn.Module)]
+        for network in self._networks:
+            if network.training:
+                raise ValueError(
+                    "decode: expected networks in eval mode (.eval()), got "
+                    f"{type(network).__qualname__} in training mode"
+                )
 
     @property
     def readable(self) -> bool:
@@ -47,7 +51,7 @@ class Decoder:
             shape: of one sample before it is decoded.
         """
         given: Any = self._given
-        weights = [fingerprint(network) for network in self._networks] if self.readable else []
+        weights = sorted(map(fingerprint, self._networks)) if self.readable else []
         name = None if isinstance(given, nn.Module) else getattr(given, "__qualname__", None)
         return {
             "name": name or type(given).__qualname__,
