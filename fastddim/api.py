@@ -9,18 +9,11 @@ import torch
 from torch import Tensor
 
 from fastddim import philox
+from fastddim.choices import Prediction, Variance
 from fastddim.loop.noise import check_generators, draw
 from fastddim.loop.pool import POOL
 from fastddim.loop.setup import prepare_inversion, prepare_sampling
-from fastddim.options import (
-    Coefficient,
-    InvertOptions,
-    NoiseSource,
-    Prediction,
-    SampleOptions,
-    Seed,
-    Variance,
-)
+from fastddim.options import Coefficient, InvertOptions, NoiseSource, SampleOptions, Seed
 from fastddim.signatures import takes
 from fastddim.single import prepared_step
 from fastddim.steptable import rescaled, rescaled_differentiably

@@ -16,12 +16,21 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from fastddim.adapter import Model
+from fastddim.choices import (
+    PREDICTIONS,
+    VARIANCES,
+    EffortName,
+    Format,
+    Prediction,
+    Spacing,
+    Variance,
+)
 from fastddim.schedule import Schedule
 from fastddim.tuned import TunedSteps
 from fastddim.validation import check_bool, check_choice, check_coefficient, check_number
@@ -35,15 +44,7 @@ Callback: TypeAlias = Callable[[int, int, Tensor, Tensor], None]
 DenoisedFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Conditions: TypeAlias = Mapping[str, Any] | Callable[[int, int], Mapping[str, Any]]
 
-Spacing: TypeAlias = Literal["uniform", "quadratic", "leading", "trailing", "linspace"]
-Variance: TypeAlias = Literal["small", "large"]
-Prediction: TypeAlias = Literal["epsilon", "sample", "v_prediction", "score"]
 Graph: TypeAlias = Literal["auto", "loop"] | bool
-EffortName: TypeAlias = Literal["quick", "thorough"]
-Format: TypeAlias = Literal["npz", "safetensors", "png-folder"]
-
-VARIANCES = get_args(Variance)
-PREDICTIONS = get_args(Prediction)
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

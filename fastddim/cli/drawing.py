@@ -34,23 +34,29 @@ class Drawing:
         self._sampler(min(count, machine.batch_size))
 
     def batches(
-        self, *, seed: int = 0, sample_offset: int = 0, latents: Tensor | None = None
+        self,
+        *,
+        seed: int = 0,
+        sample_offset: int = 0,
+        latents: Tensor | None = None,
+        return_trajectory: bool = False,
     ) -> Iterator[Tensor]:
         """All samples `[b, C, H, W]`, one batch at a time.
 
         Args:
             latents: `[count, C, H, W]` to start from instead of the seed's.
+            return_trajectory: give all states of each batch, `[S + 1, b, C, H, W]`.
         """
         for start, stop in _spans("sampling", self._count, self._machine):
             x_T = None if latents is None else _state(latents[start:stop], self._machine)
-            samples = self._sampler(stop - start)(
+            drawn = self._sampler(stop - start)(
                 seed=seed,
                 sample_offset=sample_offset + start,
                 x_T=x_T,
                 progress=_shows_steps(self._count, self._machine),
+                return_trajectory=return_trajectory,
             )
-            assert isinstance(samples, Tensor)
-            yield samples
+            yield drawn[1] if isinstance(drawn, tuple) else drawn
 
     def _new_sampler(self, batch: int) -> fastddim.Sampler:
         with usage_errors():

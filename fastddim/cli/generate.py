@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
-import torch
 
-from fastddim import runs
+from fastddim.choices import Format, Prediction
 from fastddim.cli.classes import Labelling, labelling_options
 from fastddim.cli.options import (
     Computation,
@@ -25,11 +24,9 @@ from fastddim.cli.options import (
     working_device,
 )
 from fastddim.cli.program import usage_errors
-from fastddim.cli.sources import load
-from fastddim.options import GenerateOptions, Prediction
-from fastddim.runs import ManifestMismatchError
-from fastddim.runs.generation import Generation
-from fastddim.runs.shards import FORMATS
+
+if TYPE_CHECKING:
+    import torch
 
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -74,6 +71,7 @@ thread on the CPU, see --threads), and says what differs.""",
 @model_argument
 @click.option(
     "--out",
+    type=click.Path(),
     required=True,
     show_default="none",
     help="Folder of the run: new, empty, or one to go on with.",
@@ -81,7 +79,7 @@ thread on the CPU, see --threads), and says what differs.""",
 @click.option(
     "--start",
     type=click.IntRange(0, 2**32 - 1),
-    default=GenerateOptions.start,
+    default=0,
     help="Number of the first sample.",
 )
 @click.option(
@@ -99,26 +97,25 @@ thread on the CPU, see --threads), and says what differs.""",
 @seed_option
 @tunable_visits_options
 @denoising_options
-@click.option(
-    "--order", type=int, default=GenerateOptions.order, help="2 for second order, with --eta 0."
-)
+@click.option("--order", type=int, default=1, help="2 for second order, with --eta 0.")
 @prediction_option
 @labelling_options
 @click.option(
     "--format",
-    type=click.Choice(FORMATS),
-    default=GenerateOptions.format,
+    type=click.Choice(get_args(Format)),
+    default="npz",
     help="Of the shards: npz (uint8), safetensors (float32), or one PNG file an image.",
 )
 @click.option(
     "--merged",
+    type=click.Path(),
     show_default="none",
     help="Also write one .npz of all images (uint8 RGB arr_0), as evaluators read it.",
 )
 @click.option(
     "--batch-size",
     callback=_batch_size,
-    default=GenerateOptions.batch_size,
+    default="auto",
     metavar="INT|auto",
     help="Images drawn and written at a time; 'auto' fits them to --memory.",
 )
@@ -156,6 +153,13 @@ def command(
     folder with a class-conditional UNet2DModel and --classes.
     """
     stop = _stop(start, count, stop)
+    import torch
+
+    from fastddim.cli.sources import load
+    from fastddim.options import GenerateOptions
+    from fastddim.runs import ManifestMismatchError
+    from fastddim.runs.generation import Generation
+
     if threads is not None:
         torch.set_num_threads(threads)
     device = _device_of_rank(computation)
@@ -196,14 +200,18 @@ def command(
 Example:
   fastddim merge first/ second/ --out samples.npz""",
 )
-@click.argument("folders", nargs=-1, required=True)
-@click.option("--out", required=True, show_default="none", help="The .npz file to write.")
+@click.argument("folders", type=click.Path(), nargs=-1, required=True)
+@click.option(
+    "--out", type=click.Path(), required=True, show_default="none", help="The .npz file to write."
+)
 def merge(folders: tuple[str, ...], out: str) -> None:
     """Join the runs of 'fastddim generate' in FOLDERS into one .npz file.
 
     It holds arr_0, uint8 [N, H, W, 3], as the evaluators of sample quality read it. The ranges of
     samples must follow one another.
     """
+    from fastddim import runs
+
     click.echo(runs.merge(folders, out))
 
 
@@ -213,12 +221,14 @@ def merge(folders: tuple[str, ...], out: str) -> None:
 Example:
   fastddim digest run/""",
 )
-@click.argument("folders", nargs=-1, required=True)
+@click.argument("folders", type=click.Path(), nargs=-1, required=True)
 def digest(folders: tuple[str, ...]) -> None:
     """Print one SHA-256 for all samples of each run in FOLDERS, after checking every file.
 
     Without the checks, 'cat FOLDER/*.sha256 | sha256sum' prints the same.
     """
+    from fastddim import runs
+
     for folder in folders:
         click.echo(f"{runs.digest(folder)}  {folder}")
 
@@ -235,6 +245,8 @@ def _stop(start: int, count: int | None, stop: int | None) -> int:
 
 def _device_of_rank(computation: Computation) -> torch.device:
     """The device asked for; under torchrun each process of a machine gets a GPU of its own."""
+    import torch
+
     local = os.environ.get("LOCAL_RANK", "")
     several = computation.device in ("auto", "cuda") and local.isdecimal()
     if not several or not torch.cuda.is_available():

@@ -12,8 +12,9 @@ import torch
 
 from fastddim import models
 from fastddim.adapter import Model, own_sample_shape
-from fastddim.models.files import MODEL, WEIGHTS
-from fastddim.options import PREDICTIONS, Prediction
+from fastddim.bundled import WEIGHTS
+from fastddim.choices import PREDICTIONS, Prediction
+from fastddim.models.files import MODEL
 from fastddim.schedule import Schedule
 
 

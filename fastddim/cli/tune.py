@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from click.core import ParameterSource
 
+from fastddim.choices import EffortName, Prediction
 from fastddim.cli.options import (
     Placing,
     clip_option,
@@ -21,12 +21,6 @@ from fastddim.cli.options import (
     shows_progress,
 )
 from fastddim.cli.program import usage_errors
-from fastddim.cli.sources import load
-from fastddim.models.tuned import write_tuned
-from fastddim.options import Prediction, TuneOptions
-from fastddim.tuned import TunedSteps
-from fastddim.tuning.search import EFFORTS
-from fastddim.tuning.tuner import Tuner, warn_where_untuned
 
 
 @click.command(
@@ -51,14 +45,15 @@ read with the model: fastddim.models.load("runs/digits").tuned[10]""",
 )
 @click.option(
     "--out",
+    type=click.Path(),
     required=True,
     show_default="none",
     help="Folder of a file for each number, or one .json file for all.",
 )
 @click.option(
     "--effort",
-    type=click.Choice(tuple(EFFORTS)),
-    default=TuneOptions.effort,
+    type=click.Choice(get_args(EffortName)),
+    default="quick",
     help="How long to search.",
 )
 @click.option(
@@ -91,6 +86,14 @@ def command(
     They come as close to the exact solution of DDIM's ODE as that many evaluations of the model
     can. MODEL is as for 'fastddim sample'.
     """
+    from dataclasses import replace
+
+    from fastddim.cli.sources import load
+    from fastddim.models.tuned import write_tuned
+    from fastddim.options import TuneOptions
+    from fastddim.tuned import TunedSteps
+    from fastddim.tuning.tuner import Tuner, warn_where_untuned
+
     source = load(model, placing.torch_device, prediction)
     with usage_errors():
         tuner = Tuner(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numbers
 from typing import NamedTuple
 
+from fastddim.choices import Spacing
 from fastddim.notices import warn_once
-from fastddim.options import Spacing, Steps
+from fastddim.options import Steps
 from fastddim.plan import Plan
 
 MOST_DATA = 0.5

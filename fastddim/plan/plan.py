@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastddim.options import Rescaling, Solver, Spacing, Steps, Update, Visited
+from fastddim.choices import Spacing
+from fastddim.options import Rescaling, Solver, Steps, Update, Visited
 from fastddim.plan.multistep import (
     NO_HISTORY,
     ORDERS,

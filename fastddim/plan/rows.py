@@ -26,8 +26,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fastddim.choices import Prediction
 from fastddim.elementary import sqrt
-from fastddim.options import Coefficient, PerStep, Prediction, Update
+from fastddim.options import Coefficient, PerStep, Update
 from fastddim.plan.multistep import NO_HISTORY, Weights, epsilon_weights
 from fastddim.validation import readable
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim.options import Spacing, Steps
+from fastddim.choices import Spacing
+from fastddim.options import Steps
 from fastddim.tuned import TunedSteps
 from fastddim.validation import check_choice, check_int
 
