@@ -40,7 +40,7 @@ PerStep: TypeAlias = Coefficient | Sequence[Coefficient]
 Steps: TypeAlias = int | Sequence[int] | Tensor | TunedSteps
 Seed: TypeAlias = int | Sequence[int] | Tensor
 NoiseSource: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator] | None
-Callback: TypeAlias = Callable[[int, int, Tensor, Tensor], None]
+Callback: TypeAlias = Callable[[int, int, Tensor, Tensor], object]
 DenoisedFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Conditions: TypeAlias = Mapping[str, Any] | Callable[[int, int], Mapping[str, Any]]
 
@@ -252,7 +252,7 @@ class Conditioning:
 class Drawing:
     """The sample that is drawn, and what it is made from."""
 
-    seed: Seed = 0
+    seed: Seed | None = None
     sample_offset: int = 0
     x_T: Tensor | None = None
     mask: Tensor | None = None
@@ -287,6 +287,7 @@ class CallOptions(Reporting, Drawing):
     """The arguments of a call of a `fastddim.Sampler`."""
 
     noise: NoiseSource = None
+    first_step: int = 0
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -322,7 +323,7 @@ class RequestOptions(Conditioning, Drawing, Noising, Direction, Visited):
     """The arguments of `fastddim.Stream.submit`."""
 
     steps: Steps = field(kw_only=False)
-    seed: int = 0
+    seed: int | None = None
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

@@ -22,7 +22,7 @@ S = 3
 
 def sampler(**kind: Any) -> Callable[[], list[Tensor]]:
     own = fastddim.Sampler(SmallNet(), S, shape=SHAPE, **kind)
-    return lambda: [own(seed=1), *own(seed=2, return_trajectory=True), own(seed=1)]
+    return lambda: [own(seed=1), own(seed=2, return_trajectory=True), own(seed=1)]
 
 
 def tuned() -> Callable[[], list[Tensor]]:
@@ -59,7 +59,7 @@ def inversion() -> Callable[[], list[Tensor]]:
     net, x_0 = SmallNet(), torch.ones(SHAPE)
     return lambda: [
         fastddim.invert(net, x_0, S),
-        *fastddim.invert(net, x_0, S, order=2, return_trajectory=True),
+        fastddim.invert(net, x_0, S, order=2, return_trajectory=True),
         fastddim.invert(net, x_0, S, refine=1),
     ]
 

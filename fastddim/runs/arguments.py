@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from fastddim.adapter import Model
 from fastddim.loop.setup import resolve_shape
-from fastddim.options import GenerateOptions, Update
+from fastddim.options import Callback, GenerateOptions, Update
 from fastddim.runs.conditions import Conditions
 from fastddim.runs.decoding import Decoder
 from fastddim.runs.fingerprints import any_on_meta
 from fastddim.runs.shards import is_image
+from fastddim.stopping import STOP
 from fastddim.validation import check_int
 
 
@@ -105,3 +106,18 @@ def checked_update(update: Update) -> Update:
         if any(isinstance(v, Tensor) for v in values):
             raise ValueError(f"{name}: expected a number or one a step, got a tensor")
     return checked
+
+
+def unstopped(callback: Callback | None) -> Callback | None:
+    """The callback, which may not end a run: files hold the samples of all steps."""
+    if callback is None:
+        return None
+
+    def call(step_index: int, timestep: int, x_t: Tensor, x_0: Tensor) -> None:
+        if callback(step_index, timestep, x_t, x_0) is STOP:
+            raise ValueError(
+                "callback: expected a result other than fastddim.STOP, since files hold samples "
+                f"after the last step, got {STOP!r} at step {step_index}"
+            )
+
+    return call

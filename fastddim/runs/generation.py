@@ -20,7 +20,7 @@ from torch import Tensor
 from fastddim.adapter import check_model
 from fastddim.api import sample
 from fastddim.files import check_writable
-from fastddim.loop.loop import check_progress
+from fastddim.loop.reports import check_progress
 from fastddim.loop.setup import prepare_sampling, resolve_device, resolve_schedule
 from fastddim.options import (
     Callback,
@@ -41,6 +41,7 @@ from fastddim.runs.arguments import (
     checked_conditions,
     checked_sample_shape,
     checked_update,
+    unstopped,
 )
 from fastddim.runs.complete import merge, recorded_digest
 from fastddim.runs.decoding import Decoder
@@ -237,7 +238,7 @@ class Generation:
             steps=plan.tuned or plan.timesteps,
             update=self._update,
             order=options.order,
-            callback=options.callback,
+            callback=unstopped(options.callback),
         )
         with self._bar(ranks, batches) as bar, ThreadPoolExecutor(1, "fastddim-writer") as writer:
             for batch in batches:
@@ -299,9 +300,7 @@ class Generation:
             progress=False,
             callback=callback,
         )
-        samples = sample(**vars(options))
-        assert isinstance(samples, Tensor)
-        return samples, labels
+        return sample(**vars(options)), labels
 
     def _bar(self, ranks: Ranks, batches: Sequence[Batch]) -> Any:
         from tqdm import tqdm
