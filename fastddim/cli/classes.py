@@ -25,21 +25,29 @@ class Labelling:
     guidance: float | None
     null_class: int | None
 
+    def asked(self) -> bool:
+        """True where labels are asked for.
+
+        Raises:
+            click.UsageError: an option is given without another that it needs.
+        """
+        needs = {"null_class": ("classes", "guidance"), "guidance": ("classes",)}
+        for option, others in needs.items():
+            for other in others:
+                if getattr(self, option) is not None and getattr(self, other) is None:
+                    name = option.replace("_", "-")
+                    raise click.UsageError(f"--{name}: expected --{other} beside it, got none")
+        return self.classes is not None
+
     def of(self, model: Any, start: int, stop: int) -> ClassLabels | None:
         """The labels of the images [start, stop); None where none are asked for.
 
         Raises:
-            click.UsageError: the options do not fit the model or one another.
+            click.UsageError: the options do not fit the model.
             click.ClickException, OSError: a file holds no labels for these images.
         """
         if self.classes is None:
-            for option in ("guidance", "null_class"):
-                if getattr(self, option) is not None:
-                    name = option.replace("_", "-")
-                    raise click.UsageError(f"--{name}: expected --classes beside it, got none")
             return None
-        if self.guidance is None and self.null_class is not None:
-            raise click.UsageError("--null-class: expected --guidance beside it, got none")
         known = _KnownClasses.of(model)
         null = None if self.guidance is None else self._null_class(known)
         values = _values(self.classes, known.drawable(null), start, stop)

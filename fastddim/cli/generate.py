@@ -163,7 +163,7 @@ def command(
     if threads is not None:
         torch.set_num_threads(threads)
     device = _device_of_rank(computation)
-    source = load(model, device, prediction, labelled=labelling.classes is not None)
+    source = load(model, device, prediction, labelled=labelling.asked())
     labels = labelling.of(source.model, start, stop)
     conditions = {} if labels is None else {"conditions": labels.condition(), **labels.guided()}
     steps = visits.arguments()

@@ -44,9 +44,10 @@ def generate(options: GenerateOptions) -> Run:
         conditions: arguments of the model with one row for each of the samples [start, stop):
             tensors, arrays or lists by name, in mappings of their own if the model takes such; or a
             function `(start, stop)` that returns the rows of these samples, and the same ones each
-            time, since it is called once for the manifest and once to draw. Integers `[N]` become
-            int64. Those named `y` or `class_labels`, or the only ones, are the labels. With
-            `guidance_scale`, `uncond_kwargs` holds what stands for no condition.
+            time: it is called for the manifest before anything is drawn, by every rank, and again
+            for each batch. Integers `[N]` become int64; those named `y` or `class_labels`, or the
+            only ones, are the labels. With `guidance_scale`, `uncond_kwargs` holds what stands for
+            no condition: a number, or one row.
         decode: what makes images in [−1, 1] of the samples of a batch before they are written: a
             function of `[b, …]` in the state's dtype, or an autoencoder of diffusers, which gets
             the latents in the scale of its `config`. Called once with zeros beforehand. The
