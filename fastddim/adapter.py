@@ -17,12 +17,12 @@ from fastddim.wrappers import hooks, layers, modules, reachable, tensors
 Model: TypeAlias = Callable[..., Any]
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, name: str = "model") -> None:
     if not callable(model):
-        raise TypeError(f"model: expected a callable model(x, t), got {type(model).__name__}")
+        raise TypeError(f"{name}: expected a callable model(x, t), got {type(model).__name__}")
 
 
-def output_tensor(result: Any) -> Any:
+def output_tensor(result: Any, name: str = "model") -> Any:
     """The tensor in a model's result: itself, the first item of a tuple, or `.sample`."""
     if isinstance(result, Tensor):
         return result
@@ -31,7 +31,7 @@ def output_tensor(result: Any) -> Any:
     sample = getattr(result, "sample", None)
     if not isinstance(sample, Tensor):
         raise TypeError(
-            "model: expected it to return a tensor, a tuple that starts with one, or an object "
+            f"{name}: expected it to return a tensor, a tuple that starts with one, or an object "
             f"with .sample, got {type(result).__name__}"
         )
     return sample

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from fastddim import philox
-from fastddim.choices import Prediction, Variance
+from fastddim.choices import Impl, Prediction, PredictionSynonym, Variance, VarianceSynonym
 from fastddim.loop.noise import check_generators, draw
 from fastddim.loop.pool import POOL
 from fastddim.loop.setup import prepare_inversion, prepare_sampling
@@ -28,6 +28,9 @@ from fastddim.validation import (
     check_same_dtype,
     check_state,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 GivenNoise: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator]
 
@@ -51,21 +54,25 @@ def sample(options: SampleOptions) -> Tensor:
         schedule: ᾱ the model was trained with; by default `model.schedule`, also of a network that
             the model wraps or reaches, else `Schedule.linear()`, with a warning.
         spacing: how S timesteps are chosen out of T: trailing, which starts at T − 1 whatever S
-            is, uniform (the paper's linear τ), quadratic, leading or linspace (see
+            is, uniform (the paper's linear τ), quadratic (or "quad"), leading or linspace (see
             `fastddim.select_timesteps`). With few steps the others may start where the model
             expects more of the data than of noise, which a warning tells where x_T is drawn.
         steps_offset: added to every timestep of `leading`.
         eta: η ≥ 0 of eq. 16, a number or a tensor `[B]`, or a sequence of S of them, one a step; 0
             is DDIM, 1 is DDPM's ancestral sampling.
         variance: "small", or "large" for noise of DDPM's larger variance; `eta=1, variance="large"`
-            is the paper's σ-hat. The direction term keeps the small one (appendix D.3).
-        prediction: what the model predicts: "epsilon", "sample" (x_0), "v_prediction", or "score",
-            the gradient ∇ log p_t(x) of the log density of the noised data.
+            is the paper's σ-hat. The direction term keeps the small one (appendix D.3). Also by the
+            names "fixed_small" and "fixed_large" of other libraries.
+        prediction: what the model predicts: "epsilon" (or "eps", "noise", "pred_noise"), "sample",
+            which is x_0 (or "x0", "x_0", "pred_x0", "x_start", "start_x"), "v_prediction" (or "v",
+            "velocity", "pred_v": √ᾱ_t·ε − √(1 − ᾱ_t)·x_0), or "score", the gradient ∇ log p_t(x) of
+            the log density of the noised data.
         clip: r > 0 clamps the predicted x_0 to [−r, r].
         rederive_eps: recompute epsilon from the clipped x_0.
         guidance_scale: g of classifier-free guidance, a number or a tensor `[B]`, or a sequence of
-            S of them: the model is evaluated on 2B samples and its output is read as unconditional,
-            then conditional half; `model_kwargs` hold 2B rows.
+            S of them: the model's output is u + g·(c − u), of u without the condition and c with
+            it. The model is evaluated on 2B samples, of which the first half is u's;
+            `uncond_kwargs` or `uncond_model` says what u is.
         temperature: factor of the noise, a number or a tensor `[B]`, or a sequence of S of them;
             x_T has none.
         guidance_rescale: φ in [0, 1] that takes the guided output of each sample towards the
@@ -123,7 +130,19 @@ def sample(options: SampleOptions) -> Tensor:
         return_trajectory: return all states.
         check_finite: stop with an error that names the step where the model returns NaN or
             infinity. This waits for the device at every step.
-        model_kwargs: passed to the model unchanged.
+        model_kwargs: passed to the model. Tensors, also those in nested mappings and sequences,
+            have B rows, one a sample, or one row, which the model gets as B rows. Tensors without
+            dimensions, lists of tensors that differ in their number of rows, and all that is no
+            tensor are passed unchanged. Under guidance without `uncond_kwargs` and `uncond_model`,
+            tensors have 2B rows, those for u first.
+        uncond_kwargs: under guidance, the values for u by the names of `model_kwargs`, such as
+            `{"y": null_label}`: tensors of B rows or one, or numbers, with the dtype and the rest
+            of the shape of the conditional ones. The model gets both as one tensor of 2B rows; what
+            is in `model_kwargs` alone is the same for both.
+        uncond_model: under guidance, another model that gives u, such as a weaker network
+            (autoguidance, arXiv 2406.02507) or one without conditions. Both are evaluated on the
+            same B samples, `uncond_model` with `model_kwargs` in which `uncond_kwargs` have
+            replaced values, and must give outputs of the same shape and dtype.
 
     Returns:
         The samples `[B, …]`; with `return_trajectory` the states `[S + 1, B, …]` from x_T to the
@@ -188,6 +207,63 @@ def _invert(options: InvertOptions) -> Tensor:
         return loop.run(options.x_0, options)
 
 
+class StepOptions(TypedDict, total=False):
+    """The options of `step` besides `return_x0`, which decides what it returns."""
+
+    eta: Coefficient
+    variance: Variance | VarianceSynonym
+    prediction: Prediction | PredictionSynonym
+    clip: float | None
+    rederive_eps: bool
+    guidance_scale: Coefficient | None
+    temperature: Coefficient
+    guidance_rescale: float
+    dynamic_thresholding_ratio: float | None
+    sample_max_value: float | None
+    seed: Seed
+    sample_offset: int
+    step_index: int | Tensor
+    noise: NoiseSource
+    out: Tensor | None
+    impl: Impl
+
+
+@overload
+def step(
+    x_t: Tensor,
+    model_output: Tensor,
+    alpha_t: Coefficient,
+    alpha_prev: Coefficient,
+    *,
+    return_x0: Literal[False] = False,
+    **options: Unpack[StepOptions],
+) -> Tensor: ...
+
+
+@overload
+def step(
+    x_t: Tensor,
+    model_output: Tensor,
+    alpha_t: Coefficient,
+    alpha_prev: Coefficient,
+    *,
+    return_x0: Literal[True],
+    **options: Unpack[StepOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def step(
+    x_t: Tensor,
+    model_output: Tensor,
+    alpha_t: Coefficient,
+    alpha_prev: Coefficient,
+    *,
+    return_x0: bool,
+    **options: Unpack[StepOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def step(
     x_t: Tensor,
     model_output: Tensor,
@@ -195,8 +271,8 @@ def step(
     alpha_prev: Coefficient,
     *,
     eta: Coefficient = 0.0,
-    variance: Variance = "small",
-    prediction: Prediction = "epsilon",
+    variance: Variance | VarianceSynonym = "small",
+    prediction: Prediction | PredictionSynonym = "epsilon",
     clip: float | None = None,
     rederive_eps: bool = False,
     guidance_scale: Coefficient | None = None,
@@ -210,7 +286,7 @@ def step(
     noise: NoiseSource = None,
     out: Tensor | None = None,
     return_x0: bool = False,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One DDIM update (arXiv 2010.02502, eq. 12): what `sample` does between two model evaluations.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastddim.loop.copying import Rebuilt
-from fastddim.loop.first_weight import FirstWeight
+from fastddim.loop.first_weight import first_weights
 from fastddim.loop.loop import Loop
 from fastddim.loop.setup import prepare_sampling
 from fastddim.loop.walk import Walk
@@ -48,7 +48,7 @@ class Sampler(Rebuilt):
         self.dtype = setup.dtype
         self.device = setup.device
         self._setup = setup
-        self._weight = FirstWeight("Sampler", setup.model, setup.device)
+        self._weights = first_weights("Sampler", setup.model, setup.uncond_model, setup.device)
         self._rebuild()
 
     @method_takes(CallOptions)
@@ -56,6 +56,12 @@ class Sampler(Rebuilt):
         """Draw one batch, in tensors that are the caller's own.
 
         The arguments are those of `fastddim.sample` that may change from call to call.
+
+        Args:
+            model_kwargs, uncond_kwargs: values for this call in place of those that the sampler was
+                made with, by their names: tensors of the same shape, dtype and device, of B rows or
+                one. Graphs are not captured anew. A tensor that the sampler was made with may also
+                be written in place.
 
         Returns:
             The samples `[B, …]`, or the states `[S + 1, B, …]`, as `fastddim.sample` does.
@@ -72,8 +78,12 @@ class Sampler(Rebuilt):
         return self._draw(options)
 
     def _draw(self, options: CallOptions) -> Tensor:
-        self._weight.check()
-        return self._loop.sample(options)
+        for weight in self._weights:
+            weight.check()
+        arguments = None
+        if options.model_kwargs is not None or options.uncond_kwargs is not None:
+            arguments = self._setup.arguments.replaced(options.model_kwargs, options.uncond_kwargs)
+        return self._loop.sample(options, arguments)
 
     @torch.inference_mode(False)
     def _build(self) -> None:
@@ -81,4 +91,5 @@ class Sampler(Rebuilt):
         self._walk = Walk.of(self._setup)
 
     def _functions(self) -> tuple[Any, ...]:
-        return self._setup.model, self._setup.denoised_fn
+        setup = self._setup
+        return setup.model, setup.uncond_model, setup.denoised_fn

@@ -67,7 +67,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "guidance_rescale": 0.5,
     },
     "schedule": {"schedule": COSINE, "spacing": "leading", "prediction": "v_prediction"},
-    "conditions": {"model_kwargs": {"shift": torch.full((3, 1, 1), 0.5)}},
+    "conditions": {"model_kwargs": {"shift": torch.full((1, 3, 1, 1), 0.5)}},
     "reference": {"impl": "reference"},
 }
 CALLS: dict[str, dict[str, Any]] = {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fastddim
 from fastddim import Sampler, Stream, options
+from fastddim.loop.arguments import ModelArguments
 from fastddim.loop.setup import prepare_sampling
 
 from .support.models import SmallNet, shown
@@ -309,6 +310,16 @@ VALUES: dict[str, Callable[[], Any]] = {
     "InvertOptions": lambda: options.InvertOptions(SmallNet(), torch.ones(SHAPE), 3),
     "StreamOptions": lambda: options.StreamOptions(SmallNet(), shape=SHAPE),
     "Setup": lambda: prepare_sampling(options.SamplerOptions(SmallNet(), 3, shape=SHAPE)),
+    "Setup, guided": lambda: prepare_sampling(
+        options.SamplerOptions(
+            SmallNet(),
+            3,
+            shape=SHAPE,
+            guidance_scale=2.0,
+            model_kwargs={"a": {"y": torch.arange(2)}, "name": "b", "z": torch.ones(2, 3)},
+            uncond_kwargs={"a": {"y": 7}},
+        )
+    ),
 }
 
 
@@ -329,6 +340,10 @@ def assert_same(other: Any, value: Any) -> None:
     elif is_dataclass(value):
         for each in fields(value):
             assert_same(getattr(other, each.name), getattr(value, each.name))
+    elif isinstance(value, ModelArguments):
+        assert_same(vars(other), vars(value))
+    elif isinstance(value, dict):
+        assert_same(tuple(other.items()), tuple(value.items()))
     elif isinstance(value, tuple):
         for pair in zip(other, value, strict=True):
             assert_same(*pair)

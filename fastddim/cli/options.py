@@ -5,14 +5,23 @@ from __future__ import annotations
 import functools
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 from click.core import ParameterSource
 
-from fastddim.choices import PREDICTIONS, VARIANCES, Spacing, Variance
+from fastddim.choices import (
+    PREDICTION_SYNONYMS,
+    PREDICTIONS,
+    SPACING_SYNONYMS,
+    VARIANCE_SYNONYMS,
+    VARIANCES,
+    Impl,
+    Spacing,
+    Variance,
+)
 from fastddim.cli.completion import complete_backend, complete_device, complete_model
 
 if TYPE_CHECKING:
@@ -35,6 +44,18 @@ def integers(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 
 # They choose timesteps, and mean nothing where these are given.
 _CHOOSING = ("steps", "spacing", "steps_offset")
+
+
+class Word(click.Choice):  # type: ignore[type-arg]  # click is generic from 8.2 on
+    """A choice among words that other libraries have other names for."""
+
+    def __init__(self, words: Iterable[str], synonyms: Mapping[Any, str]) -> None:
+        super().__init__(tuple(words))
+        self._synonyms = synonyms
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        word: str = super().convert(self._synonyms.get(value, value), param, ctx)
+        return word
 
 
 @dataclass(frozen=True)
@@ -154,7 +175,7 @@ class Placing:
 class Computation(Placing):
     """The same with the backend of the update."""
 
-    impl: str
+    impl: Impl
 
 
 @dataclass(frozen=True)
@@ -238,7 +259,7 @@ _VISITS = [
     ),
     click.option(
         "--spacing",
-        type=click.Choice(get_args(Spacing)),
+        type=Word(get_args(Spacing), SPACING_SYNONYMS),
         default="trailing",
         help="How --steps timesteps are chosen out of the model's.",
     ),
@@ -285,7 +306,7 @@ denoising_options = bundled(
         click.option("--eta", type=float, default=0.0, help="0 is DDIM, 1 is DDPM's noise."),
         click.option(
             "--variance",
-            type=click.Choice(VARIANCES),
+            type=Word(VARIANCES, VARIANCE_SYNONYMS),
             default="small",
             help="Of the noise under --eta; with --eta 1, 'large' is DDPM's other choice.",
         ),
@@ -352,7 +373,7 @@ seed_option = click.option(
 
 prediction_option = click.option(
     "--prediction",
-    type=click.Choice(PREDICTIONS),
+    type=Word(PREDICTIONS, PREDICTION_SYNONYMS),
     default=None,
     show_default="what the model says, else epsilon",
     help="What the model predicts.",

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastddim.choices import Spacing
+from fastddim.choices import Spacing, SpacingSynonym
 from fastddim.notices import warn_once
 from fastddim.options import CallOptions, Seed, Steps
 from fastddim.plan import Plan, StepKind
@@ -31,7 +31,7 @@ class LateStart(NamedTuple):
     chosen: str
 
     @classmethod
-    def of(cls, plan: Plan, steps: Steps, spacing: Spacing) -> LateStart | None:
+    def of(cls, plan: Plan, steps: Steps, spacing: Spacing | SpacingSynonym) -> LateStart | None:
         """What `warn` says of a plan for these `steps`; None where it starts early enough."""
         alpha = float(plan.alphas_cumprod[0])
         if alpha <= MOST_DATA:

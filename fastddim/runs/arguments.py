@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastddim.adapter import Model
+from fastddim.loop.arguments import ModelArguments
 from fastddim.loop.setup import resolve_shape
 from fastddim.options import Callback, GenerateOptions, Update
 from fastddim.runs.conditions import Conditions
@@ -33,31 +34,49 @@ def checked_conditions(options: GenerateOptions, start: int, stop: int) -> Condi
     return conditions
 
 
-def check_eval(model: Model) -> None:
+def check_network(name: str, model: Model | None, model_id: Any) -> None:
+    """Refuse a network in training mode, and a function that nothing tells from others."""
     if isinstance(model, nn.Module) and model.training:
-        raise ValueError("model: expected eval mode (model.eval()), got training mode")
-
-
-def check_identity(model: Model, model_id: Any) -> None:
+        raise ValueError(f"{name}: expected eval mode (model.eval()), got training mode")
     if model_id is not None and not isinstance(model_id, str):
         raise TypeError(f"model_id: expected a string, got {model_id!r}")
-    if model_id is None and not isinstance(model, nn.Module):
+    if model_id is None and model is not None and not isinstance(model, nn.Module):
         raise ValueError(
-            "model_id: expected a string that tells this model from others, since it is no "
+            f"model_id: expected a string that tells this {name} from others, since it is no "
             "nn.Module whose weights do, got None"
         )
 
 
-def check_weights(model: Model, decoder: Decoder | None, model_id: str | None) -> None:
-    """Refuse weights that cannot be told from others, in the model or in `decode`."""
-    offloaded = [isinstance(model, nn.Module) and any_on_meta(model)]
-    offloaded += [decoder is not None and not decoder.readable]
-    if model_id is None and any(offloaded):
-        what = "this model" if offloaded[0] else "the networks of decode"
+def check_weights(options: GenerateOptions, decoder: Decoder | None) -> None:
+    """Refuse weights that cannot be told from others where no name does."""
+    networks = {"model": options.model, "uncond_model": options.uncond_model}
+    offloaded = [
+        f"this {name}"
+        for name, network in networks.items()
+        if isinstance(network, nn.Module) and any_on_meta(network)
+    ]
+    if decoder is not None and not decoder.readable:
+        offloaded.append("this decode")
+    if options.model_id is None and offloaded:
         raise ValueError(
-            f"model_id: expected a string that tells {what} from others, since its weights are "
-            "on meta, where hooks offload them, and cannot be read; got None"
+            f"model_id: expected a string that tells {offloaded[0]} from others, since its weights "
+            "are on meta, where hooks offload them, and cannot be read; got None"
         )
+
+
+def check_model_arguments(
+    options: GenerateOptions, model_kwargs: Mapping[str, Any] | None, batch: int, *, guided: bool
+) -> None:
+    """Refuse what the model cannot be called with for `batch` samples."""
+    apart = options.uncond_model is not None
+    try:
+        ModelArguments.of(
+            model_kwargs, options.uncond_kwargs, batch=batch, guided=guided, apart=apart
+        )
+    except ValueError as error:
+        if options.conditions is not None or guided:
+            raise
+        raise ValueError(f"{error}; conditions= takes a row for each sample") from error
 
 
 def checked_sample_shape(model: Model, shape: Sequence[int] | None) -> tuple[int, ...]:

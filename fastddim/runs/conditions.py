@@ -41,8 +41,9 @@ class Conditions:
         self._start, self._given = start, given
         self._all = None if callable(given) else _checked(given, Batch(start, stop))
         self._digests: dict[Batch, dict[Path, str]] = {}
+        self._paths: set[Path] = set()
         first = self._rows(Batch(start, start + 1))
-        self._paths = set(first)
+        self._paths.update(first)
         self._label = _label_path(first)
         self.names = {path[0] for path in first}
         self.label_name = None if self._label is None else _joined(self._label)
@@ -83,7 +84,7 @@ class Conditions:
             return {path: rows[first:stop] for path, rows in self._all.items()}
         assert callable(self._given)
         rows = _checked(self._given(batch.first, batch.stop), batch)
-        if self._digests and rows.keys() != self._paths:
+        if self._paths and rows.keys() != self._paths:
             raise ValueError(
                 f"conditions: expected {_list(self._paths)} in each call, got {_list(set(rows))} "
                 f"for [{batch.first}, {batch.stop})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -39,6 +38,7 @@ def describe(
         setup: how each batch is drawn.
         update: the arguments of each step as numbers.
         sharding: which samples are drawn, and into which files.
+        given: what the model is called with, and the other one, if there is any.
     """
     manifest = {
         "version": VERSION,
@@ -66,17 +66,19 @@ def describe(
 
 
 def _model(options: GenerateOptions) -> dict[str, Any]:
-    model = options.model
-    return {
+    model, uncond_model = options.model, options.uncond_model
+    described = {
         "class": type(model).__qualname__,
         "weights": weights_of(model),
         "id": options.model_id,
-        "kwargs": _digest(options.model_kwargs),
+        "kwargs": digest_of(options.model_kwargs) if options.model_kwargs else None,
     }
-
-
-def _digest(values: Mapping[str, Any] | None) -> str | None:
-    return digest_of(values) if values else None
+    if options.uncond_kwargs:
+        described["uncond_kwargs"] = digest_of(options.uncond_kwargs)
+    if uncond_model is not None:
+        described["uncond_class"] = type(uncond_model).__qualname__
+        described["uncond_weights"] = weights_of(uncond_model)
+    return described
 
 
 def _plan(setup: Setup, update: Update) -> dict[str, Any]:

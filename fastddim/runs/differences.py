@@ -14,6 +14,8 @@ _TIMESTEPS, _LEVELS = "plan.timesteps", "plan.alphas_cumprod"
 _OPAQUE = {
     "model.weights": "weights of the model",
     "model.kwargs": "model_kwargs",
+    "model.uncond_kwargs": "uncond_kwargs",
+    "model.uncond_weights": "weights of uncond_model",
     _LEVELS: "noise levels of the schedule",
     "plan.direction": "weights of tuned steps",
     "plan.history": "weights of tuned steps",
@@ -24,6 +26,7 @@ _CONDITIONS = "conditions."
 _NAMES = {
     "model.class": "class of the model",
     "model.id": "model_id",
+    "model.uncond_class": "class of uncond_model",
     "decode.name": "decode",
     "versions.fastddim": "version of fastddim",
     "versions.torch": "version of torch",

@@ -33,8 +33,8 @@ from fastddim.options import (
 )
 from fastddim.runs.archives import Labels
 from fastddim.runs.arguments import (
-    check_eval,
-    check_identity,
+    check_model_arguments,
+    check_network,
     check_weights,
     checked_archive,
     checked_batch_size,
@@ -88,8 +88,8 @@ class Generation:
     def __init__(self, options: GenerateOptions) -> None:
         model = options.model
         check_model(model)
-        check_eval(model)
-        check_identity(model, options.model_id)
+        for name in ("model", "uncond_model"):
+            check_network(name, getattr(options, name), options.model_id)
         start = check_int("start", options.start, 0, 2**32 - 1)
         stop = check_int("stop", options.stop, start + 1, 2**32)
         self._seed = check_int("seed", options.seed, 0, 2**64 - 1)
@@ -101,11 +101,10 @@ class Generation:
         self._decoder = None if options.decode is None else Decoder(options.decode)
         self._options = options
         self._device = resolve_device(model, options.device)
-        first, _ = self._inputs(Batch(start, start + 1))
-        self._setup = prepare_sampling(
-            shared(SamplerOptions, options, shape=(1, *shape), batch_size=1, model_kwargs=first)
-        )
-        check_weights(model, self._decoder, options.model_id)
+        # The rows of the model's arguments are those of a batch, whose size may be open.
+        one = {"shape": (1, *shape), "batch_size": 1, "model_kwargs": None, "uncond_kwargs": None}
+        self._setup = prepare_sampling(shared(SamplerOptions, options, **one))
+        check_weights(options, self._decoder)
         stored = self._stored_shape()
         self._sharding = Sharding(
             start,
@@ -115,11 +114,23 @@ class Generation:
             sample_shape=stored,
             labelled=self._conditions is not None and self._conditions.label_name is not None,
         )
+        self._check_model_arguments()
         self._merged = None if options.merged is None else checked_archive(options.merged, stored)
         if self._setup.late_start is not None:
             self._setup.late_start.warn()
         self._schedule = resolve_schedule(model, options.schedule)
         self._folder = Path(options.out)
+
+    def _check_model_arguments(self) -> None:
+        """Refuse arguments of the model whose rows do not fit the batches, the last one included.
+
+        With an open batch size they must fit one of any size, as single rows do.
+        """
+        options = self._options
+        sharding = replace(self._sharding, batch_size=self._batch_size or 1)
+        for batch in (next(sharding.batches()), sharding.last):
+            model_kwargs, _ = self._inputs(batch)
+            check_model_arguments(options, model_kwargs, batch.size, guided=self._update.guided)
 
     def _stored_shape(self) -> tuple[int, ...]:
         """The shape of one sample as it is written."""

@@ -108,6 +108,12 @@ class Sharding:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{FILE}: expected the manifest of a run, got {error!r}") from error
 
+    @property
+    def last(self) -> Batch:
+        """The last batch, which may be smaller than the others."""
+        before = (self.stop - self.start - 1) // self.batch_size * self.batch_size
+        return Batch(self.start + before, self.stop)
+
     def batches(self) -> Iterator[Batch]:
         """All batches in the order of their samples; only the last one may be smaller."""
         for first in range(self.start, self.stop, self.batch_size):
