@@ -103,6 +103,16 @@ class TestClasses:
         assert labels == [1, 0, 3]
         assert np.array_equal(images, drawn(saved, labels, first=4))
 
+    def test_guidance(self, saved):
+        given = ("--classes", "balanced", "--guidance", 3, "--null-class", CLASSES)
+        result = run(*COMMAND, "--count", 6, *given, "--merged", "all.npz")
+        assert result.exit_code == 0, result.output
+        images, labels = merged()
+        assert labels == [0, 1, 2, 3, 0, 1]
+        guided = {"guidance_scale": 3.0, "uncond_kwargs": {"class_labels": CLASSES}}
+        assert np.array_equal(images, drawn(saved, labels, **guided))
+        assert not np.array_equal(images, drawn(saved, labels))
+
     @pytest.mark.parametrize("name", ["labels.txt", "labels.npy", "labels.npz", "all.npz"])
     def test_a_file(self, saved, name):
         labels = np.array([2, 0, 1, 3, 2, 0, 1])

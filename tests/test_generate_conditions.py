@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -298,6 +299,155 @@ class TestConditions:
         generate(net, "c", start=10, **plain)
         with pytest.raises(ValueError, match=r'labels: "y" in a, nothing in c'):
             runs.merge(["a", "c"], "wrong.npz")
+
+
+# A class-balanced run that ends by SIGKILL in the 9th evaluation of the model, as often as asked.
+DYING = """
+import os, signal, sys
+from pathlib import Path
+
+import torch
+
+import fastddim
+
+
+class Labelled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = fastddim.models.load("digits")
+        torch.manual_seed(0)
+        self.shifts = torch.nn.Embedding(11, 64)
+        self.calls = 0
+
+    def forward(self, x, t, y):
+        self.calls += 1
+        if self.calls == 9 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) < deaths:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.net(x, t) + 0.1 * self.shifts(y).reshape(x.shape)
+
+
+out, deaths, stop = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+fastddim.generate(
+    Labelled().eval(), 3, out, stop=stop, shape=(4, 1, 8, 8), eta=0.5, merged=out / "all.npz",
+    schedule=fastddim.Schedule.linear(), conditions={"y": torch.arange(stop) % 10},
+    guidance_scale=2.0, uncond_kwargs={"y": 10},
+)
+"""
+
+
+class TestGuidance:
+    @pytest.mark.parametrize("uncond", [5, torch.tensor([5]), torch.tensor(5)], ids=str)
+    def test_halves_are_stacked(self, net, uncond):
+        generate(net, format="safetensors", guidance_scale=3.0, uncond_kwargs={"y": uncond})
+        for first, stop in ((4, 8), (20, 22)):
+            name = f"run/samples-{first:010d}-{stop:010d}.safetensors"
+            count = stop - first
+            drawn = fastddim.sample(
+                net,
+                2,
+                eta=0.5,
+                seed=5,
+                sample_offset=first,
+                shape=(count, *SHAPE),
+                guidance_scale=3.0,
+                model_kwargs={"y": torch.cat([torch.full((count,), 5), LABELS[first:stop]])},
+            )
+            assert torch.equal(safetensors.torch.load_file(name)["samples"], drawn)
+
+    def test_another_model_for_the_unconditional_half(self, net):
+        weak = LabelNet(seed=7).eval()
+        guided = {"guidance_scale": 2.0, "uncond_model": weak, "format": "safetensors"}
+        generate(net, **guided)
+        shard = safetensors.torch.load_file("run/samples-0000000020-0000000022.safetensors")
+        drawn = fastddim.sample(
+            net,
+            2,
+            eta=0.5,
+            seed=5,
+            sample_offset=20,
+            shape=(2, *SHAPE),
+            guidance_scale=2.0,
+            uncond_model=weak,
+            model_kwargs={"y": LABELS[20:]},
+        )
+        assert torch.equal(shard["samples"], drawn)
+        with pytest.raises(ManifestMismatchError, match="weights of uncond_model: others in the"):
+            generate(net, **{**guided, "uncond_model": LabelNet(seed=8).eval()})
+        with pytest.raises(ValueError, match="uncond_model: expected eval mode"):
+            generate(net, **{**guided, "uncond_model": weak.train()})
+        with pytest.raises(ValueError, match=r"model_id: .* tells this uncond_model from others"):
+            generate(net, **{**guided, "uncond_model": lambda x, t, y: x})
+
+    def test_another_null_label_is_refused(self, net):
+        guided = {"guidance_scale": 3.0, "uncond_kwargs": {"y": 5}}
+        interrupted(net, 1, **guided)
+        with pytest.raises(ManifestMismatchError, match="uncond_kwargs: others in the folder"):
+            generate(net, guidance_scale=3.0, uncond_kwargs={"y": 4})
+        with pytest.raises(
+            ManifestMismatchError, match=r"guidance_scale: 3\.0 in the folder, 2\.0"
+        ):
+            generate(net, **{**guided, "guidance_scale": 2.0})
+        generate(net, **guided)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"guidance_scale": 2.0}, "under guidance where uncond_kwargs={'y': ...} tells"),
+            ({"uncond_kwargs": {"y": 5}}, "uncond_kwargs: expected None without guidance_scale"),
+            (
+                {"guidance_scale": 2.0, "uncond_kwargs": {"z": 5}},
+                "uncond_kwargs['z']: expected a name that model_kwargs have, ['y'], got ['z']",
+            ),
+            (
+                {"guidance_scale": 2.0, "uncond_kwargs": {"y": LABELS[:4]}},
+                "uncond_kwargs['y']: expected a tensor [2, ...] or [1, ...], got shape (4,)",
+            ),
+            (
+                {"conditions": None, "model_kwargs": {"y": LABELS[:4]}},
+                "model_kwargs['y']: expected a tensor [2, ...] or [1, ...], got shape (4,); "
+                "conditions= takes a row for each sample",
+            ),
+        ],
+        ids=["none", "no scale", "name", "rows", "one batch"],
+    )
+    def test_what_does_not_fit_every_batch_is_refused_before_any_work(self, net, change, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            generate(net, **change)
+        assert not Path("run").exists()
+
+    def test_rows_for_full_batches_alone_stay_possible(self, net):
+        plain = {"conditions": None, "stop": 8, "format": "safetensors"}
+        generate(net, model_kwargs={"y": LABELS[:4]}, **plain)
+        shard = safetensors.torch.load_file("run/samples-0000000004-0000000008.safetensors")
+        again = LABELS[:4].repeat(2)
+        assert torch.equal(shard["samples"], expected(net, 4, 8, again))
+
+    def test_killed_grown_and_on_two_ranks_the_bytes_are_those_of_one_process(
+        self, run_python, folder
+    ):
+        Path("dying.py").write_text(DYING)
+        environment = {
+            "PYTHONPATH": str(Path(fastddim.__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
+        }
+        result = run_python("dying.py", "run", "0", "18", cwd=folder, env=environment)
+        assert result.returncode == 0, result.stderr
+        result = run_python("dying.py", "run", "1", "50", cwd=folder, env=environment)
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        assert len(list(Path("run").glob("*.sha256"))) in (6, 7)
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        result = run_python(
+            *(*torchrun, "--max-restarts", "1", "dying.py", "run", "1", "50"),
+            cwd=folder,
+            env=environment,
+        )
+        assert result.returncode == 0, result.stderr
+        result = run_python("dying.py", "alone", "0", "50", cwd=folder, env=environment)
+        assert result.returncode == 0, result.stderr
+        assert contents("run") == contents("alone")
+        with np.load("run/all.npz") as archive:
+            assert archive["arr_0"].shape == (50, 8, 8, 3)
+            assert np.bincount(archive["arr_1"]).tolist() == [5] * 10
 
 
 class TestGrowth:
