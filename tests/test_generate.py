@@ -303,6 +303,25 @@ class TestManifest:
         assert "last bits" in str(it.value)
         assert "torch.set_num_threads(1) or --threads 1" in str(it.value)
 
+    def test_a_run_begun_alone_goes_on_under_torchrun_as_the_message_says(self, run_python, folder):
+        digits = ("generate", "digits", "--steps", "2", "--batch-size", "4")
+        command = ("-m", "fastddim.cli", *digits, "--out", "run")
+        environment = {
+            "PYTHONPATH": str(Path(fastddim.__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",  # as torchrun sets it
+        }
+        with torch_threads(2):
+            assert run(*digits, "--count", 22, "--out", "whole").exit_code == 0
+            assert run(*digits, "--count", 10, "--out", "run").exit_code == 0
+        ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        told = run_python(*ranks, *command, "--count", "22", cwd=folder, env=environment)
+        assert "threads: 2 in the folder, 1 here" in told.stderr
+        (advice,) = set(re.findall("or (--threads 2)", told.stderr))
+        words = (*command, "--count", "22", *advice.split())
+        result = run_python(*ranks, *words, cwd=folder, env=environment)
+        assert result.returncode == 0, result.stderr
+        assert contents("run") == contents("whole")
+
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 99}', "[" * 100_000])
     def test_damaged_manifest_is_refused(self, net, text):
         interrupted(net, 1)
