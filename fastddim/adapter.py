@@ -120,6 +120,38 @@ def own_sample_shape(model: Model) -> tuple[int, ...] | None:
     return next(filter(None, map(_sample_shape, layers(model))), None)
 
 
+def check_batched(name: str, shape: tuple[int, ...], model: Model, *, tensor: bool) -> None:
+    """Refuse the shape of one sample of the model where one that starts with B is expected.
+
+    A network that tells its `sample_shape` has samples of no other number of dimensions; a
+    diffusers config, whose sizes some networks read otherwise, is compared with the shape itself.
+
+    Args:
+        name: of the argument.
+        shape: what is given, or that of the tensor which is.
+        tensor: whether the argument is a tensor.
+    """
+    own = own_sample_shape(model)
+    if own is None or len(shape) != len(own):
+        return
+    said = any(getattr(layer, "sample_shape", None) is not None for layer in layers(model))
+    if said or shape == own:
+        one = f"{name}[None]" if tensor else f"{name}={(1, *shape)}"
+        raise ValueError(
+            f"{name}: expected (B, {', '.join(map(str, own))}), got {shape}, which is one sample; "
+            f"for one write {one}"
+        )
+
+
+def may_lack_batch(model: Model, shape: Sequence[int]) -> bool:
+    """True where every convolution within the model's reach takes one dimension more.
+
+    These may be those of an encoder of something else, so it explains an error and refuses nothing.
+    """
+    parts = (part for part in _parts(model) if isinstance(part, nn.modules.conv._ConvNd))
+    return {2 + len(part.kernel_size) for part in parts} == {len(shape) + 1}
+
+
 def _sample_shape(layer: Any) -> tuple[int, ...] | None:
     shape = getattr(layer, "sample_shape", None)
     if isinstance(shape, Sequence) and shape:

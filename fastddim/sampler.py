@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fastddim.loop.copying import Rebuilt
+from fastddim.loop.describing import described_model, described_number, described_steps
 from fastddim.loop.first_weight import first_weights
 from fastddim.loop.loop import Loop
 from fastddim.loop.setup import prepare_sampling
 from fastddim.loop.walk import Walk
-from fastddim.options import CallOptions, SamplerOptions
+from fastddim.options import CallOptions, SamplerOptions, Update, shared
 from fastddim.signatures import method_takes
 from fastddim.tracing import in_program
 
@@ -48,8 +49,30 @@ class Sampler(Rebuilt):
         self.dtype = setup.dtype
         self.device = setup.device
         self._setup = setup
+        self._update = shared(Update, options)
+        self._steps = described_steps(setup.plan, options)
         self._weights = first_weights("Sampler", setup.model, setup.uncond_model, setup.device)
         self._rebuild()
+
+    def __repr__(self) -> str:
+        setup, update = self._setup, self._update
+        parts = [
+            described_model(setup.model),
+            f"shape={self.shape}",
+            f"steps={self._steps}",
+            f"eta={described_number(update.eta)}",
+        ]
+        if update.guidance_scale is not None:
+            parts.append(f"guidance_scale={described_number(update.guidance_scale)}")
+        if update.prediction != "epsilon":
+            parts.append(f"prediction={update.prediction!r}")
+        parts += [
+            f"dtype={self.dtype}",
+            f"device={str(self.device)!r}",
+            f"impl={setup.backend.__name__.rpartition('.')[2]!r}",
+            f"graph={setup.graph!r}",
+        ]
+        return f"Sampler({', '.join(parts)})"
 
     @method_takes(CallOptions)
     def __call__(self, options: CallOptions) -> Tensor:

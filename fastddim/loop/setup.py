@@ -102,7 +102,9 @@ def prepare_sampling(options: SamplerOptions, *, x_T: Tensor | None = None) -> S
     given = options.shape
     if x_T is not None:
         check_state("x_T", x_T)
-        given = tuple(x_T.shape) if given is None else given
+        if given is None:
+            given = tuple(x_T.shape)
+            adapter.check_batched("x_T", given, options.model, tensor=True)
     shape = resolve_shape(options.model, given, options.batch_size)
     dtype, device = resolve_placement(options, options.model, x_T)
     schedule = resolve_schedule(options.model, options.schedule)
@@ -131,6 +133,7 @@ def prepare_inversion(options: InvertOptions) -> Setup:
         if isinstance(value, Tensor) or value != neutral:
             raise ValueError(f"{name}: expected {neutral} for an invertible step, got {value!r}")
     shape = tuple(x_0.shape)
+    adapter.check_batched("x_0", shape, options.model, tensor=True)
     dtype, device = resolve_placement(options, options.model, x_0)
     check_initial("x_0", x_0, shape, dtype, device)
     schedule = resolve_schedule(options.model, options.schedule)
@@ -268,6 +271,7 @@ def resolve_shape(model: Model, shape: Sequence[int] | None, batch_size: int) ->
     if not isinstance(shape, Sequence) or not shape:
         raise TypeError(f"shape: expected a sequence of integers (B, ...), got {shape!r}")
     resolved = tuple(check_int(f"shape[{i}]", n, 0, 2**62) for i, n in enumerate(shape))
+    adapter.check_batched("shape", resolved, model, tensor=False)
     if batch_size not in (1, resolved[0]):
         raise ValueError(f"batch_size: expected {resolved[0]}, as in shape, got {batch_size}")
     return resolved

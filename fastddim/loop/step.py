@@ -25,6 +25,9 @@ from fastddim.validation import check_like, check_model_output, check_same_outpu
 
 NO_ARGUMENTS: tuple[dict[str, Any], ...] = ({},)
 
+# Errors of networks that are given a wrong shape; those of classes derived from these stay.
+_EXPLAINED = (RuntimeError, ValueError, IndexError, TypeError)
+
 
 class Step:
     """Takes the steps of one batch, in the memory of its buffers.
@@ -38,6 +41,7 @@ class Step:
         model: evaluated at every step.
         uncond_model: evaluated beside it for the unconditional half, if anything is.
         denoised_fn: called where steps are split.
+        shape: (B, …) as the caller knows it; a stream's steps may be of fewer samples.
         check: called with every model output, if anything is.
         inpainting: what masked steps blend the state with.
     """
@@ -68,6 +72,7 @@ class Step:
         self._kind = kind
         self._backend = backend
         self._buffers = buffers
+        self.shape = tuple(buffers.state.shape)
         self._counting = counting
         self._model_input = buffers.model_input
         minimal = not (kind.rescaling or kind.split or kind.refine)
@@ -110,9 +115,22 @@ class Step:
 
     def _evaluate(self, at: Position, arguments: Sequence[dict[str, Any]]) -> Any:
         """ε_θ(x_t, t), or whatever the model predicts."""
-        if self.uncond_model is not None:
-            return self._evaluate_both(self.uncond_model, at, *arguments)
-        return adapter.output_tensor(self.model(self._model_input, at.t, **arguments[0]))
+        try:
+            if self.uncond_model is not None:
+                return self._evaluate_both(self.uncond_model, at, *arguments)
+            result = self.model(self._model_input, at.t, **arguments[0])
+        except _EXPLAINED as error:
+            if type(error) in _EXPLAINED and adapter.may_lack_batch(self.model, self.shape):
+                raise self._explained(error) from error
+            raise
+        return adapter.output_tensor(result)
+
+    def _explained(self, error: Exception) -> Exception:
+        """The error with what a batch of one sample would be."""
+        return type(error)(
+            f"{error}\nshape: got {self.shape}, where the convolutions of the model take "
+            f"{1 + len(self.shape)} dimensions; a batch of one sample is {(1, *self.shape)}"
+        )
 
     def _evaluate_both(
         self, uncond_model: Model, at: Position, others: dict[str, Any], kwargs: dict[str, Any]

@@ -226,6 +226,7 @@ class Slots:
         counting = Counting(now, numbers[: model_size + size], self._timesteps)
         buffers = self.buffers.first(size)
         taking = Step(self._kind, self._backend, buffers, counting, captured=self._whole)
+        taking.shape = tuple(self.buffers.state.shape)
         taking.inpainting = None if self._inpainting is None else self._inpainting.first(size)
         self._prepare(taking)
         assert self.conditions is not None
