@@ -11,6 +11,7 @@ import click
 
 from fastddim._version import __version__
 from fastddim.cli.options import shows_progress, working_device
+from fastddim.cli.program import Command
 
 if TYPE_CHECKING:
     from fastddim.images import Images
@@ -27,7 +28,7 @@ _CELL = 56
 _LABEL_HEIGHT, _LABEL_SIZE = 26, 15
 
 
-@click.command("demo", epilog="\b\nExample:\n  fastddim demo --out demo")
+@click.command("demo", cls=Command, epilog="\b\nExample:\n  fastddim demo --out demo")
 @click.option("--out", type=click.Path(), default="demo", help="Folder for demo.png.")
 def command(out: str) -> None:
     """Draw a picture with DDIM, and time DDIM against DDPM.

@@ -11,12 +11,14 @@ import click
 
 from fastddim._version import __version__
 from fastddim.bundled import available
+from fastddim.cli.program import Command
 
 PACKAGES = ("torch", "numpy", "safetensors", "pillow", "click", "tqdm", "triton", "diffusers")
 
 
 @click.command(
     "env",
+    cls=Command,
     epilog="""\b
 Examples:
   fastddim env

@@ -23,7 +23,7 @@ from fastddim.cli.options import (
     tunable_visits_options,
     working_device,
 )
-from fastddim.cli.program import usage_errors
+from fastddim.cli.program import Command, usage_errors
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,7 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
 
 @click.command(
     "generate",
+    cls=Command,
     epilog="""\b
 Examples:
   fastddim generate digits --count 50000 --out run/ --merged samples.npz
@@ -196,6 +197,7 @@ def command(
 
 @click.command(
     "merge",
+    cls=Command,
     epilog="""\b
 Example:
   fastddim merge first/ second/ --out samples.npz""",
@@ -217,6 +219,7 @@ def merge(folders: tuple[str, ...], out: str) -> None:
 
 @click.command(
     "digest",
+    cls=Command,
     epilog="""\b
 Example:
   fastddim digest run/""",

@@ -19,7 +19,7 @@ from fastddim.cli.options import (
     tell_seeds,
     tunable_visits_options,
 )
-from fastddim.cli.program import usage_errors
+from fastddim.cli.program import Command, usage_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,7 @@ STRIP, CORNERS = 2, 4
 
 @click.command(
     "interpolate",
+    cls=Command,
     epilog="""\b
 Examples:
   fastddim interpolate digits --seeds 3,8

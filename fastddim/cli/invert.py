@@ -17,6 +17,7 @@ from fastddim.cli.options import (
     scale_option,
     visits_options,
 )
+from fastddim.cli.program import Command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "invert",
+    cls=Command,
     epilog="""\b
 Examples:
   fastddim sample digits --out drawn/ --count 16

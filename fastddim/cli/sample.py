@@ -21,11 +21,12 @@ from fastddim.cli.options import (
     tell_seeds,
     tunable_visits_options,
 )
-from fastddim.cli.program import usage_errors
+from fastddim.cli.program import Command, import_library, usage_errors
 
 
 def _recall(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
     if path is not None and not ctx.resilient_parsing:
+        import_library()
         from fastddim.cli.record import recall
 
         recall(ctx, path)
@@ -33,6 +34,7 @@ def _recall(ctx: click.Context, param: click.Parameter, path: str | None) -> Non
 
 @click.command(
     "sample",
+    cls=Command,
     epilog="""\b
 Examples:
   fastddim sample digits --steps 20 --count 100 --out digits.png

@@ -20,11 +20,12 @@ from fastddim.cli.options import (
     seed_option,
     shows_progress,
 )
-from fastddim.cli.program import usage_errors
+from fastddim.cli.program import Command, usage_errors
 
 
 @click.command(
     "tune",
+    cls=Command,
     epilog="""\b
 Examples:
   fastddim tune runs/digits --steps 5,8,10 --out tuned/      tuned/steps-5.json, ...
