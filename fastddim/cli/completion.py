@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import pkgutil
-from pathlib import Path
+from typing import get_args
 
 import click
 from click.shell_completion import CompletionItem
 
 from fastddim.bundled import available
-
-_BACKENDS = Path(__file__).parents[1] / "backends"
+from fastddim.choices import Impl
 
 
 def complete_model(
@@ -29,8 +27,7 @@ def complete_device(ctx: click.Context, param: click.Parameter, incomplete: str)
 
 def complete_backend(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """The backends, whether they work here or not: that is known only by trying."""
-    found = sorted(module.name for module in pkgutil.iter_modules([str(_BACKENDS)]))
-    return _begun(incomplete, ("auto", *found))
+    return _begun(incomplete, get_args(Impl))
 
 
 def _begun(incomplete: str, names: tuple[str, ...]) -> list[str]:

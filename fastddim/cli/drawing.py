@@ -36,7 +36,7 @@ class Drawing:
     def batches(
         self,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         sample_offset: int = 0,
         latents: Tensor | None = None,
         return_trajectory: bool = False,
@@ -49,14 +49,13 @@ class Drawing:
         """
         for start, stop in _spans("sampling", self._count, self._machine):
             x_T = None if latents is None else _state(latents[start:stop], self._machine)
-            drawn = self._sampler(stop - start)(
+            yield self._sampler(stop - start)(
                 seed=seed,
                 sample_offset=sample_offset + start,
                 x_T=x_T,
                 progress=_shows_steps(self._count, self._machine),
                 return_trajectory=return_trajectory,
             )
-            yield drawn[1] if isinstance(drawn, tuple) else drawn
 
     def _new_sampler(self, batch: int) -> fastddim.Sampler:
         with usage_errors():

@@ -42,10 +42,6 @@ def integers(ctx: click.Context, param: click.Parameter, value: str | None) -> l
         ) from error
 
 
-# They choose timesteps, and mean nothing where these are given.
-_CHOOSING = ("steps", "spacing", "steps_offset")
-
-
 class Word(click.Choice):  # type: ignore[type-arg]  # click is generic from 8.2 on
     """A choice among words that other libraries have other names for."""
 
@@ -56,6 +52,10 @@ class Word(click.Choice):  # type: ignore[type-arg]  # click is generic from 8.2
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         word: str = super().convert(self._synonyms.get(value, value), param, ctx)
         return word
+
+
+# They choose timesteps, and mean nothing where these are given.
+_CHOOSING = ("steps", "spacing", "steps_offset")
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def command(
     if unseeded and seed is not None:
         tell_seeds([seed])
     for drawn in drawing.batches(
-        seed=seed or 0,
+        seed=seed,
         sample_offset=sample_offset + start,
         latents=None if x_T is None else x_T[start:stop],
         return_trajectory=gif is not None,
