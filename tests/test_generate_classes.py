@@ -179,6 +179,42 @@ class TestClasses:
         )
 
 
+class TestSample:
+    """The same labels for the same images as `generate` gives them."""
+
+    COMMAND = ("sample", "unet", "--steps", 2, "--seed", 0, "--batch-size", 4)
+
+    def test_labels_are_numbered_as_the_images(self, saved):
+        given = ("--count", 6, "--sample-offset", 4, "--classes", "balanced")
+        result = run(*self.COMMAND, *given, "--out", "a.npz")
+        assert result.exit_code == 0, result.output
+        with np.load("a.npz") as archive:
+            assert np.array_equal(archive["arr_0"], drawn(saved, [4, 0, 1, 2, 3, 4], first=4))
+
+    def test_guidance(self, saved):
+        given = ("--count", 3, "--classes", "2,1", "--guidance", 3, "--null-class", CLASSES)
+        assert run(*self.COMMAND, *given, "--out", "a.npz").exit_code == 0
+        guided = {"guidance_scale": 3.0, "uncond_kwargs": {"class_labels": CLASSES}}
+        with np.load("a.npz") as archive:
+            assert np.array_equal(archive["arr_0"], drawn(saved, [2, 1, 2], **guided))
+
+    def test_an_image_is_drawn_again_with_its_labels(self, saved):
+        Path("labels.txt").write_text("1 2 3 4 0 1")
+        given = ("--count", 6, "--classes", "labels.txt")
+        assert run(*self.COMMAND, *given, "--out", "many/").exit_code == 0
+        image = Path("many/000005.png").read_bytes()
+        result = run("sample", "--like", "many/000005.png", "--out", "again/")
+        assert result.exit_code == 0, result.output
+        assert Path("again/000005.png").read_bytes() == image
+        Path("labels.txt").write_text("1 2 3 4 0 2")
+        result = run("sample", "--like", "many/000005.png", "--out", "again/")
+        assert "expected classes labels.txt with SHA-256" in result.stderr
+
+    def test_other_models_are_told(self, saved):
+        assert "give it --classes" in run(*self.COMMAND).stderr
+        assert "got an unconditional UNet" in run("sample", "digits", "--classes", "1").stderr
+
+
 class TestCount:
     def test_is_from_the_start(self):
         given = ("generate", "digits", "--steps", 1, "--out", "run", "--start", 3, "--count", 4)

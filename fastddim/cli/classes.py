@@ -13,6 +13,8 @@ from fastddim.cli.options import bundled
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+    from torch import Tensor
 
 _BALANCED = "balanced"
 
@@ -38,6 +40,13 @@ class Labelling:
                     name = option.replace("_", "-")
                     raise click.UsageError(f"--{name}: expected --{other} beside it, got none")
         return self.classes is not None
+
+    def files(self) -> dict[str, str]:
+        """The file of labels under the name of its option, or nothing."""
+        classes = self.classes
+        if classes is None or classes == _BALANCED or _listed(classes) is not None:
+            return {}
+        return {"classes": classes}
 
     def of(self, model: Any, start: int, stop: int) -> ClassLabels | None:
         """The labels of the images [start, stop); None where none are asked for.
@@ -81,11 +90,11 @@ class ClassLabels:
     guidance: float | None
     null: int | None
 
-    def condition(self) -> dict[str, Any]:
+    def condition(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """The labels as an argument of the model, an int64 tensor `[n]`."""
         import torch
 
-        return {self.argument: torch.tensor(self.values, dtype=torch.int64)}
+        return {self.argument: torch.tensor(self.values, dtype=torch.int64, device=device)}
 
     def guided(self) -> dict[str, Any]:
         """The arguments of `fastddim.sample` for guidance; none where there is none."""
@@ -138,21 +147,25 @@ class _KnownClasses:
 
 def _values(classes: str, drawable: list[int] | None, start: int, stop: int) -> list[int]:
     """The labels of the images [start, stop)."""
-    parts = classes.split(",")
+    cycle = _listed(classes)
     if classes == _BALANCED:
-        if drawable is None:
+        if not drawable:
             raise click.UsageError(
                 "--classes: expected labels such as 0,1,2 or a file of them, since the model does "
                 f"not tell how many classes it has, got {classes!r}"
             )
-        if not drawable:
-            raise click.UsageError("--classes: expected a model with classes, got none in it")
         cycle = drawable
-    elif all(part.strip().lstrip("-").isdecimal() for part in parts):
-        cycle = [int(part) for part in parts]
-    else:
+    if cycle is None:
         return _of_file(Path(classes), start, stop)
     return [cycle[i % len(cycle)] for i in range(start, stop)]
+
+
+def _listed(classes: str) -> list[int] | None:
+    """Integers separated by commas; None for anything else, which is the name of a file."""
+    try:
+        return [int(part) for part in classes.split(",")]
+    except ValueError:
+        return None
 
 
 def _of_file(path: Path, start: int, stop: int) -> list[int]:
