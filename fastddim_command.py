@@ -23,9 +23,10 @@ class _Package(ModuleType):
         spec = self.__spec__
         assert spec is not None
         assert spec.loader is not None
-        self.__class__ = ModuleType
-        spec.loader.exec_module(self)
-        return getattr(self, name)
+        package: ModuleType = self
+        package.__class__ = ModuleType
+        spec.loader.exec_module(package)
+        return getattr(package, name)
 
 
 def main() -> None:
