@@ -180,7 +180,7 @@ $(VENV)/.installed-report: $(VENV)/.installed-dev
 # The peers come without what they require: it is for training, and would bring another torch along.
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py tests/support/dropins/peers.txt $(CXX_FILES)
 	$(BIN)/python -c "import triton" 2> /dev/null || $(PIP) install "$(TRITON)"
-	$(PIP) install --no-build-isolation $(EDITABLE) ".[test,lint]"
+	$(PIP) install --no-build-isolation $(EDITABLE) ".[test,lint,docs]"
 	$(PIP) install --no-deps -r tests/support/dropins/peers.txt
 	touch $(VENV)/.installed $@
 

@@ -17,19 +17,22 @@ from torch import Tensor
 
 from fastddim import philox
 from fastddim.kept import elsewhere
+from fastddim.loop.arguments import ModelArguments
 from fastddim.loop.loop import check_known
 from fastddim.loop.noise import check_noise_source
 from fastddim.loop.setup import (
     Setup,
     check_denoised_fn,
-    check_model_kwargs,
     prepare_inversion,
     prepare_sampling,
 )
+from fastddim.loop.start import check_first_step, seed_of
 from fastddim.loop.walk import Functions, Mixing, Noise, Walk
 from fastddim.options import (
     PER_STEP,
+    Autoguidance,
     CallOptions,
+    Conditioning,
     InvertOptions,
     Reporting,
     SampleOptions,
@@ -38,15 +41,16 @@ from fastddim.options import (
 from fastddim.tracing import HELD, constant, is_jit_traced
 from fastddim.validation import check_bool, check_device, check_same_dtype, check_state
 
-Drawn: TypeAlias = Tensor | tuple[Tensor, Tensor]
-Eager: TypeAlias = Callable[[Any], Drawn]
+Eager: TypeAlias = Callable[[Any], Tensor]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 # Earlier compilers do not hand a user's object on to code that they do not follow.
 _HANDS_ON_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
-_HANDED_ON = {"model", "model_kwargs", "denoised_fn", "x_0"} | {f.name for f in fields(Reporting)}
+_HANDED_ON = {"model", "denoised_fn", "x_0"} | {
+    f.name for group in (Autoguidance, Conditioning, Reporting) for f in fields(group)
+}
 """Options that no walk is made of, or that are handed on apart."""
 
 _OF_SAMPLING = tuple(f.name for f in fields(SamplerOptions) if f.name not in _HANDED_ON)
@@ -62,7 +66,7 @@ class Prepared:
     dtype: torch.dtype
 
 
-def draw(walk: Walk, setup: Setup, options: CallOptions, eager: Eager) -> Drawn:
+def draw(walk: Walk, setup: Setup, options: CallOptions, eager: Eager) -> Tensor:
     """A call of a `Sampler`.
 
     Args:
@@ -74,11 +78,22 @@ def draw(walk: Walk, setup: Setup, options: CallOptions, eager: Eager) -> Drawn:
     unfit = _unfit(options, setup.check_finite)
     if unfit is not None:
         return _outside(eager, options, *unfit)
-    functions = Functions(setup.model, setup.denoised_fn, setup.model_kwargs)
+    x_T = options.x_T
+
+    def arguments() -> ModelArguments:
+        batch = setup.shape[0] if x_T is None else x_T.shape[0]
+        return setup.arguments.replaced(options.model_kwargs, options.uncond_kwargs, batch=batch)
+
+    functions = Functions(
+        setup.model,
+        setup.uncond_model,
+        setup.denoised_fn,
+        _joined(arguments, setup.shape[0] if x_T is None else x_T.shape[0]),
+    )
     return _drawn(Prepared(walk, setup.shape, setup.dtype), functions, options)
 
 
-def sample(options: SampleOptions, eager: Eager) -> Drawn:
+def sample(options: SampleOptions, eager: Eager) -> Tensor:
     """A call of `fastddim.sample`, which is `eager` where nothing is traced."""
     unfit = _unfit(options, options.check_finite) or _inconstant(options)
     if unfit is not None:
@@ -91,43 +106,69 @@ def sample(options: SampleOptions, eager: Eager) -> Drawn:
         # Sizes may be unknown numbers, of which no walk is made.
         values |= {"shape": None, "batch_size": 1}
     split = options.denoised_fn is not None
-    prepared = _prepared(_sampling, options.model, dtype, device, split, **values)
+    models = (options.model, options.uncond_model)
+    prepared = _prepared(_sampling, *models, dtype, device, split, **values)
     if prepared is None:
-        run: Drawn = _run_eagerly(eager, options)
+        run: Tensor = _run_eagerly(eager, options)
         return run
     if x_T is not None:
         shape = tuple(x_T.shape) if options.shape is None else tuple(options.shape)
         prepared = Prepared(prepared.walk, shape, prepared.dtype)
     functions = Functions(
-        options.model, options.denoised_fn, check_model_kwargs(options.model_kwargs)
+        *models, options.denoised_fn, _given_arguments(options, x_T, prepared.shape[0])
     )
     return _drawn(prepared, functions, options)
 
 
-def invert(options: InvertOptions, eager: Eager) -> Drawn:
+def invert(options: InvertOptions, eager: Eager) -> Tensor:
     """A call of `fastddim.invert`, which is `eager` where nothing is traced."""
     unfit = _unfit(options, options.check_finite) or _inconstant(options)
     if unfit is not None:
         return _outside(eager, options, *unfit)
     x_0 = check_state("x_0", options.x_0)
     values = {name: _constant(getattr(options, name)) for name in _OF_INVERSION}
-    prepared = _prepared(_inversion, options.model, x_0.dtype, x_0.device, False, **values)
+    models = (options.model, options.uncond_model)
+    prepared = _prepared(_inversion, *models, x_0.dtype, x_0.device, False, **values)
     if prepared is None:
-        run: Drawn = _run_eagerly(eager, options)
+        run: Tensor = _run_eagerly(eager, options)
         return run
-    functions = Functions(options.model, None, check_model_kwargs(options.model_kwargs))
+    functions = Functions(*models, None, _given_arguments(options, x_0, x_0.shape[0]))
     with torch.no_grad():
         return _reported(prepared.walk.states(functions, x_0, Noise(None, None), None), options)
 
 
-def _drawn(prepared: Prepared, functions: Functions, options: CallOptions) -> Drawn:
+def _given_arguments(
+    options: SampleOptions | InvertOptions, x: Tensor | None, batch: int
+) -> tuple[dict[str, Any], ...]:
+    """The arguments of each model, for a state or so many samples."""
+
+    def arguments() -> ModelArguments:
+        return ModelArguments.of(
+            options.model_kwargs,
+            options.uncond_kwargs,
+            batch=batch if x is None else x.shape[0],
+            guided=options.guidance_scale is not None,
+            apart=options.uncond_model is not None,
+        )
+
+    return _joined(arguments, batch)
+
+
+def _joined(arguments: Callable[[], ModelArguments], batch: Any) -> tuple[dict[str, Any], ...]:
+    # Sizes are tensors under torch.jit.trace, and numbers in a thread that it does not trace.
+    made = elsewhere(arguments) if is_jit_traced() else arguments()
+    return made.joined(batch)
+
+
+def _drawn(prepared: Prepared, functions: Functions, options: CallOptions) -> Tensor:
     walk, shape, dtype = prepared.walk, prepared.shape, prepared.dtype
     x = options.x_T
     if x is not None:
         _check_start(x, prepared)
     noise = options.noise if isinstance(options.noise, Tensor) else None
     with torch.no_grad():
-        samples = _samples(options, x, shape)
+        first = check_first_step(options, walk.steps, walk.kind)
+        samples = _samples(options, x, walk, shape)
         if x is None:
             x = walk.latents(samples, shape, dtype)
         # Under torch.jit.trace sizes are tensors; the operators refuse those that do not fit.
@@ -136,23 +177,31 @@ def _drawn(prepared: Prepared, functions: Functions, options: CallOptions) -> Dr
         mixing = None
         if options.mask is not None or options.known is not None:
             mask, known = check_known(options.mask, options.known, x, walk.clean)
-            mixing = Mixing(mask.to(dtype).expand_as(x).contiguous(), known.to(dtype), x)
-        return _reported(walk.states(functions, x, Noise(noise, samples), mixing), options)
+            x_T = walk.latents(samples, tuple(x.shape), dtype) if first else x
+            mixing = Mixing(mask.to(dtype).expand_as(x).contiguous(), known.to(dtype), x_T)
+        states = walk.states(functions, x, Noise(noise, samples), mixing, first)
+        return _reported(states, options)
 
 
-def _reported(states: list[Tensor], reporting: Reporting) -> Drawn:
+def _reported(states: list[Tensor], reporting: Reporting) -> Tensor:
     # Not every program keeps the mode without gradients.
-    x = states[-1].detach()
     if check_bool("return_trajectory", reporting.return_trajectory):
-        return x, torch.stack(states).detach()
-    return x
+        return torch.stack(states).detach()
+    return states[-1].detach()
 
 
-def _samples(options: CallOptions, x: Tensor | None, shape: tuple[int, ...]) -> philox.Samples:
+def _samples(
+    options: CallOptions, x: Tensor | None, walk: Walk, shape: tuple[int, ...]
+) -> philox.Samples:
     # The batch of x_T may be open, so that only seeds of its own ask for it.
-    open_batch = x is not None and isinstance(options.seed, int)
+    open_batch = x is not None and isinstance(options.seed, int | None)
     batch = 1 if open_batch else (shape if x is None else x.shape)[0]
-    return philox.check_samples(options.seed, batch, sample_offset=options.sample_offset)
+    return philox.check_samples(
+        seed_of(options, noisy=walk.kind.noisy),
+        batch,
+        sample_offset=options.sample_offset,
+        device=walk.timesteps.device,
+    )
 
 
 def _check_start(x: Tensor, prepared: Prepared) -> None:
@@ -202,7 +251,7 @@ def _constant(value: Any) -> Any:
     return value
 
 
-def _outside(eager: Eager, options: Any, name: str, value: Any) -> Drawn:
+def _outside(eager: Eager, options: Any, name: str, value: Any) -> Tensor:
     """The call itself, in a break of a compiled function; other programs cannot have one."""
     if not torch.compiler.is_dynamo_compiling():
         shown = "a tensor" if isinstance(value, Tensor) else repr(value)
@@ -210,7 +259,7 @@ def _outside(eager: Eager, options: Any, name: str, value: Any) -> Drawn:
             f"{name}: expected what a program can hold, since sampling is traced (by torch.export, "
             f"torch.jit.trace or make_fx), got {shown}"
         )
-    run: Drawn = _run_eagerly(eager, options)
+    run: Tensor = _run_eagerly(eager, options)
     return run
 
 
@@ -268,6 +317,7 @@ def _kept(*arguments: Any, **values: Any) -> str:
 def _prepare(
     prepare: Callable[..., Setup],
     model: Any,
+    uncond_model: Any,
     dtype: torch.dtype | None,
     device: torch.device | None,
     split: bool,
@@ -277,7 +327,7 @@ def _prepare(
     """
     Args:
         prepare: makes a setup of the other arguments.
-        model: of the user.
+        model, uncond_model: of the user.
         dtype, device: of the tensor that the walk starts from, if there is one.
         split: whether there is a `denoised_fn`.
         values: options.
@@ -285,17 +335,25 @@ def _prepare(
 
     def work() -> Prepared:
         like = None if dtype is None else torch.empty(1, dtype=dtype, device=device)
-        setup = prepare(model, like, split, values)
+        setup = prepare(model, uncond_model, like, split, values)
         return Prepared(Walk.of(setup), setup.shape, setup.dtype)
 
     return elsewhere(work)
 
 
-def _sampling(model: Any, x_T: Tensor | None, split: bool, values: dict[str, Any]) -> Setup:
+def _sampling(
+    model: Any, uncond_model: Any, x_T: Tensor | None, split: bool, values: dict[str, Any]
+) -> Setup:
     denoised_fn = torch.add if split else None  # Only whether there is one matters.
-    options = SamplerOptions(model=model, denoised_fn=denoised_fn, **values)
+    options = SamplerOptions(
+        model=model, uncond_model=uncond_model, denoised_fn=denoised_fn, **values
+    )
     return prepare_sampling(options, x_T=x_T)
 
 
-def _inversion(model: Any, x_0: Tensor, split: bool, values: dict[str, Any]) -> Setup:
-    return prepare_inversion(InvertOptions(model=model, x_0=x_0, **values))
+def _inversion(
+    model: Any, uncond_model: Any, x_0: Tensor, split: bool, values: dict[str, Any]
+) -> Setup:
+    return prepare_inversion(
+        InvertOptions(model=model, uncond_model=uncond_model, x_0=x_0, **values)
+    )

@@ -8,7 +8,6 @@ has the model's own operators and between them those of the steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -24,15 +23,16 @@ from fastddim.philox import Keys, Samples
 from fastddim.plan import Row, StepKind, known_rows
 from fastddim.reference import compute_dtype
 from fastddim.tracing import is_jit_traced
-from fastddim.validation import check_like, check_model_output
+from fastddim.validation import check_like, check_model_output, check_same_output
 
 
 class Functions(NamedTuple):
     """What a run calls of the user's, and with what."""
 
     model: Model
+    uncond_model: Model | None
     denoised_fn: DenoisedFn | None
-    model_kwargs: Mapping[str, Any]
+    arguments: tuple[dict[str, Any], ...]  # of each model, the unconditional one's first
 
 
 class Noise(NamedTuple):
@@ -129,12 +129,17 @@ class Walk:
         return x_T
 
     def states(
-        self, functions: Functions, x: Tensor, noise: Noise, mixing: Mixing | None
+        self,
+        functions: Functions,
+        x: Tensor,
+        noise: Noise,
+        mixing: Mixing | None,
+        first: int = 0,
     ) -> list[Tensor]:
-        """The states from `x` on, S + 1 of them."""
+        """The states from `x` on, which is the one before step `first`."""
         states = [x]
         history = torch.zeros_like(x, dtype=self.model_dtype) if self.kind.history else None
-        for s in range(self.steps):
+        for s in range(first, self.steps):
             x, history = self._step(functions, s, x, history, noise, mixing)
             states.append(x)
         return states
@@ -175,14 +180,21 @@ class Walk:
         return state, history
 
     def _evaluate(self, functions: Functions, x: Tensor, t: Tensor) -> Tensor:
-        given = x.to(self.model_dtype)
+        given, model = x.to(self.model_dtype), functions.model
+        if functions.uncond_model is not None:
+            others, kwargs = functions.arguments
+            # The first is copied before the other is evaluated, which may write over it.
+            unconditional = _output("uncond_model", functions.uncond_model(given, t, **others), x)
+            unconditional = unconditional.clone()
+            conditional = _output("model", model(given, t, **kwargs), x)
+            if not is_jit_traced():
+                check_same_output(unconditional, conditional)
+            return torch.cat([unconditional, conditional])
         if self.kind.guided:
             given = torch.cat([given, given])
-        output: Tensor = adapter.output_tensor(functions.model(given, t, **functions.model_kwargs))
-        # Sizes are tensors under torch.jit.trace; the operators refuse those that do not fit.
-        if not is_jit_traced():
-            check_model_output("model output", output, x, guided=self.kind.guided)
-        return output
+        return _output(
+            "model", model(given, t, **functions.arguments[0]), x, guided=self.kind.guided
+        )
 
     def _take_first_half(
         self, functions: Functions, x: Tensor, output: Tensor, row: Tensor, t: Tensor
@@ -236,11 +248,13 @@ class Walk:
         seed, first = samples
         device = self.rows.device
 
-        def filled(value: int) -> Tensor:
+        def filled(value: int | Tensor) -> Tensor:
+            if isinstance(value, Tensor):
+                return filled(0) + value
             return torch.full((batch,), value, dtype=torch.int64, device=device)
 
         return Keys(
-            seed=seed.to(device) if isinstance(seed, Tensor) else filled(seed),
+            seed=seed.to(device) if isinstance(seed, Tensor) and seed.ndim else filled(seed),
             step=filled(s),
             sample=(
                 filled(0)
@@ -248,6 +262,15 @@ class Walk:
                 else torch.arange(first, first + batch, dtype=torch.int64, device=device)
             ),
         )
+
+
+def _output(name: str, result: Any, x: Tensor, *, guided: bool = False) -> Tensor:
+    """The tensor in the result of a model for the state `x`."""
+    output: Tensor = adapter.output_tensor(result, name)
+    # Sizes are tensors under torch.jit.trace; the operators refuse those that do not fit.
+    if not is_jit_traced():
+        check_model_output(f"{name} output", output, x, guided=guided)
+    return output
 
 
 def _as_operators(backend: Backend) -> Backend:

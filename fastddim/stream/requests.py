@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastddim import philox
 from fastddim.loop.loop import check_known
 from fastddim.loop.start import LateStart
 from fastddim.loop.stream_order import StreamOrder
@@ -24,7 +25,7 @@ from fastddim.options import (
     Visited,
     shared,
 )
-from fastddim.plan import make_plan, to_table
+from fastddim.plan import StepKind, make_plan, to_table
 from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
 from fastddim.stream.conditions import copied, copied_conditions
@@ -42,6 +43,7 @@ class Route(NamedTuple):
     alphas_cumprod: Tensor  # [S + 1]
     rows: Tensor  # [S, K]
     first_half: Tensor | None  # [S, K]
+    noisy: bool
     late_start: LateStart | None
 
 
@@ -55,8 +57,8 @@ class Request:
     sample: int
     x_T: Tensor | None  # [1, …]
     inpainting: tuple[Tensor, Tensor] | None  # mask and known data, [1, …] both
-    model_kwargs: dict[str, Any]
-    conditions: list[Tensor]  # [1 or 2, …], the tensors of model_kwargs
+    arguments: tuple[dict[str, Any], ...]  # of each model, the unconditional one's first
+    conditions: list[Tensor]  # [1 or 2, …], the tensors among the arguments
     ready: StreamOrder  # when the tensors are
 
     @property
@@ -90,6 +92,7 @@ class Requests:
     def __init__(
         self,
         options: StreamOptions,
+        kind: StepKind,
         schedule: Schedule,
         shape: tuple[int, ...],
         max_steps: int,
@@ -97,7 +100,7 @@ class Requests:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._options = options
+        self._options, self._kind = options, kind
         self._routes = Routes(options, schedule, dtype, max_steps)
         self._state = torch.empty((1, *shape[1:]), dtype=dtype, device=device)
 
@@ -112,7 +115,8 @@ class Requests:
         _check_given("guidance_scale", options.guidance_scale, "a number", guided=common.guided)
         _check_given("mask", options.mask, "a tensor", masked=common.masked)
         route = self._routes.of(options)
-        word = signed_bits(check_int("seed", options.seed, 0, 2**64 - 1))
+        if options.seed is not None:
+            check_int("seed", options.seed, 0, 2**64 - 1)
         check_sample_range(options.sample_offset, 1, per_sample_seed=False)
         x_T, mask, known = options.x_T, options.mask, options.known
         if x_T is not None:
@@ -122,13 +126,11 @@ class Requests:
         if mask is not None or known is not None:
             mask, known = check_known(mask, known, state, route.alphas_cumprod[0] == 1)
         with torch.inference_mode(False), torch.no_grad():
-            kwargs, conditions = copied_conditions(
-                options.model_kwargs, 2 if common.guided else 1, state.device
-            )
+            arguments, conditions = copied_conditions(options, self._kind, state.device)
             return Request(
                 ticket=Ticket(len(route.timesteps)),
                 route=route,
-                seed=word,
+                seed=_seed_bits(options, route, state.device),
                 sample=int(options.sample_offset),
                 x_T=None if x_T is None else copied(x_T),
                 inpainting=(
@@ -136,10 +138,17 @@ class Requests:
                     if mask is None or known is None
                     else (copied(mask.expand_as(state)), copied(known))
                 ),
-                model_kwargs=kwargs,
+                arguments=arguments,
                 conditions=conditions,
                 ready=StreamOrder(state.device),
             )
+
+
+def _seed_bits(options: RequestOptions, route: Route, device: torch.device) -> int:
+    """The 64 bits of a checked seed, or of a fresh one where noise is drawn."""
+    if options.seed is not None:
+        return signed_bits(int(options.seed))
+    return int(philox.fresh_seed(device)) if options.x_T is None or route.noisy else 0
 
 
 def _check_given(name: str, value: object, expected: str, **kind: bool) -> None:
@@ -214,6 +223,7 @@ class Routes:
             plan.alphas_cumprod,
             self._table(plan.table),
             None if plan.first_half is None else self._table(plan.first_half),
+            plan.kind.noisy,
             LateStart.of(plan, steps, spacing),
         )
 
