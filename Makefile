@@ -134,8 +134,9 @@ python-of = $(shell for version in $(1); do \
 
 # An environment with no more than these tests need, in which pip finds the releases of what diffusers
 # requires that go with it.
-COMPAT_TESTS := $(addprefix tests/integrations/test_,diffusers.py diffusers_tuned.py hooks.py \
-	migrating.py pipelines.py processors.py timestep_types.py) tests/test_schedule.py
+COMPAT_TESTS := $(addprefix tests/integrations/test_,diffusers.py diffusers_noise.py \
+	diffusers_timesteps.py diffusers_tuned.py hooks.py migrating.py \
+	pipelines.py processors.py timestep_types.py) tests/test_schedule.py
 COMPAT_NEEDS := einops hypothesis matplotlib pytest pytest-xdist pyyaml scipy transformers
 
 define compat-with
