@@ -17,4 +17,4 @@ class Stop(enum.Enum):
 
 
 STOP = Stop.STOP
-"""See `Stop`."""
+"""The value that a callback returns to end the run after the step that it is called for."""
