@@ -24,13 +24,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # They write one file, and have options that name it and the device.
 WITH_OPTIONS = {
+    "custom_loop": "custom_loop.png",
+    "img2img": "img2img.png",
     "class_conditional": "class_conditional.png",
     "class_balanced": "run",
     "text_to_image": "image.png",
     "trajectory_gif": "trajectory.gif",
     "resume": "half_way.safetensors",
 }
-WITHOUT = {"quickstart", "img2img", "custom_loop", "diffusers_unet", "warm_start", "train"}
+WITHOUT = {"quickstart", "diffusers_unet", "warm_start", "train"}
 
 
 @pytest.fixture(autouse=True)
