@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import fastddim
-from fastddim import images
 
 STEPS, ETA, COMPLETIONS = 100, 1.0, 12
 
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert torch.equal(x[:, :, :4], known[:, :, :4])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     shown = torch.cat([whole, torch.where(top, whole, 0.0), x])
-    images.save_png(args.out, images.grid(images.to_uint8(shown), 7, scale=8))
+    fastddim.images.save_png(args.out, shown, columns=7)
     print(args.out)
 
 

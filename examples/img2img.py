@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import fastddim
-from fastddim import images
 
 SKETCH = """
 . . # # # # . .
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = [sketch, *(vary(model, sketch, start) for start in STARTS)]
     table = torch.stack(columns, dim=1).flatten(0, 1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    images.save_png(args.out, images.grid(images.to_uint8(table), len(columns), scale=8))
+    fastddim.images.save_png(args.out, table, columns=len(columns))
     print(args.out)
 
 
