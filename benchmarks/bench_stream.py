@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import fastddim
-from fastddim.options import Spacing
+from fastddim.choices import Spacing
 
 RESULTS = "stream-cpu"
 LOADS = (0.5, 0.9, 2.0, 4.0, 8.0)

@@ -11,11 +11,13 @@ from fastddim.plan import select_timesteps
 from fastddim.runs import generate
 from fastddim.sampler import Sampler
 from fastddim.schedule import Schedule
+from fastddim.stopping import STOP
 from fastddim.stream import Stream
 from fastddim.tuned import TunedSteps, load_steps
 from fastddim.tuning import tune
 
 __all__ = [
+    "STOP",
     "Sampler",
     "Schedule",
     "Stream",

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from fastddim import philox
+from fastddim.choices import Impl, Prediction, PredictionSynonym, Variance, VarianceSynonym
 from fastddim.loop.noise import check_generators, draw
 from fastddim.loop.pool import POOL
 from fastddim.loop.setup import prepare_inversion, prepare_sampling
-from fastddim.options import (
-    Coefficient,
-    InvertOptions,
-    NoiseSource,
-    Prediction,
-    SampleOptions,
-    Seed,
-    Variance,
-)
+from fastddim.options import Coefficient, InvertOptions, NoiseSource, SampleOptions, Seed
 from fastddim.signatures import takes
 from fastddim.single import prepared_step
 from fastddim.steptable import rescaled, rescaled_differentiably
@@ -36,15 +29,17 @@ from fastddim.validation import (
     check_state,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 GivenNoise: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator]
 
 
 @takes(SampleOptions)
-def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
+def sample(options: SampleOptions) -> Tensor:
     """Draw samples with DDIM (arXiv 2010.02502, eq. 12).
 
-    Calls repeat: without a `seed` it is 0, so two calls with the same arguments give the same
-    samples.
+    Calls differ, and `torch.manual_seed` repeats them; with a `seed` they repeat by themselves.
 
     Args:
         model: any callable `model(x, t, **model_kwargs)` with t an int64 tensor `[B]` on x's
@@ -59,16 +54,19 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
         schedule: ᾱ the model was trained with; by default `model.schedule`, also of a network that
             the model wraps or reaches, else `Schedule.linear()`, with a warning.
         spacing: how S timesteps are chosen out of T: trailing, which starts at T − 1 whatever S
-            is, uniform (the paper's linear τ), quadratic, leading or linspace (see
+            is, uniform (the paper's linear τ), quadratic (or "quad"), leading or linspace (see
             `fastddim.select_timesteps`). With few steps the others may start where the model
             expects more of the data than of noise, which a warning tells where x_T is drawn.
         steps_offset: added to every timestep of `leading`.
         eta: η ≥ 0 of eq. 16, a number or a tensor `[B]`, or a sequence of S of them, one a step; 0
             is DDIM, 1 is DDPM's ancestral sampling.
         variance: "small", or "large" for noise of DDPM's larger variance; `eta=1, variance="large"`
-            is the paper's σ-hat. The direction term keeps the small one (appendix D.3).
-        prediction: what the model predicts: "epsilon", "sample" (x_0), "v_prediction", or "score",
-            the gradient ∇ log p_t(x) of the log density of the noised data.
+            is the paper's σ-hat. The direction term keeps the small one (appendix D.3). Also by the
+            names "fixed_small" and "fixed_large" of other libraries.
+        prediction: what the model predicts: "epsilon" (or "eps", "noise", "pred_noise"), "sample",
+            which is x_0 (or "x0", "x_0", "pred_x0", "x_start", "start_x"), "v_prediction" (or "v",
+            "velocity", "pred_v": √ᾱ_t·ε − √(1 − ᾱ_t)·x_0), or "score", the gradient ∇ log p_t(x) of
+            the log density of the noised data.
         clip: r > 0 clamps the predicted x_0 to [−r, r].
         rederive_eps: recompute epsilon from the clipped x_0.
         guidance_scale: g of classifier-free guidance, a number or a tensor `[B]`, or a sequence of
@@ -88,12 +86,18 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
         order: 2 solves the paper's ODE (eq. 14) by the two-step Adams–Bashforth method at the same
             number of model evaluations: the error falls as S⁻² instead of S⁻¹. Only for eta = 0.
         seed: int in [0, 2⁶⁴), or one per sample (a sequence, or an int64 tensor read as unsigned
-            bits): then sample i is the one drawn alone with that seed.
+            bits): then sample i is the one drawn alone with that seed. By default a fresh one from
+            torch's default generator of the CPU, drawn where x_T or noise come from it.
         sample_offset: global index of the first sample: samples 64…127 of a seed are
             `sample_offset=64`.
         noise: noise to use instead of the seed's: a tensor `[S, B, …]`, a `torch.Generator` or a
             list of B of them. A generator draws x_T first. Unread where no noise is added.
         x_T: starting state `[B, …]`; by default drawn from `seed` or `noise`. Not modified.
+        first_step: index of the first step that is taken, in [0, S): k > 0 goes on with a run from
+            `x_T`, its state after k steps, as a `callback` or the trajectory gives it. With the
+            same other arguments the result has the bits of the whole run, except that generators
+            draw from where they stand and `known` data are mixed with the latents of `seed`, which
+            must be given. Not at order 2 nor with tuned steps, which read the step before.
         shape: (B, …) of the state; by default that of `x_T`, else `batch_size` samples of the shape
             that the model tells (`.sample_shape`, or a diffusers `.config`), or one that it wraps.
         mask: weight of `known` in the result, 1 where it is kept and 0 where the model paints (as
@@ -120,15 +124,16 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
             the tensors in `model_kwargs` stays as it was at capture.
         progress: show a tqdm bar on stderr.
         callback: `callback(step_index, timestep, x_t, x_0)` after each update, with copies of the
-            new state and of the predicted x_0.
-        return_trajectory: also return every state.
+            new state and of the predicted x_0. The run ends after a step for which it returns
+            `fastddim.STOP`, with the state as it then is.
+        return_trajectory: return all states.
         check_finite: stop with an error that names the step where the model returns NaN or
             infinity. This waits for the device at every step.
         model_kwargs: passed to the model unchanged.
 
     Returns:
-        The samples `[B, …]`, or `(samples, trajectory)` with trajectory `[S + 1, B, …]` from x_T
-        on.
+        The samples `[B, …]`; with `return_trajectory` the states `[S + 1, B, …]` from x_T to the
+        samples, fewer by the steps that are left out before `first_step` or after a stop.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
@@ -141,13 +146,13 @@ def sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
     return _sample(options)
 
 
-def _sample(options: SampleOptions) -> Tensor | tuple[Tensor, Tensor]:
+def _sample(options: SampleOptions) -> Tensor:
     with POOL.borrow(prepare_sampling(options, x_T=options.x_T)) as loop:
         return loop.sample(options)
 
 
 @takes(InvertOptions)
-def invert(options: InvertOptions) -> Tensor | tuple[Tensor, Tensor]:
+def invert(options: InvertOptions) -> Tensor:
     """Encode data into latents: the steps of `sample` walked upwards (arXiv 2010.02502, section
     4.3).
 
@@ -169,8 +174,8 @@ def invert(options: InvertOptions) -> Tensor | tuple[Tensor, Tensor]:
     The other arguments are those of `sample`.
 
     Returns:
-        The latents `[B, …]` at the first timestep that `sample` visits, or `(latents, trajectory)`
-        with trajectory `[S + 1, B, …]` from `x_0` on.
+        The latents `[B, …]` at the first timestep that `sample` visits; with `return_trajectory`
+        the states `[S + 1, B, …]` from `x_0` to them.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or range, or cannot be
@@ -184,9 +189,66 @@ def invert(options: InvertOptions) -> Tensor | tuple[Tensor, Tensor]:
     return _invert(options)
 
 
-def _invert(options: InvertOptions) -> Tensor | tuple[Tensor, Tensor]:
+def _invert(options: InvertOptions) -> Tensor:
     with POOL.borrow(prepare_inversion(options)) as loop:
         return loop.run(options.x_0, options)
+
+
+class StepOptions(TypedDict, total=False):
+    """The options of `step` besides `return_x0`, which decides what it returns."""
+
+    eta: Coefficient
+    variance: Variance | VarianceSynonym
+    prediction: Prediction | PredictionSynonym
+    clip: float | None
+    rederive_eps: bool
+    guidance_scale: Coefficient | None
+    temperature: Coefficient
+    guidance_rescale: float
+    dynamic_thresholding_ratio: float | None
+    sample_max_value: float | None
+    seed: Seed
+    sample_offset: int
+    step_index: int | Tensor
+    noise: NoiseSource
+    out: Tensor | None
+    impl: Impl
+
+
+@overload
+def step(
+    x_t: Tensor,
+    model_output: Tensor,
+    alpha_t: Coefficient,
+    alpha_prev: Coefficient,
+    *,
+    return_x0: Literal[False] = False,
+    **options: Unpack[StepOptions],
+) -> Tensor: ...
+
+
+@overload
+def step(
+    x_t: Tensor,
+    model_output: Tensor,
+    alpha_t: Coefficient,
+    alpha_prev: Coefficient,
+    *,
+    return_x0: Literal[True],
+    **options: Unpack[StepOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def step(
+    x_t: Tensor,
+    model_output: Tensor,
+    alpha_t: Coefficient,
+    alpha_prev: Coefficient,
+    *,
+    return_x0: bool,
+    **options: Unpack[StepOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def step(
@@ -196,8 +258,8 @@ def step(
     alpha_prev: Coefficient,
     *,
     eta: Coefficient = 0.0,
-    variance: Variance = "small",
-    prediction: Prediction = "epsilon",
+    variance: Variance | VarianceSynonym = "small",
+    prediction: Prediction | PredictionSynonym = "epsilon",
     clip: float | None = None,
     rederive_eps: bool = False,
     guidance_scale: Coefficient | None = None,
@@ -205,13 +267,13 @@ def step(
     guidance_rescale: float = 0.0,
     dynamic_thresholding_ratio: float | None = None,
     sample_max_value: float | None = None,
-    seed: Seed = 0,
+    seed: Seed | None = None,
     sample_offset: int = 0,
     step_index: int | Tensor = 0,
     noise: NoiseSource = None,
     out: Tensor | None = None,
     return_x0: bool = False,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One DDIM update (arXiv 2010.02502, eq. 12): what `sample` does between two model evaluations.
 
@@ -224,7 +286,8 @@ def step(
         alpha_prev: ᾱ at the next visited timestep in [0, 1], 1 after the last, a number or a tensor
             `[B]`.
         seed, sample_offset, step_index: key the noise; `seed` and `step_index` may be `[B]`. With
-            the step's index in the plan this is the noise that `sample` adds.
+            the step's index in the plan this is the noise that `sample` adds. Without a seed the
+            noise of each call is fresh.
         noise: z to use instead, shaped like `x_t`, or a `torch.Generator` or a list of B of them to
             draw it.
         out: where to write x_prev, with the shape, dtype and device of `x_t`; may be `x_t` itself.
@@ -237,7 +300,8 @@ def step(
     `model_output`, a `noise` tensor and coefficient tensors (at ᾱ_prev = 1 as if the roots that are
     0 there stayed so); at a bound of the clip the derivative is that inside. The transforms of
     `torch.func` follow it. Under `torch.vmap` each of the mapped calls is that call alone, and so
-    all have the same noise, unless `seed` or `step_index` are mapped too, as int64 tensors.
+    all have the same noise of a seed, unless `seed` or `step_index` are mapped too, as int64
+    tensors; without a seed the `randomness` of `torch.vmap` decides.
 
     Returns:
         x_prev, or `(x_prev, x_0)`, with the shape, dtype and device of `x_t`.

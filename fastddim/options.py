@@ -16,12 +16,28 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from fastddim.adapter import Model
+from fastddim.choices import (
+    PREDICTION_SYNONYMS,
+    PREDICTIONS,
+    VARIANCE_SYNONYMS,
+    VARIANCES,
+    EffortName,
+    Format,
+    Graph,
+    Impl,
+    Prediction,
+    PredictionSynonym,
+    Spacing,
+    SpacingSynonym,
+    Variance,
+    VarianceSynonym,
+)
 from fastddim.schedule import Schedule
 from fastddim.tuned import TunedSteps
 from fastddim.validation import check_bool, check_choice, check_coefficient, check_number
@@ -31,25 +47,15 @@ PerStep: TypeAlias = Coefficient | Sequence[Coefficient]
 Steps: TypeAlias = int | Sequence[int] | Tensor | TunedSteps
 Seed: TypeAlias = int | Sequence[int] | Tensor
 NoiseSource: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator] | None
-Callback: TypeAlias = Callable[[int, int, Tensor, Tensor], None]
+Callback: TypeAlias = Callable[[int, int, Tensor, Tensor], object]
 DenoisedFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-
-Spacing: TypeAlias = Literal["uniform", "quadratic", "leading", "trailing", "linspace"]
-Variance: TypeAlias = Literal["small", "large"]
-Prediction: TypeAlias = Literal["epsilon", "sample", "v_prediction", "score"]
-Graph: TypeAlias = Literal["auto", "loop"] | bool
-EffortName: TypeAlias = Literal["quick", "thorough"]
-Format: TypeAlias = Literal["npz", "safetensors", "png-folder"]
-
-VARIANCES = get_args(Variance)
-PREDICTIONS = get_args(Prediction)
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class Reading:
     """The meaning of the model's output."""
 
-    prediction: Prediction = "epsilon"
+    prediction: Prediction | PredictionSynonym = "epsilon"
     guidance_rescale: float = 0.0
 
 
@@ -75,7 +81,7 @@ class Direction:
 class Noising:
     """The noise of a step, besides `eta`."""
 
-    variance: Variance = "small"
+    variance: Variance | VarianceSynonym = "small"
     temperature: PerStep = 1.0
 
 
@@ -102,7 +108,8 @@ class Update(Noising, Direction, Thresholding, Reading):
     """A kind of step, wherever it is on the schedule."""
 
     def checked(self, batch: int | None, *, per_step: bool = False) -> Update:
-        """An `Update` alone, with every field checked and tensors turned to float64.
+        """An `Update` alone, with every field checked, synonyms replaced and tensors turned to
+        float64.
 
         Args:
             batch: B, or None where tensors cannot be used.
@@ -124,8 +131,10 @@ class Update(Noising, Direction, Thresholding, Reading):
         guidance, clip = self.guidance_scale, self.clip
         checked = Update(
             eta=coefficient("eta", 0.0),
-            variance=check_choice("variance", self.variance, VARIANCES),
-            prediction=check_choice("prediction", self.prediction, PREDICTIONS),
+            variance=check_choice("variance", self.variance, VARIANCES, VARIANCE_SYNONYMS),
+            prediction=check_choice(
+                "prediction", self.prediction, PREDICTIONS, PREDICTION_SYNONYMS
+            ),
             clip=None if clip is None else check_number("clip", clip, 0.0, open_low=True),
             rederive_eps=check_bool("rederive_eps", self.rederive_eps),
             guidance_scale=None if guidance is None else coefficient("guidance_scale"),
@@ -208,7 +217,7 @@ class Solver:
 class Visited:
     """The timesteps that are visited, where `steps` only says how many."""
 
-    spacing: Spacing = "trailing"
+    spacing: Spacing | SpacingSynonym = "trailing"
     steps_offset: int = 0
 
 
@@ -234,7 +243,7 @@ class Placement:
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
     model_dtype: torch.dtype | None = None
-    impl: str = "auto"
+    impl: Impl = "auto"
     graph: Graph = "auto"
     check_finite: bool = False
 
@@ -250,7 +259,7 @@ class Conditioning:
 class Drawing:
     """The sample that is drawn, and what it is made from."""
 
-    seed: Seed = 0
+    seed: Seed | None = None
     sample_offset: int = 0
     x_T: Tensor | None = None
     mask: Tensor | None = None
@@ -285,6 +294,7 @@ class CallOptions(Reporting, Drawing):
     """The arguments of a call of a `fastddim.Sampler`."""
 
     noise: NoiseSource = None
+    first_step: int = 0
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -320,7 +330,7 @@ class RequestOptions(Conditioning, Drawing, Noising, Direction, Visited):
     """The arguments of `fastddim.Stream.submit`."""
 
     steps: Steps = field(kw_only=False)
-    seed: int = 0
+    seed: int | None = None
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -337,7 +347,7 @@ class GenerateOptions(Progress, Conditioning, Placement, Hook, Update, Visited, 
     memory: int | None = None
     format: Format = "npz"
     merged: str | os.PathLike[str] | None = None
-    sample_shape: Sequence[int] | None = None
+    shape: Sequence[int] | None = None
     model_id: str | None = None
 
 

@@ -20,12 +20,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastddim import transfer
+from fastddim.tracing import in_program
 from fastddim.transfer import filled, upload
-from fastddim.validation import check_sample_range, check_seed, check_step_index
+from fastddim.transforms import bare
+from fastddim.validation import check_sample_range, check_seed, check_step_index, readable
 
 LATENTS, STEP_NOISE = 0, 1
 """Streams: the last word of the counter tells initial latents from step noise."""
 
+_CPU = torch.device("cpu")
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -161,7 +165,8 @@ class Samples(NamedTuple):
     """The samples of a batch, as their noise is keyed.
 
     Attributes:
-        seed: 64 bits as a signed integer, or int64 `[B]` where each sample has its own.
+        seed: 64 bits as a signed integer; int64 `[B]` where each sample has its own; int64 `[]` for
+            one that `fresh_seed` draws where it has no value yet.
         first: index of the first sample, from which the others follow; None where each has its own
             seed, and index 0.
     """
@@ -170,15 +175,44 @@ class Samples(NamedTuple):
     first: int | None
 
 
+def fresh_seed(device: torch.device) -> int | Tensor:
+    """A seed in [0, 2⁶³) from torch's default generator of the CPU, for noise on a device.
+
+    `torch.manual_seed` decides it, and nothing waits for the device.
+
+    Returns:
+        A number; or int64 `[]` where its value is not known yet: in a program, which draws one
+        whenever it runs, under a transform of `torch.func`, whose rules of randomness hold, and in
+        a mode of fake tensors.
+
+    Raises:
+        ValueError: a CUDA graph is being captured on the device, whose replays would all have the
+            noise of this one seed.
+    """
+    traced = in_program()
+    if not traced and transfer.captured(device):
+        raise ValueError(
+            "seed: expected an int, or an int64 tensor [B] to write to between replays, while a "
+            "CUDA graph is being captured, since all replays would have the noise of one fresh "
+            "seed, got None"
+        )
+    seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+    return seed if traced or not readable(seed) else int(seed)
+
+
 def check_samples(
-    seed: int | Sequence[int] | Tensor, batch: int, *, sample_offset: int = 0
+    seed: int | Sequence[int] | Tensor | None,
+    batch: int,
+    *,
+    sample_offset: int = 0,
+    device: torch.device = _CPU,
 ) -> Samples:
     """Samples by the arguments of `make_keys`.
 
     Raises:
         TypeError, ValueError: see `make_keys`.
     """
-    seeds = check_seed("seed", seed, batch)
+    seeds = fresh_seed(device) if seed is None else check_seed("seed", seed, batch)
     per_sample = isinstance(seeds, Tensor) and seeds.ndim > 0
     check_sample_range(sample_offset, batch, per_sample_seed=per_sample)
     return Samples(seeds, None if per_sample else int(sample_offset))
@@ -188,7 +222,7 @@ def write_keys(samples: Samples, keys: Keys) -> None:
     """Write seeds and sample indices into keys, without waiting for their device."""
     seed, first = samples
     if isinstance(seed, Tensor):
-        keys.seed.copy_(upload(seed.contiguous(), keys.seed.device))
+        keys.seed.copy_(_on_device(seed, len(keys.seed), keys.seed.device))
     else:
         keys.seed.fill_(seed)
     if first is None:
@@ -199,7 +233,7 @@ def write_keys(samples: Samples, keys: Keys) -> None:
 
 
 def make_keys(
-    seed: int | Sequence[int] | Tensor,
+    seed: int | Sequence[int] | Tensor | None,
     batch: int,
     *,
     sample_offset: int = 0,
@@ -211,7 +245,7 @@ def make_keys(
 
     Args:
         seed: int in [0, 2⁶⁴), a sequence of `batch` such ints, or an int64 tensor `[batch]` read as
-            unsigned bits.
+            unsigned bits; None for a `fresh_seed`.
         batch: number of samples.
         sample_offset: global index of the first sample; 0 where each sample has its own seed.
         step_index: step in the plan, or an integer tensor `[batch]`.
@@ -221,8 +255,8 @@ def make_keys(
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
             it.
     """
-    place = torch.device("cpu" if device is None else device)
-    seeds, first = check_samples(seed, batch, sample_offset=sample_offset)
+    place = _CPU if device is None else torch.device(device)
+    seeds, first = check_samples(seed, batch, sample_offset=sample_offset, device=place)
     steps = check_step_index("step_index", step_index, batch)
     samples = (
         filled(0, batch, place)
@@ -234,13 +268,16 @@ def make_keys(
 
 def _on_device(value: int | Tensor, batch: int, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
+        if value.ndim == 0 and bare(value):
+            # An argument of the kernel that adds it, as a copy is not.
+            return filled(0, batch, device) + value
         return upload(value.expand(batch).contiguous(), device)
     return filled(value, batch, device)
 
 
 def initial_latents(
     shape: Sequence[int],
-    seed: int | Sequence[int] | Tensor = 0,
+    seed: int | Sequence[int] | Tensor | None = None,
     *,
     sample_offset: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -258,7 +295,7 @@ def initial_latents(
 def step_noise(
     shape: Sequence[int],
     step_index: int | Tensor,
-    seed: int | Sequence[int] | Tensor = 0,
+    seed: int | Sequence[int] | Tensor | None = None,
     *,
     sample_offset: int = 0,
     dtype: torch.dtype = torch.float32,

@@ -52,13 +52,13 @@ class Sampler(Rebuilt):
         self._rebuild()
 
     @method_takes(CallOptions)
-    def __call__(self, options: CallOptions) -> Tensor | tuple[Tensor, Tensor]:
+    def __call__(self, options: CallOptions) -> Tensor:
         """Draw one batch, in tensors that are the caller's own.
 
         The arguments are those of `fastddim.sample` that may change from call to call.
 
         Returns:
-            The samples `[B, …]`, or `(samples, trajectory)` with trajectory `[S + 1, B, …]`.
+            The samples `[B, …]`, or the states `[S + 1, B, …]`, as `fastddim.sample` does.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type, shape or range, or the model
@@ -71,7 +71,7 @@ class Sampler(Rebuilt):
             return traced.draw(self._walk, self._setup, options, self._draw)
         return self._draw(options)
 
-    def _draw(self, options: CallOptions) -> Tensor | tuple[Tensor, Tensor]:
+    def _draw(self, options: CallOptions) -> Tensor:
         self._weight.check()
         return self._loop.sample(options)
 

@@ -189,7 +189,7 @@ class Schedule:
         t: int | Tensor,
         noise: Tensor | None = None,
         *,
-        seed: int | Sequence[int] | Tensor = 0,
+        seed: int | Sequence[int] | Tensor | None = None,
         sample_offset: int = 0,
     ) -> Tensor:
         """Draw from the marginal q(x_t | x_0) = N(√ᾱ_t·x_0, (1 − ᾱ_t)·I).
@@ -200,6 +200,7 @@ class Schedule:
             noise: standard normal noise shaped like `x_0`; by default the initial-latent noise of
                 `seed` (the `x_T` that `sample(seed=seed, sample_offset=sample_offset)` would start
                 from).
+            seed: as in `fastddim.sample`, by default a fresh one.
 
         Returns:
             x_t, with the shape, dtype and device of `x_0`.

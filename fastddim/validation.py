@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -16,10 +16,29 @@ from fastddim.transforms import bare
 STATE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value
+def check_choice(
+    name: str, value: Any, choices: Sequence[Any], synonyms: Mapping[Any, Any] | None = None
+) -> Any:
+    """One of the choices; for a synonym, the one that it stands for."""
+    if any(type(value) is type(choice) and value == choice for choice in choices):
+        return value
+    if synonyms is not None and isinstance(value, str) and value in synonyms:
+        return synonyms[value]
+    raise ValueError(
+        f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}"
+        f"{_suggestion(value, choices, synonyms or {})}"
+    )
+
+
+def _suggestion(value: Any, choices: Sequence[Any], synonyms: Mapping[Any, Any]) -> str:
+    """The choice that a mistyped word is close to."""
+    if not isinstance(value, str) or torch.compiler.is_compiling():
+        return ""
+    import difflib
+
+    words = [choice for choice in (*choices, *synonyms) if isinstance(choice, str)]
+    close = difflib.get_close_matches(value.lower().replace("-", "_"), words, n=1, cutoff=0.75)
+    return f"; did you mean {synonyms.get(close[0], close[0])!r}?" if close else ""
 
 
 def check_int(name: str, value: Any, low: int, high: int) -> int:

@@ -155,9 +155,8 @@ def generated(model: Any, folder: Path, **options: Any) -> None:
         2,
         folder / "run",
         stop=2,
-        batch_size=1,
         model_id="test",
-        sample_shape=SHAPE[1:],
+        shape=(1, *SHAPE[1:]),
         **options,
     )
 
@@ -758,9 +757,8 @@ def test_a_late_start_of_a_run_is_told_once(tmp_path: Path) -> None:
             tmp_path / "run",
             spacing="uniform",
             stop=2,
-            batch_size=1,
             model_id="test",
-            sample_shape=SHAPE[1:],
+            shape=(1, *SHAPE[1:]),
             schedule=LINEAR,
         )
     assert [w.filename for w in said] == [__file__]

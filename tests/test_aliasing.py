@@ -53,7 +53,7 @@ def run_sample(model: Any, x: Tensor, **kind: Any) -> list[Tensor]:
 
 def run_sampler(model: Any, x: Tensor, **kind: Any) -> list[Tensor]:
     sampler = fastddim.Sampler(model, 4, shape=tuple(x.shape), dtype=x.dtype, **kind)
-    return [sampler(x_T=x), sampler(seed=3), *sampler(x_T=x, return_trajectory=True)]
+    return [sampler(x_T=x), sampler(seed=3), sampler(x_T=x, return_trajectory=True)]
 
 
 def run_watched(model: Any, x: Tensor, **kind: Any) -> list[Tensor]:
@@ -261,7 +261,7 @@ def test_earlier_results_as_arguments() -> None:
 
     kind: dict[str, Any] = {"shape": SHAPE, "eta": 1.0}
     sampler = fastddim.Sampler(model, 4, **kind)
-    before, states = sampler(seed=1, return_trajectory=True)
+    before, states = sampler(seed=1), sampler(seed=1, return_trajectory=True)
     mask = states[1].sigmoid()
     given = {"x_T": before, "known": states[2], "mask": mask, "noise": states[:4]}
     kept = {name: tensor.clone() for name, tensor in given.items()}

@@ -174,11 +174,11 @@ SHARED = {
         "1000",
     ),
     "prediction": (
-        {"prediction": "eps"},
+        {"prediction": "flow"},
         ValueError,
         "prediction",
         "'epsilon', 'sample', 'v_prediction', 'score'",
-        "'eps'",
+        "'flow'",
     ),
     "schedule": ({"schedule": "linear"}, TypeError, "schedule", "fastddim.Schedule", "str"),
     "betas as schedule": (
@@ -291,7 +291,7 @@ UPDATE = {
     "clip bool": ({"clip": True}, TypeError, "clip", "number", "True"),
     "clip pair": ({"clip": (-1, 1)}, TypeError, "clip", "number", "(-1, 1)"),
     "rederive_eps": ({"rederive_eps": 1}, TypeError, "rederive_eps", "True or False", "1"),
-    "prediction": ({"prediction": "x0"}, ValueError, "prediction", "'epsilon'", "'x0'"),
+    "prediction": ({"prediction": "mean"}, ValueError, "prediction", "'epsilon'", "'mean'"),
     "impl": ({"impl": "tpu"}, ValueError, "impl", "'auto', ", "'tpu'"),
     "guidance": ({"guidance_scale": INF}, ValueError, "guidance_scale", "finite", "inf"),
 }

@@ -98,7 +98,7 @@ class Policy(nn.Module):
     def __init__(self, call: dict[str, Any] | None = None, **kind: Any) -> None:
         super().__init__()
         self.net = Conditioned()
-        self.call = call or {}
+        self.call = {"seed": 0, **(call or {})}
         steps = kind.pop("steps", S)
         self.sampler = Sampler(self.net, steps, shape=SHAPE, **kind)
 
@@ -107,7 +107,7 @@ class Policy(nn.Module):
 
 
 def sampling(call: dict[str, Any] | None = None, **kind: Any) -> Program:
-    given: dict[str, Any] = {"steps": S, **kind, **(call or {})}
+    given: dict[str, Any] = {"steps": S, "seed": 0, **kind, **(call or {})}
 
     def run(net: nn.Module, x: Tensor) -> Any:
         return fastddim.sample(net, **{"x_T": x, **given})

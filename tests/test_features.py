@@ -596,7 +596,7 @@ class TestMask:
             guidance_scale=1.5,
             return_trajectory=True,
             impl=impl,
-        )[1]
+        )
         for x, state in zip(inputs, states, strict=False):
             assert torch.equal(x, torch.cat([state, state]))
 
@@ -614,7 +614,7 @@ class TestMask:
             known=known,
             return_trajectory=True,
             impl=impl,
-        )[1]
+        )
         for state, p in zip(states[1:], [ALPHAS[200], ALPHAS[50], 1.0], strict=True):
             close(state, (math.sqrt(p) * known + math.sqrt(1 - p) * z).numpy())
 

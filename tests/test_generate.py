@@ -37,7 +37,7 @@ from .support.probes import torch_threads
 
 SHAPE = (3, 4, 4)
 COUNT = 22
-ARGUMENTS = {"stop": COUNT, "batch_size": 4, "sample_shape": SHAPE, "eta": 0.5, "seed": 5}
+ARGUMENTS = {"stop": COUNT, "shape": (4, *SHAPE), "eta": 0.5, "seed": 5}
 
 # A run that ends by SIGKILL in the 9th evaluation of the model, as often as `deaths` says.
 DYING = """
@@ -65,7 +65,7 @@ class Dying(torch.nn.Module):
 
 net = Dying(fastddim.models.load("digits")).eval()
 fastddim.generate(
-    net, 3, out, stop=42, batch_size=4, sample_shape=(1, 8, 8), eta=0.5, merged=out / "all.npz"
+    net, 3, out, stop=42, shape=(4, 1, 8, 8), eta=0.5, merged=out / "all.npz"
 )
 """
 
@@ -195,7 +195,7 @@ class TestBytes:
         def policy(x, t):
             return 0.5 * x
 
-        arguments = {"stop": 3, "batch_size": 3, "sample_shape": (5,), "format": "safetensors"}
+        arguments = {"stop": 3, "shape": (3, 5), "format": "safetensors"}
         fastddim.generate(policy, 2, "run", model_id="half", **arguments)
         shard = safetensors.torch.load_file("run/samples-0000000000-0000000003.safetensors")
         assert torch.equal(shard["samples"], fastddim.sample(policy, 2, shape=(3, 5)))
@@ -210,7 +210,7 @@ class TestBytes:
 class TestMerge:
     def test_parts_of_other_machines(self, net):
         fastddim.generate(net, 2, "b", **{**ARGUMENTS, "start": 10, "format": "safetensors"})
-        fastddim.generate(net, 2, "a", **{**ARGUMENTS, "stop": 10, "batch_size": 3})
+        fastddim.generate(net, 2, "a", **{**ARGUMENTS, "stop": 10, "shape": (3, *SHAPE)})
         assert runs.merge(["b", "a"], "all.npz") == Path("all.npz")
         with np.load("all.npz") as archive:
             assert np.array_equal(archive["arr_0"], to_uint8(expected(net)))
@@ -218,7 +218,7 @@ class TestMerge:
     def test_grey_becomes_rgb_which_evaluators_ask_for(self):
         grey = SmallNet(1).eval()
         fastddim.generate(
-            grey, 2, "run", stop=5, sample_shape=(1, 4, 4), format="png-folder", merged="all.npz"
+            grey, 2, "run", stop=5, shape=(5, 1, 4, 4), format="png-folder", merged="all.npz"
         )
         images = to_uint8(fastddim.sample(grey, 2, shape=(5, 1, 4, 4)))
         with np.load("all.npz") as archive:
@@ -265,7 +265,7 @@ class TestManifest:
             ({"seed": 6}, "seed: 5 in the folder, 6 here"),
             ({"eta": 0.0}, "plan.eta: 0.5 in the folder, 0.0 here"),
             ({"stop": 30}, f"stop: {COUNT} in the folder, 30 here"),
-            ({"batch_size": 5}, "batch_size: 4 in the folder, 5 here"),
+            ({"shape": (5, *SHAPE)}, "batch_size: 4 in the folder, 5 here"),
             ({"format": "safetensors"}, 'format: "npz" in the folder, "safetensors" here'),
             ({"dtype": torch.float64}, 'dtype: "float32" in the folder, "float64" here'),
             ({"impl": "reference"}, "here"),
@@ -478,8 +478,8 @@ def refusing(path, *arguments):
 
 class TestMemory:
     def test_auto_fits_the_budget_and_is_kept(self, net):
-        net.schedule = fastddim.Schedule.linear()
-        arguments = {**ARGUMENTS, "batch_size": "auto", "memory": 20_000}
+        net.schedule, net.sample_shape = fastddim.Schedule.linear(), SHAPE
+        arguments = {**ARGUMENTS, "shape": None, "memory": 20_000}
         run = fastddim.generate(net, 2, "run", **arguments)
         assert 1 < run.batch_size < COUNT
         assert memory.peak_bytes(lambda: expected(net, 0, run.batch_size), torch.device("cpu")) <= (
@@ -491,7 +491,8 @@ class TestMemory:
         assert (again.batch_size, again.drawn) == (run.batch_size, run.batch_size)
 
     def test_not_even_one_sample_fits(self, net):
-        arguments = {**ARGUMENTS, "batch_size": "auto", "memory": 100}
+        net.sample_shape = SHAPE
+        arguments = {**ARGUMENTS, "shape": None, "memory": 100}
         with pytest.raises(ValueError, match=r"memory: expected at least \d+ bytes for one sample"):
             fastddim.generate(net, 2, "run", **arguments)
 
@@ -519,16 +520,20 @@ class TestArguments:
             ({"start": -1}, "start: expected an integer in [0, 4294967295], got -1"),
             ({"seed": [1]}, "seed: expected an integer, got [1] (list)"),
             ({"batch_size": "big"}, "batch_size: expected an integer or 'auto', got 'big'"),
-            ({"batch_size": 0}, "batch_size: expected an integer in [1, 4294967296], got 0"),
-            ({"memory": 5}, "memory: expected None unless batch_size='auto', got 5"),
+            ({"batch_size": 4.0}, "batch_size: expected an integer, got 4.0 (float)"),
+            ({"shape": (0, *SHAPE)}, "shape[0]: expected an integer in [1, 4294967296], got 0"),
+            ({"memory": 5}, "memory: expected None unless batch_size='auto' and shape=None, got 5"),
             ({"format": "jpg"}, "format: expected one of 'npz', 'safetensors', 'png-folder'"),
-            ({"sample_shape": None}, "sample_shape: expected the shape of one sample"),
+            ({"batch_size": 3}, "batch_size: expected 4, as in shape, got 3"),
+            ({"shape": None}, "shape: expected (B, ...), since the model does not tell its"),
+            ({"shape": 4}, "shape: expected a sequence of integers (B, ...), got 4"),
+            ({"shape": (4, 3, 0, 4)}, "shape[2]: expected an integer in [1, 4294967296], got 0"),
             (
-                {"sample_shape": (4,)},
+                {"shape": (4, 4)},
                 "expected 'safetensors' for samples that are no images",
             ),
             (
-                {"sample_shape": (4, 2, 2), "format": "png-folder"},
+                {"shape": (4, 4, 2, 2), "format": "png-folder"},
                 "'png-folder' for 4 channels",
             ),
             ({"eta": torch.zeros(4)}, "eta: expected a number or one a step, got a tensor"),

@@ -22,7 +22,7 @@ S = 3
 
 def sampler(**kind: Any) -> Callable[[], list[Tensor]]:
     own = fastddim.Sampler(SmallNet(), S, shape=SHAPE, **kind)
-    return lambda: [own(seed=1), *own(seed=2, return_trajectory=True), own(seed=1)]
+    return lambda: [own(seed=1), own(seed=2, return_trajectory=True), own(seed=1)]
 
 
 def tuned() -> Callable[[], list[Tensor]]:
@@ -59,7 +59,7 @@ def inversion() -> Callable[[], list[Tensor]]:
     net, x_0 = SmallNet(), torch.ones(SHAPE)
     return lambda: [
         fastddim.invert(net, x_0, S),
-        *fastddim.invert(net, x_0, S, order=2, return_trajectory=True),
+        fastddim.invert(net, x_0, S, order=2, return_trajectory=True),
         fastddim.invert(net, x_0, S, refine=1),
     ]
 
@@ -122,7 +122,7 @@ def test_a_run_into_files(tmp_path: Path) -> None:
     for name, mode in MODES.items():
         with mode():
             net = SmallNet().eval()
-            given: dict[str, Any] = {"sample_shape": SHAPE[1:], "batch_size": 2, "eta": 1.0}
+            given: dict[str, Any] = {"shape": (2, *SHAPE[1:]), "eta": 1.0}
             fastddim.generate(net, S, tmp_path / name, stop=4, **given)
         shards.append({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.npz")})
     assert shards[0]

@@ -169,7 +169,7 @@ def test_requests_of_a_stream(impl: str) -> None:
 
 
 def test_a_run_says_so_in_its_manifest(tmp_path: Any) -> None:
-    common = {"out": tmp_path / "run", "stop": 3, "sample_shape": (1, 4, 4), "batch_size": 2}
+    common = {"out": tmp_path / "run", "stop": 3, "shape": (2, 1, 4, 4)}
     kind = {"model_id": "gaussian", "format": "safetensors", **common}
     first = fastddim.generate(SCORE, 3, prediction="score", **kind)
     assert fastddim.generate(SCORE, 3, prediction="score", **kind).digest == first.digest

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import fastddim
-from fastddim import options
+from fastddim import api, options
 
 from .support.environment import RunPython
 from .support.models import elementwise_model
@@ -84,8 +84,20 @@ def test_shared_fields_are_taken_and_others_given() -> None:
     assert not hasattr(taken, "seed")
 
 
+def test_the_overloads_of_a_step_have_its_options() -> None:
+    """With their types; `inspect` and `help` show the arguments themselves, with defaults."""
+    shown = typing.get_type_hints(fastddim.step)
+    own = {"x_t", "model_output", "alpha_t", "alpha_prev", "return_x0", "return"}
+    shared = typing.get_type_hints(api.StepOptions)
+    assert shared == {name: kind for name, kind in shown.items() if name not in own}
+    parameters = inspect.signature(fastddim.step).parameters
+    assert set(parameters) == set(shown) - {"return"}
+    assert parameters["return_x0"].default is False
+
+
 CALLS = """
 import fastddim
+import torch
 from torch import Tensor
 
 def model(x: Tensor, t: Tensor) -> Tensor:
@@ -94,11 +106,22 @@ def model(x: Tensor, t: Tensor) -> Tensor:
 fastddim.sample(model, 5, eta=0.5, spacing="trailing")
 fastddim.Sampler(model, 5)(seed=3)
 fastddim.Stream(model, batch_size=1).submit(5, eta=1.0)
+
+def steps(x: Tensor, keep: bool) -> None:
+    x_prev: Tensor = fastddim.step(x, x, 0.5, 0.6, prediction="v", eta=1.0)
+    x_prev = fastddim.step(x, x, 0.5, 0.6, return_x0=False)
+    both: tuple[Tensor, Tensor] = fastddim.step(x, x, 0.5, 0.6, return_x0=True, impl="cpu")
+    either: Tensor | tuple[Tensor, Tensor] = fastddim.step(x, x, 0.5, 0.6, return_x0=keep)
+
 fastddim.sample(model, 5, etaa=0.5)
 fastddim.sample(model, 5, spacing="trailling")
 fastddim.sample(model, 5, temperature=2.0, guidance_scale="7")
 fastddim.Sampler(model, 5)(sed=3)
 fastddim.Stream(model, batch_size=1).submit(5, clip="0")
+fastddim.sample(model, 5, prediction="flow")
+fastddim.sample(model, 5, impl="gpu")
+fastddim.step(torch.zeros(2), torch.zeros(2), 0.5, 0.6, clamp=1.0)
+x: Tensor = fastddim.step(torch.zeros(2), torch.zeros(2), 0.5, 0.6, return_x0=True)
 """
 
 
@@ -113,4 +136,4 @@ def test_type_checkers_know_names_and_types(run_python: RunPython, tmp_path: Pat
     result = run_python("-m", "mypy", "--strict", source, cwd=tmp_path, env=env)
     wrong = {int(line) for line in re.findall(r"calls\.py:(\d+): error", result.stdout)}
     first = 1 + CALLS.splitlines().index("fastddim.sample(model, 5, etaa=0.5)")
-    assert wrong == set(range(first, first + 5)), result.stdout + result.stderr
+    assert wrong == set(range(first, first + 9)), result.stdout + result.stderr

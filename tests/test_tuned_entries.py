@@ -99,7 +99,7 @@ class TestStream:
                 stream.submit(tuned, **arguments)
 
 
-RUN = {"stop": 5, "batch_size": 2, "sample_shape": (3, 4, 4), "format": "safetensors"}
+RUN = {"stop": 5, "shape": (2, 3, 4, 4), "format": "safetensors"}
 
 
 class TestGenerate:
@@ -144,8 +144,9 @@ class TestGenerate:
         assert not {"direction", "history"} & plan.keys()
 
     def test_an_automatic_batch_size(self, tmp_path):
-        given = {**RUN, "batch_size": "auto", "memory": 2**28}
-        run = fastddim.generate(SmallNet().eval(), random_steps(3), tmp_path / "run", **given)
+        net, given = SmallNet().eval(), {**RUN, "shape": None, "memory": 2**28}
+        net.sample_shape = (3, 4, 4)
+        run = fastddim.generate(net, random_steps(3), tmp_path / "run", **given)
         assert run.drawn == 5
 
 

@@ -12,7 +12,7 @@ import torch
 
 # The check itself starts before the package under test is installed.
 if TYPE_CHECKING:
-    from fastddim.options import Graph
+    from fastddim.choices import Graph
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import fastddim
 from fastddim import philox
+from fastddim.choices import Spacing
 from fastddim.cli.interpolate import mixed
-from fastddim.options import Spacing
 
 SEED = 0
 SPACING: Spacing = "uniform"

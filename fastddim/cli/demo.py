@@ -64,7 +64,7 @@ def _draw(model: models.UNet, steps: int, count: int, *, eta: float = 0.0) -> tu
     """The images, and the seconds from the latents to the pixels."""
     sampler = fastddim.Sampler(model, steps, batch_size=count, eta=eta)
     start = time.perf_counter()
-    samples = sampler(progress=shows_progress())
+    samples = sampler(seed=0, progress=shows_progress())
     assert isinstance(samples, torch.Tensor)
     images = to_uint8(samples)
     return images, time.perf_counter() - start

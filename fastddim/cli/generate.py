@@ -10,6 +10,7 @@ import click
 import torch
 
 from fastddim import runs
+from fastddim.choices import Prediction
 from fastddim.cli.options import (
     Computation,
     Denoising,
@@ -25,7 +26,7 @@ from fastddim.cli.options import (
 )
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import load
-from fastddim.options import GenerateOptions, Prediction
+from fastddim.options import GenerateOptions
 from fastddim.runs import ManifestMismatchError
 from fastddim.runs.generation import Generation
 from fastddim.runs.shards import FORMATS
@@ -149,7 +150,6 @@ def command(
         generation = Generation(
             GenerateOptions(
                 source.model,
-                sample_shape=source.sample_shape,
                 schedule=source.schedule,
                 prediction=source.prediction,
                 device=device,

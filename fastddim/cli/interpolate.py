@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastddim import philox
+from fastddim.choices import Prediction
 from fastddim.cli.drawing import Drawing
 from fastddim.cli.files import open_sink
 from fastddim.cli.options import (
@@ -24,7 +25,6 @@ from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import load
 from fastddim.images import to_uint8
 from fastddim.interpolation import slerp
-from fastddim.options import Prediction
 
 STRIP, CORNERS = 2, 4
 

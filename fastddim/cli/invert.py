@@ -8,6 +8,7 @@ import click
 import torch
 from torch import Tensor
 
+from fastddim.choices import Prediction
 from fastddim.cli.drawing import Drawing, Encoding
 from fastddim.cli.files import latents_path, open_sink, read_images, write_latents
 from fastddim.cli.options import (
@@ -22,7 +23,6 @@ from fastddim.cli.options import (
 from fastddim.cli.sources import load
 from fastddim.files import check_writable
 from fastddim.images import Images, from_uint8, to_uint8
-from fastddim.options import Prediction
 
 
 @click.command(

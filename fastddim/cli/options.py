@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -12,7 +12,16 @@ import click
 import torch
 from click.core import ParameterSource
 
-from fastddim.options import PREDICTIONS, VARIANCES, SampleOptions, Variance
+from fastddim.choices import (
+    PREDICTION_SYNONYMS,
+    PREDICTIONS,
+    SPACING_SYNONYMS,
+    VARIANCE_SYNONYMS,
+    VARIANCES,
+    Impl,
+    Variance,
+)
+from fastddim.options import SampleOptions
 from fastddim.plan import SPACINGS
 from fastddim.tuned import load_steps
 
@@ -29,6 +38,18 @@ def integers(ctx: click.Context, param: click.Parameter, value: str | None) -> l
         raise click.BadParameter(
             f"expected integers separated by commas, got {value!r}", ctx, param
         ) from error
+
+
+class Word(click.Choice):  # type: ignore[type-arg]  # click is generic from 8.2 on
+    """A choice among words that other libraries have other names for."""
+
+    def __init__(self, words: Iterable[str], synonyms: Mapping[Any, str]) -> None:
+        super().__init__(tuple(words))
+        self._synonyms = synonyms
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        word: str = super().convert(self._synonyms.get(value, value), param, ctx)
+        return word
 
 
 @dataclass(frozen=True)
@@ -113,7 +134,7 @@ class Placing:
 class Computation(Placing):
     """The same with the backend of the update."""
 
-    impl: str
+    impl: Impl
 
 
 @dataclass(frozen=True)
@@ -184,7 +205,7 @@ _VISITS = [
     ),
     click.option(
         "--spacing",
-        type=click.Choice(SPACINGS),
+        type=Word(SPACINGS, SPACING_SYNONYMS),
         default=SampleOptions.spacing,
         help="How --steps timesteps are chosen out of the model's.",
     ),
@@ -232,7 +253,7 @@ denoising_options = bundled(
         ),
         click.option(
             "--variance",
-            type=click.Choice(VARIANCES),
+            type=Word(VARIANCES, VARIANCE_SYNONYMS),
             default=SampleOptions.variance,
             help="Of the noise under --eta; with --eta 1, 'large' is DDPM's other choice.",
         ),
@@ -297,7 +318,7 @@ seed_option = click.option(
 
 prediction_option = click.option(
     "--prediction",
-    type=click.Choice(PREDICTIONS),
+    type=Word(PREDICTIONS, PREDICTION_SYNONYMS),
     default=None,
     show_default="what the model says, else epsilon",
     help="What the model predicts.",

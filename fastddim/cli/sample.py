@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from fastddim.choices import Prediction
 from fastddim.cli.drawing import Drawing
 from fastddim.cli.files import latents_path, open_sink, read_latents
 from fastddim.cli.options import (
@@ -22,7 +23,7 @@ from fastddim.cli.options import (
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import load
 from fastddim.images import to_uint8
-from fastddim.options import Prediction, SampleOptions
+from fastddim.options import SampleOptions
 from fastddim.validation import check_sample_range
 
 

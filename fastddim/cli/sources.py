@@ -12,8 +12,8 @@ import torch
 
 from fastddim import models
 from fastddim.adapter import Model, own_sample_shape
+from fastddim.choices import PREDICTIONS, Prediction
 from fastddim.models.files import MODEL, WEIGHTS
-from fastddim.options import PREDICTIONS, Prediction
 from fastddim.schedule import Schedule
 
 

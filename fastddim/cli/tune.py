@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from fastddim.choices import Prediction
 from fastddim.cli.options import (
     Placing,
     clip_option,
@@ -23,7 +24,7 @@ from fastddim.cli.options import (
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import load
 from fastddim.models.tuned import write_tuned
-from fastddim.options import Prediction, TuneOptions
+from fastddim.options import TuneOptions
 from fastddim.tuned import TunedSteps
 from fastddim.tuning.search import EFFORTS
 from fastddim.tuning.tuner import Tuner, warn_where_untuned

@@ -111,6 +111,12 @@ class Counters(Counting):
         """Move to the first step."""
         self._numbers.copy_(self._first)
 
+    def skip_to(self, step: int) -> None:
+        """Move on from the first step to this one."""
+        if step > 0:
+            self.counting.add_(step)
+            self.now.t.copy_(self.timesteps[step].expand_as(self.now.t))
+
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.timesteps, self._first, self._numbers, self._t, *self._tables)
         yield from (self.now.keys.seed, self.now.keys.sample)

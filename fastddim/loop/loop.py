@@ -18,11 +18,14 @@ from fastddim.loop.inputs import Inputs, kwargs_key
 from fastddim.loop.modes import OneAtATime, without_autograd
 from fastddim.loop.noise import check_noise_source, draw, listed, noise_at
 from fastddim.loop.programs import Programs
+from fastddim.loop.reports import check_progress, progress_bar
 from fastddim.loop.setup import Setup
+from fastddim.loop.start import check_first_step, seed_of
 from fastddim.loop.step import Step
 from fastddim.loop.stream_order import StreamOrder
-from fastddim.options import CallOptions, NoiseSource, Progress, Reporting
+from fastddim.options import CallOptions, NoiseSource, Reporting
 from fastddim.philox import Samples
+from fastddim.stopping import STOP
 from fastddim.transforms import check_no_tangent, transformed
 from fastddim.validation import (
     check_bool,
@@ -42,8 +45,8 @@ class Program(NamedTuple):
 
     graph: Graph
     inputs: Inputs
-    noise: Tensor | None  # [steps, B, …]
-    trajectory: Tensor | None  # [steps, B, …], the states after each step
+    noise: Tensor | None  # [steps, B, …], of its own steps
+    trajectory: Tensor | None  # [steps, B, …], the states after each of them
 
     def tensors(self) -> list[Tensor]:
         own = [t for t in (self.noise, self.trajectory) if t is not None]
@@ -107,20 +110,24 @@ class Loop:
         del self.step.model, self.step.denoised_fn, self.step.check
         self._programs.unfollow()
 
-    def sample(self, options: CallOptions) -> Tensor | tuple[Tensor, Tensor]:
+    def sample(self, options: CallOptions) -> Tensor:
         """Draw one batch; see `fastddim.sample` for the options."""
         state = self.buffers.state
         check_outer_capture(self._graph, state.device, self._check_finite)
         noise, x_T = options.noise, options.x_T
-        samples = philox.check_samples(
-            options.seed, len(state), sample_offset=options.sample_offset
-        )
         check_noise_source(noise, self.plan.steps, state)
+        first = check_first_step(options, self.plan.steps, self.plan.kind)
         if options.mask is not None or options.known is not None:
             check_known(options.mask, options.known, state, self.plan.alphas_cumprod[0] == 1)
         if x_T is not None:
             check_initial("x_T", x_T, tuple(state.shape), state.dtype, state.device)
-        else:
+        samples = philox.check_samples(
+            seed_of(options, noisy=self.plan.kind.noisy),
+            len(state),
+            sample_offset=options.sample_offset,
+            device=state.device,
+        )
+        if x_T is None:
             if self._late_start is not None:
                 self._late_start.warn()
             if noise is not None and not isinstance(noise, Tensor):
@@ -132,6 +139,7 @@ class Loop:
             noise=noise,
             mask=options.mask,
             known=options.known,
+            first=first,
         )
 
     def run(
@@ -143,9 +151,16 @@ class Loop:
         noise: NoiseSource = None,
         mask: Tensor | None = None,
         known: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        first: int = 0,
+    ) -> Tensor:
         """Walk the plan from `x`, or from the latents of `samples`, step by step or by the graph of
         all steps.
+
+        Args:
+            first: the step to begin with, before which the state is `x`.
+
+        Returns:
+            The last state, or all of them.
         """
         check_progress(reporting, self._graph)
         check_bool("return_trajectory", reporting.return_trajectory)
@@ -156,17 +171,19 @@ class Loop:
             masked = mask is not None
             if masked and self.step.inpainting is None:
                 self.step.inpainting = Inpainting.allocate(self.buffers, self.plan.steps)
-            program = self._program(noise, reporting, masked)
-            self._begin(x, samples)
-            if mask is not None and known is not None:
-                self._load_known(mask, known)
-            trajectory = self._new_trajectory() if reporting.return_trajectory else None
-            if program is not None and self._whole:
-                self._replay_whole(program, noise, reporting, trajectory)
-            else:
-                self._walk(program, noise, reporting, trajectory, masked)
-            x = self.buffers.state.clone()
-        return x if trajectory is None else (x, trajectory)
+            program = self._program(noise, reporting, masked, first)
+            self._begin(x, samples, mask, known, first)
+            trajectory = self._new_trajectory(first) if reporting.return_trajectory else None
+            with progress_bar(reporting.progress, first, self.plan.steps) as bar:
+                if program is not None and self._whole:
+                    self._replay_whole(program, noise, trajectory, first, bar)
+                    end = self.plan.steps
+                else:
+                    end = self._walk(program, noise, reporting, trajectory, masked, first, bar)
+            if trajectory is None:
+                return self.buffers.state.clone()
+        # A part of the memory would keep all of it.
+        return trajectory if end == self.plan.steps else trajectory[: end - first + 1].clone()
 
     def _walk(
         self,
@@ -175,49 +192,73 @@ class Loop:
         reporting: Reporting,
         trajectory: Tensor | None,
         masked: bool,
-    ) -> None:
-        """Take the steps of the plan one by one (arXiv 2010.02502, section 4.2)."""
+        first: int,
+        bar: Any,
+    ) -> int:
+        """Take the steps of the plan one by one (arXiv 2010.02502, section 4.2), as far as the
+        callback lets it; the index of the step that would come next.
+        """
         state, x_0, now = self.buffers.state, self.buffers.x_0, self.counters.now
         callback, take, model_kwargs = reporting.callback, self.step.take, self.model_kwargs
-        with_x_0 = callback is not None
-        for s in self._step_indices(reporting.progress):
+        with_x_0, stopped = callback is not None, False
+        for s in range(first, self.plan.steps):
             if program is not None:
                 self._replay(program, noise, s)
             else:
                 z = noise_at(noise, s, state)
                 take(now, z, model_kwargs=model_kwargs, with_x_0=with_x_0, masked=masked)
             if trajectory is not None:
-                trajectory[s + 1].copy_(state)
+                trajectory[s + 1 - first].copy_(state)
             if callback is not None and x_0 is not None:
-                callback(s, self._timesteps[s], state.clone(), x_0.clone())
+                stopped = callback(s, self._timesteps[s], state.clone(), x_0.clone()) is STOP
+            if bar is not None:
+                bar.update()
+            if stopped:
+                return s + 1
+        return self.plan.steps
 
     def _replay_whole(
         self,
         program: Program,
         noise: NoiseSource,
-        reporting: Reporting,
         trajectory: Tensor | None,
+        first: int,
+        bar: Any,
     ) -> None:
         """Replay the graph of all steps; its progress is told at the end."""
-        self._replay(program, noise, 0)
+        self._replay(program, noise, first)
         if trajectory is not None and program.trajectory is not None:
             trajectory[1:].copy_(program.trajectory)
-        for _ in self._step_indices(reporting.progress):
-            pass
+        if bar is not None:
+            bar.update(self.plan.steps - first)
 
-    def _begin(self, x: Tensor | None, samples: Samples | None) -> None:
+    def _begin(
+        self,
+        x: Tensor | None,
+        samples: Samples | None,
+        mask: Tensor | None,
+        known: Tensor | None,
+        first: int,
+    ) -> None:
         """Write what a run begins with and the graph of the whole loop does not write."""
         counters, state = self.counters, self.buffers.state
+        # In the middle, the state is no longer the latents that known data are mixed with.
+        resumed = x is not None and first > 0 and mask is not None
         if not self._whole:
             counters.rewind()
-        if samples is not None and (x is None or self.plan.kind.noisy):
+        if samples is not None and (x is None or resumed or self.plan.kind.noisy):
             counters.load_samples(samples)
-        if x is None:
+        if x is None or resumed:
             keys = (counters.each[0] if self._whole else counters.now).keys
             self._backend.normal_out(keys, philox.LATENTS, state)
         else:
             state.copy_(x)
+        if mask is not None and known is not None:
+            self._load_known(mask, known)
+        if x is not None and resumed:
+            state.copy_(x)
         if not self._whole:
+            counters.skip_to(first)
             self.buffers.follow_state()
 
     def _load_known(self, mask: Tensor, known: Tensor) -> None:
@@ -226,18 +267,11 @@ class Loop:
         inpainting.load(mask, known, self.buffers.state)
         inpainting.load_rows(self.plan.alphas_cumprod, slice(None))
 
-    def _new_trajectory(self) -> Tensor:
+    def _new_trajectory(self, first: int) -> Tensor:
         state = self.buffers.state
-        trajectory = state.new_empty((self.plan.steps + 1, *state.shape))
+        trajectory = state.new_empty((self.plan.steps - first + 1, *state.shape))
         trajectory[0].copy_(state)
         return trajectory
-
-    def _step_indices(self, progress: bool) -> Any:
-        if not progress:
-            return range(self.plan.steps)
-        from tqdm.auto import tqdm
-
-        return tqdm(range(self.plan.steps), desc="sampling", unit="step")
 
     def _refuse_tangents(self, **given: Any) -> None:
         """Refuse dual tensors, from now on also as the model's outputs."""
@@ -258,13 +292,16 @@ class Loop:
 
         check_finite_output(output, where)
 
-    def _program(self, noise: NoiseSource, reporting: Reporting, masked: bool) -> Program | None:
+    def _program(
+        self, noise: NoiseSource, reporting: Reporting, masked: bool, first: int
+    ) -> Program | None:
         """The graph for this run, loaded with the caller's values; None where the run is eager."""
         joins = self._graph == "auto" and transfer.captured(self.buffers.state.device)
         if not self._captures or joins:
             return None
         with_x_0 = reporting.callback is not None
         with_trajectory = reporting.return_trajectory and self._whole
+        first = first if self._whole else 0
         program = self._programs.find(
             (
                 kwargs_key(self.model_kwargs),
@@ -272,19 +309,20 @@ class Loop:
                 with_x_0,
                 with_trajectory,
                 masked,
+                first,
             ),
-            lambda: self._capture(noise, with_x_0, with_trajectory, masked),
+            lambda: self._capture(noise, with_x_0, with_trajectory, masked, first),
         )
         if program is not None:
             program.inputs.load(self.model_kwargs)
         return program
 
     def _capture(
-        self, noise: NoiseSource, with_x_0: bool, with_trajectory: bool, masked: bool
+        self, noise: NoiseSource, with_x_0: bool, with_trajectory: bool, masked: bool, first: int
     ) -> Program:
         state = self.buffers.state
         device, shape = state.device, tuple(state.shape)
-        positions = self.counters.each if self._whole else [self.counters.now]
+        positions = self.counters.each[first:] if self._whole else [self.counters.now]
         steps = len(positions)
         inputs = Inputs(self.model_kwargs, device)
         generators = [] if isinstance(noise, Tensor) else listed(noise)
@@ -352,17 +390,3 @@ def check_known(
     if clean:
         raise ValueError("mask: expected None where the first alpha_cumprod is 1, got a tensor")
     return mask, known
-
-
-def check_progress(options: Progress, graph: Any) -> None:
-    check_bool("progress", options.progress)
-    callback = options.callback
-    if callback is None:
-        return
-    if not callable(callback):
-        raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
-    if graph == "loop":
-        raise ValueError(
-            "callback: expected None with graph='loop', which runs all steps as one, "
-            f"got {callback!r}"
-        )

@@ -12,11 +12,12 @@ from torch.types import Device
 
 from fastddim import adapter, backends, transfer
 from fastddim.adapter import Model, check_model
+from fastddim.choices import Graph
 from fastddim.loop import cuda
 from fastddim.loop.capture import check_graph
 from fastddim.loop.start import LateStart
 from fastddim.notices import warn_once
-from fastddim.options import DenoisedFn, Graph, InvertOptions, Placement, SamplerOptions, Update
+from fastddim.options import DenoisedFn, InvertOptions, Placement, SamplerOptions, Update
 from fastddim.plan import Plan, make_inversion_plan, make_plan, to_table
 from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule

@@ -1,13 +1,17 @@
-"""The noise level at which a run starts, beside latents that are drawn as noise alone."""
+"""How a run starts: at which step, from which state and noise level, and with which seed."""
 
 from __future__ import annotations
 
 import numbers
 from typing import NamedTuple
 
+from torch import Tensor
+
+from fastddim.choices import Spacing, SpacingSynonym
 from fastddim.notices import warn_once
-from fastddim.options import Spacing, Steps
-from fastddim.plan import Plan
+from fastddim.options import CallOptions, Seed, Steps
+from fastddim.plan import Plan, StepKind
+from fastddim.validation import check_int
 
 MOST_DATA = 0.5
 """ᾱ from which on a state is more of the data than of noise."""
@@ -27,7 +31,7 @@ class LateStart(NamedTuple):
     chosen: str
 
     @classmethod
-    def of(cls, plan: Plan, steps: Steps, spacing: Spacing) -> LateStart | None:
+    def of(cls, plan: Plan, steps: Steps, spacing: Spacing | SpacingSynonym) -> LateStart | None:
         """What `warn` says of a plan for these `steps`; None where it starts early enough."""
         alpha = float(plan.alphas_cumprod[0])
         if alpha <= MOST_DATA:
@@ -46,3 +50,35 @@ class LateStart(NamedTuple):
             self.timestep,
             self.alpha_cumprod,
         )
+
+
+def check_first_step(options: CallOptions, steps: int, kind: StepKind) -> int:
+    """The index of the first step that is taken, with which the other options agree."""
+    first = check_int("first_step", options.first_step, 0, steps - 1)
+    if first == 0:
+        return first
+    if kind.history:
+        raise ValueError(
+            "first_step: expected 0 at order 2 and with tuned steps, which read the epsilon of the "
+            f"step before, got {first}"
+        )
+    if options.x_T is None:
+        raise ValueError(f"x_T: expected the state before step {first}, the first_step, got None")
+    if options.mask is not None and options.seed is None:
+        raise ValueError(
+            f"seed: expected that of the whole run with mask and first_step={first}, since known "
+            "data are mixed with its latents, got None"
+        )
+    return first
+
+
+def seed_of(options: CallOptions, *, noisy: bool) -> Seed | None:
+    """The seed that was asked for; instead of a fresh one, any where nothing is drawn from it.
+
+    Args:
+        noisy: whether the steps add noise.
+    """
+    noise = options.noise
+    latents = options.x_T is None and (noise is None or isinstance(noise, Tensor))
+    drawn = latents or (noisy and noise is None)
+    return 0 if options.seed is None and not drawn else options.seed

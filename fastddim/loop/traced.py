@@ -26,6 +26,7 @@ from fastddim.loop.setup import (
     prepare_inversion,
     prepare_sampling,
 )
+from fastddim.loop.start import check_first_step, seed_of
 from fastddim.loop.walk import Functions, Mixing, Noise, Walk
 from fastddim.options import (
     PER_STEP,
@@ -38,8 +39,7 @@ from fastddim.options import (
 from fastddim.tracing import HELD, constant, is_jit_traced
 from fastddim.validation import check_bool, check_device, check_same_dtype, check_state
 
-Drawn: TypeAlias = Tensor | tuple[Tensor, Tensor]
-Eager: TypeAlias = Callable[[Any], Drawn]
+Eager: TypeAlias = Callable[[Any], Tensor]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -62,7 +62,7 @@ class Prepared:
     dtype: torch.dtype
 
 
-def draw(walk: Walk, setup: Setup, options: CallOptions, eager: Eager) -> Drawn:
+def draw(walk: Walk, setup: Setup, options: CallOptions, eager: Eager) -> Tensor:
     """A call of a `Sampler`.
 
     Args:
@@ -78,7 +78,7 @@ def draw(walk: Walk, setup: Setup, options: CallOptions, eager: Eager) -> Drawn:
     return _drawn(Prepared(walk, setup.shape, setup.dtype), functions, options)
 
 
-def sample(options: SampleOptions, eager: Eager) -> Drawn:
+def sample(options: SampleOptions, eager: Eager) -> Tensor:
     """A call of `fastddim.sample`, which is `eager` where nothing is traced."""
     unfit = _unfit(options, options.check_finite) or _inconstant(options)
     if unfit is not None:
@@ -93,7 +93,7 @@ def sample(options: SampleOptions, eager: Eager) -> Drawn:
     split = options.denoised_fn is not None
     prepared = _prepared(_sampling, options.model, dtype, device, split, **values)
     if prepared is None:
-        run: Drawn = _run_eagerly(eager, options)
+        run: Tensor = _run_eagerly(eager, options)
         return run
     if x_T is not None:
         shape = tuple(x_T.shape) if options.shape is None else tuple(options.shape)
@@ -104,7 +104,7 @@ def sample(options: SampleOptions, eager: Eager) -> Drawn:
     return _drawn(prepared, functions, options)
 
 
-def invert(options: InvertOptions, eager: Eager) -> Drawn:
+def invert(options: InvertOptions, eager: Eager) -> Tensor:
     """A call of `fastddim.invert`, which is `eager` where nothing is traced."""
     unfit = _unfit(options, options.check_finite) or _inconstant(options)
     if unfit is not None:
@@ -113,21 +113,22 @@ def invert(options: InvertOptions, eager: Eager) -> Drawn:
     values = {name: _constant(getattr(options, name)) for name in _OF_INVERSION}
     prepared = _prepared(_inversion, options.model, x_0.dtype, x_0.device, False, **values)
     if prepared is None:
-        run: Drawn = _run_eagerly(eager, options)
+        run: Tensor = _run_eagerly(eager, options)
         return run
     functions = Functions(options.model, None, check_model_kwargs(options.model_kwargs))
     with torch.no_grad():
         return _reported(prepared.walk.states(functions, x_0, Noise(None, None), None), options)
 
 
-def _drawn(prepared: Prepared, functions: Functions, options: CallOptions) -> Drawn:
+def _drawn(prepared: Prepared, functions: Functions, options: CallOptions) -> Tensor:
     walk, shape, dtype = prepared.walk, prepared.shape, prepared.dtype
     x = options.x_T
     if x is not None:
         _check_start(x, prepared)
     noise = options.noise if isinstance(options.noise, Tensor) else None
     with torch.no_grad():
-        samples = _samples(options, x, shape)
+        first = check_first_step(options, walk.steps, walk.kind)
+        samples = _samples(options, x, walk, shape)
         if x is None:
             x = walk.latents(samples, shape, dtype)
         # Under torch.jit.trace sizes are tensors; the operators refuse those that do not fit.
@@ -136,23 +137,31 @@ def _drawn(prepared: Prepared, functions: Functions, options: CallOptions) -> Dr
         mixing = None
         if options.mask is not None or options.known is not None:
             mask, known = check_known(options.mask, options.known, x, walk.clean)
-            mixing = Mixing(mask.to(dtype).expand_as(x).contiguous(), known.to(dtype), x)
-        return _reported(walk.states(functions, x, Noise(noise, samples), mixing), options)
+            x_T = walk.latents(samples, tuple(x.shape), dtype) if first else x
+            mixing = Mixing(mask.to(dtype).expand_as(x).contiguous(), known.to(dtype), x_T)
+        states = walk.states(functions, x, Noise(noise, samples), mixing, first)
+        return _reported(states, options)
 
 
-def _reported(states: list[Tensor], reporting: Reporting) -> Drawn:
+def _reported(states: list[Tensor], reporting: Reporting) -> Tensor:
     # Not every program keeps the mode without gradients.
-    x = states[-1].detach()
     if check_bool("return_trajectory", reporting.return_trajectory):
-        return x, torch.stack(states).detach()
-    return x
+        return torch.stack(states).detach()
+    return states[-1].detach()
 
 
-def _samples(options: CallOptions, x: Tensor | None, shape: tuple[int, ...]) -> philox.Samples:
+def _samples(
+    options: CallOptions, x: Tensor | None, walk: Walk, shape: tuple[int, ...]
+) -> philox.Samples:
     # The batch of x_T may be open, so that only seeds of its own ask for it.
-    open_batch = x is not None and isinstance(options.seed, int)
+    open_batch = x is not None and isinstance(options.seed, int | None)
     batch = 1 if open_batch else (shape if x is None else x.shape)[0]
-    return philox.check_samples(options.seed, batch, sample_offset=options.sample_offset)
+    return philox.check_samples(
+        seed_of(options, noisy=walk.kind.noisy),
+        batch,
+        sample_offset=options.sample_offset,
+        device=walk.timesteps.device,
+    )
 
 
 def _check_start(x: Tensor, prepared: Prepared) -> None:
@@ -202,7 +211,7 @@ def _constant(value: Any) -> Any:
     return value
 
 
-def _outside(eager: Eager, options: Any, name: str, value: Any) -> Drawn:
+def _outside(eager: Eager, options: Any, name: str, value: Any) -> Tensor:
     """The call itself, in a break of a compiled function; other programs cannot have one."""
     if not torch.compiler.is_dynamo_compiling():
         shown = "a tensor" if isinstance(value, Tensor) else repr(value)
@@ -210,7 +219,7 @@ def _outside(eager: Eager, options: Any, name: str, value: Any) -> Drawn:
             f"{name}: expected what a program can hold, since sampling is traced (by torch.export, "
             f"torch.jit.trace or make_fx), got {shown}"
         )
-    run: Drawn = _run_eagerly(eager, options)
+    run: Tensor = _run_eagerly(eager, options)
     return run
 
 

@@ -129,12 +129,17 @@ class Walk:
         return x_T
 
     def states(
-        self, functions: Functions, x: Tensor, noise: Noise, mixing: Mixing | None
+        self,
+        functions: Functions,
+        x: Tensor,
+        noise: Noise,
+        mixing: Mixing | None,
+        first: int = 0,
     ) -> list[Tensor]:
-        """The states from `x` on, S + 1 of them."""
+        """The states from `x` on, which is the one before step `first`."""
         states = [x]
         history = torch.zeros_like(x, dtype=self.model_dtype) if self.kind.history else None
-        for s in range(self.steps):
+        for s in range(first, self.steps):
             x, history = self._step(functions, s, x, history, noise, mixing)
             states.append(x)
         return states
@@ -236,11 +241,13 @@ class Walk:
         seed, first = samples
         device = self.rows.device
 
-        def filled(value: int) -> Tensor:
+        def filled(value: int | Tensor) -> Tensor:
+            if isinstance(value, Tensor):
+                return filled(0) + value
             return torch.full((batch,), value, dtype=torch.int64, device=device)
 
         return Keys(
-            seed=seed.to(device) if isinstance(seed, Tensor) else filled(seed),
+            seed=seed.to(device) if isinstance(seed, Tensor) and seed.ndim else filled(seed),
             step=filled(s),
             sample=(
                 filled(0)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastddim.choices import Prediction
 from fastddim.elementary import sqrt
-from fastddim.options import Prediction
 from fastddim.schedule import Schedule
 from fastddim.tuned import TunedSteps
 

@@ -1,6 +1,7 @@
 """Timesteps and coefficients of one sampling run."""
 
-from fastddim.options import PREDICTIONS, VARIANCES, Coefficient, PerStep, Rescaling, Update
+from fastddim.choices import PREDICTIONS, VARIANCES
+from fastddim.options import Coefficient, PerStep, Rescaling, Update
 from fastddim.plan.multistep import (
     NO_HISTORY,
     ORDERS,

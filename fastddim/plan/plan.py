@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastddim.options import Rescaling, Solver, Spacing, Steps, Update, Visited
+from fastddim.choices import Spacing, SpacingSynonym
+from fastddim.options import Rescaling, Solver, Steps, Update, Visited
 from fastddim.plan.multistep import (
     NO_HISTORY,
     ORDERS,
@@ -86,7 +87,7 @@ def make_plan(
     steps: Steps,
     update: Update,
     *,
-    spacing: Spacing = "trailing",
+    spacing: Spacing | SpacingSynonym = "trailing",
     steps_offset: int = 0,
     order: int = 1,
     split: bool = False,
@@ -152,7 +153,7 @@ def make_inversion_plan(
     steps: Steps,
     update: Update,
     *,
-    spacing: Spacing = "trailing",
+    spacing: Spacing | SpacingSynonym = "trailing",
     steps_offset: int = 0,
     order: int = 1,
     refine: int = 0,
@@ -221,7 +222,7 @@ def _check_tuned(
     tuned: TunedSteps,
     schedule: Schedule,
     update: Update,
-    spacing: Spacing,
+    spacing: Spacing | SpacingSynonym,
     steps_offset: int,
     order: int,
 ) -> None:

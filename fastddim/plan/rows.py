@@ -26,8 +26,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fastddim.choices import Prediction, PredictionSynonym
 from fastddim.elementary import sqrt
-from fastddim.options import Coefficient, PerStep, Prediction, Update
+from fastddim.options import Coefficient, PerStep, Update
 from fastddim.plan.multistep import NO_HISTORY, Weights, epsilon_weights
 from fastddim.validation import readable
 
@@ -167,7 +168,7 @@ def row_of(scales: Scales, update: Update, weights: Weights = NO_HISTORY) -> Row
 
 
 def prediction_coefficients(
-    signal: Coefficient, sigma: Coefficient, prediction: Prediction
+    signal: Coefficient, sigma: Coefficient, prediction: Prediction | PredictionSynonym
 ) -> tuple[Coefficient, Coefficient, Coefficient, Coefficient]:
     """(cx, cm, ex, em) of √ᾱ_t and √(1 − ᾱ_t): x0 = cx·x + cm·m and eps = ex·x + em·m."""
     if prediction == "epsilon":
@@ -176,7 +177,9 @@ def prediction_coefficients(
         return 0.0, 1.0, 1 / sigma, -signal / sigma
     if prediction == "score":
         return 1 / signal, sigma * sigma / signal, 0.0, -sigma
-    return signal, -sigma, sigma, signal
+    if prediction == "v_prediction":
+        return signal, -sigma, sigma, signal
+    raise ValueError(f"prediction: expected that of a checked update, got {prediction!r}")
 
 
 def first_half_row(row: Row) -> Row:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddim.options import Spacing, Steps
+from fastddim.choices import SPACING_SYNONYMS, Spacing, SpacingSynonym
+from fastddim.options import Steps
 from fastddim.tuned import TunedSteps
 from fastddim.validation import check_choice, check_int
 
@@ -55,7 +56,10 @@ SPACINGS: dict[Spacing, Callable[[int, int], Timesteps]] = {
 
 
 def select_timesteps(
-    T: int, steps: Steps, spacing: Spacing = "trailing", steps_offset: int = 0
+    T: int,
+    steps: Steps,
+    spacing: Spacing | SpacingSynonym = "trailing",
+    steps_offset: int = 0,
 ) -> Tensor:
     """int64 tensor `[S]` of distinct timesteps out of `range(T)`, in the order visited
     (decreasing).
@@ -64,9 +68,9 @@ def select_timesteps(
         T: number of training timesteps.
         steps: S in [1, T], or the timesteps themselves, which tuned steps have.
         spacing: `trailing` round(T − i·T/S) − 1, which starts at T − 1 at every S; `uniform`
-            ⌊i·T/S⌋ (the paper's linear τ); `quadratic` (the paper's other τ, made strictly
-            increasing); `leading` ⌊T/S⌋·i + steps_offset; `linspace` round(linspace(0, T − 1, S)).
-            At S = 1 all but `trailing` visit t = 0 alone.
+            ⌊i·T/S⌋ (the paper's linear τ); `quadratic` or "quad" (the paper's other τ, made
+            strictly increasing); `leading` ⌊T/S⌋·i + steps_offset; `linspace` round(linspace(0,
+            T − 1, S)). At S = 1 all but `trailing` visit t = 0 alone.
         steps_offset: of `leading`; 0 for every other spacing.
 
     Raises:
@@ -74,9 +78,9 @@ def select_timesteps(
         ValueError: a value is out of range, or the sequence is not strictly decreasing.
     """
     check_int("T", T, 1, 2**31)
-    check_choice("spacing", spacing, tuple(SPACINGS))
+    chosen: Spacing = check_choice("spacing", spacing, tuple(SPACINGS), SPACING_SYNONYMS)
     check_int("steps_offset", steps_offset, 0, T - 1)
-    if steps_offset and spacing != "leading":
+    if steps_offset and chosen != "leading":
         raise ValueError(f"steps_offset: expected 0 unless spacing='leading', got {steps_offset}")
     if isinstance(steps, TunedSteps):
         steps = steps.timesteps
@@ -85,7 +89,7 @@ def select_timesteps(
     if isinstance(steps, Sequence) and not isinstance(steps, str | bytes):
         return _explicit_timesteps(T, steps)
     S = check_int("steps", steps, 1, T)
-    increasing = SPACINGS[spacing](T, S) + steps_offset
+    increasing = SPACINGS[chosen](T, S) + steps_offset
     if increasing[-1] >= T:
         raise ValueError(
             f"steps_offset: expected timesteps below T = {T}, got {increasing[-1]} "

@@ -27,14 +27,16 @@ def generate(options: GenerateOptions) -> Run:
             noise everywhere in fastddim, so two machines without a common disk can draw two ranges
             into two folders, which `fastddim.runs.merge` joins.
         seed: int in [0, 2⁶⁴).
-        batch_size: samples drawn and written at a time, or "auto": as many as fit into `memory`,
-            measured on the model. With "auto", a run that is continued keeps its batch size.
+        batch_size: samples drawn and written at a time, or "auto": B of `shape`, else as many as
+            fit into `memory`, measured on the model. With "auto" and no `shape`, a run that is
+            continued keeps its batch size.
         memory: bytes that "auto" may use besides the model's weights; by default half of the host's
             free memory, or four fifths of the GPU's, divided among the ranks of the machine.
         format: "npz" (uint8 `arr_0` `[N, H, W, C]`), "safetensors" (float32 `samples` `[N, …]`) or
             "png-folder" (one numbered PNG file per sample).
         merged: name of an `.npz` of all samples to write as well, as `fastddim.runs.merge` does.
-        sample_shape: shape of one sample; by default the one that the model tells.
+        shape: (B, …) with B the batch size; by default samples of the shape that the model tells.
+            To have B chosen for another model, let it tell: `model.sample_shape = (C, H, W)`.
         model_id: a name that tells the model from others in the manifest, in addition to its
             weights. Required if the model is not an `nn.Module`.
         progress: show a tqdm bar of rank 0's share on stderr.

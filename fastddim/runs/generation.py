@@ -18,12 +18,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastddim import adapter
 from fastddim.adapter import Model, check_model
 from fastddim.api import sample
 from fastddim.files import check_writable
-from fastddim.loop.loop import check_progress
-from fastddim.loop.setup import prepare_sampling, resolve_schedule
+from fastddim.loop.reports import check_progress
+from fastddim.loop.setup import prepare_sampling, resolve_schedule, resolve_shape
 from fastddim.options import (
     Callback,
     GenerateOptions,
@@ -40,6 +39,7 @@ from fastddim.runs.manifest import Manifest, differences, listed
 from fastddim.runs.memory import LARGEST, default_budget, fitting_batch
 from fastddim.runs.ranks import Ranks, joined
 from fastddim.runs.shards import Batch, Sharding, check_format, write_batch
+from fastddim.stopping import STOP
 from fastddim.validation import check_int
 
 
@@ -76,8 +76,8 @@ class Generation:
         stop = check_int("stop", options.stop, start + 1, 2**32)
         self._seed = check_int("seed", options.seed, 0, 2**64 - 1)
         check_progress(options, options.graph)
-        self._batch_size = _checked_batch_size(options.batch_size, options.memory)
-        shape = _checked_sample_shape(model, options.sample_shape)
+        shape = _checked_sample_shape(model, options.shape)
+        self._batch_size = _checked_batch_size(options)
         self._sharding = Sharding(start, stop, 1, check_format(options.format, shape), shape)
         self._merged = None if options.merged is None else _checked_archive(options.merged, shape)
         self._update = _checked_update(options)
@@ -178,7 +178,7 @@ class Generation:
             steps=plan.tuned or plan.timesteps,
             update=self._update,
             order=options.order,
-            callback=options.callback,
+            callback=_unstopped(options.callback),
         )
         with self._bar(ranks, batches) as bar, ThreadPoolExecutor(1, "fastddim-writer") as writer:
             for batch in batches:
@@ -219,9 +219,7 @@ class Generation:
             progress=False,
             callback=callback,
         )
-        samples = sample(**vars(options))
-        assert isinstance(samples, Tensor)
-        return samples
+        return sample(**vars(options))
 
     def _bar(self, ranks: Ranks, batches: Sequence[Batch]) -> Any:
         from tqdm import tqdm
@@ -237,6 +235,21 @@ class Generation:
         if self._merged is not None:
             merge(self._folder, self._merged)
         return recorded_digest(self._folder, sharding)
+
+
+def _unstopped(callback: Callback | None) -> Callback | None:
+    """The callback, which may not end a run: files hold the samples of all steps."""
+    if callback is None:
+        return None
+
+    def call(step_index: int, timestep: int, x_t: Tensor, x_0: Tensor) -> None:
+        if callback(step_index, timestep, x_t, x_0) is STOP:
+            raise ValueError(
+                "callback: expected a result other than fastddim.STOP, since files hold samples "
+                f"after the last step, got {STOP!r} at step {step_index}"
+            )
+
+    return call
 
 
 def _check_eval(model: Model) -> None:
@@ -262,28 +275,29 @@ def _check_weights(model: Model, model_id: str | None) -> None:
         )
 
 
-def _checked_sample_shape(model: Model, sample_shape: Any) -> tuple[int, ...]:
-    shape = adapter.own_sample_shape(model) if sample_shape is None else sample_shape
-    if shape is None:
-        raise ValueError(
-            "sample_shape: expected the shape of one sample, since the model does not tell it; "
-            "got None"
-        )
-    if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
-        raise TypeError(f"sample_shape: expected a sequence of integers, got {shape!r}")
-    return tuple(check_int(f"sample_shape[{i}]", n, 1, 2**32) for i, n in enumerate(shape))
+def _checked_sample_shape(model: Model, shape: Sequence[int] | None) -> tuple[int, ...]:
+    """The shape of one sample: `shape` without B, or the one that the model tells."""
+    resolved = resolve_shape(model, shape, 1)
+    return tuple(check_int(f"shape[{i}]", n, 1, 2**32) for i, n in enumerate(resolved))[1:]
 
 
-def _checked_batch_size(batch_size: Any, memory: Any) -> int | None:
-    """The given batch size, or None for "auto"."""
+def _checked_batch_size(options: GenerateOptions) -> int | None:
+    """The given batch size, or None where it is to be chosen."""
+    batch_size, memory, shape = options.batch_size, options.memory, options.shape
     if isinstance(batch_size, str):
         if batch_size != "auto":
             raise ValueError(f"batch_size: expected an integer or 'auto', got {batch_size!r}")
-        if memory is not None:
-            check_int("memory", memory, 1, 2**62)
-        return None
+        if shape is None:
+            if memory is not None:
+                check_int("memory", memory, 1, 2**62)
+            return None
+        batch_size = shape[0]
     if memory is not None:
-        raise ValueError(f"memory: expected None unless batch_size='auto', got {memory!r}")
+        raise ValueError(
+            f"memory: expected None unless batch_size='auto' and shape=None, got {memory!r}"
+        )
+    if shape is not None and batch_size != shape[0]:
+        raise ValueError(f"batch_size: expected {shape[0]}, as in shape, got {batch_size}")
     return check_int("batch_size", batch_size, 1, 2**32)
 
 

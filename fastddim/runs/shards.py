@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastddim.choices import Format
 from fastddim.files import atomic_file, read_file, sync_folder
-from fastddim.options import Format
 from fastddim.runs.manifest import FILE, Manifest
 from fastddim.validation import check_choice, check_int
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastddim import philox
 from fastddim.loop.loop import check_known
 from fastddim.loop.start import LateStart
 from fastddim.loop.stream_order import StreamOrder
@@ -42,6 +43,7 @@ class Route(NamedTuple):
     alphas_cumprod: Tensor  # [S + 1]
     rows: Tensor  # [S, K]
     first_half: Tensor | None  # [S, K]
+    noisy: bool
     late_start: LateStart | None
 
 
@@ -112,7 +114,8 @@ class Requests:
         _check_given("guidance_scale", options.guidance_scale, "a number", guided=common.guided)
         _check_given("mask", options.mask, "a tensor", masked=common.masked)
         route = self._routes.of(options)
-        word = signed_bits(check_int("seed", options.seed, 0, 2**64 - 1))
+        if options.seed is not None:
+            check_int("seed", options.seed, 0, 2**64 - 1)
         check_sample_range(options.sample_offset, 1, per_sample_seed=False)
         x_T, mask, known = options.x_T, options.mask, options.known
         if x_T is not None:
@@ -128,7 +131,7 @@ class Requests:
             return Request(
                 ticket=Ticket(len(route.timesteps)),
                 route=route,
-                seed=word,
+                seed=_seed_bits(options, route, state.device),
                 sample=int(options.sample_offset),
                 x_T=None if x_T is None else copied(x_T),
                 inpainting=(
@@ -140,6 +143,13 @@ class Requests:
                 conditions=conditions,
                 ready=StreamOrder(state.device),
             )
+
+
+def _seed_bits(options: RequestOptions, route: Route, device: torch.device) -> int:
+    """The 64 bits of a checked seed, or of a fresh one where noise is drawn."""
+    if options.seed is not None:
+        return signed_bits(int(options.seed))
+    return int(philox.fresh_seed(device)) if options.x_T is None or route.noisy else 0
 
 
 def _check_given(name: str, value: object, expected: str, **kind: bool) -> None:
@@ -214,6 +224,7 @@ class Routes:
             plan.alphas_cumprod,
             self._table(plan.table),
             None if plan.first_half is None else self._table(plan.first_half),
+            plan.kind.noisy,
             LateStart.of(plan, steps, spacing),
         )
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastddim.options import EffortName
+from fastddim.choices import EffortName
 from fastddim.tuning.candidate import (
     Candidate,
     Change,

@@ -129,7 +129,7 @@ def sampling() -> dict[str, dict[str, Any]]:
         cases[f"state in {dtype}"] = {"dtype": dtype, "eta": 0.5}
         cases[f"model in {dtype}"] = {"model": Network(dtype), "eta": 0.5, "shape": None}
         cases[f"model in {dtype}, order 2"] = {"model": Network(dtype), "order": 2, "batch_size": 2}
-    common = {"steps": TIMESTEPS, "model": model}
+    common = {"steps": TIMESTEPS, "model": model, "seed": 0}
     return {name: {**common, **_shaped(case)} for name, case in cases.items()}
 
 
@@ -140,13 +140,14 @@ def _shaped(case: dict[str, Any]) -> dict[str, Any]:
 
 def sampled(impl: str) -> Iterator[tuple[str, list[Tensor]]]:
     for name, case in sampling().items():
-        yield f"sample, {name}", _listed(fastddim.sample(**case, impl=impl))
+        yield f"sample, {name}", _listed(fastddim.sample(**case, impl=impl), case)
     seen: list[Tensor] = []
     fastddim.sample(
         model,
         TIMESTEPS,
         shape=SHAPE,
         eta=0.5,
+        seed=0,
         impl=impl,
         callback=lambda s, t, x, x_0: seen.extend((torch.tensor([s, t]), x, x_0)),
     )
@@ -163,10 +164,10 @@ def prepared(impl: str) -> Iterator[tuple[str, list[Tensor]]]:
         if "x_T" in per_call:
             case["shape"] = per_call["x_T"].shape
         sampler = fastddim.Sampler(**case, impl=impl)
-        first = _listed(sampler(**per_call))
+        first = _listed(sampler(**per_call), per_call)
         seen: list[Tensor] = []
         sampler(seed=5, callback=lambda s, t, x, x_0, seen=seen: seen.append(x_0))
-        again = _listed(sampler(**per_call))
+        again = _listed(sampler(**per_call), per_call)
         yield f"Sampler, {name}", [*first, *seen, *again]
 
 
@@ -187,7 +188,7 @@ def inverted(impl: str) -> Iterator[tuple[str, list[Tensor]]]:
     }
     for name, case in cases.items():
         arguments = {"model": model, "x_0": data, "steps": TIMESTEPS, **case}
-        yield f"invert, {name}", _listed(fastddim.invert(**arguments, impl=impl))
+        yield f"invert, {name}", _listed(fastddim.invert(**arguments, impl=impl), case)
 
 
 def streamed(impl: str) -> Iterator[tuple[str, list[Tensor]]]:
@@ -246,8 +247,7 @@ RUN: dict[str, Any] = {
     "stop": 7,
     "start": 2,
     "seed": 9,
-    "batch_size": 2,
-    "sample_shape": (1, 4, 6),
+    "shape": (2, 1, 4, 6),
     "eta": 0.5,
     "clip": 1.0,
     "model_id": "golden",
@@ -292,8 +292,8 @@ def _digest(tensors: list[Tensor]) -> str:
     return found.hexdigest()
 
 
-def _listed(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
+def _listed(result: Tensor, case: dict[str, Any]) -> list[Tensor]:
+    return [result[-1], result] if "return_trajectory" in case else [result]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from loops import Loop, ddpm_loop, diffusers_loop, make
 from torch import Tensor
 
 from fastddim import philox
-from fastddim.options import Graph
+from fastddim.choices import Graph
 from gpucheck import measures
 from gpucheck.record import Record
 from gpucheck.settings import Settings

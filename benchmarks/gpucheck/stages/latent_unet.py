@@ -12,7 +12,7 @@ from loops import AGREEMENT, Loop, diffusers
 from torch import Tensor
 
 import fastddim
-from fastddim.options import Graph
+from fastddim.choices import Graph
 from gpucheck import measures
 from gpucheck.record import Record
 from gpucheck.settings import Settings

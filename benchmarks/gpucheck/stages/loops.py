@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastddim
 from fastddim import philox
-from fastddim.options import Graph
+from fastddim.choices import Graph
 from gpucheck import measures
 from gpucheck.record import Record
 from gpucheck.settings import Settings

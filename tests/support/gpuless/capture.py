@@ -185,9 +185,8 @@ def run(
                     mask=torch.ones(1, 1, 8, 8, device=CUDA) if masked else None,
                     known=torch.ones(SHAPE, device=CUDA) if masked else None,
                 )
-            state = result[0] if watch else result
-            assert state.device == CUDA
-            assert state.shape == SHAPE
+            assert result.device == CUDA
+            assert result.shape == ((STEPS + 1, *SHAPE) if watch else SHAPE)
             assert len(seen) == (STEPS if watch and mode != "loop" else 0)
             if mode is not False:
                 (program,) = loop._programs.values()
