@@ -16,12 +16,12 @@ from fastddim.wrappers import hooks, layers, modules, reachable, tensors
 Model: TypeAlias = Callable[..., Any]
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, name: str = "model") -> None:
     if not callable(model):
-        raise TypeError(f"model: expected a callable model(x, t), got {type(model).__name__}")
+        raise TypeError(f"{name}: expected a callable model(x, t), got {type(model).__name__}")
 
 
-def output_tensor(result: Any) -> Any:
+def output_tensor(result: Any, name: str = "model") -> Any:
     """The tensor in a model's result: itself, the first item of a tuple, or `.sample`."""
     if isinstance(result, Tensor):
         return result
@@ -30,7 +30,7 @@ def output_tensor(result: Any) -> Any:
     sample = getattr(result, "sample", None)
     if not isinstance(sample, Tensor):
         raise TypeError(
-            "model: expected it to return a tensor, a tuple that starts with one, or an object "
+            f"{name}: expected it to return a tensor, a tuple that starts with one, or an object "
             f"with .sample, got {type(result).__name__}"
         )
     return sample
@@ -117,6 +117,38 @@ def own_sample_shape(model: Model) -> tuple[int, ...] | None:
     sample_size), of the model or of what it wraps.
     """
     return next(filter(None, map(_sample_shape, layers(model))), None)
+
+
+def check_batched(name: str, shape: tuple[int, ...], model: Model, *, tensor: bool) -> None:
+    """Refuse the shape of one sample of the model where one that starts with B is expected.
+
+    A network that tells its `sample_shape` has samples of no other number of dimensions; a
+    diffusers config, whose sizes some networks read otherwise, is compared with the shape itself.
+
+    Args:
+        name: of the argument.
+        shape: what is given, or that of the tensor which is.
+        tensor: whether the argument is a tensor.
+    """
+    own = own_sample_shape(model)
+    if own is None or len(shape) != len(own):
+        return
+    said = any(getattr(layer, "sample_shape", None) is not None for layer in layers(model))
+    if said or shape == own:
+        one = f"{name}[None]" if tensor else f"{name}={(1, *shape)}"
+        raise ValueError(
+            f"{name}: expected (B, {', '.join(map(str, own))}), got {shape}, which is one sample; "
+            f"for one write {one}"
+        )
+
+
+def may_lack_batch(model: Model, shape: Sequence[int]) -> bool:
+    """True where every convolution within the model's reach takes one dimension more.
+
+    These may be those of an encoder of something else, so it explains an error and refuses nothing.
+    """
+    parts = (part for part in _parts(model) if isinstance(part, nn.modules.conv._ConvNd))
+    return {2 + len(part.kernel_size) for part in parts} == {len(shape) + 1}
 
 
 def _sample_shape(layer: Any) -> tuple[int, ...] | None:

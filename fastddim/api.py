@@ -70,8 +70,9 @@ def sample(options: SampleOptions) -> Tensor:
         clip: r > 0 clamps the predicted x_0 to [−r, r].
         rederive_eps: recompute epsilon from the clipped x_0.
         guidance_scale: g of classifier-free guidance, a number or a tensor `[B]`, or a sequence of
-            S of them: the model is evaluated on 2B samples and its output is read as unconditional,
-            then conditional half; `model_kwargs` hold 2B rows.
+            S of them: the model's output is u + g·(c − u), of u without the condition and c with
+            it. The model is evaluated on 2B samples, of which the first half is u's;
+            `uncond_kwargs` or `uncond_model` says what u is.
         temperature: factor of the noise, a number or a tensor `[B]`, or a sequence of S of them;
             x_T has none.
         guidance_rescale: φ in [0, 1] that takes the guided output of each sample towards the
@@ -129,7 +130,19 @@ def sample(options: SampleOptions) -> Tensor:
         return_trajectory: return all states.
         check_finite: stop with an error that names the step where the model returns NaN or
             infinity. This waits for the device at every step.
-        model_kwargs: passed to the model unchanged.
+        model_kwargs: passed to the model. Tensors, also those in nested mappings and sequences,
+            have B rows, one a sample, or one row, which the model gets as B rows. Tensors without
+            dimensions, lists of tensors that differ in their number of rows, and all that is no
+            tensor are passed unchanged. Under guidance without `uncond_kwargs` and `uncond_model`,
+            tensors have 2B rows, those for u first.
+        uncond_kwargs: under guidance, the values for u by the names of `model_kwargs`, such as
+            `{"y": null_label}`: tensors of B rows or one, or numbers, with the dtype and the rest
+            of the shape of the conditional ones. The model gets both as one tensor of 2B rows; what
+            is in `model_kwargs` alone is the same for both.
+        uncond_model: under guidance, another model that gives u, such as a weaker network
+            (autoguidance, arXiv 2406.02507) or one without conditions. Both are evaluated on the
+            same B samples, `uncond_model` with `model_kwargs` in which `uncond_kwargs` have
+            replaced values, and must give outputs of the same shape and dtype.
 
     Returns:
         The samples `[B, …]`; with `return_trajectory` the states `[S + 1, B, …]` from x_T to the

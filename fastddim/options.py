@@ -253,6 +253,14 @@ class Conditioning:
     """The arguments of the model besides the state and the timestep."""
 
     model_kwargs: Mapping[str, Any] | None = None
+    uncond_kwargs: Mapping[str, Any] | None = None
+
+
+@dataclass(kw_only=True, init=False, repr=False, eq=False)
+class Autoguidance:
+    """The model of the unconditional half, if it is another one."""
+
+    uncond_model: Model | None = None
 
 
 @dataclass(kw_only=True, init=False, repr=False, eq=False)
@@ -282,7 +290,7 @@ class Reporting(Progress):
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class SamplerOptions(Conditioning, Placement, Batch, Hook, Update, Visited, Solver):
+class SamplerOptions(Autoguidance, Conditioning, Placement, Batch, Hook, Update, Visited, Solver):
     """The arguments of `fastddim.Sampler`: all that does not change from call to call."""
 
     model: Model = field(kw_only=False)
@@ -290,7 +298,7 @@ class SamplerOptions(Conditioning, Placement, Batch, Hook, Update, Visited, Solv
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class CallOptions(Reporting, Drawing):
+class CallOptions(Reporting, Conditioning, Drawing):
     """The arguments of a call of a `fastddim.Sampler`."""
 
     noise: NoiseSource = None
@@ -303,7 +311,9 @@ class SampleOptions(CallOptions, SamplerOptions):
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class InvertOptions(Reporting, Conditioning, Placement, Direction, Reading, Visited, Solver):
+class InvertOptions(
+    Reporting, Autoguidance, Conditioning, Placement, Direction, Reading, Visited, Solver
+):
     """The arguments of `fastddim.invert`."""
 
     model: Model = field(kw_only=False)
@@ -313,7 +323,7 @@ class InvertOptions(Reporting, Conditioning, Placement, Direction, Reading, Visi
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class StreamOptions(Placement, Hook, Thresholding, Reading, Solver):
+class StreamOptions(Autoguidance, Placement, Hook, Thresholding, Reading, Solver):
     """The arguments of `fastddim.Stream`."""
 
     model: Model = field(kw_only=False)
@@ -334,7 +344,9 @@ class RequestOptions(Conditioning, Drawing, Noising, Direction, Visited):
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class GenerateOptions(Progress, Conditioning, Placement, Hook, Update, Visited, Solver):
+class GenerateOptions(
+    Progress, Autoguidance, Conditioning, Placement, Hook, Update, Visited, Solver
+):
     """The arguments of `fastddim.generate`."""
 
     model: Model = field(kw_only=False)
@@ -352,7 +364,7 @@ class GenerateOptions(Progress, Conditioning, Placement, Hook, Update, Visited, 
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class TuneOptions(Conditioning, Direction, Thresholding, Reading):
+class TuneOptions(Autoguidance, Conditioning, Direction, Thresholding, Reading):
     """The arguments of `fastddim.tune`."""
 
     model: Model = field(kw_only=False)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fastddim.loop.copying import Rebuilt
-from fastddim.loop.first_weight import FirstWeight
+from fastddim.loop.describing import described_model, described_number, described_steps
+from fastddim.loop.first_weight import first_weights
 from fastddim.loop.loop import Loop
 from fastddim.loop.setup import prepare_sampling
 from fastddim.loop.walk import Walk
-from fastddim.options import CallOptions, SamplerOptions
+from fastddim.options import CallOptions, SamplerOptions, Update, shared
 from fastddim.signatures import method_takes
 from fastddim.tracing import in_program
 
@@ -48,14 +49,42 @@ class Sampler(Rebuilt):
         self.dtype = setup.dtype
         self.device = setup.device
         self._setup = setup
-        self._weight = FirstWeight("Sampler", setup.model, setup.device)
+        self._update = shared(Update, options)
+        self._steps = described_steps(setup.plan, options)
+        self._weights = first_weights("Sampler", setup.model, setup.uncond_model, setup.device)
         self._rebuild()
+
+    def __repr__(self) -> str:
+        setup, update = self._setup, self._update
+        parts = [
+            described_model(setup.model),
+            f"shape={self.shape}",
+            f"steps={self._steps}",
+            f"eta={described_number(update.eta)}",
+        ]
+        if update.guidance_scale is not None:
+            parts.append(f"guidance_scale={described_number(update.guidance_scale)}")
+        if update.prediction != "epsilon":
+            parts.append(f"prediction={update.prediction!r}")
+        parts += [
+            f"dtype={self.dtype}",
+            f"device={str(self.device)!r}",
+            f"impl={setup.backend.__name__.rpartition('.')[2]!r}",
+            f"graph={setup.graph!r}",
+        ]
+        return f"Sampler({', '.join(parts)})"
 
     @method_takes(CallOptions)
     def __call__(self, options: CallOptions) -> Tensor:
         """Draw one batch, in tensors that are the caller's own.
 
         The arguments are those of `fastddim.sample` that may change from call to call.
+
+        Args:
+            model_kwargs, uncond_kwargs: values for this call in place of those that the sampler was
+                made with, by their names: tensors of the same shape, dtype and device, of B rows or
+                one. Graphs are not captured anew. A tensor that the sampler was made with may also
+                be written in place.
 
         Returns:
             The samples `[B, …]`, or the states `[S + 1, B, …]`, as `fastddim.sample` does.
@@ -72,8 +101,12 @@ class Sampler(Rebuilt):
         return self._draw(options)
 
     def _draw(self, options: CallOptions) -> Tensor:
-        self._weight.check()
-        return self._loop.sample(options)
+        for weight in self._weights:
+            weight.check()
+        arguments = None
+        if options.model_kwargs is not None or options.uncond_kwargs is not None:
+            arguments = self._setup.arguments.replaced(options.model_kwargs, options.uncond_kwargs)
+        return self._loop.sample(options, arguments)
 
     @torch.inference_mode(False)
     def _build(self) -> None:
@@ -81,4 +114,5 @@ class Sampler(Rebuilt):
         self._walk = Walk.of(self._setup)
 
     def _functions(self) -> tuple[Any, ...]:
-        return self._setup.model, self._setup.denoised_fn
+        setup = self._setup
+        return setup.model, setup.uncond_model, setup.denoised_fn

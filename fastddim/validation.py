@@ -244,6 +244,16 @@ def check_model_output(name: str, value: Any, x: Tensor, *, guided: bool) -> Ten
     return check_device(name, value, "the state", x.device)
 
 
+def check_same_output(unconditional: Tensor, conditional: Tensor) -> None:
+    """Refuse outputs of two models that cannot be halves of one."""
+    if unconditional.shape != conditional.shape or unconditional.dtype != conditional.dtype:
+        raise ValueError(
+            "uncond_model output: expected shape and dtype of the model output, "
+            f"{tuple(conditional.shape)} and {conditional.dtype}, "
+            f"got {tuple(unconditional.shape)} and {unconditional.dtype}"
+        )
+
+
 def check_finite_output(output: Tensor, where: Callable[[], str]) -> None:
     """Refuse a model's NaN and infinity; this waits for the device.
 

@@ -130,9 +130,9 @@ DTYPES = {
 @pytest.mark.parametrize(("make", "dtype"), DTYPES.values(), ids=DTYPES)
 def test_x_arrives_in_the_dtype_of_the_model(make: Any, dtype: torch.dtype) -> None:
     model = make()
-    x = fastddim.sample(model, 3, shape=SHAPE, schedule=COSINE)
+    x = fastddim.sample(model, 3, shape=SHAPE, seed=0, schedule=COSINE)
     assert set(model.seen) == {dtype}
-    assert torch.equal(x, fastddim.sample(rounded(dtype), 3, shape=SHAPE, schedule=COSINE))
+    assert torch.equal(x, fastddim.sample(rounded(dtype), 3, shape=SHAPE, seed=0, schedule=COSINE))
     assert fastddim.sample(model, 3, shape=SHAPE, schedule=COSINE, dtype=DOUBLE).dtype == DOUBLE
 
 
@@ -209,9 +209,15 @@ def test_model_dtype_is_checked(
 
 def test_model_dtype_rounds_what_the_model_reads_and_not_the_state() -> None:
     x = fastddim.sample(
-        elementwise_model_in_single, 5, shape=SHAPE, schedule=COSINE, model_dtype=BRAIN, eta=1.0
+        elementwise_model_in_single,
+        5,
+        shape=SHAPE,
+        seed=0,
+        schedule=COSINE,
+        model_dtype=BRAIN,
+        eta=1.0,
     )
-    expected = fastddim.sample(rounded(BRAIN), 5, shape=SHAPE, schedule=COSINE, eta=1.0)
+    expected = fastddim.sample(rounded(BRAIN), 5, shape=SHAPE, seed=0, schedule=COSINE, eta=1.0)
     assert torch.equal(x, expected)
     assert not torch.equal(x, x.to(BRAIN))
 
@@ -244,9 +250,9 @@ def test_a_unet_with_layerwise_casting_gets_what_it_computes_in(wrap: Any) -> No
     net = unet()
     net.enable_layerwise_casting(storage_dtype=EIGHT, compute_dtype=BRAIN)
     assert net.conv_in.weight.dtype == EIGHT
-    x = fastddim.sample(wrap(net), 2, schedule=LINEAR)
+    x = fastddim.sample(wrap(net), 2, schedule=LINEAR, seed=0)
     expected = fastddim.sample(
-        lambda x, t: net(x.to(BRAIN), t), 2, shape=(1, 3, 8, 8), schedule=LINEAR
+        lambda x, t: net(x.to(BRAIN), t), 2, shape=(1, 3, 8, 8), schedule=LINEAR, seed=0
     )
     assert torch.equal(x, expected)
     assert x.isfinite().all()
@@ -321,8 +327,8 @@ def test_a_wrapped_network_tells_what_it_tells_alone(wrap: Any) -> None:
     assert adapter.own_device(model) == torch.device("cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="fastddim")
-        x = fastddim.sample(model, 3, batch_size=2)
-    assert torch.equal(x, fastddim.sample(net, 3, batch_size=2, schedule=COSINE))
+        x = fastddim.sample(model, 3, batch_size=2, seed=0)
+    assert torch.equal(x, fastddim.sample(net, 3, batch_size=2, seed=0, schedule=COSINE))
 
 
 def closure(net: nn.Module) -> Any:
@@ -375,9 +381,9 @@ def test_the_schedule_of_a_network_within_reach_is_found(make: Any) -> None:
     model = make()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="fastddim")
-        x = fastddim.sample(model, 3, shape=SHAPE)
-    assert torch.equal(x, fastddim.sample(model, 3, shape=SHAPE, schedule=COSINE))
-    assert not torch.equal(x, fastddim.sample(model, 3, shape=SHAPE, schedule=LINEAR))
+        x = fastddim.sample(model, 3, shape=SHAPE, seed=0)
+    assert torch.equal(x, fastddim.sample(model, 3, shape=SHAPE, seed=0, schedule=COSINE))
+    assert not torch.equal(x, fastddim.sample(model, 3, shape=SHAPE, seed=0, schedule=LINEAR))
 
 
 def test_a_graph_depends_on_a_network_that_a_function_names() -> None:
@@ -435,10 +441,10 @@ def setting_schedule(value: Any) -> Any:
 def test_without_a_schedule_the_assumption_is_named(make: Any) -> None:
     model = make()
     with pytest.warns(UserWarning, match=r"Schedule\.linear\(\), DDPM's 1000 .* schedule=") as said:
-        x = fastddim.sample(model, 3, shape=SHAPE)
+        x = fastddim.sample(model, 3, shape=SHAPE, seed=0)
     assert [w.filename for w in said] == [__file__]
     assert f"class {type(model).__qualname__} " in str(said[0].message)
-    assert torch.equal(x, fastddim.sample(model, 3, shape=SHAPE, schedule=LINEAR))
+    assert torch.equal(x, fastddim.sample(model, 3, shape=SHAPE, seed=0, schedule=LINEAR))
 
 
 def test_a_closure_that_is_not_filled_tells_nothing() -> None:
@@ -591,8 +597,8 @@ def test_weights_without_values_are_an_error_that_names_the_device(
 
 def test_a_device_that_is_given_needs_no_telling() -> None:
     model = Recorder(SINGLE).to("meta")
-    x = fastddim.sample(model, 2, shape=SHAPE, schedule=COSINE, device="cpu")
-    assert torch.equal(x, fastddim.sample(rounded(SINGLE), 2, shape=SHAPE, schedule=COSINE))
+    x = fastddim.sample(model, 2, shape=SHAPE, seed=0, schedule=COSINE, device="cpu")
+    assert torch.equal(x, fastddim.sample(rounded(SINGLE), 2, shape=SHAPE, seed=0, schedule=COSINE))
 
 
 def test_a_hook_to_a_device_that_does_not_work_here_is_named() -> None:
@@ -627,11 +633,11 @@ OFFLOADED = [offloaded_to_the_cpu, offloaded_to_disk, offloaded_in_part, offload
 @pytest.mark.parametrize("offload", OFFLOADED)
 def test_an_offloaded_network_computes_where_its_hooks_say(offload: Any, tmp_path: Path) -> None:
     net = unet()
-    expected = fastddim.sample(net, 2, schedule=LINEAR)
+    expected = fastddim.sample(net, 2, schedule=LINEAR, seed=0)
     offload(net, tmp_path)
     on_meta = any(p.device.type == "meta" for p in net.parameters())
     assert on_meta == (offload is not offloaded_in_groups)
-    assert torch.equal(fastddim.sample(net, 2, schedule=LINEAR), expected)
+    assert torch.equal(fastddim.sample(net, 2, schedule=LINEAR, seed=0), expected)
 
 
 def test_a_run_of_an_offloaded_network_needs_its_name(tmp_path: Path) -> None:
@@ -667,13 +673,13 @@ PARALLEL = {
 @pytest.mark.parametrize("wrap", PARALLEL.values(), ids=PARALLEL)
 def test_a_parallel_network_tells_what_it_tells_alone(wrap: Any, process_group: None) -> None:
     net = Net().double().eval()
-    expected = fastddim.sample(net, 3, batch_size=2)
+    expected = fastddim.sample(net, 3, batch_size=2, seed=0)
     model = wrap(net)
     assert adapter.own_schedule(model) is COSINE
     assert adapter.own_sample_shape(model) == SHAPE[1:]
     assert adapter.own_dtype(model) == DOUBLE
     assert adapter.own_device(model) == torch.device("cpu")
-    assert torch.equal(fastddim.sample(model, 3, batch_size=2), expected)
+    assert torch.equal(fastddim.sample(model, 3, batch_size=2, seed=0), expected)
 
 
 def test_a_fully_sharded_network_tells_what_it_tells_alone() -> None:

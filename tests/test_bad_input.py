@@ -332,7 +332,6 @@ CALL = {
     "seed too large": ({"seed": 2**64}, ValueError, "seed", "18446744073709551615", str(2**64)),
     "seed float": ({"seed": 1.0}, TypeError, "seed", "integer", "1.0"),
     "seed bool": ({"seed": True}, TypeError, "seed", "integer", "True"),
-    "seed none": ({"seed": None}, TypeError, "seed", "integer", "None"),
     "seeds too few": ({"seed": [1]}, ValueError, "seed", "one seed per sample, 2", "1"),
     "seeds too many": ({"seed": [1, 2, 3]}, ValueError, "seed", "one seed per sample, 2", "3"),
     "seeds negative": ({"seed": [1, -2]}, ValueError, "seed[1]", "[0, ", "-2"),

@@ -530,8 +530,8 @@ class TestKey:
             {"eta": 1.0, "noise": generator(1)},
             {"model_kwargs": {"scale": 0.5}},
             {"model_kwargs": {"scale": torch.ones(2, 1, 1, 1)}},
-            {"model_kwargs": {"scale": torch.ones(1)}},
-            {"model_kwargs": {"scale": torch.ones(1, dtype=torch.float64)}},
+            {"model_kwargs": {"scale": torch.ones(1, 1, 1, 1)}},
+            {"model_kwargs": {"scale": torch.ones(2, 1, 1, 1, dtype=torch.float64)}},
             {"model_kwargs": {"label": "cat"}},
             {"model_kwargs": {"label": ["cat"]}},
             {"model_kwargs": {"label": -0.0}},
@@ -954,7 +954,7 @@ class TestShelf:
         assert len(captures) == 1
 
     def test_the_loop_holds_nothing_of_the_callers(self, captures):
-        scale, schedule = torch.ones(1), Schedule.cosine()
+        scale, schedule = torch.ones(1, 1, 1, 1), Schedule.cosine()
         refs = [weakref.ref(v) for v in (scale, schedule)]
         model = Scaled()
         sample(model, True, model_kwargs={"scale": scale}, schedule=schedule)
@@ -966,7 +966,7 @@ class TestShelf:
 class TestSamplerObject:
     @pytest.mark.parametrize("mode", CAPTURED)
     def test_calls_share_a_graph(self, mode, captures):
-        model, scale = Scaled(), torch.ones(1)
+        model, scale = Scaled(), torch.ones(1, 1, 1, 1)
         kind = {"shape": SHAPE, "eta": 1.0, "model_kwargs": {"scale": scale}}
         sampler = Sampler(model, 4, graph=mode, **kind)
         eager = Sampler(model, 4, graph=False, **kind)

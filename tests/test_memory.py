@@ -56,7 +56,7 @@ class TestPeak:
         )._loop
         loop.counters.rewind()
         with torch.no_grad(), LiveStorage() as probe:
-            loop.step.take(loop.counters.now, None, model_kwargs={})
+            loop.step.take(loop.counters.now, None)
         assert probe.peak == output * STATE
 
     def test_of_a_call(self, eta, dtype, guidance_scale, model_input, output):

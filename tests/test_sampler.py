@@ -275,8 +275,9 @@ RUN = {
     "impl": "auto",
     "graph": "auto",
     "check_finite": False,
-    "model_kwargs": None,
+    "uncond_model": None,
 }
+GIVEN = {"model_kwargs": None, "uncond_kwargs": None}
 WATCH = {"progress": False, "callback": None, "return_trajectory": False}
 
 
@@ -293,6 +294,7 @@ class TestSignatures:
                 | NOISE
                 | PLAN
                 | RUN
+                | GIVEN
                 | WATCH
                 | FIT
                 | LOOP
@@ -306,15 +308,20 @@ class TestSignatures:
                 UPDATE
                 | PLAN
                 | RUN
+                | GIVEN
                 | FIT
                 | LOOP
                 | {"variance": "small", "shape": None, "batch_size": 1},
             ),
-            (Sampler.__call__, ["self"], NOISE | WATCH | MASK | {"x_T": None, "first_step": 0}),
+            (
+                Sampler.__call__,
+                ["self"],
+                NOISE | GIVEN | WATCH | MASK | {"x_T": None, "first_step": 0},
+            ),
             (
                 fastddim.invert,
                 ["model", "x_0", "steps"],
-                UPDATE | PLAN | RUN | WATCH | {"order": 1, "refine": 0},
+                UPDATE | PLAN | RUN | GIVEN | WATCH | {"order": 1, "refine": 0},
             ),
             (
                 fastddim.step,

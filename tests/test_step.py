@@ -128,14 +128,13 @@ class TestNoise:
             )
             assert torch.equal(own[one], expected)
 
-    def test_default_seed(self, impl):
+    def test_default_step_index(self, impl):
         x, m = tensors(SHAPE, SHAPE)
-        default = fastddim.step(x, m, 0.3, 0.6, eta=1.0, impl=impl)
-        assert torch.equal(fastddim.step(x, m, 0.3, 0.6, eta=1.0, seed=0, impl=impl), default)
-        assert not torch.equal(fastddim.step(x, m, 0.3, 0.6, eta=1.0, seed=1, impl=impl), default)
-        assert not torch.equal(
-            fastddim.step(x, m, 0.3, 0.6, eta=1.0, step_index=1, impl=impl), default
-        )
+        kind = {"eta": 1.0, "impl": impl}
+        default = fastddim.step(x, m, 0.3, 0.6, seed=0, **kind)
+        assert torch.equal(fastddim.step(x, m, 0.3, 0.6, seed=0, step_index=0, **kind), default)
+        for other in ({"seed": 1}, {"seed": 0, "step_index": 1}):
+            assert not torch.equal(fastddim.step(x, m, 0.3, 0.6, **other, **kind), default)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
     def test_generators(self, impl, dtype):
@@ -167,14 +166,15 @@ class TestOut:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
     def test_out(self, impl, eta, dtype):
         x, m = tensors(SHAPE, SHAPE, dtype=dtype)
-        expected, expected_x_0 = fastddim.step(x, m, 0.3, 0.6, eta=eta, return_x0=True, impl=impl)
+        kind = {"eta": eta, "seed": 2, "impl": impl}
+        expected, expected_x_0 = fastddim.step(x, m, 0.3, 0.6, return_x0=True, **kind)
         out = torch.empty_like(x)
-        result, x_0 = fastddim.step(x, m, 0.3, 0.6, eta=eta, out=out, return_x0=True, impl=impl)
+        result, x_0 = fastddim.step(x, m, 0.3, 0.6, out=out, return_x0=True, **kind)
         assert result is out
         assert torch.equal(out, expected)
         assert torch.equal(x_0, expected_x_0)
         in_place = x.clone()
-        assert fastddim.step(in_place, m, 0.3, 0.6, eta=eta, out=in_place, impl=impl) is in_place
+        assert fastddim.step(in_place, m, 0.3, 0.6, out=in_place, **kind) is in_place
         assert torch.equal(in_place, expected)
 
     def test_inputs_are_not_modified(self, impl):

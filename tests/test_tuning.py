@@ -325,7 +325,7 @@ class TestBadInput:
 
 def trials(model: Any = None, **options: Any) -> Trials:
     update = Update(**options).checked(None)
-    network = Network(model or Mixture((4,)), update, {}, torch.float64)
+    network = Network(model or Mixture((4,)), update, torch.float64)
     return Trials(network, SCHEDULE, update)
 
 

@@ -56,7 +56,7 @@ class Buffers(NamedTuple):
         batch = shape[0]
         state = torch.zeros(shape, dtype=dtype, device=device)
         table = state.new_zeros((rows, len(Row._fields)), dtype=compute_dtype(dtype))
-        own_input = kind.guided or model_dtype != dtype
+        own_input = kind.parts > 1 or model_dtype != dtype
         input_shape = (kind.parts * batch, *shape[1:])
         return cls(
             state=state,

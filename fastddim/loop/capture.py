@@ -1,9 +1,9 @@
 """The capture of a part of a loop as a graph, and when there is one.
 
 A graph repeats kernels on addresses. So all that may change between two replays is copied into
-tensors that stay (`Inputs`, and the loop's own `Buffers`), and all that decides which kernels run
-is part of a key (`ModelState`, `torch_settings`, `kwargs_key`); what is in neither is as it was at
-capture.
+tensors that stay (`StaticInputs`, and the loop's own `Buffers`), and all that decides which kernels
+run is part of a key (`ModelState`, `torch_settings`, `ModelArguments.key`); what is in neither is
+as it was at capture.
 """
 
 from __future__ import annotations

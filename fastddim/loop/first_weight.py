@@ -16,14 +16,15 @@ class FirstWeight:
     those of all: `module.to` and `module.half` change them together.
     """
 
-    def __init__(self, owner: str, model: Any, device: torch.device) -> None:
+    def __init__(self, owner: str, model: Any, device: torch.device, name: str = "model") -> None:
         """
         Args:
             owner: what was prepared for them, as an error names it.
             model: of the user.
             device: of the state, to which hooks may move a model that is kept elsewhere.
+            name: of the argument, as an error names it.
         """
-        self._owner = owner
+        self._owner, self._argument = owner, name
         self._module: nn.Module | None = None
         none: tuple[None, str, str] = (None, "", "")
         self._module, self._kind, self._name = next(_weights(model), none)
@@ -43,7 +44,7 @@ class FirstWeight:
             return
         if weight.dtype is not self._dtype or weight.device not in self._devices:
             raise ValueError(
-                f"model: expected weights as they were when the {self._owner} was made, "
+                f"{self._argument}: expected weights as they were when the {self._owner} was made, "
                 f"{self._dtype} on {self._devices[0]}, got {weight.dtype} on {weight.device}; "
                 f"make a new {self._owner} after module.to() or module.half()"
             )
@@ -59,6 +60,16 @@ class FirstWeight:
         except KeyError:
             return None
         return weight
+
+
+def first_weights(
+    owner: str, model: Any, uncond_model: Any, device: torch.device
+) -> list[FirstWeight]:
+    """Of the model, and of the unconditional one where there is another."""
+    found = [FirstWeight(owner, model, device)]
+    if uncond_model is not None:
+        found.append(FirstWeight(owner, uncond_model, device, "uncond_model"))
+    return found
 
 
 def _weights(model: Any) -> Iterator[tuple[nn.Module, str, str]]:

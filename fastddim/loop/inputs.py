@@ -1,8 +1,8 @@
-"""The `model_kwargs` of a captured model: tensors that stay, and a key for all else."""
+"""The arguments of a model in memory: tensors that stay where that is needed."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,60 +10,89 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from fastddim.loop.arguments import ModelArguments
 from fastddim.loop.cuda import CaptureError
+from fastddim.loop.rows import Rows
 
 
 class Inputs:
-    """Copies of the tensors in `model_kwargs` that stay where they are.
+    """What models read eagerly: the caller's tensors where they are read as they are, and tensors
+    that stay where rows are repeated or stacked.
+
+    Attributes:
+        arguments: for each model that a step evaluates.
+    """
+
+    arguments: tuple[dict[str, Any], ...] = ({},)
+
+    def __init__(self) -> None:
+        self._own: list[Tensor | None] = []
+
+    def load(self, given: ModelArguments) -> None:
+        """Take over the values of now."""
+        if not any(given.trees):
+            self.arguments = given.trees
+            return
+        leaves, structure = tree_flatten(given.trees)
+        self._own = self._own or [None] * len(leaves)
+        read = [self._read(i, leaf) for i, leaf in enumerate(leaves)]
+        self.arguments = tree_unflatten(read, structure)
+
+    def _read(self, i: int, leaf: Any) -> Any:
+        if not isinstance(leaf, Rows):
+            return leaf
+        if leaf.whole:
+            return leaf.like
+        own = self._own[i]
+        if own is None:
+            own = self._own[i] = leaf.empty()
+        leaf.write(own)
+        return own
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Those that stay."""
+        yield from (own for own in self._own if own is not None)
+
+
+class StaticInputs:
+    """What a graph reads: copies of all tensors, which stay where they are.
+
+    Attributes:
+        arguments: for each model that a step evaluates.
 
     Raises:
         CaptureError: there are values that a graph would read on the host.
     """
 
-    def __init__(self, model_kwargs: Mapping[str, Any], device: torch.device) -> None:
-        leaves, structure = tree_flatten(dict(model_kwargs))
+    def __init__(self, given: ModelArguments, device: torch.device) -> None:
+        leaves, structure = tree_flatten(given.trees)
         self._leaves = [_static(leaf, device) for leaf in leaves]
-        self.model_kwargs: dict[str, Any] = tree_unflatten(self._leaves, structure)
+        self.arguments: tuple[dict[str, Any], ...] = tree_unflatten(self._leaves, structure)
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (leaf for leaf in self._leaves if isinstance(leaf, Tensor))
 
-    def load(self, model_kwargs: Mapping[str, Any]) -> None:
-        """Take over the values of tensors with the same `kwargs_key`."""
+    def load(self, given: ModelArguments) -> None:
+        """Take over the values of arguments with the same `key`, or of some in their place."""
         if not self._leaves:
             return
-        for own, given in zip(self._leaves, tree_leaves(dict(model_kwargs)), strict=True):
-            if isinstance(own, Tensor):
-                own.copy_(given)
+        for own, leaf in zip(self._leaves, tree_leaves(given.trees), strict=True):
+            if isinstance(leaf, Rows):
+                leaf.write(own)
 
 
 def _static(leaf: Any, device: torch.device) -> Any:
     if isinstance(leaf, np.ndarray):
         raise CaptureError("model_kwargs hold a NumPy array, whose values a graph would not follow")
-    if not isinstance(leaf, Tensor):
+    if not isinstance(leaf, Rows):
         return leaf
-    if leaf.device != device:
+    if leaf.like.device != device:
         raise CaptureError(
-            f"model_kwargs hold a tensor on {leaf.device}, whose values a graph on {device} would "
-            "not follow"
+            f"model_kwargs hold a tensor on {leaf.like.device}, whose values a graph on {device} "
+            "would not follow"
         )
-    return leaf.detach().clone()
-
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-
-
-def kwargs_key(model_kwargs: Mapping[str, Any]) -> Hashable:
-    """All of `model_kwargs` except the values of tensors: what a graph of the model depends on."""
-    if not model_kwargs:
-        return None
-    leaves, structure = tree_flatten(dict(model_kwargs))
-    return repr(structure), tuple(_leaf_key(leaf) for leaf in leaves)
-
-
-def _leaf_key(leaf: Any) -> Hashable:
-    if isinstance(leaf, Tensor):
-        return type(leaf), tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
-    # repr tells 0.0 from -0.0.
-    return (type(leaf), repr(leaf)) if isinstance(leaf, _PLAIN) else id(leaf)
+    if leaf.whole:
+        return leaf.like.detach().clone()
+    own = leaf.empty()
+    leaf.write(own)
+    return own

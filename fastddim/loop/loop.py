@@ -11,10 +11,11 @@ from torch import Tensor
 from fastddim import philox, transfer
 from fastddim.loop import capture
 from fastddim.loop.alignment import aligned_rows
+from fastddim.loop.arguments import ModelArguments
 from fastddim.loop.buffers import Buffers, Inpainting
 from fastddim.loop.capture import Graph, check_outer_capture
 from fastddim.loop.counters import Counters, Position
-from fastddim.loop.inputs import Inputs, kwargs_key
+from fastddim.loop.inputs import Inputs, StaticInputs
 from fastddim.loop.modes import OneAtATime, without_autograd
 from fastddim.loop.noise import check_noise_source, draw, listed, noise_at
 from fastddim.loop.programs import Programs
@@ -44,13 +45,13 @@ class Program(NamedTuple):
     """
 
     graph: Graph
-    inputs: Inputs
+    inputs: StaticInputs
     noise: Tensor | None  # [steps, B, …], of its own steps
     trajectory: Tensor | None  # [steps, B, …], the states after each of them
 
     def tensors(self) -> list[Tensor]:
         own = [t for t in (self.noise, self.trajectory) if t is not None]
-        return [*self.inputs.tensors, *own]
+        return [*self.inputs.tensors(), *own]
 
 
 class Loop:
@@ -88,13 +89,13 @@ class Loop:
     def load(self, setup: Setup) -> None:
         """Take over everything in `setup` that is not in its key."""
         self.plan = setup.plan
-        self.model_kwargs = setup.model_kwargs
-        self.step.model = setup.model
+        self._arguments, self._inputs = setup.arguments, Inputs()
+        self.step.model, self.step.uncond_model = setup.model, setup.uncond_model
         self.step.denoised_fn = setup.denoised_fn
         self.step.check = self._refuse_nonfinite if setup.check_finite else None
         self._check_finite = setup.check_finite
         self._late_start = setup.late_start
-        self._programs.follow(setup.model, setup.denoised_fn)
+        self._programs.follow(setup.model, setup.uncond_model, setup.denoised_fn)
         timesteps = setup.plan.timesteps
         self._timesteps = timesteps.tolist()
         buffers, device = self.buffers, setup.device
@@ -106,12 +107,16 @@ class Loop:
 
     def unload(self) -> None:
         """Let go of what is the caller's; `load` comes before the next run."""
-        del self.plan, self.model_kwargs
-        del self.step.model, self.step.denoised_fn, self.step.check
+        del self.plan, self._arguments, self._inputs
+        del self.step.model, self.step.uncond_model, self.step.denoised_fn, self.step.check
         self._programs.unfollow()
 
-    def sample(self, options: CallOptions) -> Tensor:
-        """Draw one batch; see `fastddim.sample` for the options."""
+    def sample(self, options: CallOptions, arguments: ModelArguments | None = None) -> Tensor:
+        """Draw one batch; see `fastddim.sample` for the options.
+
+        Args:
+            arguments: of the model, in place of those of the setup.
+        """
         state = self.buffers.state
         check_outer_capture(self._graph, state.device, self._check_finite)
         noise, x_T = options.noise, options.x_T
@@ -140,6 +145,7 @@ class Loop:
             mask=options.mask,
             known=options.known,
             first=first,
+            arguments=arguments,
         )
 
     def run(
@@ -152,6 +158,7 @@ class Loop:
         mask: Tensor | None = None,
         known: Tensor | None = None,
         first: int = 0,
+        arguments: ModelArguments | None = None,
     ) -> Tensor:
         """Walk the plan from `x`, or from the latents of `samples`, step by step or by the graph of
         all steps.
@@ -172,6 +179,8 @@ class Loop:
             if masked and self.step.inpainting is None:
                 self.step.inpainting = Inpainting.allocate(self.buffers, self.plan.steps)
             program = self._program(noise, reporting, masked, first)
+            inputs = self._inputs if program is None else program.inputs
+            inputs.load(self._arguments if arguments is None else arguments)
             self._begin(x, samples, mask, known, first)
             trajectory = self._new_trajectory(first) if reporting.return_trajectory else None
             with progress_bar(reporting.progress, first, self.plan.steps) as bar:
@@ -199,14 +208,14 @@ class Loop:
         callback lets it; the index of the step that would come next.
         """
         state, x_0, now = self.buffers.state, self.buffers.x_0, self.counters.now
-        callback, take, model_kwargs = reporting.callback, self.step.take, self.model_kwargs
+        callback, take, arguments = reporting.callback, self.step.take, self._inputs.arguments
         with_x_0, stopped = callback is not None, False
         for s in range(first, self.plan.steps):
             if program is not None:
                 self._replay(program, noise, s)
             else:
                 z = noise_at(noise, s, state)
-                take(now, z, model_kwargs=model_kwargs, with_x_0=with_x_0, masked=masked)
+                take(now, z, arguments=arguments, with_x_0=with_x_0, masked=masked)
             if trajectory is not None:
                 trajectory[s + 1 - first].copy_(state)
             if callback is not None and x_0 is not None:
@@ -295,16 +304,16 @@ class Loop:
     def _program(
         self, noise: NoiseSource, reporting: Reporting, masked: bool, first: int
     ) -> Program | None:
-        """The graph for this run, loaded with the caller's values; None where the run is eager."""
+        """The graph for this run; None where the run is eager."""
         joins = self._graph == "auto" and transfer.captured(self.buffers.state.device)
         if not self._captures or joins:
             return None
         with_x_0 = reporting.callback is not None
         with_trajectory = reporting.return_trajectory and self._whole
         first = first if self._whole else 0
-        program = self._programs.find(
+        return self._programs.find(
             (
-                kwargs_key(self.model_kwargs),
+                self._arguments.key,
                 noise.dtype if isinstance(noise, Tensor) else listed(noise),
                 with_x_0,
                 with_trajectory,
@@ -313,9 +322,6 @@ class Loop:
             ),
             lambda: self._capture(noise, with_x_0, with_trajectory, masked, first),
         )
-        if program is not None:
-            program.inputs.load(self.model_kwargs)
-        return program
 
     def _capture(
         self, noise: NoiseSource, with_x_0: bool, with_trajectory: bool, masked: bool, first: int
@@ -324,7 +330,7 @@ class Loop:
         device, shape = state.device, tuple(state.shape)
         positions = self.counters.each[first:] if self._whole else [self.counters.now]
         steps = len(positions)
-        inputs = Inputs(self.model_kwargs, device)
+        inputs = StaticInputs(self._arguments, device)
         generators = [] if isinstance(noise, Tensor) else listed(noise)
         staged = None
         if noise is not None and not (generators and capture.draws_inside(generators, device)):
@@ -340,9 +346,7 @@ class Loop:
                 self.buffers.follow_state()
             for s, at in enumerate(positions):
                 z = noise_at(noise, s, state)
-                self.step.take(
-                    at, z, model_kwargs=inputs.model_kwargs, with_x_0=with_x_0, masked=masked
-                )
+                self.step.take(at, z, arguments=inputs.arguments, with_x_0=with_x_0, masked=masked)
                 if trajectory is not None:
                     trajectory[s].copy_(state)
 
@@ -369,6 +373,8 @@ class Loop:
         yield from self.buffers.tensors()
         yield from self.counters.tensors()
         yield from self.step.inpainting or ()
+        yield from self.step.halves()
+        yield from self._inputs.tensors()
         for program in self._programs.values():
             yield from program.tensors()
 

@@ -21,7 +21,7 @@ class LoopPool:
     """Loops between calls, each there for one caller at a time and as long as its model lives."""
 
     def __init__(self) -> None:
-        self._entries: Cache[tuple[weakref.ref[Any], Loop]] = Cache(KEPT)
+        self._entries: Cache[tuple[list[weakref.ref[Any]], Loop]] = Cache(KEPT)
         # Reentrant: what an entry lets go of may run code that comes back here.
         self._lock = threading.RLock()
 
@@ -45,7 +45,7 @@ class LoopPool:
     def acquire(self, setup: Setup) -> Loop:
         """The loop that was released last for such a setup, or a new one; the caller's alone."""
         with self._lock:
-            entry = self._entries.pop((_identity(setup.model), setup.key))
+            entry = self._entries.pop(_key(setup))
         if entry is None:
             return Loop(setup)
         _, loop = entry
@@ -53,17 +53,19 @@ class LoopPool:
         return loop
 
     def release(self, setup: Setup, loop: Loop) -> None:
-        """Keep the loop for a later call; dropped where the model cannot be watched.
+        """Keep the loop for a later call; dropped where a model cannot be watched.
 
         The model of a bound method is the object that it is bound to.
         """
         loop.unload()
-        model = setup.model
-        owner = model.__self__ if isinstance(model, types.MethodType) else model
-        key = (_identity(model), setup.key)
-        entries = self._entries
+        key, entries = _key(setup), self._entries
         with self._lock, suppress(TypeError):
-            entries.put(key, (weakref.ref(owner, lambda _: entries.pop(key)), loop))
+            watched = [
+                weakref.ref(_owner(model), lambda _: entries.pop(key))
+                for model in (setup.model, setup.uncond_model)
+                if model is not None
+            ]
+            entries.put(key, (watched, loop))
 
     def clear(self) -> None:
         """Let go of all loops, of their graphs and of their memory."""
@@ -71,7 +73,15 @@ class LoopPool:
             self._entries.clear()
 
 
-def _identity(model: Model) -> Hashable:
+def _key(setup: Setup) -> Hashable:
+    return _identity(setup.model), _identity(setup.uncond_model), setup.key
+
+
+def _owner(model: Model) -> Any:
+    return model.__self__ if isinstance(model, types.MethodType) else model
+
+
+def _identity(model: Model | None) -> Hashable:
     if isinstance(model, types.MethodType):
         return id(model.__self__), model.__func__
     return id(model)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,18 @@ from fastddim import adapter, backends, transfer
 from fastddim.adapter import Model, check_model
 from fastddim.choices import Graph
 from fastddim.loop import cuda
+from fastddim.loop.arguments import ModelArguments
 from fastddim.loop.capture import check_graph
 from fastddim.loop.start import LateStart
 from fastddim.notices import warn_once
-from fastddim.options import DenoisedFn, InvertOptions, Placement, SamplerOptions, Update
+from fastddim.options import (
+    DenoisedFn,
+    InvertOptions,
+    Placement,
+    SamplerOptions,
+    TuneOptions,
+    Update,
+)
 from fastddim.plan import Plan, make_inversion_plan, make_plan, to_table
 from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
@@ -42,7 +50,8 @@ class Setup:
     backend: backends.Backend
     graph: Graph
     check_finite: bool
-    model_kwargs: dict[str, Any]
+    arguments: ModelArguments
+    uncond_model: Model | None
     late_start: LateStart | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,7 +102,9 @@ def prepare_sampling(options: SamplerOptions, *, x_T: Tensor | None = None) -> S
     given = options.shape
     if x_T is not None:
         check_state("x_T", x_T)
-        given = tuple(x_T.shape) if given is None else given
+        if given is None:
+            given = tuple(x_T.shape)
+            adapter.check_batched("x_T", given, options.model, tensor=True)
     shape = resolve_shape(options.model, given, options.batch_size)
     dtype, device = resolve_placement(options, options.model, x_T)
     schedule = resolve_schedule(options.model, options.schedule)
@@ -122,6 +133,7 @@ def prepare_inversion(options: InvertOptions) -> Setup:
         if isinstance(value, Tensor) or value != neutral:
             raise ValueError(f"{name}: expected {neutral} for an invertible step, got {value!r}")
     shape = tuple(x_0.shape)
+    adapter.check_batched("x_0", shape, options.model, tensor=True)
     dtype, device = resolve_placement(options, options.model, x_0)
     check_initial("x_0", x_0, shape, dtype, device)
     schedule = resolve_schedule(options.model, options.schedule)
@@ -161,6 +173,18 @@ def make_setup(
         for rows in halves
     )
     assert table is not None
+    apart = options.uncond_model is not None
+    arguments = ModelArguments.of(
+        options.model_kwargs,
+        options.uncond_kwargs,
+        batch=shape[0],
+        guided=plan.kind.guided,
+        apart=apart,
+    )
+    model_dtype = resolve_model_dtype(options.model, options.model_dtype, dtype)
+    if apart:
+        check_uncond_model(options.uncond_model, options, plan.kind.guided, model_dtype, device)
+        plan = replace(plan, kind=plan.kind._replace(apart=True))
     return Setup(
         model=options.model,
         plan=plan,
@@ -170,12 +194,13 @@ def make_setup(
         shape=shape,
         device=device,
         dtype=dtype,
-        model_dtype=resolve_model_dtype(options.model, options.model_dtype, dtype),
+        model_dtype=model_dtype,
         impl=options.impl,
         backend=backends.choose(options.impl, device),
         graph=options.graph,
         check_finite=options.check_finite,
-        model_kwargs=check_model_kwargs(options.model_kwargs),
+        arguments=arguments,
+        uncond_model=options.uncond_model,
         late_start=late_start,
     )
 
@@ -208,12 +233,30 @@ def check_denoised_fn(denoised_fn: Any) -> None:
         raise TypeError(f"denoised_fn: expected a callable, got {type(denoised_fn).__name__}")
 
 
-def check_model_kwargs(model_kwargs: Any) -> dict[str, Any]:
-    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
-        raise TypeError(
-            f"model_kwargs: expected a mapping of names to values, got {model_kwargs!r}"
+def check_uncond_model(
+    uncond_model: Any,
+    placement: Placement | TuneOptions,
+    guided: bool,
+    model_dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Refuse a model that cannot be evaluated on what the other one reads."""
+    check_model(uncond_model, "uncond_model")
+    if not guided:
+        raise ValueError(
+            f"uncond_model: expected None without guidance, got {type(uncond_model).__name__}"
         )
-    return dict(model_kwargs or {})
+    own_dtype = adapter.own_dtype(uncond_model)
+    if placement.model_dtype is None and own_dtype not in (None, model_dtype):
+        raise ValueError(
+            f"uncond_model: expected a model that reads {model_dtype} like the other one, got one "
+            f"that reads {own_dtype}; pass model_dtype= where it takes both"
+        )
+    own_device = None if placement.device is not None else adapter.own_device(uncond_model)
+    if own_device is not None and torch.empty(0, device=own_device).device != device:
+        raise ValueError(
+            f"uncond_model: expected the device of the state, {device}, got {own_device}"
+        )
 
 
 def resolve_shape(model: Model, shape: Sequence[int] | None, batch_size: int) -> tuple[int, ...]:
@@ -228,6 +271,7 @@ def resolve_shape(model: Model, shape: Sequence[int] | None, batch_size: int) ->
     if not isinstance(shape, Sequence) or not shape:
         raise TypeError(f"shape: expected a sequence of integers (B, ...), got {shape!r}")
     resolved = tuple(check_int(f"shape[{i}]", n, 0, 2**62) for i, n in enumerate(shape))
+    adapter.check_batched("shape", resolved, model, tensor=False)
     if batch_size not in (1, resolved[0]):
         raise ValueError(f"batch_size: expected {resolved[0]}, as in shape, got {batch_size}")
     return resolved

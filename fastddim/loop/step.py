@@ -8,7 +8,7 @@ one CUDA graph a step, or as one for all steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,12 @@ from fastddim.loop.buffers import Buffers, Inpainting
 from fastddim.loop.counters import Counting, Position
 from fastddim.options import DenoisedFn, Rescaling
 from fastddim.plan import StepKind
-from fastddim.validation import check_like, check_model_output
+from fastddim.validation import check_like, check_model_output, check_same_output
+
+NO_ARGUMENTS: tuple[dict[str, Any], ...] = ({},)
+
+# Errors of networks that are given a wrong shape; those of classes derived from these stay.
+_EXPLAINED = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 class Step:
@@ -34,12 +39,15 @@ class Step:
 
     Attributes:
         model: evaluated at every step.
+        uncond_model: evaluated beside it for the unconditional half, if anything is.
         denoised_fn: called where steps are split.
+        shape: (B, …) as the caller knows it; a stream's steps may be of fewer samples.
         check: called with every model output, if anything is.
         inpainting: what masked steps blend the state with.
     """
 
     model: Model
+    uncond_model: Model | None = None
     denoised_fn: DenoisedFn | None = None
     check: Callable[[Tensor], None] | None = None
     inpainting: Inpainting | None = None
@@ -64,6 +72,7 @@ class Step:
         self._kind = kind
         self._backend = backend
         self._buffers = buffers
+        self.shape = tuple(buffers.state.shape)
         self._counting = counting
         self._model_input = buffers.model_input
         minimal = not (kind.rescaling or kind.split or kind.refine)
@@ -74,13 +83,14 @@ class Step:
         seen = [self._model_input, *([buffers.x_0] if kind.split else [])]
         # Fake tensors have no addresses.
         self._seen = [_extent(t) for t in seen if type(t) is Tensor]
+        self._halves: dict[tuple[Any, ...], Tensor] = {}
 
     def take(
         self,
         at: Position,
         noise: Tensor | None,
         *,
-        model_kwargs: Mapping[str, Any],
+        arguments: Sequence[dict[str, Any]] = NO_ARGUMENTS,
         with_x_0: bool = False,
         masked: bool = False,
     ) -> None:
@@ -89,12 +99,13 @@ class Step:
         Args:
             at: which step.
             noise: z like the state; None for that of the seed.
-            model_kwargs: passed to the model.
+            arguments: keyword arguments of each model that is evaluated, the unconditional one's
+                first.
             with_x_0: whether the predicted x_0 is written too.
             masked: whether the state is blended with known data.
         """
-        x = self._refined(at, model_kwargs) if self._kind.refine else self._buffers.state
-        output = self._evaluate(at, model_kwargs)
+        x = self._refined(at, arguments) if self._kind.refine else self._buffers.state
+        output = self._evaluate(at, arguments)
         minimal = noise is None and not (with_x_0 or masked or self.check)
         if minimal and self._make_loop_step is not None and self._take_in_one_call(output):
             return
@@ -102,9 +113,54 @@ class Step:
         if at is self._counting.now:
             self._counting.advance(self._backend)
 
-    def _evaluate(self, at: Position, model_kwargs: Mapping[str, Any]) -> Any:
+    def _evaluate(self, at: Position, arguments: Sequence[dict[str, Any]]) -> Any:
         """ε_θ(x_t, t), or whatever the model predicts."""
-        return adapter.output_tensor(self.model(self._model_input, at.t, **model_kwargs))
+        try:
+            if self.uncond_model is not None:
+                return self._evaluate_both(self.uncond_model, at, *arguments)
+            result = self.model(self._model_input, at.t, **arguments[0])
+        except _EXPLAINED as error:
+            if type(error) in _EXPLAINED and adapter.may_lack_batch(self.model, self.shape):
+                raise self._explained(error) from error
+            raise
+        return adapter.output_tensor(result)
+
+    def _explained(self, error: Exception) -> Exception:
+        """The error with what a batch of one sample would be."""
+        return type(error)(
+            f"{error}\nshape: got {self.shape}, where the convolutions of the model take "
+            f"{1 + len(self.shape)} dimensions; a batch of one sample is {(1, *self.shape)}"
+        )
+
+    def _evaluate_both(
+        self, uncond_model: Model, at: Position, others: dict[str, Any], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The outputs of two models for the same input, as the halves of one."""
+        x, state = self._model_input, self._buffers.state
+        output = uncond_model(x, at.t, **others)
+        unconditional = check_model_output(
+            "uncond_model output",
+            adapter.output_tensor(output, "uncond_model"),
+            state,
+            guided=False,
+        )
+        # Before the other is evaluated: both may be one network that returns memory of its own.
+        halves = self._halves_like(unconditional)
+        halves[: len(state)].copy_(unconditional)
+        output = adapter.output_tensor(self.model(x, at.t, **kwargs))
+        conditional = check_model_output("model output", output, state, guided=False)
+        check_same_output(unconditional, conditional)
+        halves[len(state) :].copy_(conditional)
+        return halves
+
+    def _halves_like(self, output: Tensor) -> Tensor:
+        """Memory for two such outputs, which stays as long as a graph may read it."""
+        key = (output.shape, output.dtype)
+        halves = self._halves.get(key)
+        if halves is None:
+            halves = output.new_empty((2 * len(output), *output.shape[1:]))
+            self._halves[key] = halves
+        return halves
 
     def _checked(self, output: Any) -> Tensor:
         checked: Tensor = check_model_output(
@@ -132,7 +188,11 @@ class Step:
                 return tensor if itself else tensor.clone()
         return tensor
 
-    def _refined(self, at: Position, model_kwargs: Mapping[str, Any]) -> Tensor:
+    def halves(self) -> Iterable[Tensor]:
+        """The memory for outputs of two models."""
+        return self._halves.values()
+
+    def _refined(self, at: Position, arguments: Sequence[dict[str, Any]]) -> Tensor:
         """The state from which the step is taken, with the model's input at what `refine` steps
         from there have led to.
         """
@@ -140,7 +200,7 @@ class Step:
         assert start is not None
         start.copy_(self._buffers.state)
         for _ in range(self._kind.refine):
-            self._update(at, start, self._checked(self._evaluate(at, model_kwargs)), None)
+            self._update(at, start, self._checked(self._evaluate(at, arguments)), None)
         return start
 
     def _take_in_one_call(self, output: Any) -> bool:

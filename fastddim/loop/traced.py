@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fastddim import philox
 from fastddim.kept import elsewhere
+from fastddim.loop.arguments import ModelArguments
 from fastddim.loop.loop import check_known
 from fastddim.loop.noise import check_noise_source
 from fastddim.loop.setup import (
     Setup,
     check_denoised_fn,
-    check_model_kwargs,
     prepare_inversion,
     prepare_sampling,
 )
@@ -30,7 +30,9 @@ from fastddim.loop.start import check_first_step, seed_of
 from fastddim.loop.walk import Functions, Mixing, Noise, Walk
 from fastddim.options import (
     PER_STEP,
+    Autoguidance,
     CallOptions,
+    Conditioning,
     InvertOptions,
     Reporting,
     SampleOptions,
@@ -46,7 +48,9 @@ Result = TypeVar("Result")
 # Earlier compilers do not hand a user's object on to code that they do not follow.
 _HANDS_ON_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
-_HANDED_ON = {"model", "model_kwargs", "denoised_fn", "x_0"} | {f.name for f in fields(Reporting)}
+_HANDED_ON = {"model", "denoised_fn", "x_0"} | {
+    f.name for group in (Autoguidance, Conditioning, Reporting) for f in fields(group)
+}
 """Options that no walk is made of, or that are handed on apart."""
 
 _OF_SAMPLING = tuple(f.name for f in fields(SamplerOptions) if f.name not in _HANDED_ON)
@@ -74,7 +78,18 @@ def draw(walk: Walk, setup: Setup, options: CallOptions, eager: Eager) -> Tensor
     unfit = _unfit(options, setup.check_finite)
     if unfit is not None:
         return _outside(eager, options, *unfit)
-    functions = Functions(setup.model, setup.denoised_fn, setup.model_kwargs)
+    x_T = options.x_T
+
+    def arguments() -> ModelArguments:
+        batch = setup.shape[0] if x_T is None else x_T.shape[0]
+        return setup.arguments.replaced(options.model_kwargs, options.uncond_kwargs, batch=batch)
+
+    functions = Functions(
+        setup.model,
+        setup.uncond_model,
+        setup.denoised_fn,
+        _joined(arguments, setup.shape[0] if x_T is None else x_T.shape[0]),
+    )
     return _drawn(Prepared(walk, setup.shape, setup.dtype), functions, options)
 
 
@@ -91,7 +106,8 @@ def sample(options: SampleOptions, eager: Eager) -> Tensor:
         # Sizes may be unknown numbers, of which no walk is made.
         values |= {"shape": None, "batch_size": 1}
     split = options.denoised_fn is not None
-    prepared = _prepared(_sampling, options.model, dtype, device, split, **values)
+    models = (options.model, options.uncond_model)
+    prepared = _prepared(_sampling, *models, dtype, device, split, **values)
     if prepared is None:
         run: Tensor = _run_eagerly(eager, options)
         return run
@@ -99,7 +115,7 @@ def sample(options: SampleOptions, eager: Eager) -> Tensor:
         shape = tuple(x_T.shape) if options.shape is None else tuple(options.shape)
         prepared = Prepared(prepared.walk, shape, prepared.dtype)
     functions = Functions(
-        options.model, options.denoised_fn, check_model_kwargs(options.model_kwargs)
+        *models, options.denoised_fn, _given_arguments(options, x_T, prepared.shape[0])
     )
     return _drawn(prepared, functions, options)
 
@@ -111,13 +127,37 @@ def invert(options: InvertOptions, eager: Eager) -> Tensor:
         return _outside(eager, options, *unfit)
     x_0 = check_state("x_0", options.x_0)
     values = {name: _constant(getattr(options, name)) for name in _OF_INVERSION}
-    prepared = _prepared(_inversion, options.model, x_0.dtype, x_0.device, False, **values)
+    models = (options.model, options.uncond_model)
+    prepared = _prepared(_inversion, *models, x_0.dtype, x_0.device, False, **values)
     if prepared is None:
         run: Tensor = _run_eagerly(eager, options)
         return run
-    functions = Functions(options.model, None, check_model_kwargs(options.model_kwargs))
+    functions = Functions(*models, None, _given_arguments(options, x_0, x_0.shape[0]))
     with torch.no_grad():
         return _reported(prepared.walk.states(functions, x_0, Noise(None, None), None), options)
+
+
+def _given_arguments(
+    options: SampleOptions | InvertOptions, x: Tensor | None, batch: int
+) -> tuple[dict[str, Any], ...]:
+    """The arguments of each model, for a state or so many samples."""
+
+    def arguments() -> ModelArguments:
+        return ModelArguments.of(
+            options.model_kwargs,
+            options.uncond_kwargs,
+            batch=batch if x is None else x.shape[0],
+            guided=options.guidance_scale is not None,
+            apart=options.uncond_model is not None,
+        )
+
+    return _joined(arguments, batch)
+
+
+def _joined(arguments: Callable[[], ModelArguments], batch: Any) -> tuple[dict[str, Any], ...]:
+    # Sizes are tensors under torch.jit.trace, and numbers in a thread that it does not trace.
+    made = elsewhere(arguments) if is_jit_traced() else arguments()
+    return made.joined(batch)
 
 
 def _drawn(prepared: Prepared, functions: Functions, options: CallOptions) -> Tensor:
@@ -277,6 +317,7 @@ def _kept(*arguments: Any, **values: Any) -> str:
 def _prepare(
     prepare: Callable[..., Setup],
     model: Any,
+    uncond_model: Any,
     dtype: torch.dtype | None,
     device: torch.device | None,
     split: bool,
@@ -286,7 +327,7 @@ def _prepare(
     """
     Args:
         prepare: makes a setup of the other arguments.
-        model: of the user.
+        model, uncond_model: of the user.
         dtype, device: of the tensor that the walk starts from, if there is one.
         split: whether there is a `denoised_fn`.
         values: options.
@@ -294,17 +335,25 @@ def _prepare(
 
     def work() -> Prepared:
         like = None if dtype is None else torch.empty(1, dtype=dtype, device=device)
-        setup = prepare(model, like, split, values)
+        setup = prepare(model, uncond_model, like, split, values)
         return Prepared(Walk.of(setup), setup.shape, setup.dtype)
 
     return elsewhere(work)
 
 
-def _sampling(model: Any, x_T: Tensor | None, split: bool, values: dict[str, Any]) -> Setup:
+def _sampling(
+    model: Any, uncond_model: Any, x_T: Tensor | None, split: bool, values: dict[str, Any]
+) -> Setup:
     denoised_fn = torch.add if split else None  # Only whether there is one matters.
-    options = SamplerOptions(model=model, denoised_fn=denoised_fn, **values)
+    options = SamplerOptions(
+        model=model, uncond_model=uncond_model, denoised_fn=denoised_fn, **values
+    )
     return prepare_sampling(options, x_T=x_T)
 
 
-def _inversion(model: Any, x_0: Tensor, split: bool, values: dict[str, Any]) -> Setup:
-    return prepare_inversion(InvertOptions(model=model, x_0=x_0, **values))
+def _inversion(
+    model: Any, uncond_model: Any, x_0: Tensor, split: bool, values: dict[str, Any]
+) -> Setup:
+    return prepare_inversion(
+        InvertOptions(model=model, uncond_model=uncond_model, x_0=x_0, **values)
+    )

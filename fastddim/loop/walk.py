@@ -8,7 +8,6 @@ has the model's own operators and between them those of the steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -24,15 +23,16 @@ from fastddim.philox import Keys, Samples
 from fastddim.plan import Row, StepKind, known_rows
 from fastddim.reference import compute_dtype
 from fastddim.tracing import is_jit_traced
-from fastddim.validation import check_like, check_model_output
+from fastddim.validation import check_like, check_model_output, check_same_output
 
 
 class Functions(NamedTuple):
     """What a run calls of the user's, and with what."""
 
     model: Model
+    uncond_model: Model | None
     denoised_fn: DenoisedFn | None
-    model_kwargs: Mapping[str, Any]
+    arguments: tuple[dict[str, Any], ...]  # of each model, the unconditional one's first
 
 
 class Noise(NamedTuple):
@@ -180,14 +180,21 @@ class Walk:
         return state, history
 
     def _evaluate(self, functions: Functions, x: Tensor, t: Tensor) -> Tensor:
-        given = x.to(self.model_dtype)
+        given, model = x.to(self.model_dtype), functions.model
+        if functions.uncond_model is not None:
+            others, kwargs = functions.arguments
+            # The first is copied before the other is evaluated, which may write over it.
+            unconditional = _output("uncond_model", functions.uncond_model(given, t, **others), x)
+            unconditional = unconditional.clone()
+            conditional = _output("model", model(given, t, **kwargs), x)
+            if not is_jit_traced():
+                check_same_output(unconditional, conditional)
+            return torch.cat([unconditional, conditional])
         if self.kind.guided:
             given = torch.cat([given, given])
-        output: Tensor = adapter.output_tensor(functions.model(given, t, **functions.model_kwargs))
-        # Sizes are tensors under torch.jit.trace; the operators refuse those that do not fit.
-        if not is_jit_traced():
-            check_model_output("model output", output, x, guided=self.kind.guided)
-        return output
+        return _output(
+            "model", model(given, t, **functions.arguments[0]), x, guided=self.kind.guided
+        )
 
     def _take_first_half(
         self, functions: Functions, x: Tensor, output: Tensor, row: Tensor, t: Tensor
@@ -255,6 +262,15 @@ class Walk:
                 else torch.arange(first, first + batch, dtype=torch.int64, device=device)
             ),
         )
+
+
+def _output(name: str, result: Any, x: Tensor, *, guided: bool = False) -> Tensor:
+    """The tensor in the result of a model for the state `x`."""
+    output: Tensor = adapter.output_tensor(result, name)
+    # Sizes are tensors under torch.jit.trace; the operators refuse those that do not fit.
+    if not is_jit_traced():
+        check_model_output(f"{name} output", output, x, guided=guided)
+    return output
 
 
 def _as_operators(backend: Backend) -> Backend:

@@ -32,11 +32,12 @@ class StepKind(NamedTuple):
     Attributes:
         rescaling: what the rows of a step take from its data, if anything.
         noisy: whether a step may add noise.
-        guided: whether the model is evaluated on 2B samples.
+        guided: whether the model's output has 2B samples.
         history: how many epsilons of earlier steps a step reads.
         refine: how many times a step is repeated with the model evaluated at its result.
         split: whether a function of the user comes between the predicted x_0 and the new state.
         rederived: whether what follows that function reads the state, and not epsilon.
+        apart: whether the halves of guidance come from two models, each evaluated on B samples.
     """
 
     rescaling: Rescaling | None
@@ -46,11 +47,12 @@ class StepKind(NamedTuple):
     refine: int = 0
     split: bool = False
     rederived: bool = False
+    apart: bool = False
 
     @property
     def parts(self) -> int:
         """The size of the model's batch in batches of the state."""
-        return 2 if self.guided else 1
+        return 2 if self.guided and not self.apart else 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

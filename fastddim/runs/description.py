@@ -14,13 +14,19 @@ from torch import Tensor, nn
 
 from fastddim._version import __version__
 from fastddim.loop.setup import Setup
-from fastddim.options import Update
+from fastddim.options import GenerateOptions, Update
 from fastddim.runs.manifest import VERSION, Manifest
 from fastddim.runs.shards import Sharding
 
 
 def describe(
-    setup: Setup, update: Update, sharding: Sharding, *, seed: int, model_id: str | None
+    setup: Setup,
+    update: Update,
+    sharding: Sharding,
+    *,
+    seed: int,
+    model_id: str | None,
+    given: GenerateOptions,
 ) -> Manifest:
     """The manifest of a run as its file gives it back, with `batch_size` left open (None).
 
@@ -28,10 +34,11 @@ def describe(
         setup: how each batch is drawn.
         update: the arguments of each step as numbers.
         sharding: which samples are drawn, and into which files.
+        given: what the model is called with, and the other one, if there is any.
     """
     manifest = {
         "version": VERSION,
-        "model": _model(setup, model_id),
+        "model": _model(setup.model, model_id, given),
         "plan": _plan(setup, update),
         "seed": seed,
         "start": sharding.start,
@@ -48,15 +55,30 @@ def describe(
     return normalized
 
 
-def _model(setup: Setup, model_id: str | None) -> dict[str, Any]:
-    model = setup.model
-    offloaded = isinstance(model, nn.Module) and any_on_meta(model)
-    return {
+def _model(model: Any, model_id: str | None, given: GenerateOptions) -> dict[str, Any]:
+    kwargs, uncond_kwargs, uncond_model = (
+        given.model_kwargs,
+        given.uncond_kwargs,
+        given.uncond_model,
+    )
+    described = {
         "class": type(model).__qualname__,
-        "weights": fingerprint(model) if isinstance(model, nn.Module) and not offloaded else None,
+        "weights": _weights(model),
         "id": model_id,
-        "kwargs": digest_of(setup.model_kwargs) if setup.model_kwargs else None,
+        "kwargs": digest_of(kwargs) if kwargs else None,
     }
+    # Only where they are given, so that other runs have the manifests that they always had.
+    if uncond_kwargs:
+        described["uncond_kwargs"] = digest_of(uncond_kwargs)
+    if uncond_model is not None:
+        described["uncond_class"] = type(uncond_model).__qualname__
+        described["uncond_weights"] = _weights(uncond_model)
+    return described
+
+
+def _weights(model: Any) -> str | None:
+    read = isinstance(model, nn.Module) and not any_on_meta(model)
+    return fingerprint(model) if read else None
 
 
 def _plan(setup: Setup, update: Update) -> dict[str, Any]:

@@ -81,9 +81,9 @@ class Generation:
         self._sharding = Sharding(start, stop, 1, check_format(options.format, shape), shape)
         self._merged = None if options.merged is None else _checked_archive(options.merged, shape)
         self._update = _checked_update(options)
-        self._setup = prepare_sampling(
-            shared(SamplerOptions, options, shape=(1, *shape), batch_size=1)
-        )
+        # The rows of the model's arguments are those of a batch, whose size is open.
+        one = {"shape": (1, *shape), "batch_size": 1, "model_kwargs": None, "uncond_kwargs": None}
+        self._setup = prepare_sampling(shared(SamplerOptions, options, **one))
         _check_weights(model, options.model_id)
         if self._setup.late_start is not None:
             self._setup.late_start.warn()
@@ -116,9 +116,13 @@ class Generation:
         )
 
     def _describe(self) -> Manifest:
-        model_id = self._options.model_id
         return describe(
-            self._setup, self._update, self._sharding, seed=self._seed, model_id=model_id
+            self._setup,
+            self._update,
+            self._sharding,
+            seed=self._seed,
+            model_id=self._options.model_id,
+            given=self._options,
         )
 
     def _open(self, folder: RunFolder) -> Manifest | None:

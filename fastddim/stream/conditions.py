@@ -1,32 +1,30 @@
-"""The `model_kwargs` of the requests that share a batch."""
+"""The arguments of the model for the requests that share a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import (
-    keystr,
-    tree_flatten,
-    tree_flatten_with_path,
-    tree_map_only,
-    tree_unflatten,
-)
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from fastddim.loop.inputs import kwargs_key
-from fastddim.loop.setup import check_model_kwargs
+from fastddim.loop.arguments import ModelArguments
+from fastddim.loop.rows import trees_key
+from fastddim.options import RequestOptions
+from fastddim.plan import StepKind
 from fastddim.validation import check_device
+
+Trees = tuple[dict[str, Any], ...]
 
 
 class Conditions:
-    """The tensors of `model_kwargs`, a row or a pair of rows for each slot."""
+    """The tensors among the arguments of the models, a row or a pair of rows for each slot."""
 
-    def __init__(self, model_kwargs: Mapping[str, Any], batch: int, parts: int) -> None:
-        self.key = kwargs_key(model_kwargs)
+    def __init__(self, arguments: Trees, batch: int, parts: int) -> None:
+        self.key = trees_key(arguments)
         self._parts = parts
-        leaves, self._structure = tree_flatten(dict(model_kwargs))
+        leaves, self._structure = tree_flatten(arguments)
         self.slots = [v.new_zeros((batch, *v.shape)) for v in leaves if isinstance(v, Tensor)]
         # Under guidance the model reads all first rows, then all second ones.
         self.inputs = [
@@ -48,45 +46,50 @@ class Conditions:
             for part in range(self._parts):
                 given[part * size : (part + 1) * size].copy_(store[:size, part])
 
-    def of(self, size: int) -> dict[str, Any]:
-        """`model_kwargs` of the first `size` slots."""
+    def of(self, size: int) -> Trees:
+        """The arguments of the first `size` slots."""
         rows = self._parts * size
         leaves = [leaf[:rows] if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        kwargs: dict[str, Any] = tree_unflatten(leaves, self._structure)
-        return kwargs
+        arguments: Trees = tree_unflatten(leaves, self._structure)
+        return arguments
 
 
 def copied_conditions(
-    model_kwargs: Any, parts: int, device: torch.device
-) -> tuple[dict[str, Any], list[Tensor]]:
-    """(`model_kwargs` of one request with its tensors copied, these tensors).
+    options: RequestOptions, kind: StepKind, device: torch.device
+) -> tuple[Trees, list[Tensor]]:
+    """(the arguments of each model for one request, with tensors copied; these tensors).
 
     Raises:
-        TypeError, ValueError: they are no mapping, or a tensor has not `parts` rows on `device`.
+        TypeError, ValueError: they cannot be those of one request on `device`; the message names
+            what is wrong.
     """
-    kwargs = check_model_kwargs(model_kwargs)
-    for path, leaf in tree_flatten_with_path(kwargs)[0]:
-        if not isinstance(leaf, Tensor):
-            continue
-        name = f"model_kwargs{keystr(path)}"
-        if leaf.ndim == 0 or leaf.shape[0] != parts:
-            raise ValueError(
-                f"{name}: expected a tensor [{parts}, ...], got shape {tuple(leaf.shape)}"
-            )
-        check_device(name, leaf, "the state", device)
-    kwargs = tree_map_only(Tensor, copied, kwargs)
-    return kwargs, [leaf for leaf in tree_flatten(kwargs)[0] if isinstance(leaf, Tensor)]
+    given = ModelArguments.of(
+        options.model_kwargs,
+        options.uncond_kwargs,
+        batch=1,
+        guided=kind.guided,
+        apart=kind.apart,
+    )
+    for name, tensor in given.tensors_without_rows.items():
+        raise ValueError(
+            f"model_kwargs{name}: expected a tensor [{kind.parts}, ...], got shape "
+            f"{tuple(tensor.shape)}"
+        )
+    for name, tensor in given.tensors.items():
+        check_device(f"model_kwargs{name}", tensor, "the state", device)
+    arguments: Trees = tree_map_only(Tensor, copied, given.joined(1))
+    return arguments, [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
 
 
 def copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def check_same_conditions(kwargs: dict[str, Any], conditions: Conditions) -> None:
-    """Refuse `model_kwargs` that cannot share a batch with those of the first request."""
-    if kwargs_key(kwargs) == conditions.key:
+def check_same_conditions(arguments: Trees, conditions: Conditions) -> None:
+    """Refuse arguments that cannot share a batch with those of the first request."""
+    if trees_key(arguments) == conditions.key:
         return
-    shown = tree_map_only(Tensor, lambda v: f"{v.dtype} {tuple(v.shape)}", kwargs)
+    shown = tree_map_only(Tensor, lambda v: f"{v.dtype} {tuple(v.shape)}", arguments[-1])
     raise ValueError(
         "model_kwargs: expected the names, shapes, dtypes and plain values of the stream's "
         f"first request, got {shown!r}"

@@ -25,7 +25,7 @@ from fastddim.options import (
     Visited,
     shared,
 )
-from fastddim.plan import make_plan, to_table
+from fastddim.plan import StepKind, make_plan, to_table
 from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
 from fastddim.stream.conditions import copied, copied_conditions
@@ -57,8 +57,8 @@ class Request:
     sample: int
     x_T: Tensor | None  # [1, …]
     inpainting: tuple[Tensor, Tensor] | None  # mask and known data, [1, …] both
-    model_kwargs: dict[str, Any]
-    conditions: list[Tensor]  # [1 or 2, …], the tensors of model_kwargs
+    arguments: tuple[dict[str, Any], ...]  # of each model, the unconditional one's first
+    conditions: list[Tensor]  # [1 or 2, …], the tensors among the arguments
     ready: StreamOrder  # when the tensors are
 
     @property
@@ -92,6 +92,7 @@ class Requests:
     def __init__(
         self,
         options: StreamOptions,
+        kind: StepKind,
         schedule: Schedule,
         shape: tuple[int, ...],
         max_steps: int,
@@ -99,7 +100,7 @@ class Requests:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._options = options
+        self._options, self._kind = options, kind
         self._routes = Routes(options, schedule, dtype, max_steps)
         self._state = torch.empty((1, *shape[1:]), dtype=dtype, device=device)
 
@@ -125,9 +126,7 @@ class Requests:
         if mask is not None or known is not None:
             mask, known = check_known(mask, known, state, route.alphas_cumprod[0] == 1)
         with torch.inference_mode(False), torch.no_grad():
-            kwargs, conditions = copied_conditions(
-                options.model_kwargs, 2 if common.guided else 1, state.device
-            )
+            arguments, conditions = copied_conditions(options, self._kind, state.device)
             return Request(
                 ticket=Ticket(len(route.timesteps)),
                 route=route,
@@ -139,7 +138,7 @@ class Requests:
                     if mask is None or known is None
                     else (copied(mask.expand_as(state)), copied(known))
                 ),
-                model_kwargs=kwargs,
+                arguments=arguments,
                 conditions=conditions,
                 ready=StreamOrder(state.device),
             )

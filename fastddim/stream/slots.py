@@ -10,12 +10,14 @@ from torch import Tensor
 
 from fastddim import philox, transfer
 from fastddim.backends import Backend
+from fastddim.loop import capture
 from fastddim.loop.buffers import Buffers, Inpainting
+from fastddim.loop.capture import Graph
 from fastddim.loop.counters import Counting, Position
 from fastddim.loop.step import Step
 from fastddim.philox import Keys
 from fastddim.plan import StepKind, mixing_row, stack_row
-from fastddim.stream.conditions import Conditions
+from fastddim.stream.conditions import Conditions, check_same_conditions
 from fastddim.stream.requests import Request
 
 
@@ -33,17 +35,35 @@ class Batch(NamedTuple):
     counting: Counting
     numbers: Tensor  # counters, seed and sample
     step: Step
-    model_kwargs: dict[str, Any]
+    arguments: tuple[dict[str, Any], ...]
 
     def take_step(self) -> None:
         self.step.take(
             self.counting.now,
             None,
-            model_kwargs=self.model_kwargs,
+            arguments=self.arguments,
             masked=self.step.inpainting is not None,
         )
 
-    def written(self) -> list[Tensor]:
+    def capture(self) -> Graph:
+        """The step as a graph; the batch is left as it was."""
+        kept = [(tensor, tensor.clone()) for tensor in self._written()]
+
+        def restore() -> None:
+            for tensor, values in kept:
+                tensor.copy_(values)
+
+        def warm_up() -> None:
+            self.take_step()
+            restore()
+
+        try:
+            device = self.buffers.state.device
+            return capture.capture(self.take_step, warm_up=warm_up, device=device)
+        finally:
+            restore()
+
+    def _written(self) -> list[Tensor]:
         """All that one step leaves to the next."""
         buffers = self.buffers
         given = (buffers.state, self.numbers, self.counting.now.t, buffers.next_input)
@@ -109,8 +129,18 @@ class Slots:
     def tensors(self) -> Iterator[Tensor]:
         yield from self.buffers.tensors()
         yield from (self._timesteps, self._numbers, self._t, *(self._inpainting or ()))
+        for batch in self._batches.values():
+            yield from batch.step.halves()
         if self.conditions is not None:
             yield from (*self.conditions.slots, *self.conditions.inputs)
+
+    def take_conditions(self, arguments: tuple[dict[str, Any], ...]) -> None:
+        """Make room for the arguments of the first request; others must be like these."""
+        if self.conditions is None:
+            batch = len(self.buffers.state)
+            self.conditions = Conditions(arguments, batch, self._kind.parts)
+        else:
+            check_same_conditions(arguments, self.conditions)
 
     def load(self, slot: int, running: Running) -> None:
         """Put a request where a step finds it."""
@@ -196,7 +226,8 @@ class Slots:
         counting = Counting(now, numbers[: model_size + size], self._timesteps)
         buffers = self.buffers.first(size)
         taking = Step(self._kind, self._backend, buffers, counting, captured=self._whole)
+        taking.shape = tuple(self.buffers.state.shape)
         taking.inpainting = None if self._inpainting is None else self._inpainting.first(size)
         self._prepare(taking)
-        model_kwargs = {} if self.conditions is None else self.conditions.of(size)
-        return Batch(buffers, counting, numbers, taking, model_kwargs)
+        assert self.conditions is not None
+        return Batch(buffers, counting, numbers, taking, self.conditions.of(size))

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from fastddim import backends, transfer
 from fastddim.adapter import check_model
-from fastddim.loop import capture
 from fastddim.loop.capture import Graph, check_outer_capture
 from fastddim.loop.copying import Rebuilt
-from fastddim.loop.first_weight import FirstWeight
+from fastddim.loop.first_weight import first_weights
 from fastddim.loop.modes import OneAtATime, without_autograd
 from fastddim.loop.programs import Programs
 from fastddim.loop.setup import (
     captures,
     check_denoised_fn,
+    check_uncond_model,
     resolve_model_dtype,
     resolve_placement,
     resolve_schedule,
@@ -38,7 +38,6 @@ from fastddim.loop.stream_order import StreamOrder
 from fastddim.options import RequestOptions, StreamOptions, Update, shared
 from fastddim.plan import ORDERS, StepKind
 from fastddim.signatures import method_takes
-from fastddim.stream.conditions import Conditions, check_same_conditions
 from fastddim.stream.programs import outside_of_programs
 from fastddim.stream.requests import Request, Requests
 from fastddim.stream.slots import Batch, Running, Slots
@@ -89,8 +88,8 @@ class Stream(Rebuilt):
             max_steps: the most steps that a request may have, at most T, the default; B·max_steps
                 rows of coefficients are kept.
             max_pending: how many requests may wait for a slot; None is no limit.
-            guided: whether the model is evaluated on 2B samples and every request has a
-                `guidance_scale`.
+            guided: whether every request has a `guidance_scale`; the model is then evaluated on 2B
+                samples, or on B beside `uncond_model`.
             masked: whether every request has a `mask` and `known` data.
             denoised_fn: called with the predicted x_0 of the whole batch; no request then has
                 `rederive_eps`.
@@ -128,13 +127,18 @@ class Stream(Rebuilt):
         self._options = options
         self._schedule = schedule
         self._model_dtype = resolve_model_dtype(options.model, options.model_dtype, self.dtype)
-        self._weight = FirstWeight("Stream", options.model, self.device)
+        if options.uncond_model is not None:
+            check_uncond_model(
+                options.uncond_model, options, options.guided, self._model_dtype, self.device
+            )
+        self._weights = first_weights("Stream", options.model, options.uncond_model, self.device)
         self._kind = StepKind(
             rescaling=update.rescaling,
             noisy=options.order == 1,
             guided=options.guided,
             history=options.order - 1,
             split=options.denoised_fn is not None,
+            apart=options.uncond_model is not None,
         )
         self._rebuild()
 
@@ -145,6 +149,7 @@ class Stream(Rebuilt):
         self._static = captures(options.graph, self.device, options.check_finite)
         self._requests = Requests(
             options,
+            self._kind,
             self._schedule,
             self.shape,
             self.max_steps,
@@ -164,7 +169,7 @@ class Stream(Rebuilt):
             prepare=self._prepare,
         )
         self._programs: Programs[Graph] = Programs(options.graph, self.device)
-        self._programs.follow(options.model, options.denoised_fn)
+        self._programs.follow(*self._functions())
         self._order = StreamOrder(self.device)
 
         self._pending: deque[Request] = deque()
@@ -179,7 +184,8 @@ class Stream(Rebuilt):
         )
 
     def _functions(self) -> tuple[Any, ...]:
-        return self._options.model, self._options.denoised_fn
+        options = self._options
+        return options.model, options.uncond_model, options.denoised_fn
 
     def __getstate__(self) -> dict[str, Any]:
         if self.pending or self.running:
@@ -203,11 +209,13 @@ class Stream(Rebuilt):
             sample_offset: which sample of the seed.
             x_T: starting state `[1, …]`, of the stream's dtype and on its device; by default drawn
                 from the seed.
-            model_kwargs: as in `fastddim.sample` for one sample: tensors `[1, …]`, or `[2, …]`
-                where the stream is guided, on the stream's device, which become rows of the batch.
-                Names, shapes, dtypes and all that is not a tensor must be those of the stream's
-                first request; what all requests share belongs into the model, as by
-                `functools.partial`.
+            model_kwargs: as in `fastddim.sample` for one sample: tensors `[1, …]` on the stream's
+                device, which become rows of the batch. Names, shapes, dtypes and all that is not a
+                tensor must be those of the stream's first request; what all requests share belongs
+                into the model, as by `functools.partial`.
+            uncond_kwargs: as in `fastddim.sample`, where the stream is guided: tensors `[1, …]` or
+                numbers. Without them, and without `uncond_model`, tensors in `model_kwargs` are
+                `[2, …]`, the unconditional row first.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type, shape or range; the message
@@ -218,7 +226,7 @@ class Stream(Rebuilt):
         request = self._requests.make(options)
         with torch.inference_mode(False), self._queue_lock:
             self._make_room()
-            self._take_conditions(request.model_kwargs)
+            self._slots.take_conditions(request.arguments)
             request.ticket.index = next(self._indices)
             self._pending.append(request)
         return request.ticket
@@ -237,7 +245,8 @@ class Stream(Rebuilt):
             ValueError: the caller is capturing a CUDA graph, which cannot hold one of the stream's;
                 or the model was converted or moved since the stream was made.
         """
-        self._weight.check()
+        for weight in self._weights:
+            weight.check()
         check_outer_capture(self._options.graph, self.device, self._options.check_finite)
         with self._alone, self._order.use(self._slots.tensors), without_autograd():
             try:
@@ -270,15 +279,8 @@ class Stream(Rebuilt):
         return len(self._running)
 
     def _prepare(self, step: Step) -> None:
-        step.model, step.denoised_fn = self._options.model, self._options.denoised_fn
+        step.model, step.uncond_model, step.denoised_fn = self._functions()
         step.check = self._note_broken if self._options.check_finite else None
-
-    def _take_conditions(self, kwargs: dict[str, Any]) -> None:
-        slots = self._slots
-        if slots.conditions is None:
-            slots.conditions = Conditions(kwargs, self.shape[0], self._kind.parts)
-        else:
-            check_same_conditions(kwargs, slots.conditions)
 
     def _make_room(self) -> None:
         if self.max_pending is None or len(self._pending) < self.max_pending:
@@ -354,7 +356,7 @@ class Stream(Rebuilt):
         """Note the samples for which the model has given NaN or infinity."""
         finite = output.isfinite()
         finite = finite.flatten(1).all(dim=1) if finite.ndim > 1 else finite
-        whole = finite.reshape(self._kind.parts, -1).all(dim=0).tolist()
+        whole = finite.reshape(1 + self._kind.guided, -1).all(dim=0).tolist()
         self._broken.update(slot for slot, fine in enumerate(whole) if not fine)
 
     def _fail_all(self, error: BaseException) -> list[Ticket]:
@@ -372,23 +374,7 @@ class Stream(Rebuilt):
         """The captured step; None where steps are eager."""
         if not self._static or transfer.captured(self.device):
             return None
-        return self._programs.find(None, lambda: self._capture(batch))
-
-    def _capture(self, batch: Batch) -> Graph:
-        kept = [(tensor, tensor.clone()) for tensor in batch.written()]
-
-        def restore() -> None:
-            for tensor, values in kept:
-                tensor.copy_(values)
-
-        def warm_up() -> None:
-            batch.take_step()
-            restore()
-
-        try:
-            return capture.capture(batch.take_step, warm_up=warm_up, device=self.device)
-        finally:
-            restore()
+        return self._programs.find(None, batch.capture)
 
 
 def _slots_shape(options: StreamOptions) -> tuple[int, ...]:

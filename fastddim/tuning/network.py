@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from fastddim import adapter
 from fastddim.adapter import Model
+from fastddim.loop.step import NO_ARGUMENTS
 from fastddim.options import Update
 from fastddim.reference import Updated, rescaled_rows, updated
-from fastddim.validation import check_model_output
+from fastddim.validation import check_model_output, check_same_output, check_state
 
 
 class Network:
-    """A model as the steps of one kind call it.
+    """A model as the steps of one kind call it, or two where one is for the unconditional half.
 
     Attributes:
         evaluations: how many samples the model has been evaluated on so far; under guidance, how
@@ -27,32 +28,54 @@ class Network:
     evaluated: Callable[[int], object] | None = None
 
     def __init__(
-        self, model: Model, update: Update, model_kwargs: Mapping[str, Any], dtype: torch.dtype
+        self,
+        model: Model,
+        update: Update,
+        dtype: torch.dtype,
+        *,
+        uncond_model: Model | None = None,
+        arguments: Sequence[dict[str, Any]] = NO_ARGUMENTS,
     ) -> None:
         """
         Args:
-            model: called as by `sample`.
+            model, uncond_model: called as by `sample`.
             update: the kind of step, checked.
-            model_kwargs: passed to the model.
-            dtype: of what the model reads.
+            dtype: of what the models read.
+            arguments: of each model, the unconditional one's first.
         """
         self._model = model
+        self._uncond_model = uncond_model
         self._update = update
-        self._model_kwargs = model_kwargs
         self._dtype = dtype
+        self._arguments = arguments
         self.evaluations = 0
 
     def output(self, x: Tensor, t: int) -> Tensor:
         """What the model predicts of the states x `[B, …]` at the timestep t."""
         state, guided = x.to(self._dtype), self._update.guided
-        x = torch.cat([state, state]) if guided else state
-        timesteps = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-        result = adapter.output_tensor(self._model(x, timesteps, **self._model_kwargs))
-        output = check_model_output("model output", result, state, guided=guided)
+        if self._uncond_model is None:
+            x = torch.cat([state, state]) if guided else state
+            output = self._evaluate("model", self._model, x, t, self._arguments[0])
+        else:
+            others, kwargs = self._arguments
+            halves = [
+                self._evaluate("uncond_model", self._uncond_model, state, t, others).clone(),
+                self._evaluate("model", self._model, state, t, kwargs),
+            ]
+            check_same_output(*halves)
+            output = torch.cat(halves)
+        check_model_output("model output", output, state, guided=guided)
         self.evaluations += len(state)
         if self.evaluated is not None:
             self.evaluated(len(state))
         return output
+
+    def _evaluate(
+        self, name: str, model: Model, x: Tensor, t: int, arguments: dict[str, Any]
+    ) -> Tensor:
+        timesteps = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        result = adapter.output_tensor(model(x, timesteps, **arguments), name)
+        return check_state(f"{name} output", result)
 
     def updated(self, x: Tensor, output: Tensor, row: Tensor, history: Tensor) -> Updated:
         """The step with one row `[1, K]`."""

@@ -16,9 +16,11 @@ from torch import Tensor
 from fastddim import philox
 from fastddim._version import __version__
 from fastddim.adapter import check_model
+from fastddim.loop.arguments import ModelArguments
+from fastddim.loop.inputs import Inputs
 from fastddim.loop.modes import without_autograd
 from fastddim.loop.setup import (
-    check_model_kwargs,
+    check_uncond_model,
     resolve_device,
     resolve_model_dtype,
     resolve_schedule,
@@ -78,8 +80,26 @@ class Tuner:
             )
         self._tuned_for = TunedFor.of(self._schedule, update)
         model_dtype = resolve_model_dtype(options.model, options.model_dtype, self._dtype)
-        model_kwargs = check_model_kwargs(options.model_kwargs)
-        self._network = Network(options.model, update, model_kwargs, model_dtype)
+        arguments = ModelArguments.of(
+            options.model_kwargs,
+            options.uncond_kwargs,
+            batch=self._shape[0],
+            guided=update.guided,
+            apart=options.uncond_model is not None,
+        )
+        if options.uncond_model is not None:
+            check_uncond_model(
+                options.uncond_model, options, update.guided, model_dtype, self._device
+            )
+        inputs = Inputs()
+        inputs.load(arguments)
+        self._network = Network(
+            options.model,
+            update,
+            model_dtype,
+            uncond_model=options.uncond_model,
+            arguments=inputs.arguments,
+        )
         self._trials = Trials(self._network, self._schedule, update)
         self._options = options
         self._taught: Taught | None = None

@@ -27,6 +27,7 @@ import fastddim
 from fastddim import Schedule, api, backends, philox, transfer
 from fastddim.loop import capture as capturing
 from fastddim.loop import loop as loop_module
+from fastddim.loop.arguments import ModelArguments
 from fastddim.loop.counters import Position
 from fastddim.loop.loop import Loop
 from fastddim.loop.setup import Setup, make_setup, resolve_model_dtype
@@ -165,7 +166,13 @@ def run(
             given = {
                 "model": model,
                 "model_dtype": resolve_model_dtype(model, None, prepared.dtype),
-                "model_kwargs": make_kwargs() or {},
+                "arguments": ModelArguments.of(
+                    make_kwargs(),
+                    None,
+                    batch=SHAPE[0],
+                    guided=prepared.plan.kind.guided,
+                    apart=False,
+                ),
             }
             loop_module.Step = step_type
             loop = Loop(Setup(**{**vars(prepared), **given}))

@@ -1,0 +1,39 @@
+"""What a `Sampler` is made for, in a few words."""
+
+from __future__ import annotations
+
+import numbers
+import types
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fastddim.adapter import Model
+from fastddim.options import PerStep, SamplerOptions
+from fastddim.plan import Plan
+
+
+def described_model(model: Model) -> str:
+    """The name of a function, or of the class of anything else."""
+    named = isinstance(model, types.FunctionType | types.MethodType)
+    return model.__name__ if named else type(model).__name__
+
+
+def described_steps(plan: Plan, options: SamplerOptions) -> str:
+    """The number of steps, the timesteps at both ends, and what chose them."""
+    if plan.tuned is not None:
+        chosen = "tuned"
+    else:
+        chosen = options.spacing if isinstance(options.steps, numbers.Integral) else "given"
+    first, last = (plan.timesteps[at].item() for at in (0, -1))
+    return f"{plan.steps} ({first} to {last}, {chosen})"
+
+
+def described_number(value: PerStep) -> str:
+    """A number, those of the first and the last step, or the shape of a tensor."""
+    if isinstance(value, Tensor):
+        return f"tensor {list(value.shape)}"
+    if isinstance(value, Sequence):
+        first, last = (described_number(value[at]) for at in (0, -1))
+        return f"{first} to {last}"
+    return str(value)
