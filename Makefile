@@ -134,8 +134,9 @@ python-of = $(shell for version in $(1); do \
 
 # An environment with no more than these tests need, in which pip finds the releases of what diffusers
 # requires that go with it.
-COMPAT_TESTS := $(addprefix tests/integrations/test_,diffusers.py diffusers_tuned.py hooks.py \
-	migrating.py pipelines.py processors.py timestep_types.py) tests/test_schedule.py
+COMPAT_TESTS := $(addprefix tests/integrations/test_,diffusers.py diffusers_noise.py \
+	diffusers_timesteps.py diffusers_tuned.py hooks.py migrating.py \
+	pipelines.py processors.py timestep_types.py) tests/test_schedule.py
 COMPAT_NEEDS := einops hypothesis matplotlib pytest pytest-xdist pyyaml scipy transformers
 
 define compat-with
@@ -169,7 +170,7 @@ $(VENV)/.installed-report: $(VENV)/.installed-dev
 # The peers come without what they require: it is for training, and would bring another torch along.
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py tests/support/dropins/peers.txt $(CXX_FILES)
 	$(BIN)/python -c "import triton" 2> /dev/null || $(PIP) install "$(TRITON)"
-	$(PIP) install --no-build-isolation $(EDITABLE) ".[test,lint]"
+	$(PIP) install --no-build-isolation $(EDITABLE) ".[test,lint,docs]"
 	$(PIP) install --no-deps -r tests/support/dropins/peers.txt
 	touch $(VENV)/.installed $@
 

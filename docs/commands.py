@@ -23,7 +23,7 @@ def helps(program: click.Group) -> Iterator[str]:
     """A section for the program and for each of its commands."""
     # Made as for a call, so that help shows defaults; nothing is parsed that could be missing.
     call = {"args": [], "resilient_parsing": True}
-    context = program.make_context("fastddim", terminal_width=100, **call)
+    context = program.make_context("fastddim", terminal_width=80, **call)
     commands = {"fastddim": context}
     for name, command in program.commands.items():
         commands[name] = command.make_context(name, parent=context, **call)

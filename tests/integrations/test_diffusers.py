@@ -587,6 +587,12 @@ def test_signatures_are_those_of_diffusers(name: str) -> None:
             assert own is None
             continue
         expected, got = (inspect.signature(f).parameters for f in (theirs, own))
+        if method == "set_timesteps":
+            # As DDPM's has it, so that pipelines find `timesteps`; the number may be left out.
+            assert list(got) == ["self", "num_inference_steps", "device", "timesteps"]
+            assert list(got)[: len(expected)] == list(expected)
+            assert all(p.default is None for p in list(got.values())[1:])
+            continue
         assert list(got) == list(expected)
         assert [p.default for p in got.values()] == [p.default for p in expected.values()]
 
@@ -860,18 +866,6 @@ class TestPhilox:
         own.set_noise("philox")
         with pytest.raises(ValueError, match="timestep: expected one of the scheduler's timesteps"):
             own.step(draw(*SHAPE), 501, draw(*SHAPE), 1.0)
-
-    def test_the_config_does_not_know(self, tmp_path: Any) -> None:
-        own = ours.DDIMScheduler.from_config({}, noise="philox", seed=3)
-        own.save_pretrained(tmp_path)
-        assert "philox" not in (tmp_path / "scheduler_config.json").read_text()
-        diffusers.DDIMScheduler.from_pretrained(tmp_path)
-        assert ours.DDIMScheduler.from_pretrained(tmp_path)._fastddim_work.seed is None
-        again = ours.DDIMScheduler.from_pretrained(tmp_path, noise="philox", seed=3)
-        x, m = draw(*SHAPE), draw(*SHAPE)
-        for scheduler in (own, again):
-            scheduler.set_timesteps(10)
-        assert_alike(own.step(m, 500, x, 1.0), again.step(m, 500, x, 1.0), 0.0)
 
 
 def test_schedulers_that_are_left_take_their_tables_along() -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import fastddim
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 transformers = pytest.importorskip("transformers")
@@ -196,3 +201,248 @@ def test_save_and_load(tmp_path: Path) -> None:
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded.scheduler) is ours.DDPMScheduler
     assert_same(before, images(loaded, seed=0))
+
+
+class TestPhilox:
+    """Noise of seeds that a pipeline's generators give."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {"batch_size": 2, "eta": 1.0}
+
+    @staticmethod
+    def pipeline(**noise: Any) -> Any:
+        pipe = unconditional(diffusers.DDIMPipeline, diffusers.DDIMScheduler())
+        pipe.scheduler = ours.DDIMScheduler.from_config(
+            pipe.scheduler.config, noise="philox", **noise
+        )
+        return pipe
+
+    def test_seeds_give_images(self) -> None:
+        pipe = self.pipeline()
+        five, six = (images(pipe, seed=seed, **self.OPTIONS) for seed in (5, 6))
+        assert abs(five - six).max() > 0.1
+        assert np.array_equal(images(pipe, seed=5, **self.OPTIONS), five)
+        assert np.array_equal(images(self.pipeline(seed=8), seed=5, **self.OPTIONS), five)
+
+    def test_the_noise_is_not_that_of_torch(self) -> None:
+        pipe = self.pipeline()
+        philox = images(pipe, seed=5, **self.OPTIONS)
+        pipe.scheduler.set_noise("torch")
+        assert abs(images(pipe, seed=5, **self.OPTIONS) - philox).max() > 0.1
+
+    def test_one_generator_gives_other_images_each_time(self) -> None:
+        pipe, generator = self.pipeline(), torch.Generator().manual_seed(5)
+        runs = [
+            np.asarray(
+                pipe(
+                    num_inference_steps=STEPS,
+                    output_type="np",
+                    generator=generator,
+                    **self.OPTIONS,
+                ).images
+            )
+            for _ in range(2)
+        ]
+        assert abs(runs[0] - runs[1]).max() > 0.1
+
+    def test_a_list_gives_each_sample_its_noise(self) -> None:
+        pipe = self.pipeline()
+        together = images(pipe, seed=[3, 4], **self.OPTIONS)
+        for i, seed in enumerate((3, 4)):
+            alone = images(pipe, seed=[seed], batch_size=1, eta=1.0)
+            assert abs(together[i] - alone[0]).max() <= 1 / 255
+
+    def test_ancestral(self) -> None:
+        pipe = unconditional(diffusers.DDPMPipeline, ours.DDPMScheduler())
+        pipe.scheduler.set_noise("philox")
+        five, six = (images(pipe, seed=seed) for seed in (5, 6))
+        assert abs(five - six).max() > 0.1
+        assert np.array_equal(images(pipe, seed=5), five)
+
+    def test_stable_diffusion(self) -> None:
+        """From the same latents, so that the step noise alone differs."""
+        pipe = stable_diffusion(diffusers.StableDiffusionPipeline)
+        pipe.scheduler = ours.DDIMScheduler.from_config(pipe.scheduler.config, noise="philox")
+        latents = ours.initial_latents(pipe, 7, batch_size=2)
+        kwargs = {**embeddings(), "latents": latents, "eta": 1.0, "guidance_scale": 3.0}
+        five, six = (images(pipe, seed=seed, **kwargs) for seed in (5, 6))
+        assert abs(five - six).max() > 0.1
+        assert np.array_equal(images(pipe, seed=5, **kwargs), five)
+
+    def test_a_saved_pipeline_has_it(self, tmp_path: Path) -> None:
+        pipe = unconditional(diffusers.DDPMPipeline, ours.DDPMScheduler())
+        pipe.scheduler.set_noise("philox", 3)
+        before = images(pipe, seed=0)
+        pipe.save_pretrained(tmp_path)
+        loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        assert loaded.scheduler._fastddim_work.seed == 3
+        assert_same(before, images(loaded, seed=0))
+        # DDIMPipeline makes diffusers' own scheduler of it, whose config still holds the noise.
+        other = diffusers.DDIMPipeline.from_pretrained(tmp_path)
+        assert type(other.scheduler) is diffusers.DDIMScheduler
+        back = ours.DDIMScheduler.from_config(other.scheduler.config)
+        assert back._fastddim_work.seed == 3
+
+
+class TestTimesteps:
+    """`pipe(timesteps=[…])`, which diffusers' own DDIM refuses."""
+
+    VISITED = (981, 620, 333, 50)
+
+    @staticmethod
+    def run(pipe: Any, timesteps: list[int] | None, **kwargs: Any) -> np.ndarray:
+        kwargs = {**embeddings(), "guidance_scale": 3.0, "output_type": "np", **kwargs}
+        generator = torch.Generator().manual_seed(1)
+        return np.asarray(pipe(timesteps=timesteps, generator=generator, **kwargs).images)
+
+    def test_those_of_a_number_give_its_images(self) -> None:
+        pipe = stable_diffusion(diffusers.StableDiffusionPipeline)
+        with pytest.raises(ValueError, match="does not support custom"):
+            self.run(pipe, list(self.VISITED))
+        pipe.scheduler = ours.DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler.set_timesteps(STEPS)
+        visited = pipe.scheduler.timesteps.tolist()
+        expected = self.run(pipe, None, num_inference_steps=STEPS)
+        assert_same(expected, self.run(pipe, visited))
+        assert abs(self.run(pipe, list(self.VISITED)) - expected).max() > 0.01
+
+    def test_strength_leaves_out_the_first(self) -> None:
+        pipe = stable_diffusion(diffusers.StableDiffusionImg2ImgPipeline)
+        pipe.scheduler = ours.DDIMScheduler.from_config(pipe.scheduler.config)
+        visited: list[int] = []
+        self.run(
+            pipe,
+            list(self.VISITED),
+            image=[picture(0), picture(1)],
+            strength=0.5,
+            callback_on_step_end=lambda pipe, i, t, kwargs: visited.append(int(t)) or {},
+        )
+        assert visited == list(self.VISITED[2:])
+
+
+def transformer(pipeline: Any) -> Any:
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        num_embeds_ada_norm=1000,
+        norm_num_groups=1,
+    )
+    made = pipeline(
+        model, stable_diffusion(diffusers.StableDiffusionPipeline).vae, ours.DDIMScheduler()
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+class TestInitialLatents:
+    def test_of_each_pipeline(self) -> None:
+        """The latents of `fastddim.sample`, in the shape and the dtype of the model."""
+        for pipe, shape in (
+            (unconditional(diffusers.DDIMPipeline, diffusers.DDIMScheduler()), (3, 16, 16)),
+            (stable_diffusion(diffusers.StableDiffusionPipeline), (4, 8, 8)),
+            (transformer(diffusers.DiTPipeline), (4, 8, 8)),
+        ):
+            one = ours.initial_latents(pipe, 7)
+            assert torch.equal(one, fastddim.philox.initial_latents((1, *shape), 7))
+            many = ours.initial_latents(pipe, 7, batch_size=3)
+            assert torch.equal(many, fastddim.philox.initial_latents((3, *shape), 7))
+            assert torch.equal(ours.initial_latents(pipe, [5, 7])[1:], one)
+            assert torch.equal(ours.initial_latents(pipe, torch.tensor([5, 7]))[1:], one)
+
+    def test_of_other_sizes_and_dtypes(self) -> None:
+        pipe = stable_diffusion(diffusers.StableDiffusionPipeline).to(torch.bfloat16)
+        latents = ours.initial_latents(pipe, 7, height=32, width=48)
+        expected = fastddim.philox.initial_latents((1, 4, 16, 24), 7, dtype=torch.bfloat16)
+        assert latents.dtype == torch.bfloat16
+        assert torch.equal(latents, expected)
+
+    def test_a_pipeline_starts_from_them(self) -> None:
+        """As `fastddim.sample` does: DDIM from the same latents, with the same noise."""
+        pipe = stable_diffusion(diffusers.StableDiffusionPipeline)
+        config = {**pipe.scheduler.config, "set_alpha_to_one": True}
+        pipe.scheduler = ours.DDIMScheduler.from_config(config, noise="philox", seed=7)
+        x_T = ours.initial_latents(pipe, 7, batch_size=2)
+        given = embeddings()
+        result = pipe(
+            **given,
+            latents=x_T,
+            eta=1.0,
+            guidance_scale=1.0,
+            num_inference_steps=STEPS,
+            output_type="latent",
+        ).images
+        expected = fastddim.sample(
+            pipe.unet,
+            STEPS,
+            x_T=x_T,
+            eta=1.0,
+            seed=7,
+            schedule=fastddim.Schedule.from_diffusers(pipe.scheduler),
+            spacing="leading",
+            steps_offset=1,
+            model_kwargs={"encoder_hidden_states": given["prompt_embeds"]},
+        )
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
+
+    def test_the_example_of_the_page(self) -> None:
+        page = (Path(__file__).parents[2] / "docs/migrating.md").read_text(encoding="utf-8")
+        title = 'title="images that the device does not change"'
+        (code,) = re.findall(rf"```python {title}\n(.*?)```", page, re.DOTALL)
+        pipe = stable_diffusion(diffusers.StableDiffusionPipeline)
+        results = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            names = {"pipe": pipe, "inputs": {**embeddings(), "output_type": "np"}}
+            exec(compile(code, "docs/migrating.md", "exec"), names)
+            results.append(names["images"])
+        assert results[0].shape == (2, 16, 16, 3)
+        assert np.array_equal(*results), "of torch's generator"
+
+    def test_errors(self) -> None:
+        pipe = stable_diffusion(diffusers.StableDiffusionPipeline)
+        with pytest.raises(ValueError, match=r"^height: expected a positive multiple of 2, got 33"):
+            ours.initial_latents(pipe, 7, height=33)
+        with pytest.raises(ValueError, match=r"^seed: expected one seed per sample, 3, got 2"):
+            ours.initial_latents(pipe, [1, 2], batch_size=3)
+        with pytest.raises(TypeError, match=r"^pipe: expected a pipeline with a unet or a trans"):
+            ours.initial_latents(diffusers.DDIMScheduler(), 7)
+
+        class OfFrames(type(pipe)):  # type: ignore[misc]
+            def __call__(self, prompt: str, num_frames: int) -> None:
+                raise NotImplementedError
+
+        other = OfFrames(**pipe.components, requires_safety_checker=False)
+        with pytest.raises(ValueError, match=r"^pipe: .* got a OfFrames, which takes num_frames"):
+            ours.initial_latents(other, 7)
+
+
+RELOAD = """
+import sys, diffusers
+{imports}
+pipe = diffusers.DDPMPipeline.from_pretrained(sys.argv[1])
+print(type(pipe.scheduler).__module__)
+"""
+
+
+def test_a_saved_pipeline_in_another_process(tmp_path: Path) -> None:
+    """It loads after the import; without it, it loads too, or the error says what to import."""
+    name = "fastddim.integrations.diffusers"
+    unconditional(diffusers.DDPMPipeline, ours.DDPMScheduler()).save_pretrained(tmp_path)
+
+    def load(imports: str) -> subprocess.CompletedProcess[str]:
+        program = RELOAD.format(imports=imports)
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    loaded = load(f"import {name}")
+    assert loaded.stdout.strip() == name, loaded.stderr
+    loaded = load("")
+    if loaded.returncode == 0:
+        assert loaded.stdout.strip() == name
+    else:
+        assert f"import {name} before calling `from_pretrained`" in loaded.stderr

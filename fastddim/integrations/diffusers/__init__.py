@@ -32,23 +32,37 @@ that is set on diffusers' class counts from the next `set_timesteps` on.
 Timesteps are indices, as in diffusers: a float or a boolean is refused. Their errors name the
 argument.
 
-Nothing waits for a device: timesteps that `set_timesteps` has put there are known on the host too.
-Only `DDPMScheduler`, philox noise and tuned steps read a timestep that lies on a device and comes
-from elsewhere, since they need its value.
+Nothing waits for a device: timesteps that `set_timesteps` has put there are known on the host too,
+and seeds that are drawn on a device stay there. Only `DDPMScheduler`, philox noise and tuned steps
+read a timestep that lies on a device and comes from elsewhere, since they need its value.
 
 Under `torch.compile` and `torch.export` a step is one operator, and its table a constant of the
-graph. A timestep may be an int or a tensor there. What changes `alphas_cumprod` or, for DDPM,
-`timesteps` in place is not seen by a graph that is made; a new tensor is. A graph does not tell
-that a tensor's timestep is none of the scheduler's: DDPM's step is NaN then, and philox noise that
-of the first step. DDPM draws noise for a tensor's timestep 0 too, and leaves it out.
+graph. A timestep may be an int or a tensor there; philox noise takes no generator. What changes
+`alphas_cumprod` or, for DDPM, `timesteps` in place is not seen by a graph that is made; a new
+tensor is. A graph does not tell that a tensor's timestep is none of the scheduler's: DDPM's step is
+NaN then, and philox noise that of the first step. DDPM draws noise for a tensor's timestep 0 too,
+and leaves it out.
 
 `from_config(..., noise="philox", seed=0, sample_offset=0)`, or `set_noise` later, takes the noise
-of the steps from the seed instead of from torch: see `fastddim.sample`. It is no part of the
-config, and a saved pipeline does not have it.
+of the steps from the seed instead of from torch: see `fastddim.sample`. It is a part of the config,
+and a saved pipeline has it. Where a pipeline is given a `generator`, the seed is one 64-bit number
+that is drawn from it at the first step of a run. So a generator that is seeded anew repeats a run,
+two runs with one generator have different noise, and of a list each sample has a seed of its own,
+whatever else is in the batch. Without a generator every run has the noise of the scheduler's seed.
+`initial_latents` gives latents that do not depend on the device either.
+
+`set_timesteps(timesteps=[...])`, and so `pipe(timesteps=[...])` of pipelines that have that
+argument, visits these and no others: each step ends at the next of them, as `fastddim.sample` has
+it and `DDPMScheduler`. diffusers' own DDIM refuses them. Steps that go to diffusers' own code are
+refused then.
 
 `DDIMScheduler.from_config(..., tuned=...)`, or `set_tuned` later, takes tuned steps, an object or
 the path of a file, and gives what `fastddim.sample` gives with them. They are a part of the config,
 and a saved pipeline has them.
+
+A pipeline that is saved with one of these schedulers names this module. diffusers 0.36 imports it
+when the pipeline is loaded; newer releases import nothing that a file names, and say in their error
+to `import fastddim.integrations.diffusers` before.
 """
 
 from __future__ import annotations
@@ -60,7 +74,8 @@ from fastddim.integrations.diffusers._ddim import DDIMScheduler
 from fastddim.integrations.diffusers._ddim_parallel import DDIMParallelScheduler
 from fastddim.integrations.diffusers._ddpm import DDPMScheduler
 from fastddim.integrations.diffusers._inverse import DDIMInverseScheduler
-from fastddim.integrations.diffusers._scheduler import _restored
+from fastddim.integrations.diffusers._latents import initial_latents
+from fastddim.integrations.diffusers._state import _restored
 
 __all__ = [
     "DDIMInverseScheduler",
@@ -68,6 +83,7 @@ __all__ = [
     "DDIMScheduler",
     "DDPMScheduler",
     "SchedulerMixin",
+    "initial_latents",
 ]
 
 # Saved pipelines and pickles name the module of a class, which must outlast the layout of files.
@@ -76,6 +92,7 @@ for _saved in (
     DDIMParallelScheduler,
     DDIMInverseScheduler,
     DDPMScheduler,
+    initial_latents,
     _restored,
 ):
     _saved.__module__ = __name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from fastddim.integrations.diffusers._rows import (
     strided,
 )
 from fastddim.integrations.diffusers._scheduler import drawn_like, output_object
+from fastddim.integrations.diffusers._timesteps import check_one_of, given_timesteps
 from fastddim.integrations.diffusers._tuned import (
     CONFIG_KEY,
     TunedRun,
@@ -85,14 +86,35 @@ class Ddim(Noising):
         self._fastddim_work.tuned = None if steps is None else TunedRun(steps)
         self.num_inference_steps = None
 
-    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+    ) -> None:
         """As in diffusers; of tuned steps the only number is theirs.
 
+        Args:
+            num_inference_steps: the number of steps, whose timesteps the config chooses.
+            device: of `self.timesteps`.
+            timesteps: timesteps instead of their number, decreasing, which diffusers' class does
+                not take. Each step ends at the next of them, and the last at
+                `final_alpha_cumprod`.
+
         Raises:
-            ValueError: the steps are tuned and of another number.
+            TypeError, IndexError: one of the timesteps is no integer.
+            ValueError: both a number and timesteps are given, or neither; the timesteps are not
+                decreasing or out of range; the steps are tuned, and of another number or timesteps
+                are given.
         """
+        check_one_of(num_inference_steps, timesteps)
         run = self._fastddim_work.tuned
-        if run is None:
+        if timesteps is not None:
+            if run is not None:
+                raise ValueError("timesteps: expected None with tuned steps, which have their own")
+            self._give_timesteps(given_timesteps(timesteps, self.config["num_train_timesteps"]))
+        elif run is None:
+            self._fastddim_work.given = None
             super().set_timesteps(num_inference_steps)  # type: ignore[misc]
         elif num_inference_steps != run.steps.steps:
             raise ValueError(
@@ -101,6 +123,7 @@ class Ddim(Noising):
             )
         else:
             self._fastddim_work.tuned = TunedRun(run.steps)
+            self._fastddim_work.given = None
             self.num_inference_steps = num_inference_steps
             self.timesteps = torch.tensor(run.steps.timesteps, device="cpu")
         self._move_timesteps(device)
@@ -123,7 +146,8 @@ class Ddim(Noising):
             timestep: an int, or a tensor with one; need not be among `timesteps`.
             eta: η of eq. 16 of arXiv 2010.02502.
             use_clipped_model_output: re-derive epsilon from the clipped x_0.
-            generator, variance_noise: of the noise where η > 0; at most one of them.
+            generator, variance_noise: of the noise where η > 0; at most one of them. Philox noise
+                takes its seed from a generator; see `set_noise`.
             return_dict: return diffusers' output object instead of a tuple.
 
         Returns:
@@ -132,8 +156,10 @@ class Ddim(Noising):
         Raises:
             ValueError: there is more than one timestep, both kinds of noise are given,
                 `set_timesteps` was not called, or the config's prediction type is unknown; or the
-                steps are tuned, and η is not 0 or the timestep is not the next of them.
-            IndexError: the timestep is no index of `alphas_cumprod`.
+                steps are tuned, and η is not 0 or the timestep is not the next of them; or
+                timesteps were given, and it is a case for diffusers' own code, which knows only
+                their number.
+            IndexError: the timestep is no index of `alphas_cumprod`, or none of those given.
             TypeError: the timestep is no number.
         """
         in_graph = is_dynamo_compiling()
@@ -150,6 +176,9 @@ class Ddim(Noising):
                 return results
             return output_object(self._output_class, results[0], results[1], in_graph)
         row = timestep if type(timestep) is int else self._row(timestep, sample.device)
+        given = self._fastddim_work.given
+        if given is not None:
+            given.check(row)
         state = self._state(sample, model_output)
         table: Any = None
         if state is not None and in_graph:
@@ -157,8 +186,10 @@ class Ddim(Noising):
         elif state is not None:
             table = self._table(self.num_inference_steps, eta, use_clipped_model_output, False)
         if state is None or table is None:
-            if variance_noise is None and generator is None and eta > 0:
-                variance_noise = self._philox_noise(timestep, model_output)
+            self._refuse_given()
+            if variance_noise is None and eta > 0:
+                variance_noise = self._philox_noise(timestep, model_output, generator)
+                generator = generator if variance_noise is None else None
             return super().step(  # type: ignore[misc]
                 model_output,
                 timestep,
@@ -171,12 +202,8 @@ class Ddim(Noising):
             )
         noise, keys = None, None
         if eta > 0:
-            if (
-                variance_noise is None
-                and generator is None
-                and self._fastddim_work.seed is not None
-            ):
-                keys = self._philox_keys(timestep, state)
+            if variance_noise is None and self._fastddim_work.seed is not None:
+                keys = self._philox_keys(timestep, state, generator)
             else:
                 noise = _noise(model_output, sample, generator, variance_noise)
         results = table.take(state, model_output, row, noise=noise, keys=keys)
@@ -253,12 +280,14 @@ class Ddim(Noising):
         if not isinstance(eta, (float, int)):
             return None
         alphas, final, config = self.alphas_cumprod, self.final_alpha_cumprod, self.config
+        given = self._fastddim_work.given
         try:
             key = (
                 eta,
                 rederive_eps,
                 ends_at_one,
                 steps,
+                given,
                 alphas._version,
                 final._version,
                 id(config),
@@ -272,30 +301,33 @@ class Ddim(Noising):
         table: SignedTable | None = kept.get(key)
         if table is None and steps is not None and not eta < 0 and self._covered():
             host, last = map(self._on_host, ATTRIBUTES)
-            final_alpha = 1.0 if ends_at_one else last
-            table = keep(
-                kept,
-                key,
-                lambda: _table(config, host, final_alpha, steps, float(eta), bool(rederive_eps)),
-                sources=(config, alphas, final),
-            )
+            final_alpha = host.new_ones(()) if ends_at_one else last.to(host)
+
+            def make() -> SignedTable:
+                stride = config["num_train_timesteps"] // steps
+                before = (
+                    strided(host, stride, final_alpha)
+                    if given is None
+                    else given.neighbours(host, final_alpha)
+                )
+                return _table(config, host, before, final_alpha, float(eta), bool(rederive_eps))
+
+            table = keep(kept, key, make, sources=(config, alphas, final))
         return table
 
 
 def _table(
     config: Mapping[str, Any],
     alphas: Tensor,
-    final: float | Tensor,
-    steps: int,
+    before: Tensor,
+    final: Tensor,
     eta: float,
     rederive_eps: bool,
 ) -> SignedTable:
-    final = torch.as_tensor(final, dtype=alphas.dtype, device=alphas.device)
     clip, rescaling = limits(config)
     update = Update(
         eta=eta, prediction=config["prediction_type"], clip=clip, rederive_eps=rederive_eps
     )
-    before = strided(alphas, config["num_train_timesteps"] // steps, final)
     return signed_table(row_of(scales(*doubled(alphas, before, final), eta), update), rescaling)
 
 

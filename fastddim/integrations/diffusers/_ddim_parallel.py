@@ -54,7 +54,8 @@ class DDIMParallelScheduler(Ddim, _parallel.DDIMParallelScheduler):  # type: ign
         Raises:
             IndexError: timesteps of another dtype.
             TypeError: timesteps that are no tensor.
-            ValueError: the steps are tuned.
+            ValueError: the steps are tuned; or timesteps were given, and it is a case for
+                diffusers' own code. A timestep that is none of those given makes NaN.
         """
         if self._fastddim_work.tuned is not None:
             raise ValueError(
@@ -77,6 +78,7 @@ class DDIMParallelScheduler(Ddim, _parallel.DDIMParallelScheduler):  # type: ign
                 steps = self.num_inference_steps
                 table = self._table(steps, 0.0, use_clipped_model_output, True)
         if state is None or table is None:
+            self._refuse_given()
             return super().batch_step_no_noise(
                 model_output, timesteps, sample, eta, use_clipped_model_output
             )

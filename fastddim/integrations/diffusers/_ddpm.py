@@ -63,7 +63,8 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
             model_output: `[B, C, …]`, or `[B, 2C, …]` where the variance is learned.
             timestep: an int, or a tensor with one, among `timesteps` once these are set.
             sample: `[B, C, …]`, floating point.
-            generator: of the noise, which is added where t > 0.
+            generator: of the noise, which is added where t > 0. Philox noise takes its seed from a
+                generator; see `set_noise`.
             return_dict: return diffusers' output object instead of a tuple.
 
         Returns:
@@ -95,10 +96,13 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
         noise, keys = None, None
         # Noise for a tensor's timestep is drawn at 0 too, where it is not read.
         if isinstance(t, Tensor) or t > 0:
-            if predicted is None and generator is None and self._fastddim_work.seed is not None:
-                keys = self._philox_keys(timestep if in_graph else t, state)
-            else:
+            at = timestep if in_graph else t
+            if self._fastddim_work.seed is None:
                 noise = drawn_like(mean, generator)
+            elif predicted is None:
+                keys = self._philox_keys(at, state, generator)
+            else:
+                noise = self._philox_noise(at, mean, generator)
         if noise is not None and predicted is not None:
             noise = self._deviation(steps, t, predicted) * noise
         results = steps.table.take(state, mean, t, noise=noise, keys=keys)

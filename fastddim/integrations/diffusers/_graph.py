@@ -84,10 +84,18 @@ class InGraph:
             return None
         return fused.visiting or id(self.timesteps)
 
-    def _keys_in_graph(self, timestep: int | Tensor, state: Tensor) -> Keys:
+    def _keys_in_graph(self, timestep: int | Tensor, state: Tensor, generator: Any) -> Keys:
         """The keys of philox noise; those of the first step for a timestep that is none of the
         scheduler's.
+
+        Raises:
+            ValueError: there is a generator, which no graph can draw from.
         """
+        if generator is not None:
+            raise ValueError(
+                "generator: expected None with noise='philox' where a step is traced, since a "
+                "graph cannot draw a seed from it; use set_noise('philox', seed) instead"
+            )
         fused, batch = self._fastddim_work, state.shape[0]
         t = timestep.to(self.timesteps.device) if isinstance(timestep, Tensor) else timestep
         step = (self.timesteps == t).to(torch.int64).argmax()

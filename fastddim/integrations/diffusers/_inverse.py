@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers.schedulers import scheduling_ddim_inverse as _ddim_inverse
@@ -20,6 +20,7 @@ from fastddim.integrations.diffusers._rows import (
     strided,
 )
 from fastddim.integrations.diffusers._scheduler import Fused, output_object
+from fastddim.integrations.diffusers._timesteps import check_one_of, given_timesteps
 from fastddim.kept import keep
 from fastddim.plan import Update, row_of
 
@@ -43,9 +44,33 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
 
     _fastddim_hooks = Hooks(of=("DDIMInverseScheduler",), attributes=_ATTRIBUTES)
 
-    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """As in diffusers."""
-        super().set_timesteps(num_inference_steps)
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        """As in diffusers.
+
+        Args:
+            num_inference_steps: the number of steps, whose timesteps the config chooses.
+            device: of `self.timesteps`.
+            timesteps: timesteps instead of their number, increasing, which diffusers' class does
+                not take. Each step begins at the one before, and the first at
+                `initial_alpha_cumprod`.
+
+        Raises:
+            TypeError, IndexError: one of the timesteps is no integer.
+            ValueError: both a number and timesteps are given, or neither; or the timesteps are not
+                increasing or out of range.
+        """
+        check_one_of(num_inference_steps, timesteps)
+        if timesteps is None:
+            self._fastddim_work.given = None
+            super().set_timesteps(num_inference_steps)  # type: ignore[arg-type]
+        else:
+            T = self.config["num_train_timesteps"]
+            self._give_timesteps(given_timesteps(timesteps, T, upwards=True))
         self._move_timesteps(device)
 
     def step(
@@ -62,11 +87,15 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
             prev_sample and pred_original_sample, each shaped like `sample`.
 
         Raises:
-            IndexError: the timestep is no index of `alphas_cumprod`.
+            IndexError: the timestep is no index of `alphas_cumprod`, or none of those given.
             TypeError: the timestep is no number.
-            ValueError: there is more than one timestep.
+            ValueError: there is more than one timestep; or timesteps were given, and it is a case
+                for diffusers' own code, which knows only their number.
         """
         row = timestep if type(timestep) is int else self._row(timestep, sample.device)
+        given = self._fastddim_work.given
+        if given is not None:
+            given.check(row)
         state = self._state(sample, model_output)
         table: Table | None = None
         steps = self.num_inference_steps
@@ -76,6 +105,7 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
         elif state is not None:
             table = self._table(steps)
         if state is None or table is None:
+            self._refuse_given()
             return super().step(model_output, timestep, sample, return_dict)
         results = table.take(state, model_output, row)
         if not return_dict:
@@ -93,24 +123,31 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
             versions = alphas._version, initial._version
         except RuntimeError:  # of inference mode
             return self._table(steps) if self._count_changes(*_ATTRIBUTES) else None
-        key = (steps, *versions, id(config), id(alphas), id(initial))
+        given = self._fastddim_work.given
+        key = (steps, given, *versions, id(config), id(alphas), id(initial))
         kept = self._fastddim_work.tables
         table: SignedTable | None = kept.get(key)
         if table is None and steps is not None and self._covered():
             host, start = map(self._on_host, _ATTRIBUTES)
-            table = keep(
-                kept,
-                key,
-                lambda: _table(config, host, start, steps),
-                sources=(config, alphas, initial),
-            )
+            start = start.to(host)
+
+            def make() -> SignedTable:
+                stride = config["num_train_timesteps"] // steps
+                at_start = (
+                    strided(host, stride, start)
+                    if given is None
+                    else given.neighbours(host, start, upwards=True)
+                )
+                return _table(config, host, at_start, start)
+
+            table = keep(kept, key, make, sources=(config, alphas, initial))
         return table
 
 
-def _table(config: Mapping[str, Any], alphas: Tensor, initial: Tensor, steps: int) -> SignedTable:
-    initial = initial.to(alphas)
+def _table(
+    config: Mapping[str, Any], alphas: Tensor, at_start: Tensor, initial: Tensor
+) -> SignedTable:
     clip, _ = limits(config)
     update = Update(prediction=config["prediction_type"], clip=clip)
-    at_start = strided(alphas, config["num_train_timesteps"] // steps, initial)
     ends, starts = doubled(alphas, at_start, initial)
     return signed_table(row_of(scales(starts, ends), update))

@@ -12,79 +12,23 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastddim import transfer
-from fastddim.cache import Cache
 from fastddim.integrations._indices import is_one_index, one_index
 from fastddim.integrations.diffusers._graph import IN_GRAPH, InGraph, unique
 from fastddim.integrations.diffusers._moved import Moved
-from fastddim.integrations.diffusers._rows import valid
-from fastddim.integrations.diffusers._timesteps import (
-    ONE_EACH,
-    HostTimesteps,
+from fastddim.integrations.diffusers._noise import (
+    CONFIG_KEY,
+    chosen_noise,
+    draw_seeds,
+    generators_of,
+    noise_entry,
 )
-from fastddim.integrations.diffusers._tuned import TunedRun
+from fastddim.integrations.diffusers._rows import valid
+from fastddim.integrations.diffusers._state import FusedState
+from fastddim.integrations.diffusers._timesteps import ONE_EACH, GivenTimesteps, HostTimesteps
 from fastddim.kept import keep, ordinary
 from fastddim.philox import STEP_NOISE, Keys, make_keys, normal
 from fastddim.tracing import PLAIN, is_traced
-from fastddim.tuned import TunedSteps
-from fastddim.validation import STATE_DTYPES, check_choice
-
-_TABLES_KEPT = 16
-
-# One for each step of a long run, since making them waits for the device.
-_KEYS_KEPT = 1024
-
-
-class FusedState:
-    """The state that a scheduler adds to the attributes that diffusers gives it.
-
-    A copy of the scheduler has the same noise and tuned steps, and its own tables.
-    """
-
-    def __init__(
-        self, seed: Any = None, sample_offset: int = 0, tuned: TunedRun | None = None
-    ) -> None:
-        """
-        Args:
-            seed, sample_offset: of philox noise; no seed where torch draws the noise.
-            tuned: the run of tuned steps, if the scheduler has such.
-        """
-        self.seed = seed
-        self.sample_offset = sample_offset
-        self.tuned = tuned
-        self.tables: Cache[Any] = Cache(_TABLES_KEPT)
-        self.keys: Cache[Keys] = Cache(_KEYS_KEPT)
-        self.timesteps: HostTimesteps | None = None
-        # What tells the timesteps of `set_timesteps` from others, or nothing.
-        self.visiting = ""
-        # Tells this config from all others.
-        self.configured = unique()
-        self.moved: dict[str, Moved] = {}
-        self.overridden: str | None = None
-
-    def __copy__(self) -> FusedState:
-        state = FusedState(self.seed, self.sample_offset, copy.copy(self.tuned))
-        state.timesteps, state.moved = self.timesteps, dict(self.moved)
-        state.visiting = self.visiting
-        return state
-
-    def __deepcopy__(self, memo: Any) -> FusedState:
-        state = FusedState(self.seed, self.sample_offset, copy.deepcopy(self.tuned, memo))
-        timesteps = self.timesteps
-        if timesteps is not None and timesteps.current:
-            # The scheduler's copy has the same copy of its timesteps.
-            tensor = copy.deepcopy(timesteps.tensor, memo)
-            state.timesteps = HostTimesteps.of(tensor, timesteps.values)
-            state.visiting = self.visiting
-        return state
-
-    def __reduce__(self) -> Any:
-        tuned = None if self.tuned is None else self.tuned.steps
-        return _restored, (self.seed, self.sample_offset, tuned)
-
-
-def _restored(seed: Any, sample_offset: int, tuned: TunedSteps | None = None) -> FusedState:
-    """Make the state of a scheduler that was pickled. Pickles hold the name of this function."""
-    return FusedState(seed, sample_offset, None if tuned is None else TunedRun(tuned))
+from fastddim.validation import STATE_DTYPES
 
 
 class Fused(InGraph):
@@ -93,6 +37,7 @@ class Fused(InGraph):
     # Set by diffusers.
     alphas_cumprod: Tensor
     num_inference_steps: int | None
+    register_to_config: Any
 
     # Its name is that in pickles, those of earlier versions too.
     _fastddim_work: FusedState
@@ -108,32 +53,41 @@ class Fused(InGraph):
         config: Any = None,
         return_unused_kwargs: bool = False,
         *,
-        noise: str = "torch",
-        seed: Any = 0,
-        sample_offset: int = 0,
+        noise: str | None = None,
+        seed: Any = None,
+        sample_offset: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in diffusers; `noise`, `seed` and `sample_offset` go to `set_noise`."""
+        """As in diffusers; `noise`, `seed` and `sample_offset` go to `set_noise`, by default those
+        that the config holds.
+        """
         if kwargs.get("tuned") is not None:
             raise ValueError(f"tuned: expected None for {cls.__name__}, got {kwargs['tuned']!r}")
         made = super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
-        (made[0] if return_unused_kwargs else made).set_noise(noise, seed, sample_offset)
+        scheduler = made[0] if return_unused_kwargs else made
+        scheduler.set_noise(**chosen_noise(scheduler.config, noise, seed, sample_offset))
         return made
 
     def set_noise(self, noise: str, seed: Any = 0, sample_offset: int = 0) -> None:
-        """Choose where the noise of the steps comes from.
+        """Choose where the noise of the steps comes from, which becomes a part of the config.
 
         Args:
             noise: "torch": drawn as diffusers draws it, or "philox": drawn in the kernel, keyed by
                 the seed, the step's index in `timesteps` and the sample.
-            seed, sample_offset: as in `fastddim.sample`; of philox.
+            seed, sample_offset: as in `fastddim.sample`; of philox. Where a step is given a
+                generator, or one for each sample, the seeds are drawn from those: one 64-bit number
+                from each, at the first step of a run.
 
         Raises:
-            ValueError: `noise` is neither.
+            ValueError: `noise` is neither; or the seed or the offset is out of range.
+            TypeError: the seed is no integer, nor a list or a tensor of such.
         """
-        check_choice("noise", noise, ("torch", "philox"))
+        entry = noise_entry(noise, seed, sample_offset)
+        if entry != self.config.get(CONFIG_KEY):
+            self.register_to_config(**{CONFIG_KEY: entry})
         fused = self._fastddim_work
         fused.seed, fused.sample_offset = (seed if noise == "philox" else None), sample_offset
+        fused.drawn = None
         fused.keys.clear()
 
     def __copy__(self) -> Any:
@@ -206,8 +160,28 @@ class Fused(InGraph):
             return None
         return sample.to(torch.promote_types(dtype, model_output.dtype))
 
+    def _give_timesteps(self, given: GivenTimesteps) -> None:
+        """Take given timesteps; those of graphs are another configuration."""
+        self._fastddim_work.given = given
+        self._fastddim_work.configured = unique()
+        self.num_inference_steps = len(given.timesteps)
+        self.timesteps = torch.tensor(given.timesteps, device="cpu")
+
+    def _refuse_given(self) -> None:
+        """Refuse a step of diffusers' own code where it would not know what comes next."""
+        if self._fastddim_work.given is not None:
+            hook = self._fastddim_hooks.overridden(self)
+            case = "for a case that the kernel does not cover" if hook is None else f"of {hook}"
+            raise ValueError(
+                "timesteps: expected set_timesteps to be called with num_inference_steps, since "
+                f"this step is diffusers' own {case}, got timesteps"
+            )
+
     def _move_timesteps(self, device: Any) -> None:
-        """Move the timesteps, which are on the host, to the device, and remember their values."""
+        """Move the timesteps, which are on the host, to the device, and remember their values. A
+        new run begins.
+        """
+        self._fastddim_work.drawn = None
         if is_compiling() or type(self.timesteps) is not Tensor:
             self.timesteps, self._fastddim_work.timesteps = self.timesteps.to(device), None
             return
@@ -282,22 +256,25 @@ class Fused(InGraph):
         rows: Tensor = timesteps.reshape(-1).to(device, torch.int64)
         return rows.remainder(2 * self.alphas_cumprod.shape[0])
 
-    def _philox_keys(self, timestep: Any, sample: Tensor) -> Keys:
+    def _philox_keys(self, timestep: Any, sample: Tensor, generator: Any) -> Keys:
+        """The keys of a step's noise, of seeds from the generators if there are any."""
         if is_traced(sample):
-            return self._keys_in_graph(timestep, sample)
-        fused, t = self._fastddim_work, self._read(timestep)
+            return self._keys_in_graph(timestep, sample, generator)
+        fused, t, batch = self._fastddim_work, self._read(timestep), sample.shape[0]
         step = self._host_timesteps().step_of.get(t)
         if step is None:
             raise ValueError(
                 f"timestep: expected one of the scheduler's timesteps with noise='philox', got {t}"
             )
-        key = (step, sample.shape[0], sample.device)
+        if generator is not None:
+            return self._drawn_keys(generator, step, batch, sample.device)
+        key = (step, batch, sample.device)
         return fused.keys.get(key) or keep(
             fused.keys,
             key,
             lambda: make_keys(
                 fused.seed,
-                sample.shape[0],
+                batch,
                 sample_offset=fused.sample_offset,
                 step_index=step,
                 device=sample.device,
@@ -305,11 +282,22 @@ class Fused(InGraph):
             device=sample.device,
         )
 
-    def _philox_noise(self, timestep: Any, like: Tensor) -> Tensor | None:
-        """The noise of a step that diffusers takes; None where torch draws it."""
+    def _drawn_keys(self, generator: Any, step: int, batch: int, device: torch.device) -> Keys:
+        """The keys of a step of a run whose first step draws the seeds."""
+        fused, generators = self._fastddim_work, generators_of(generator, batch, device)
+        drawn = fused.drawn
+        if drawn is not None and drawn.go_on(generators, step, batch, device):
+            fused.drawn = drawn.at(step)
+        else:
+            fused.drawn = draw_seeds(generators, step, batch, device, fused.sample_offset)
+        return fused.drawn.keys
+
+    def _philox_noise(self, timestep: Any, like: Tensor, generator: Any) -> Tensor | None:
+        """The noise of a step as a tensor; None where torch draws it."""
         if self._fastddim_work.seed is None or not like.ndim:
             return None
-        return normal(self._philox_keys(timestep, like), like.shape[1:], STEP_NOISE).to(like.dtype)
+        keys = self._philox_keys(timestep, like, generator)
+        return normal(keys, like.shape[1:], STEP_NOISE).to(like.dtype)
 
 
 def drawn_like(like: Tensor, generator: Any) -> Tensor:
