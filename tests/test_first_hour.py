@@ -197,7 +197,8 @@ from diffusers import DiffusionPipeline
 
 import fastddim.integrations.diffusers
 
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)
+absent = dict.fromkeys(("tokenizer", "safety_checker", "feature_extractor"))
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True, **absent)
 pipe.set_progress_bar_config(disable=True)
 embeddings = dict(np.load(sys.argv[2]))
 images = pipe(
