@@ -85,8 +85,10 @@ def random_parts(device: str = "cpu") -> Parts:
         clip_sample=False,
         steps_offset=1,
     )
-    modules: tuple[Any, ...] = (unet, vae, CLIPTextModel(config))
-    return Parts(*(module.to(device).eval() for module in modules), scheduler)
+    unet, vae, text_encoder = (
+        module.to(device).eval() for module in (unet, vae, CLIPTextModel(config))
+    )
+    return Parts(unet, vae, text_encoder, scheduler)
 
 
 def embed(parts: Parts, tokens: Sequence[int]) -> Tensor:
