@@ -135,7 +135,7 @@ def test_a_network_of_one_s_own_with_labels(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match=r"model_kwargs\['y'\].*\b3\b"):
         draw(**(guided | {"model_kwargs": {"y": labels[:3]}}))
-    with pytest.raises(ValueError, match=r"shape: got \(3, 16, 16\).* one sample is \(1, 3, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"one sample is \(1, 3, 16, 16\)"):
         fastddim.sample(
             net,
             10,
