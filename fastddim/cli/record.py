@@ -15,7 +15,7 @@ import click
 from fastddim import images
 from fastddim._version import __version__
 from fastddim.cli.options import Placing, is_given
-from fastddim.runs.description import fingerprint
+from fastddim.runs.fingerprints import fingerprint
 
 # The name of the whole record in a file; other names are there for people.
 RECORD = "fastddim"
