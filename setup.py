@@ -2,13 +2,20 @@
 
 The list of packages is explicit because `fastddim.kernels` lives in `kernels/`, not in `fastddim/`.
 
+The extension is compiled with the torch that can be imported here. Where pip builds in an
+environment of its own, that is the torch of the environment that it installs into.
+
 Without torch, without a C++ compiler, or with FASTDDIM_BUILD_EXT=0 in the environment, the package
-is built without the extension. The CUDA kernels are part of it where torch is a CUDA build and nvcc
-is found with its static runtime. FASTDDIM_BUILD_CUDA=1 asks for them with any torch: if they cannot
-be built, the build fails. FASTDDIM_BUILD_CUDA=0 leaves them out. FASTDDIM_WERROR=1 turns compilers'
-warnings into errors; it is off by default, since other releases of a compiler may warn of more.
+is built without the extension. pip hides what a build prints, so the version tells it, in the last
+line of `pip install`, in `pip list` and to `fastddim.extension`: 0.1.0+no.kernel.without.torch.
+
+The CUDA kernels are part of the extension where torch is a CUDA build and nvcc is found with its
+static runtime. FASTDDIM_BUILD_CUDA=1 asks for them with any torch: if they cannot be built, the
+build fails. FASTDDIM_BUILD_CUDA=0 leaves them out. FASTDDIM_WERROR=1 turns compilers' warnings into
+errors; it is off by default, since other releases of a compiler may warn of more.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -18,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import find_packages, setup
+from setuptools.command.egg_info import egg_info
 
 packages = find_packages(include=["fastddim", "fastddim.*"])
 packages += [f"fastddim.{name}" for name in find_packages(include=["kernels", "kernels.*"])]
@@ -29,16 +37,51 @@ CUDA_PTX = 100
 WARNINGS_ARE_ERRORS = os.environ.get("FASTDDIM_WERROR") == "1"
 
 
-def missing_for_extension() -> str | None:
-    """The reason why the extension cannot be built, or None."""
+class Missing(NamedTuple):
+    """The reason why the extension cannot be built, for people and as a part of a version."""
+
+    reason: str
+    label: str
+
+
+def missing_for_extension() -> Missing | None:
     if os.environ.get("FASTDDIM_BUILD_EXT") == "0":
-        return "FASTDDIM_BUILD_EXT=0"
+        return Missing("FASTDDIM_BUILD_EXT=0", "by.request")
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        return Missing(f"there is no C++ compiler ({compiler})", "without.compiler")
+    if importlib.util.find_spec("torch") is None:
+        sys.path += hidden_folders()
     try:
         import torch  # noqa: F401
-    except ImportError:
-        return "torch is not installed (build with --no-build-isolation)"
-    compiler = os.environ.get("CXX", "c++")
-    return None if shutil.which(compiler.split()[0]) else f"there is no C++ compiler ({compiler})"
+    except ImportError as error:
+        return Missing(f"torch cannot be imported: {error}", "without.torch")
+    return None
+
+
+def hidden_folders() -> list[str]:
+    """The folders with the packages of the environment that pip installs into.
+
+    For a build in an environment of its own, pip runs the interpreter of the other one and hides
+    its packages by variables. Last on the path, they leave the build its setuptools.
+    """
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    asked = [sys.executable, "-c", "import sys; print(*sys.path, sep='\\n')"]
+    said = subprocess.run(asked, check=True, capture_output=True, text=True, env=variables).stdout
+    return [folder for folder in said.splitlines() if folder and folder not in sys.path]
+
+
+def marked_version(missing: Missing) -> dict[str, object]:
+    """Arguments of `setup` that mark the version of what is built without the extension."""
+
+    class Information(egg_info):
+        def finalize_options(self) -> None:
+            # An sdist may still be built with all. The one at hand sets this, to nothing.
+            if "sdist" not in sys.argv:
+                self.tag_build = f"+no.kernel.{missing.label}"
+            super().finalize_options()
+
+    return {"cmdclass": {"egg_info": Information}}
 
 
 class Toolkit(NamedTuple):
@@ -163,10 +206,11 @@ def extension_arguments() -> dict[str, object]:
 
 missing = missing_for_extension()
 if missing is not None:
-    print(f"fastddim: building without the C++ extension: {missing}", file=sys.stderr)
+    print(f"fastddim: building without the C++ extension: {missing.reason}", file=sys.stderr)
 
 setup(
     packages=packages,
+    py_modules=["fastddim_command"],
     package_dir={"fastddim": "fastddim", "fastddim.kernels": "kernels"},
     # Package data is what is named here, not whatever MANIFEST.in puts into the sdist.
     include_package_data=False,
@@ -174,5 +218,5 @@ setup(
         "fastddim": ["py.typed"],
         "fastddim.models": ["weights/*.safetensors", "weights/*.json"],
     },
-    **({} if missing else extension_arguments()),
+    **(marked_version(missing) if missing else extension_arguments()),
 )

@@ -3,7 +3,7 @@
 `fastddim.sample(model, steps)` draws samples; `step` is one update for loops of your own.
 """
 
-from fastddim import graph, models, philox, process, runs
+from fastddim import graph, images, models, philox, process, runs
 from fastddim._version import __version__ as __version__
 from fastddim.api import invert, sample, step
 from fastddim.interpolation import slerp
@@ -24,6 +24,7 @@ __all__ = [
     "TunedSteps",
     "generate",
     "graph",
+    "images",
     "invert",
     "load_steps",
     "models",

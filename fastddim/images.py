@@ -1,4 +1,4 @@
-"""Images: [−1, 1] tensors to 8-bit arrays and back, grids and PNG files.
+"""Images: [−1, 1] tensors to 8-bit arrays and back, grids, PNG files and animated GIFs.
 
 Eight-bit images are NumPy arrays `[N, H, W, C]`, as in the `.npz` files of sample-quality
 evaluators.
@@ -9,21 +9,29 @@ from __future__ import annotations
 import io
 import math
 import os
-from typing import Any, BinaryIO, TypeAlias
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from fastddim.files import atomic_file
+
+if TYPE_CHECKING:
+    # Imported where it is used: `import fastddim` imports this module, and nothing of Pillow.
+    from PIL import Image
 
 Images: TypeAlias = NDArray[np.uint8]
 
 _PIL_MODES = {1: "L", 3: "RGB"}
 # Pillow cuts 16-bit and float images off at 255 instead of scaling them, so those are refused.
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+
+# Below this side an image is too small to look at.
+_VISIBLE = 64
 
 
 def to_uint8(x: Tensor) -> Images:
@@ -67,7 +75,7 @@ def grid(
     images: Images,
     columns: int | None = None,
     *,
-    scale: int = 1,
+    scale: int | None = 1,
     padding: int = 2,
     background: int = 255,
 ) -> Images:
@@ -76,7 +84,8 @@ def grid(
     Args:
         images: uint8 `[N, H, W, C]`, N ≥ 1.
         columns: images per row; by default the grid is about square.
-        scale: each pixel becomes `scale × scale` pixels.
+        scale: each pixel becomes `scale × scale` pixels; None enlarges images of less than 64
+            pixels to at least that many.
         padding: pixels between the images and around them.
         background: level of the padding and of empty cells.
 
@@ -90,6 +99,7 @@ def grid(
     count, height, width, channels = images.shape
     if count == 0:
         raise ValueError("images: expected at least one, got none")
+    scale = max(1, math.ceil(_VISIBLE / max(height, width, 1))) if scale is None else scale
     columns = min(count, math.ceil(math.sqrt(count)) if columns is None else columns)
     for name, value, low in (("columns", columns, 1), ("scale", scale, 1), ("padding", padding, 0)):
         if value < low:
@@ -106,27 +116,123 @@ def grid(
     return sheet
 
 
-def save_png(path: str | os.PathLike[str], image: Images) -> None:
-    """Write one image, uint8 `[H, W, C]` with C = 1 (grey) or 3 (RGB), through `atomic_file`.
+def save_png(
+    path: str | os.PathLike[str],
+    x: Tensor | Images,
+    *,
+    columns: int | None = None,
+    scale: int | None = None,
+    text: Mapping[str, str] | None = None,
+) -> None:
+    """Write an image, or a grid of several, as a PNG file, whole or not at all.
+
+    Args:
+        path: of the file.
+        x: floating point in [−1, 1] on any device, values outside clamped: `[C, H, W]` is one
+            image, written as it is; `[B, C, H, W]` is the `grid` that `fastddim sample` draws. Or
+            8-bit levels, a uint8 array `[H, W, C]` or `[B, H, W, C]`. C is 1 (grey) or 3 (RGB).
+        columns: images per row of a grid; by default it is about square.
+        scale: each pixel of a grid becomes `scale × scale` pixels; by default images of less than
+            64 pixels are enlarged to at least that many.
+        text: written into the file under these names; `read_text` reads it.
 
     Raises:
-        TypeError, ValueError: `image` is not such an array.
+        TypeError: `x` is neither a floating-point tensor nor a uint8 array.
+        ValueError: it is of another shape, or holds a NaN; or an argument is out of range.
         OSError: `path` cannot be written.
     """
-    content = encode_png(image)
+    forms, last = ("[C, H, W]", "[B, C, H, W]"), ("[H, W, C]", "[B, H, W, C]")
+    levels = _levels("x", x, forms, last)
+    image = grid(levels, columns, scale=scale) if levels.ndim == 4 else levels
+    content = encode_png(image, text)
     with atomic_file(path) as file:
         file.write(content)
 
 
-def encode_png(image: Images) -> bytes:
-    """The content of the file that `save_png` writes."""
+def encode_png(image: Images, text: Mapping[str, str] | None = None) -> bytes:
+    """The content of a PNG file: one image, uint8 `[H, W, C]`, and `text` under its names."""
+    from PIL.PngImagePlugin import PngInfo
+
     _check_uint8("image", image, 3, "[H, W, C]")
-    if image.shape[2] not in _PIL_MODES:
-        raise ValueError(f"image: expected 1 or 3 channels, got {image.shape[2]}")
-    pixels = image[:, :, 0] if image.shape[2] == 1 else image
+    _check_channels("image", image)
+    held = PngInfo()
+    for name, value in (text or {}).items():
+        held.add_text(name, value)
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG")
+    _pillow(image).save(buffer, format="PNG", pnginfo=held)
     return buffer.getvalue()
+
+
+def read_text(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The text in a PNG file, by name.
+
+    Raises:
+        OSError: `path` cannot be read.
+        ValueError: it is not a PNG image.
+    """
+    with _opened(path) as image:
+        image.load()  # text may also follow the pixels
+        found = {str(name): value for name, value in image.info.items()}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
+
+
+def save_gif(
+    path: str | os.PathLike[str],
+    trajectory: Tensor | Images,
+    *,
+    columns: int | None = None,
+    scale: int | None = None,
+    frame_ms: int = 80,
+    last_ms: int = 2000,
+) -> None:
+    """Write the states of a run as an animated GIF that repeats, whole or not at all.
+
+    Grey images keep every level. Each frame of an RGB image has the 256 colours that suit it best,
+    without dithering, which would flicker.
+
+    Args:
+        path: of the file.
+        trajectory: `[F, B, C, H, W]` for F frames of a grid, as
+            `sample(..., return_trajectory=True)` returns it, or `[F, C, H, W]` for one image;
+            floating point, on any device. States are clamped to [−1, 1], so that the noise of early
+            steps is shown with its extremes cut off. Or 8-bit levels, a uint8 array
+            `[F, B, H, W, C]` or `[F, H, W, C]`. C is 1 (grey) or 3 (RGB).
+        columns: images per row of a grid; by default it is about square.
+        scale: each pixel becomes `scale × scale` pixels; by default images of less than 64 pixels
+            are enlarged to at least that many.
+        frame_ms: milliseconds that a frame is shown for, a multiple of 10 in [20, 60000].
+        last_ms: the same of the last frame, the sample.
+
+    Raises:
+        TypeError: `trajectory` is neither a floating-point tensor nor a uint8 array.
+        ValueError: it is of another shape, or holds a NaN; or an argument is out of range.
+        OSError: `path` cannot be written.
+    """
+    for name, value in (("frame_ms", frame_ms), ("last_ms", last_ms)):
+        if value not in range(20, 60001, 10):
+            raise ValueError(f"{name}: expected a multiple of 10 in [20, 60000], got {value!r}")
+    forms, last = ("[F, C, H, W]", "[F, B, C, H, W]"), ("[F, H, W, C]", "[F, B, H, W, C]")
+    levels = _levels("trajectory", trajectory, forms, last)
+    if not len(levels):
+        raise ValueError("trajectory: expected at least one frame, got none")
+    if levels.ndim == 4:
+        sheets = [grid(frame[None], scale=scale, padding=0) for frame in levels]
+    else:
+        sheets = [grid(frame, columns, scale=scale) for frame in levels]
+    frames = [_paletted(_pillow(sheet)) for sheet in sheets]
+    durations = [frame_ms] * (len(frames) - 1) + [last_ms]
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=0,
+        optimize=False,
+    )
+    with atomic_file(path) as file:
+        file.write(buffer.getvalue())
 
 
 def load_png(path: str | os.PathLike[str] | BinaryIO, shape: tuple[int, int, int]) -> Images:
@@ -144,19 +250,77 @@ def load_png(path: str | os.PathLike[str] | BinaryIO, shape: tuple[int, int, int
     channels, height, width = shape
     if channels not in _PIL_MODES:
         raise ValueError(f"shape: expected 1 or 3 channels, got {channels}")
+    with _opened(path) as image:
+        if image.size != (width, height):
+            got = f"{image.size[0]}x{image.size[1]}"
+            raise ValueError(f"{path}: expected an image of {width}x{height} pixels, got {got}")
+        if image.mode not in _EIGHT_BIT_MODES:
+            raise ValueError(f"{path}: expected 8 bits a channel, got mode {image.mode}")
+        pixels = np.array(image.convert(_PIL_MODES[channels]), dtype=np.uint8)
+    return pixels.reshape(height, width, channels)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str] | BinaryIO) -> Iterator[Image.Image]:
+    """A PNG file; whatever is wrong with its content is a ValueError that names it."""
+    from PIL import Image
+
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            if image.size != (width, height):
-                got = f"{image.size[0]}x{image.size[1]}"
-                raise ValueError(f"{path}: expected an image of {width}x{height} pixels, got {got}")
-            if image.mode not in _EIGHT_BIT_MODES:
-                raise ValueError(f"{path}: expected 8 bits a channel, got mode {image.mode}")
-            pixels = np.array(image.convert(_PIL_MODES[channels]), dtype=np.uint8)
+            yield image
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(f"{path}: expected a PNG image, got {error}") from error
-    return pixels.reshape(height, width, channels)
+
+
+def _levels(name: str, x: Any, forms: tuple[str, str], last: tuple[str, str]) -> Images:
+    """8-bit levels with the channels last.
+
+    Args:
+        forms: the shapes that a tensor in [−1, 1] may have.
+        last: those of an array that already holds levels.
+    """
+    if isinstance(x, Tensor) and x.is_floating_point():
+        _check_form(name, x, forms)
+        flat = to_uint8(x.reshape(-1, *x.shape[-3:]))
+        levels: Images = flat.reshape(*x.shape[:-3], *flat.shape[1:])
+    elif isinstance(x, np.ndarray) and x.dtype == np.uint8:
+        _check_form(name, x, last)
+        levels = x
+    else:
+        raise TypeError(
+            f"{name}: expected a floating-point tensor {' or '.join(forms)} in [-1, 1], or a uint8 "
+            f"array {' or '.join(last)}, got {getattr(x, 'dtype', type(x))}"
+        )
+    _check_channels(name, levels)
+    return levels
+
+
+def _check_form(name: str, x: Any, forms: tuple[str, str]) -> None:
+    if x.ndim not in [form.count(",") + 1 for form in forms]:
+        raise ValueError(f"{name}: expected {' or '.join(forms)}, got shape {tuple(x.shape)}")
+
+
+def _check_channels(name: str, images: Images) -> None:
+    channels = images.shape[-1]
+    if channels not in _PIL_MODES:
+        raise ValueError(f"{name}: expected 1 (grey) or 3 (RGB) channels, got {channels}")
+
+
+def _pillow(image: Images) -> Image.Image:
+    from PIL import Image
+
+    pixels = image[:, :, 0] if image.shape[2] == 1 else image
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _paletted(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode == "L":
+        return image
+    return image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
 
 
 def _check_uint8(name: str, images: Any, ndim: int, form: str) -> None:

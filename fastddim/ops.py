@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fastddim.extension import why_missing
 from fastddim.philox import Keys
 from fastddim.plan import Rescaling
 
@@ -121,7 +122,7 @@ try:
     # Registers the CPU implementations.
     importlib.import_module("fastddim._C")
 except ImportError as error:
-    EXTENSION_ERROR = f"the compiled extension is missing ({error})"
+    EXTENSION_ERROR = why_missing(error)
 
 
 def update_out_through(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import click
 import numpy as np
@@ -22,9 +23,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 import fastddim
-from fastddim import backends, images
+from fastddim import backends, choices, images
 from fastddim.cli import main
+from fastddim.plan import SPACINGS
 from fastddim.processor import has_bfloat16
+from fastddim.tuning.search import EFFORTS
 
 from .support.optional import optional
 
@@ -55,6 +58,10 @@ def succeed(*arguments):
     return result
 
 
+def sample(*arguments):
+    return succeed("sample", "--seed", 0, *arguments)
+
+
 def fail(code, *arguments):
     """The one line of an error."""
     before = sorted(Path().rglob("*"))
@@ -65,8 +72,8 @@ def fail(code, *arguments):
     return result.stderr
 
 
-def drawn(model, steps, **arguments):
-    return images.to_uint8(fastddim.sample(model, steps, **arguments))
+def drawn(model, steps, *, seed=0, **arguments):
+    return images.to_uint8(fastddim.sample(model, steps, seed=seed, **arguments))
 
 
 def read_npz(path):
@@ -82,19 +89,19 @@ def read_png(path):
 
 class TestSample:
     def test_grid(self, digits):
-        result = succeed("sample", "digits", "--steps", 3, "--count", 5)
+        result = sample("digits", "--steps", 3, "--count", 5)
         assert (result.stdout, result.stderr) == ("samples.png\n", "")
         expected = images.grid(drawn(digits, 3, batch_size=5), scale=8)
         assert np.array_equal(read_png("samples.png"), expected[:, :, 0])
 
     def test_grid_of_chosen_size(self, digits):
         options = ("--steps", 2, "--count", 3, "--columns", 2, "--scale", 1, "--out", "a.PNG")
-        assert succeed("sample", "digits", *options).stdout == "a.PNG\n"
+        assert sample("digits", *options).stdout == "a.PNG\n"
         expected = images.grid(drawn(digits, 2, batch_size=3), 2)
         assert np.array_equal(read_png("a.PNG"), expected[:, :, 0])
 
     def test_archive(self, digits):
-        result = succeed("sample", "digits", "--steps", 3, "--count", 5, "--out", "a.npz")
+        result = sample("digits", "--steps", 3, "--count", 5, "--out", "a.npz")
         assert result.stdout == "a.npz\n"
         assert np.array_equal(read_npz("a.npz"), drawn(digits, 3, batch_size=5))
 
@@ -103,7 +110,7 @@ class TestSample:
         Path("there").mkdir()
         Path("there/notes.txt").write_text("mine")
         options = ("--steps", 2, "--count", 3, "--sample-offset", 41, "--out", out)
-        assert succeed("sample", "digits", *options).stdout == f"{out}\n"
+        assert sample("digits", *options).stdout == f"{out}\n"
         files = sorted(Path(out).glob("*.png"))
         assert [file.name for file in files] == ["000041.png", "000042.png", "000043.png"]
         expected = drawn(digits, 2, batch_size=3, sample_offset=41)
@@ -112,7 +119,7 @@ class TestSample:
 
     def test_result_replaces_an_older_one(self, digits):
         Path("a.npz").write_text("older")
-        succeed("sample", "digits", "--steps", 2, "--count", 1, "--out", "a.npz")
+        sample("digits", "--steps", 2, "--count", 1, "--out", "a.npz")
         assert read_npz("a.npz").shape == (1, 8, 8, 1)
         assert os.listdir() == ["a.npz"]
 
@@ -151,25 +158,52 @@ class TestSample:
         ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
     )
     def test_options_are_the_library_s_arguments(self, digits, options, arguments):
-        succeed("sample", "digits", "--count", 2, "--out", "a.npz", *options)
+        sample("digits", "--count", 2, "--out", "a.npz", *options)
         assert np.array_equal(read_npz("a.npz"), drawn(digits, batch_size=2, **arguments))
 
     def test_defaults_are_the_library_s(self):
-        defaults = {p.name: p.default for p in main.commands["sample"].params}
-        library = inspect.signature(fastddim.sample).parameters
-        for name in ("spacing", "steps_offset", "eta", "variance", "seed", "sample_offset", "impl"):
-            assert defaults[name] == library[name].default, name
+        """The command line has them as numbers and text of its own, since help waits for no
+        library.
+        """
+        functions = {
+            "sample": fastddim.sample,
+            "invert": fastddim.invert,
+            "generate": fastddim.generate,
+            "tune": fastddim.tune,
+        }
+        # A batch is one for pictures, a prediction is the model's, a device is one that is there,
+        # and a progress bar is shown where there is a terminal. A fresh seed is named on stderr.
+        own = {"device", "dtype", "prediction", "progress"}
+        of_sample = {"batch_size", "seed"}
+        for command, function in functions.items():
+            library = inspect.signature(function).parameters
+            # Nothing is parsed that could be missing.
+            given = main.commands[command].make_context(command, [], resilient_parsing=True).params
+            optional = {
+                name
+                for name in given.keys() & library.keys()
+                if library[name].default is not inspect.Parameter.empty
+            }
+            compared = optional - own - (of_sample if command == "sample" else set())
+            assert len(compared) >= 2, (command, compared)
+            assert {name: given[name] for name in compared} == {
+                name: library[name].default for name in compared
+            }
+
+    def test_choices_are_the_library_s(self):
+        assert tuple(SPACINGS) == get_args(choices.Spacing)
+        assert tuple(EFFORTS) == get_args(choices.EffortName)
 
     def test_batch_size_changes_nothing_but_the_model_s_rounding(self, digits):
         options = ("--steps", 3, "--count", 7, "--eta", 1, "--sample-offset", 5, "--out", "a.npz")
-        succeed("sample", "digits", *options, "--batch-size", 3)
+        sample("digits", *options, "--batch-size", 3)
         whole = drawn(digits, 3, batch_size=7, eta=1.0, sample_offset=5)
         assert np.abs(read_npz("a.npz").astype(int) - whole).max() <= 1
 
     @pytest.mark.parametrize("size", [2, 8])
     def test_progress_goes_to_stderr(self, size):
         options = ("--steps", 2, "--count", 4, "--batch-size", size, "--progress")
-        result = succeed("sample", "digits", *options)
+        result = sample("digits", *options)
         assert result.stdout == "samples.png\n"
         assert "100%" in result.stderr
 
@@ -192,7 +226,7 @@ class TestModels:
         fastddim.models.save(digits, "trained", record)
         expected = drawn(digits, 2, batch_size=2)
         for name in ("trained", "trained/model.safetensors"):
-            succeed("sample", name, "--steps", 2, "--count", 2, "--out", "a.npz")
+            sample(name, "--steps", 2, "--count", 2, "--out", "a.npz")
             assert np.array_equal(read_npz("a.npz"), expected)
 
     def test_corrupt_weights(self):
@@ -234,7 +268,7 @@ class TestDiffusersModels:
             beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"
         )
         diffusers.DDIMPipeline(unet, scheduler).save_pretrained("pipeline")
-        succeed("sample", "pipeline", "--steps", 4, "--count", 2, "--out", "a.npz")
+        sample("pipeline", "--steps", 4, "--count", 2, "--out", "a.npz")
         expected = drawn(
             unet,
             4,
@@ -248,14 +282,14 @@ class TestDiffusersModels:
         unet.save_pretrained("flat")
         scheduler = diffusers.DDPMScheduler(num_train_timesteps=100, prediction_type="sample")
         scheduler.save_pretrained("flat")
-        succeed("sample", "flat", "--steps", 4, "--count", 2, "--out", "a.npz")
+        sample("flat", "--steps", 4, "--count", 2, "--out", "a.npz")
         schedule = fastddim.Schedule.linear(100)
         expected = drawn(unet, 4, batch_size=2, schedule=schedule, prediction="sample")
         assert np.array_equal(read_npz("a.npz"), expected)
 
     def test_unet_alone_is_taken_as_ddpm_s_and_says_so(self, unet):
         unet.save_pretrained("unet")
-        result = succeed("sample", "unet", "--steps", 4, "--count", 2, "--out", "a.npz")
+        result = sample("unet", "--steps", 4, "--count", 2, "--out", "a.npz")
         assert result.stdout == "a.npz\n"
         assert "unet has no scheduler_config.json: assuming epsilon prediction" in result.stderr
         assert np.array_equal(read_npz("a.npz"), drawn(unet, 4, batch_size=2))
@@ -316,7 +350,9 @@ class TestDiffusersModels:
         state = safetensors.torch.load(weights.read_bytes())
         state["conv_out.bias"][1] = torch.nan
         weights.write_bytes(safetensors.torch.save(state))
-        assert "expected no NaN" in fail(1, "sample", "model", "--steps", 2, "--count", 2)
+        assert "expected no NaN" in fail(
+            1, "sample", "model", "--seed", 0, "--steps", 2, "--count", 2
+        )
 
 
 class TestInvert:
@@ -341,7 +377,7 @@ class TestInvert:
         else:
             latents = safetensors.torch.load_file(out)["latents"]
         assert torch.equal(latents, expected)
-        succeed("sample", "digits", "--latents", out, "--steps", 5, "--out", "back.npz")
+        sample("digits", "--latents", out, "--steps", 5, "--out", "back.npz")
         assert np.array_equal(read_npz("back.npz"), drawn(digits, 5, x_T=expected))
 
     def test_all_kinds_of_images_in_the_order_given(self, digits, pictures):
@@ -614,7 +650,7 @@ class TestEnd:
 
         Sampler = fastddim.Sampler
         monkeypatch.setattr(fastddim, "Sampler", sampler)
-        result = succeed("sample", "digits", "--steps", 1, "--count", 1)
+        result = sample("digits", "--steps", 1, "--count", 1)
         assert result.stderr == "fastddim: warning: slow here\n"
 
     def test_version(self):
@@ -626,7 +662,19 @@ class TestProcess:
 
     def test_result_and_error(self, run_python, folder):
         result = run_python(
-            *("-m", "fastddim.cli", "sample", "digits", "--steps", "2", "--count", "2"), cwd=folder
+            *(
+                "-m",
+                "fastddim.cli",
+                "sample",
+                "digits",
+                "--seed",
+                "1",
+                "--steps",
+                "2",
+                "--count",
+                "2",
+            ),
+            cwd=folder,
         )
         assert (result.returncode, result.stdout, result.stderr) == (0, "samples.png\n", "")
         result = run_python("-m", "fastddim.cli", "sample", "digits", "--steps", "0", cwd=folder)

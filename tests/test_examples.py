@@ -125,7 +125,11 @@ def test_readme_s_five_lines_are_what_sample_computes(readme_names):
     torch.testing.assert_close(written_out, sampled, rtol=1e-10, atol=1e-10)
 
 
-def test_readme_s_commands_exist():
+def test_readme_s_commands_exist(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    # The picture that others are to be like.
+    drawn = ["sample", "digits", "--steps", "2", "--out", "digits.png"]
+    assert CliRunner().invoke(main, drawn).exit_code == 0
     commands = re.findall(r"^fastddim (\w+)(.*?)(?: *#.*)?$", README, re.MULTILINE)
     assert {name for name, _ in commands} == {
         *("env", "sample", "invert", "interpolate", "generate", "merge", "digest", "tune")

@@ -118,7 +118,7 @@ def test_png_keeps_every_pixel(tmp_path, channels):
 
 
 def test_save_png_refuses_other_channels(tmp_path):
-    with pytest.raises(ValueError, match="image: expected 1 or 3 channels, got 4"):
+    with pytest.raises(ValueError, match=r"x: expected 1 \(grey\) or 3 \(RGB\) channels, got 4"):
         images.save_png(tmp_path / "a.png", np.zeros((2, 2, 4), dtype=np.uint8))
     assert not list(tmp_path.iterdir())
 
@@ -209,4 +209,130 @@ def test_check_writable_says_why_not_and_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cannot be written: .*missing/a\.png"):
         files.check_writable(tmp_path / "missing/a.png")
     files.check_writable(tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
+
+
+def frames_of(path):
+    with Image.open(path) as file:
+        assert (file.format, file.info["loop"]) == ("GIF", 0)
+        shown = []
+        for i in range(file.n_frames):
+            file.seek(i)
+            pixels = np.array(file.convert("RGB"), dtype=np.uint8)
+            shown.append((pixels, file.info["duration"]))
+    return shown
+
+
+def test_save_png_writes_a_tensor_as_it_is(tmp_path):
+    x = torch.linspace(-1.2, 1.2, 60).reshape(3, 4, 5)
+    images.save_png(tmp_path / "a.png", x)
+    assert np.array_equal(
+        images.load_png(tmp_path / "a.png", (3, 4, 5)), images.to_uint8(x[None])[0]
+    )
+
+
+@pytest.mark.parametrize("levels", [False, True])
+def test_save_png_writes_several_as_a_grid(tmp_path, levels):
+    x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    given = images.to_uint8(x) if levels else x
+    images.save_png(tmp_path / "a.png", given)
+    sheet = images.grid(images.to_uint8(x), scale=8)
+    assert np.array_equal(images.load_png(tmp_path / "a.png", (1, *sheet.shape[:2])), sheet)
+    images.save_png(tmp_path / "a.png", given, columns=5, scale=1)
+    sheet = images.grid(images.to_uint8(x), 5)
+    assert np.array_equal(images.load_png(tmp_path / "a.png", (1, *sheet.shape[:2])), sheet)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(8, 8), ValueError, r"\[C, H, W\] or \[B, C, H, W\], got shape \(8, 8\)"),
+        (torch.zeros(4, 8, 8), ValueError, r"1 \(grey\) or 3 \(RGB\) channels, got 4"),
+        (torch.full((1, 2, 2), torch.nan), ValueError, "no NaN"),
+        (
+            torch.zeros(1, 8, 8, dtype=torch.uint8),
+            TypeError,
+            r"a floating-point tensor .* in \[-1, 1\], or a uint8 array .*, got torch.uint8",
+        ),
+        (np.zeros((8, 8, 1)), TypeError, ".* got float64"),
+        (np.zeros((8, 8), dtype=np.uint8), ValueError, r"\[H, W, C\] or \[B, H, W, C\], got"),
+    ],
+)
+def test_save_png_refuses(tmp_path, x, error, message):
+    with pytest.raises(error, match=f"x: expected {message}"):
+        images.save_png(tmp_path / "a.png", x)
+    assert not list(tmp_path.iterdir())
+
+
+def test_png_holds_text(tmp_path):
+    text = {"seed": "7", "model": "müller/χ.safetensors", "long": "x" * 5000}
+    images.save_png(tmp_path / "a.png", torch.zeros(1, 2, 2), text=text)
+    assert images.read_text(tmp_path / "a.png") == text
+    images.save_png(tmp_path / "a.png", torch.zeros(1, 2, 2))
+    assert images.read_text(tmp_path / "a.png") == {}
+    (tmp_path / "b.png").write_text("text")
+    with pytest.raises(ValueError, match=r"b\.png: expected a PNG image"):
+        images.read_text(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("levels", [False, True])
+def test_gif_shows_each_state_of_grey_images_exactly(tmp_path, levels):
+    states = torch.randn(4, 6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = np.stack([images.to_uint8(x) for x in states])
+    images.save_gif(tmp_path / "a.gif", drawn if levels else states, columns=3, scale=2)
+    shown = frames_of(tmp_path / "a.gif")
+    assert [duration for _, duration in shown] == [80, 80, 80, 2000]
+    for (pixels, _), batch in zip(shown, drawn, strict=True):
+        sheet = images.grid(batch, 3, scale=2)
+        assert np.array_equal(pixels, sheet.repeat(3, axis=2))
+
+
+def test_gif_of_one_image_has_no_frame_around_it(tmp_path):
+    states = torch.linspace(-1, 1, 3).reshape(3, 1, 1, 1).expand(3, 1, 8, 8)
+    images.save_gif(tmp_path / "a.gif", states, frame_ms=200, last_ms=500)
+    shown = frames_of(tmp_path / "a.gif")
+    assert [(pixels.shape, duration) for pixels, duration in shown] == [
+        ((64, 64, 3), 200),
+        ((64, 64, 3), 200),
+        ((64, 64, 3), 500),
+    ]
+    assert [pixels.max() for pixels, _ in shown] == [0, 128, 255]
+
+
+def test_gif_of_colour_has_the_colours_of_each_frame(tmp_path):
+    """Two frames of 256 colours each, which have none in common."""
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    red, blue = np.zeros((2, 16, 16, 3), dtype=np.uint8)
+    red[..., 0], blue[..., 2] = levels, levels
+    images.save_gif(tmp_path / "a.gif", np.stack([red, blue]), scale=1)
+    (first, _), (second, _) = frames_of(tmp_path / "a.gif")
+    assert np.abs(first.astype(int) - red).max() <= 1
+    assert np.abs(second.astype(int) - blue).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frame_ms": 25}, r"frame_ms: expected a multiple of 10 in \[20, 60000\], got 25"),
+        ({"last_ms": 0}, "last_ms: expected a multiple of 10"),
+        ({"scale": 0}, "scale: expected an integer >= 1, got 0"),
+    ],
+)
+def test_gif_refuses_options(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        images.save_gif(tmp_path / "a.gif", torch.zeros(2, 1, 4, 4), **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("trajectory", "message"),
+    [
+        (torch.zeros(1, 4, 4), r"expected \[F, C, H, W\] or \[F, B, C, H, W\], got shape"),
+        (torch.zeros(0, 1, 4, 4), "expected at least one frame, got none"),
+        (torch.zeros(2, 4, 8, 8), r"expected 1 \(grey\) or 3 \(RGB\) channels, got 4"),
+    ],
+)
+def test_gif_refuses_trajectories(tmp_path, trajectory, message):
+    with pytest.raises(ValueError, match=f"trajectory: {message}"):
+        images.save_gif(tmp_path / "a.gif", trajectory)
     assert not list(tmp_path.iterdir())

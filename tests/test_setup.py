@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import setuptools
+
+from fastddim import __version__
 
 from .support.environment import COMPILER, ROOT, needs_compiler
 
@@ -140,3 +143,65 @@ def test_warnings_are_errors_only_where_asked_for(machine: Machine, asked: str) 
     for call in compiled:
         assert "-Wall -Wextra" in call
         assert ("-Werror" in call.split()) == (asked == "1")
+
+
+def version(folder: Path, code: str, **variables: str) -> str:
+    """The version of what `pip install` would build, from the metadata that it asks for first."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTDDIM")}
+    result = subprocess.run(
+        [sys.executable, "-c", code, "-q", "dist_info", "--output-dir", str(folder)],
+        cwd=ROOT,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    (information,) = folder.glob("*.dist-info")
+    return information.name.removeprefix("fastddim-").removesuffix(".dist-info")
+
+
+PLAINLY = """
+import runpy, sys
+sys.argv = ["setup.py", *sys.argv[1:]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+# As pip's builds do: the packages of the environment are taken off the path of this interpreter.
+HIDING = """
+import os, sys
+from importlib.machinery import PathFinder
+hidden = [f for f in sys.path if f and PathFinder.find_spec("torch", [f]) is not None]
+assert hidden
+sys.path = [os.environ["OVERLAY"], *(f for f in sys.path if f not in hidden)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "label"),
+    [
+        ({"FASTDDIM_BUILD_EXT": "0"}, "by.request"),
+        ({"CXX": "/none/c++ -O2"}, "without.compiler"),
+    ],
+)
+def test_a_version_without_the_kernel_says_why(
+    tmp_path: Path, variables: dict[str, str], label: str
+) -> None:
+    """All that pip shows of a build that succeeds is the version, in its last line."""
+    assert version(tmp_path, PLAINLY, **variables) == f"{__version__}+no.kernel.{label}"
+
+
+def test_a_version_without_torch_says_so(tmp_path: Path) -> None:
+    hidden = "import sys; sys.modules['torch'] = None\n" + PLAINLY
+    assert version(tmp_path, hidden, CXX=sys.executable) == f"{__version__}+no.kernel.without.torch"
+
+
+def test_a_build_of_its_own_finds_the_torch_of_the_environment(tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay"
+    overlay.mkdir()
+    folder = Path(setuptools.__file__).parents[1]
+    for path in (*folder.glob("setuptools*"), folder / "_distutils_hack"):
+        (overlay / path.name).symlink_to(path)
+    code = HIDING + PLAINLY
+    found = version(tmp_path, code, CXX=sys.executable, OVERLAY=str(overlay))
+    assert found == __version__

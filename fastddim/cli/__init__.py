@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-import fastddim
+from fastddim._version import __version__
 from fastddim.cli.demo import command as demo
 from fastddim.cli.env import command as env
 from fastddim.cli.generate import command as generate
@@ -35,7 +35,7 @@ Paths of results go to stdout, everything else to stderr. Exit codes:
   0 done   1 failed   2 wrong arguments   130 interrupted (Ctrl-C)
 A file is written whole or not at all.""",
 )
-@click.version_option(fastddim.__version__, prog_name="fastddim")
+@click.version_option(__version__, prog_name="fastddim")
 @click.option("--traceback", is_flag=True, help="Show the Python traceback of an error.")
 @click.pass_context
 def main(ctx: click.Context, traceback: bool) -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
 
-import fastddim
-from fastddim import models
+from fastddim._version import __version__
 from fastddim.cli.options import shows_progress, working_device
-from fastddim.files import check_writable
-from fastddim.images import Images, grid, save_png, to_uint8
+from fastddim.cli.program import Command
 
+if TYPE_CHECKING:
+    from fastddim.images import Images
+    from fastddim.models import UNet
+
+SEED = 0
 DDIM_STEPS, DDPM_STEPS = 50, 1000
 DIGITS, FASHION = 64, 32
 # DDPM takes 20 times as many model evaluations, so it draws fewer images, and small ones.
@@ -27,8 +28,8 @@ _CELL = 56
 _LABEL_HEIGHT, _LABEL_SIZE = 26, 15
 
 
-@click.command("demo", epilog="\b\nExample:\n  fastddim demo --out demo")
-@click.option("--out", default="demo", help="Folder for demo.png.")
+@click.command("demo", cls=Command, epilog="\b\nExample:\n  fastddim demo --out demo")
+@click.option("--out", type=click.Path(), default="demo", help="Folder for demo.png.")
 def command(out: str) -> None:
     """Draw a picture with DDIM, and time DDIM against DDPM.
 
@@ -36,6 +37,10 @@ def command(out: str) -> None:
     batch with 50 steps of DDIM and as large a batch with 1000 steps of DDPM, and the two times are
     printed on stderr.
     """
+    from fastddim import models
+    from fastddim.files import check_writable
+    from fastddim.images import save_png
+
     path = Path(out) / "demo.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     check_writable(path)
@@ -50,7 +55,8 @@ def command(out: str) -> None:
     _, ddim = _draw(digits, DDIM_STEPS, COMPARED)
     slow, ddpm = _draw(digits, DDPM_STEPS, COMPARED, eta=1.0)
     panels[f"Digits: DDPM, {DDPM_STEPS} steps"] = slow
-    save_png(path, _sheet(panels))
+    text = {"model": "digits, fashion", "seed": str(SEED), "version": __version__}
+    save_png(path, _sheet(panels), text={**text, "steps": f"{DDIM_STEPS}, {DDPM_STEPS}"})
     click.echo(path)
     click.echo(
         f"{COMPARED} digits took {ddim:.2f} s with {DDIM_STEPS} steps of DDIM "
@@ -60,18 +66,23 @@ def command(out: str) -> None:
     )
 
 
-def _draw(model: models.UNet, steps: int, count: int, *, eta: float = 0.0) -> tuple[Images, float]:
+def _draw(model: UNet, steps: int, count: int, *, eta: float = 0.0) -> tuple[Images, float]:
     """The images, and the seconds from the latents to the pixels."""
+    import fastddim
+    from fastddim.images import to_uint8
+
     sampler = fastddim.Sampler(model, steps, batch_size=count, eta=eta)
     start = time.perf_counter()
-    samples = sampler(seed=0, progress=shows_progress())
-    assert isinstance(samples, torch.Tensor)
-    images = to_uint8(samples)
+    images = to_uint8(sampler(seed=SEED, progress=shows_progress()))
     return images, time.perf_counter() - start
 
 
 def _sheet(panels: Mapping[str, Images]) -> Images:
     """The panels below each other, each under its label; uint8 `[H, W, 1]`."""
+    import numpy as np
+
+    from fastddim.images import grid
+
     parts = []
     for label, images in panels.items():
         sheet = grid(images, _COLUMNS, scale=_CELL // images.shape[1])
@@ -80,6 +91,9 @@ def _sheet(panels: Mapping[str, Images]) -> Images:
 
 
 def _label(text: str, width: int) -> Images:
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
     image = Image.new("L", (width, _LABEL_HEIGHT), 255)
     font = ImageFont.load_default(_LABEL_SIZE)
     ImageDraw.Draw(image).text((2, _LABEL_HEIGHT // 2), text, fill=0, font=font, anchor="lm")

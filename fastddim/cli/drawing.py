@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 import fastddim
 from fastddim import backends
+from fastddim.cli.classes import ClassLabels
 from fastddim.cli.options import Machine, shows_progress
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import Source
@@ -26,31 +27,48 @@ class Drawing:
     """
 
     def __init__(
-        self, source: Source, machine: Machine, count: int, arguments: Mapping[str, Any]
+        self,
+        source: Source,
+        machine: Machine,
+        count: int,
+        arguments: Mapping[str, Any],
+        labels: ClassLabels | None = None,
     ) -> None:
         self._source, self._machine, self._count = source, machine, count
-        self._arguments = arguments
+        self._arguments = arguments if labels is None else {**arguments, **labels.guided()}
+        self._condition = {} if labels is None else labels.condition(machine.torch_device)
         self._sampler = cache(self._new_sampler)
         self._sampler(min(count, machine.batch_size))
 
     def batches(
-        self, *, seed: int = 0, sample_offset: int = 0, latents: Tensor | None = None
+        self,
+        *,
+        seed: int | None = None,
+        sample_offset: int = 0,
+        latents: Tensor | None = None,
+        return_trajectory: bool = False,
     ) -> Iterator[Tensor]:
         """All samples `[b, C, H, W]`, one batch at a time.
 
         Args:
             latents: `[count, C, H, W]` to start from instead of the seed's.
+            return_trajectory: give all states of each batch, `[S + 1, b, C, H, W]`.
         """
         for start, stop in _spans("sampling", self._count, self._machine):
             x_T = None if latents is None else _state(latents[start:stop], self._machine)
-            samples = self._sampler(stop - start)(
+            yield self._sampler(stop - start)(
                 seed=seed,
                 sample_offset=sample_offset + start,
                 x_T=x_T,
+                model_kwargs=self._rows(start, stop),
                 progress=_shows_steps(self._count, self._machine),
+                return_trajectory=return_trajectory,
             )
-            assert isinstance(samples, Tensor)
-            yield samples
+
+    def _rows(self, start: int, stop: int) -> dict[str, Tensor] | None:
+        """The labels of a batch as an argument of the model."""
+        rows = {name: labels[start:stop] for name, labels in self._condition.items()}
+        return rows or None
 
     def _new_sampler(self, batch: int) -> fastddim.Sampler:
         with usage_errors():
@@ -62,6 +80,7 @@ class Drawing:
                 device=self._machine.torch_device,
                 dtype=self._machine.torch_dtype,
                 impl=self._machine.impl,
+                model_kwargs=self._rows(0, batch),
                 **self._arguments,
             )
 
@@ -84,7 +103,7 @@ class Encoding:
         """The latents of `x_0` `[N, C, H, W]`, one batch at a time."""
         count = len(x_0)
         for start, stop in _spans("encoding", count, self._machine):
-            latents = fastddim.invert(
+            yield fastddim.invert(
                 self._source.model,
                 _state(x_0[start:stop], self._machine),
                 schedule=self._source.schedule,
@@ -93,8 +112,6 @@ class Encoding:
                 progress=_shows_steps(count, self._machine),
                 **self._visits,
             )
-            assert isinstance(latents, Tensor)
-            yield latents
 
 
 def _state(x: Tensor, machine: Machine) -> Tensor:

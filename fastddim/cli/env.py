@@ -8,17 +8,17 @@ import platform
 from typing import Any
 
 import click
-import torch
 
-import fastddim
-from fastddim import backends, models
-from fastddim.processor import has_bfloat16
+from fastddim._version import __version__
+from fastddim.bundled import available
+from fastddim.cli.program import Command
 
 PACKAGES = ("torch", "numpy", "safetensors", "pillow", "click", "tqdm", "triton", "diffusers")
 
 
 @click.command(
     "env",
+    cls=Command,
     epilog="""\b
 Examples:
   fastddim env
@@ -36,23 +36,27 @@ def command(as_json: bool) -> None:
 
 def collect() -> dict[str, Any]:
     """Collect the report: versions, packages, devices, backends and models."""
+    import torch
+
+    from fastddim.backends import BACKENDS
+
     devices = _devices()
     return {
-        "fastddim": fastddim.__version__,
+        "fastddim": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "devices": devices,
-        "backends": [
-            _backend(name, device["device"]) for name in backends.BACKENDS for device in devices
-        ],
-        "models": list(models.available()),
+        "backends": [_backend(name, device["device"]) for name in BACKENDS for device in devices],
+        "models": list(available()),
     }
 
 
 def _version(package: str) -> str | None:
     if package == "torch":
+        import torch
+
         return torch.__version__  # which names the build, as its metadata need not
     try:
         return importlib.metadata.version(package)
@@ -61,6 +65,10 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    from fastddim.processor import has_bfloat16
+
     cpu = {
         "device": "cpu",
         "name": platform.machine(),
@@ -72,6 +80,8 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _cuda_device(index: int) -> dict[str, Any]:
+    import torch
+
     properties = torch.cuda.get_device_properties(index)
     return {
         "device": f"cuda:{index}",
@@ -82,7 +92,11 @@ def _cuda_device(index: int) -> dict[str, Any]:
 
 
 def _backend(name: str, device: str) -> dict[str, Any]:
-    reason = backends.BACKENDS[name].unavailable(torch.device(device))
+    import torch
+
+    from fastddim.backends import BACKENDS
+
+    reason = BACKENDS[name].unavailable(torch.device(device))
     return {"backend": name, "device": device, "available": reason is None, "reason": reason}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import zipfile
 import zlib
@@ -17,14 +16,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastddim.bundled import WEIGHTS
+from fastddim.cli.record import Record, Rows
 from fastddim.files import atomic_file, check_writable
-from fastddim.images import Images, grid, load_png, save_png
-from fastddim.models.files import WEIGHTS
+from fastddim.images import Images, grid, load_png, save_gif, save_png, to_uint8
 
 LATENTS = "latents"
-
-# Below this side an image is too small to look at, so a grid shows it enlarged.
-_VISIBLE = 64
 
 
 class Sink(Protocol):
@@ -35,10 +32,13 @@ class Sink(Protocol):
     def finish(self) -> None: ...
 
 
-def open_sink(out: str, *, first: int, columns: int | None, scale: int | None) -> Sink:
+def open_sink(
+    out: str, record: Record, *, first: int, columns: int | None, scale: int | None
+) -> Sink:
     """The place that `--out` names for images: a grid (.png), an archive (.npz) or a folder.
 
     Args:
+        record: what PNG files say of themselves.
         first: number of the first image in a folder.
         columns, scale: of a grid; a scale of None enlarges small images.
 
@@ -49,9 +49,9 @@ def open_sink(out: str, *, first: int, columns: int | None, scale: int | None) -
     path = Path(out)
     suffix = path.suffix.lower()
     if out.endswith(("/", os.sep)) or path.is_dir() or not suffix:
-        return _Folder(path, first)
+        return _Folder(path, record, first)
     if suffix == ".png":
-        return _Grid(path, columns, scale)
+        return _Grid(path, record, columns, scale)
     if suffix == ".npz":
         return _Archive(path)
     raise click.UsageError(
@@ -60,18 +60,18 @@ def open_sink(out: str, *, first: int, columns: int | None, scale: int | None) -
 
 
 class _Grid:
-    def __init__(self, path: Path, columns: int | None, scale: int | None) -> None:
+    def __init__(self, path: Path, record: Record, columns: int | None, scale: int | None) -> None:
         check_writable(path)
-        self._path, self._columns, self._scale = path, columns, scale
+        self._path, self._text = path, record.text()
+        self._columns, self._scale = columns, scale
         self._parts: list[Images] = []
 
     def add(self, images: Images) -> None:
         self._parts.append(images)
 
     def finish(self) -> None:
-        images = np.concatenate(self._parts)
-        scale = self._scale or math.ceil(_VISIBLE / max(images.shape[1:3]))
-        save_png(self._path, grid(images, self._columns, scale=scale))
+        sheet = grid(np.concatenate(self._parts), self._columns, scale=self._scale)
+        save_png(self._path, sheet, text=self._text)
 
 
 class _Archive:
@@ -91,18 +91,44 @@ class _Archive:
 
 
 class _Folder:
-    def __init__(self, path: Path, first: int) -> None:
+    def __init__(self, path: Path, record: Record, first: int) -> None:
         path.mkdir(parents=True, exist_ok=True)
         check_writable(path / "000000.png")
-        self._path, self._next = path, first
+        self._path, self._record, self._first = path, record, first
+        self._added = 0
 
     def add(self, images: Images) -> None:
-        for image in images:
-            save_png(self._path / f"{self._next:06d}.png", image)
-            self._next += 1
+        start, self._added = self._added, self._added + len(images)
+        for i, image in enumerate(images, start):
+            text = self._record.text(Rows(start, self._added, i))
+            save_png(self._path / f"{self._first + i:06d}.png", image, text=text)
 
     def finish(self) -> None:
         pass
+
+
+class Animation:
+    """The states of all images, as the frames of a GIF file.
+
+    Raises:
+        click.UsageError: the name of the file does not end in .gif.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, out: str, *, columns: int | None, scale: int | None) -> None:
+        if not out.lower().endswith(".gif"):
+            raise click.UsageError(f"--gif: expected a name that ends in .gif, got {out!r}")
+        check_writable(out)
+        self._out, self._columns, self._scale = out, columns, scale
+        self._parts: list[Images] = []
+
+    def add(self, states: Tensor) -> None:
+        """Take the states `[S + 1, b, C, H, W]` of the next images."""
+        self._parts.append(np.stack([to_uint8(state) for state in states]))
+
+    def finish(self) -> None:
+        frames = np.concatenate(self._parts, axis=1)
+        save_gif(self._out, frames, columns=self._columns, scale=self._scale)
 
 
 def read_images(names: Sequence[str], sample_shape: tuple[int, int, int]) -> Images:

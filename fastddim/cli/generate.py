@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
-import torch
 
-from fastddim import runs
-from fastddim.choices import Prediction
+from fastddim.choices import Format, Prediction
+from fastddim.cli.classes import Labelling, labelling_options
 from fastddim.cli.options import (
     Computation,
     Denoising,
@@ -24,12 +23,10 @@ from fastddim.cli.options import (
     tunable_visits_options,
     working_device,
 )
-from fastddim.cli.program import usage_errors
-from fastddim.cli.sources import load
-from fastddim.options import GenerateOptions
-from fastddim.runs import ManifestMismatchError
-from fastddim.runs.generation import Generation
-from fastddim.runs.shards import FORMATS
+from fastddim.cli.program import Command, usage_errors
+
+if TYPE_CHECKING:
+    import torch
 
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -54,23 +51,28 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
 
 @click.command(
     "generate",
+    cls=Command,
     epilog="""\b
 Examples:
-  fastddim generate digits --stop 50000 --out run/ --merged samples.npz
+  fastddim generate digits --count 50000 --out run/ --merged samples.npz
   torchrun --nproc-per-node 8 -m fastddim.cli generate path/to/ddpm \\
-      --stop 50000 --batch-size 64 --out /shared/run --merged samples.npz
-  fastddim generate digits --start 25000 --stop 50000 --out second/
+      --count 50000 --batch-size 64 --out /shared/run --merged samples.npz
+  fastddim generate path/to/unet --classes balanced --count 50000 --out classes/
+  fastddim generate digits --start 25000 --count 25000 --out second/
   fastddim merge first/ second/ --out samples.npz
   fastddim digest run/
 
 \b
 Killed at any moment and started again, with any number of processes, it goes
-on where it was and ends with the same bytes. It refuses to go on with other
-arguments, another model or other versions, and says what differs.""",
+on where it was and ends with the same bytes; with a larger --count it draws
+those that are missing. It refuses to go on with other arguments, another model,
+other versions or another number of threads (torchrun gives each process one
+thread on the CPU, see --threads), and says what differs.""",
 )
 @model_argument
 @click.option(
     "--out",
+    type=click.Path(),
     required=True,
     show_default="none",
     help="Folder of the run: new, empty, or one to go on with.",
@@ -78,38 +80,43 @@ arguments, another model or other versions, and says what differs.""",
 @click.option(
     "--start",
     type=click.IntRange(0, 2**32 - 1),
-    default=GenerateOptions.start,
+    default=0,
     help="Number of the first sample.",
+)
+@click.option(
+    "--count",
+    type=click.IntRange(1, 2**32),
+    show_default="to --stop",
+    help="Number of samples in all, those of earlier calls included.",
 )
 @click.option(
     "--stop",
     type=click.IntRange(1, 2**32),
-    required=True,
-    show_default="none",
-    help="Number after that of the last sample.",
+    show_default="--start plus --count",
+    help="Number after that of the last sample, instead of --count.",
 )
 @seed_option
 @tunable_visits_options
 @denoising_options
-@click.option(
-    "--order", type=int, default=GenerateOptions.order, help="2 for second order, with --eta 0."
-)
+@click.option("--order", type=int, default=1, help="2 for second order, with --eta 0.")
 @prediction_option
+@labelling_options
 @click.option(
     "--format",
-    type=click.Choice(FORMATS),
-    default=GenerateOptions.format,
+    type=click.Choice(get_args(Format)),
+    default="npz",
     help="Of the shards: npz (uint8), safetensors (float32), or one PNG file an image.",
 )
 @click.option(
     "--merged",
+    type=click.Path(),
     show_default="none",
     help="Also write one .npz of all images (uint8 RGB arr_0), as evaluators read it.",
 )
 @click.option(
     "--batch-size",
     callback=_batch_size,
-    default=GenerateOptions.batch_size,
+    default="auto",
     metavar="INT|auto",
     help="Images drawn and written at a time; 'auto' fits them to --memory.",
 )
@@ -133,18 +140,33 @@ def command(
     visits: TunableVisits,
     denoising: Denoising,
     prediction: Prediction | None,
+    labelling: Labelling,
     computation: Computation,
     threads: int | None,
+    start: int,
+    count: int | None,
+    stop: int | None,
     **options: Any,
 ) -> None:
-    """Draw the samples [START, STOP) of a seed from MODEL into a folder.
+    """Draw COUNT samples of a seed from MODEL into a folder, or on to STOP.
 
-    Under torchrun every process draws its share. MODEL is as for 'fastddim sample'.
+    Under torchrun every process draws its share. MODEL is as for 'fastddim sample', or a diffusers
+    folder with a class-conditional UNet2DModel and --classes.
     """
+    stop = _stop(start, count, stop)
+    import torch
+
+    from fastddim.cli.sources import load
+    from fastddim.options import GenerateOptions
+    from fastddim.runs import ManifestMismatchError
+    from fastddim.runs.generation import Generation
+
     if threads is not None:
         torch.set_num_threads(threads)
     device = _device_of_rank(computation)
-    source = load(model, device, prediction)
+    source = load(model, device, prediction, labelled=labelling.asked())
+    labels = labelling.of(source.model, start, stop)
+    conditions = {} if labels is None else {"conditions": labels.condition(), **labels.guided()}
     steps = visits.arguments()
     with usage_errors():
         generation = Generation(
@@ -156,6 +178,9 @@ def command(
                 dtype=computation.torch_dtype,
                 impl=computation.impl,
                 progress=shows_progress(computation.progress),
+                start=start,
+                stop=stop,
+                **conditions,
                 **steps,
                 **vars(denoising),
                 **options,
@@ -172,39 +197,59 @@ def command(
 
 @click.command(
     "merge",
+    cls=Command,
     epilog="""\b
 Example:
   fastddim merge first/ second/ --out samples.npz""",
 )
-@click.argument("folders", nargs=-1, required=True)
-@click.option("--out", required=True, show_default="none", help="The .npz file to write.")
+@click.argument("folders", type=click.Path(), nargs=-1, required=True)
+@click.option(
+    "--out", type=click.Path(), required=True, show_default="none", help="The .npz file to write."
+)
 def merge(folders: tuple[str, ...], out: str) -> None:
     """Join the runs of 'fastddim generate' in FOLDERS into one .npz file.
 
     It holds arr_0, uint8 [N, H, W, 3], as the evaluators of sample quality read it. The ranges of
     samples must follow one another.
     """
+    from fastddim import runs
+
     click.echo(runs.merge(folders, out))
 
 
 @click.command(
     "digest",
+    cls=Command,
     epilog="""\b
 Example:
   fastddim digest run/""",
 )
-@click.argument("folders", nargs=-1, required=True)
+@click.argument("folders", type=click.Path(), nargs=-1, required=True)
 def digest(folders: tuple[str, ...]) -> None:
     """Print one SHA-256 for all samples of each run in FOLDERS, after checking every file.
 
     Without the checks, 'cat FOLDER/*.sha256 | sha256sum' prints the same.
     """
+    from fastddim import runs
+
     for folder in folders:
         click.echo(f"{runs.digest(folder)}  {folder}")
 
 
+def _stop(start: int, count: int | None, stop: int | None) -> int:
+    """The number after that of the last sample, from the option that tells it."""
+    if count is not None and stop is None:
+        return start + count
+    if stop is not None and count is None:
+        return stop
+    got = "neither" if stop is None else "both"
+    raise click.UsageError(f"--count: expected either --count or --stop, got {got}")
+
+
 def _device_of_rank(computation: Computation) -> torch.device:
     """The device asked for; under torchrun each process of a machine gets a GPU of its own."""
+    import torch
+
     local = os.environ.get("LOCAL_RANK", "")
     several = computation.device in ("auto", "cuda") and local.isdecimal()
     if not several or not torch.cuda.is_available():

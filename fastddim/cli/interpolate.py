@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import click
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from fastddim import philox
+import click
+
 from fastddim.choices import Prediction
-from fastddim.cli.drawing import Drawing
-from fastddim.cli.files import open_sink
 from fastddim.cli.options import (
     Machine,
     TunableVisits,
+    fresh_seeds,
     integers,
     machine_options,
     model_argument,
     prediction_option,
     scale_option,
+    tell_seeds,
     tunable_visits_options,
 )
-from fastddim.cli.program import usage_errors
-from fastddim.cli.sources import load
-from fastddim.images import to_uint8
-from fastddim.interpolation import slerp
+from fastddim.cli.program import Command, usage_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STRIP, CORNERS = 2, 4
 
 
 @click.command(
     "interpolate",
+    cls=Command,
     epilog="""\b
 Examples:
   fastddim interpolate digits --seeds 3,8
@@ -41,7 +40,7 @@ Examples:
     "--seeds",
     callback=integers,
     metavar="INT,INT,...",
-    default="0,1",
+    show_default="two new ones, named on stderr",
     help="Two seeds for the ends of a strip, or four for the corners of a square (top left, top "
     "right, bottom left, bottom right).",
 )
@@ -52,6 +51,7 @@ Examples:
 @prediction_option
 @click.option(
     "--out",
+    type=click.Path(),
     default="interpolation.png",
     help="A grid (.png), an archive (.npz) or a folder, as in 'fastddim sample'.",
 )
@@ -59,7 +59,7 @@ Examples:
 @machine_options
 def command(
     model: str,
-    seeds: list[int],
+    seeds: list[int] | None,
     frames: int,
     visits: TunableVisits,
     prediction: Prediction | None,
@@ -72,6 +72,15 @@ def command(
     The latents of the seeds are mixed by spherical interpolation and decoded with DDIM. The end of
     seed s is the first image of 'fastddim sample --seed s'. MODEL is as in 'fastddim sample'.
     """
+    from fastddim import philox
+    from fastddim.cli.drawing import Drawing
+    from fastddim.cli.files import open_sink
+    from fastddim.cli.record import record
+    from fastddim.cli.sources import load
+    from fastddim.images import to_uint8
+
+    unseeded = seeds is None
+    seeds = fresh_seeds(STRIP) if seeds is None else seeds
     if len(seeds) not in (STRIP, CORNERS):
         raise click.UsageError(f"--seeds: expected two or four seeds, got {len(seeds)}")
     source = load(model, machine.torch_device, prediction)
@@ -79,7 +88,15 @@ def command(
         ends = philox.initial_latents((len(seeds), *source.sample_shape), seeds)
     latents = mixed(ends, frames)
     drawing = Drawing(source, machine, len(latents), visits.arguments())
-    sink = open_sink(out, first=0, columns=frames, scale=scale)
+    sink = open_sink(
+        out,
+        record(source.model, machine, visits.files(), seeds=seeds, eta=0.0, **visits.decided()),
+        first=0,
+        columns=frames,
+        scale=scale,
+    )
+    if unseeded:
+        tell_seeds(seeds)
     for samples in drawing.batches(latents=latents):
         sink.add(to_uint8(samples))
     sink.finish()
@@ -88,6 +105,11 @@ def command(
 
 def mixed(ends: Tensor, frames: int) -> Tensor:
     """Latents `[frames, …]` between two ends, or row by row `[frames·frames, …]` between four."""
+    import numpy as np
+    import torch
+
+    from fastddim.interpolation import slerp
+
     # NumPy's rounds the same on every CPU, which torch's does not.
     weights = torch.from_numpy(np.linspace(0, 1, frames))
     if len(ends) == STRIP:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import click
-import torch
-from torch import Tensor
 
 from fastddim.choices import Prediction
-from fastddim.cli.drawing import Drawing, Encoding
-from fastddim.cli.files import latents_path, open_sink, read_images, write_latents
 from fastddim.cli.options import (
     Machine,
     Visits,
@@ -20,13 +17,17 @@ from fastddim.cli.options import (
     scale_option,
     visits_options,
 )
-from fastddim.cli.sources import load
-from fastddim.files import check_writable
-from fastddim.images import Images, from_uint8, to_uint8
+from fastddim.cli.program import Command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastddim.images import Images
 
 
 @click.command(
     "invert",
+    cls=Command,
     epilog="""\b
 Examples:
   fastddim sample digits --out drawn/ --count 16
@@ -38,16 +39,18 @@ The last command decodes the latents: it must visit the timesteps of the
 encoding. The error falls as --steps grows.""",
 )
 @model_argument
-@click.argument("images", nargs=-1, required=True)
+@click.argument("images", type=click.Path(), nargs=-1, required=True)
 @visits_options
 @prediction_option
 @click.option(
     "--out",
+    type=click.Path(),
     default="latents.npz",
     help="Latents [N, C, H, W] as 'latents' in an .npz or .safetensors file.",
 )
 @click.option(
     "--decode",
+    type=click.Path(),
     show_default="no decoding",
     help="Also decode, and draw each image beside its reconstruction (.png, .npz or folder/).",
 )
@@ -70,6 +73,15 @@ def command(
 
     With --decode, the mean squared error of a pixel in [0, 1] is printed on stderr.
     """
+    import torch
+
+    from fastddim.cli.drawing import Drawing, Encoding
+    from fastddim.cli.files import latents_path, open_sink, read_images, write_latents
+    from fastddim.cli.record import record
+    from fastddim.cli.sources import load
+    from fastddim.files import check_writable
+    from fastddim.images import from_uint8
+
     out_path = latents_path("--out", out)
     source = load(model, machine.torch_device, prediction)
     encoding = Encoding(source, machine, visits.arguments())
@@ -78,7 +90,13 @@ def command(
     sink = (
         None
         if decode is None
-        else open_sink(decode, first=0, columns=_columns(originals), scale=scale)
+        else open_sink(
+            decode,
+            record(source.model, machine, {}, eta=0.0, **visits.decided()),
+            first=0,
+            columns=_columns(originals),
+            scale=scale,
+        )
     )
     latents = torch.cat(list(encoding.batches(originals)))
     write_latents(out_path, latents)
@@ -101,6 +119,10 @@ def _columns(originals: Tensor) -> int:
 
 
 def _pairs(originals: Tensor, decoded: Tensor) -> Images:
+    import torch
+
+    from fastddim.images import to_uint8
+
     pairs = torch.stack([originals, decoded.to(originals)], dim=1)
     return to_uint8(pairs.flatten(0, 1))
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import secrets
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
-import torch
 from click.core import ParameterSource
 
 from fastddim.choices import (
@@ -19,11 +19,13 @@ from fastddim.choices import (
     VARIANCE_SYNONYMS,
     VARIANCES,
     Impl,
+    Spacing,
     Variance,
 )
-from fastddim.options import SampleOptions
-from fastddim.plan import SPACINGS
-from fastddim.tuned import load_steps
+from fastddim.cli.completion import complete_backend, complete_device, complete_model
+
+if TYPE_CHECKING:
+    import torch
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -52,6 +54,10 @@ class Word(click.Choice):  # type: ignore[type-arg]  # click is generic from 8.2
         return word
 
 
+# They choose timesteps, and mean nothing where these are given.
+_CHOOSING = ("steps", "spacing", "steps_offset")
+
+
 @dataclass(frozen=True)
 class Visits:
     """The timesteps to visit: their number and spacing, or the timesteps themselves."""
@@ -67,11 +73,18 @@ class Visits:
         Raises:
             click.UsageError: timesteps and a way to choose them are both given.
         """
-        chosen = ("steps", "spacing", "steps_offset")
-        if self.timesteps is None:
-            return {name: getattr(self, name) for name in chosen}
-        _expect_alone("--timesteps", chosen)
-        return {"steps": self.timesteps}
+        if self.listed is None:
+            return {name: getattr(self, name) for name in _CHOOSING}
+        return {"steps": self.listed}
+
+    @property
+    def listed(self) -> list[int] | None:
+        """The timesteps, where they decide."""
+        return self.timesteps if _decides("timesteps", _CHOOSING) else None
+
+    def decided(self) -> dict[str, Any]:
+        """The options that may have given way to others, None where they did."""
+        return {"timesteps": self.listed}
 
 
 @dataclass(frozen=True)
@@ -87,18 +100,44 @@ class TunableVisits(Visits):
             click.UsageError: two ways to choose the timesteps are given.
             ValueError, OSError: the file holds no tuned steps, or cannot be read.
         """
-        if self.steps_file is None:
+        if self.file is None:
             return super().arguments()
-        _expect_alone("--steps-file", ("steps", "timesteps", "spacing", "steps_offset"))
-        return {"steps": load_steps(self.steps_file)}
+        from fastddim.tuned import load_steps
+
+        return {"steps": load_steps(self.file)}
+
+    @property
+    def file(self) -> str | None:
+        """The file of tuned steps, where it decides."""
+        return self.steps_file if _decides("steps_file", ("timesteps", *_CHOOSING)) else None
+
+    def files(self) -> dict[str, str]:
+        """That file under the name of its option, or nothing."""
+        return {} if self.file is None else {"steps_file": self.file}
+
+    def decided(self) -> dict[str, Any]:
+        """The options that may have given way to others, None where they did."""
+        listed = self.listed if self.file is None else None
+        return {"timesteps": listed, "steps_file": self.file}
 
 
-def _expect_alone(option: str, others: Sequence[str]) -> None:
-    """Refuse options of the command that mean nothing beside this one."""
-    ctx = click.get_current_context()
-    for name in others:
-        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            raise click.UsageError(f"{option}: expected no --{name.replace('_', '-')} beside it")
+def is_given(name: str) -> bool:
+    """True where the user gave the parameter; a default, or a value of `--like`, is not given."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+
+
+def _decides(option: str, others: Sequence[str]) -> bool:
+    """True unless the option has its value from `--like`, and gives way to others that are given.
+
+    Raises:
+        click.UsageError: such others are given beside it.
+    """
+    beside = [name for name in others if is_given(name)]
+    if beside and is_given(option):
+        names = [name.replace("_", "-") for name in (option, beside[0])]
+        raise click.UsageError(f"--{names[0]}: expected no --{names[1]} beside it")
+    return not beside
 
 
 @dataclass(frozen=True)
@@ -121,6 +160,8 @@ class Placing:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        import torch
+
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
@@ -150,6 +191,8 @@ def working_device(name: str = "auto") -> torch.device:
     Raises:
         click.UsageError: the device is unknown, or cannot be used here.
     """
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -162,6 +205,17 @@ def working_device(name: str = "auto") -> torch.device:
             f"--device: expected a device that works here, got {name!r}: {reason}"
         ) from error
     return device
+
+
+def fresh_seeds(count: int) -> list[int]:
+    """Seeds for a command that got none, small enough to be typed again."""
+    return [secrets.randbelow(2**32) for _ in range(count)]
+
+
+def tell_seeds(seeds: Sequence[int]) -> None:
+    """Name seeds that the user did not choose."""
+    names = "seed" if len(seeds) == 1 else "seeds"
+    click.echo(f"fastddim: {names} {','.join(map(str, seeds))}", err=True)
 
 
 def shows_progress(asked: bool | None = None) -> bool:
@@ -205,14 +259,14 @@ _VISITS = [
     ),
     click.option(
         "--spacing",
-        type=Word(SPACINGS, SPACING_SYNONYMS),
-        default=SampleOptions.spacing,
+        type=Word(get_args(Spacing), SPACING_SYNONYMS),
+        default="trailing",
         help="How --steps timesteps are chosen out of the model's.",
     ),
     click.option(
         "--steps-offset",
         type=int,
-        default=SampleOptions.steps_offset,
+        default=0,
         help="Added to every timestep of 'leading'.",
     ),
 ]
@@ -226,6 +280,7 @@ tunable_visits_options = bundled(
         *_VISITS,
         click.option(
             "--steps-file",
+            type=click.Path(),
             metavar="FILE",
             show_default="none",
             help="File of tuned steps, instead of --steps and --spacing.",
@@ -248,13 +303,11 @@ denoising_options = bundled(
     "denoising",
     Denoising,
     [
-        click.option(
-            "--eta", type=float, default=SampleOptions.eta, help="0 is DDIM, 1 is DDPM's noise."
-        ),
+        click.option("--eta", type=float, default=0.0, help="0 is DDIM, 1 is DDPM's noise."),
         click.option(
             "--variance",
             type=Word(VARIANCES, VARIANCE_SYNONYMS),
-            default=SampleOptions.variance,
+            default="small",
             help="Of the noise under --eta; with --eta 1, 'large' is DDPM's other choice.",
         ),
         clip_option,
@@ -265,6 +318,7 @@ denoising_options = bundled(
 _device_option = click.option(
     "--device",
     default="auto",
+    shell_complete=complete_device,
     show_default="cuda where there is one, else cpu",
     help="Where to compute: cpu, cuda, cuda:1, ...",
 )
@@ -278,7 +332,8 @@ _dtype_option = click.option(
 
 _impl_option = click.option(
     "--impl",
-    default=SampleOptions.impl,
+    default="auto",
+    shell_complete=complete_backend,
     show_default="the fastest that works here",
     help="Backend of the update, used or refused with the reason; see 'fastddim env'.",
 )
@@ -310,7 +365,7 @@ machine_options = bundled(
     ],
 )
 
-model_argument = click.argument("model")
+model_argument = click.argument("model", shell_complete=complete_model)
 
 seed_option = click.option(
     "--seed", type=click.IntRange(0, 2**64 - 1), default=0, help="Seed of all noise."

@@ -53,6 +53,24 @@ class Program(click.Group):
             raise click.ClickException(described(error)) from error
 
 
+class Command(click.Command):
+    """A command of the library's. Its options are parsed before the library is imported."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        import_library()
+        return super().invoke(ctx)
+
+
+def import_library() -> None:
+    """Import `fastddim` as any program does, where `fastddim_command` has put it off.
+
+    Modules that are imported one by one could be so in an order that nothing else has.
+    """
+    import fastddim
+
+    assert fastddim.__all__
+
+
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """Errors of the library about its arguments are errors about the options of the same names."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from click.core import ParameterSource
 
-from fastddim.choices import Prediction
+from fastddim.choices import EffortName, Prediction
 from fastddim.cli.options import (
     Placing,
     clip_option,
@@ -21,17 +20,12 @@ from fastddim.cli.options import (
     seed_option,
     shows_progress,
 )
-from fastddim.cli.program import usage_errors
-from fastddim.cli.sources import load
-from fastddim.models.tuned import write_tuned
-from fastddim.options import TuneOptions
-from fastddim.tuned import TunedSteps
-from fastddim.tuning.search import EFFORTS
-from fastddim.tuning.tuner import Tuner, warn_where_untuned
+from fastddim.cli.program import Command, usage_errors
 
 
 @click.command(
     "tune",
+    cls=Command,
     epilog="""\b
 Examples:
   fastddim tune runs/digits --steps 5,8,10 --out tuned/      tuned/steps-5.json, ...
@@ -52,14 +46,15 @@ read with the model: fastddim.models.load("runs/digits").tuned[10]""",
 )
 @click.option(
     "--out",
+    type=click.Path(),
     required=True,
     show_default="none",
     help="Folder of a file for each number, or one .json file for all.",
 )
 @click.option(
     "--effort",
-    type=click.Choice(tuple(EFFORTS)),
-    default=TuneOptions.effort,
+    type=click.Choice(get_args(EffortName)),
+    default="quick",
     help="How long to search.",
 )
 @click.option(
@@ -92,6 +87,14 @@ def command(
     They come as close to the exact solution of DDIM's ODE as that many evaluations of the model
     can. MODEL is as for 'fastddim sample'.
     """
+    from dataclasses import replace
+
+    from fastddim.cli.sources import load
+    from fastddim.models.tuned import write_tuned
+    from fastddim.options import TuneOptions
+    from fastddim.tuned import TunedSteps
+    from fastddim.tuning.tuner import Tuner, warn_where_untuned
+
     source = load(model, placing.torch_device, prediction)
     with usage_errors():
         tuner = Tuner(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fastddim.models.files import MODEL, RECORD, WEIGHTS, read, refuse_links, save
+from fastddim.bundled import FOLDER, WEIGHTS, available
+from fastddim.models.files import MODEL, RECORD, read, refuse_links, save
 from fastddim.models.tuned import read_tuned, tuned_path, write_tuned
 from fastddim.models.unet import UNet, UNetConfig
 
@@ -22,13 +23,6 @@ __all__ = [
     "tuned_path",
     "write_tuned",
 ]
-
-_BUNDLED = Path(__file__).parent / "weights"
-
-
-def available() -> tuple[str, ...]:
-    """Names of the bundled models."""
-    return tuple(sorted(path.stem for path in _BUNDLED.glob("*" + WEIGHTS)))
 
 
 def load(
@@ -73,7 +67,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
             its folder.
     """
     if name_or_path in available():
-        return _BUNDLED / f"{name_or_path}{WEIGHTS}"
+        return FOLDER / f"{name_or_path}{WEIGHTS}"
     path = Path(name_or_path)
     if path.is_dir():
         path = path / (MODEL + WEIGHTS)

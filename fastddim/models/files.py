@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastddim.bundled import WEIGHTS
 from fastddim.files import atomic_file
 from fastddim.models.tuned import TunedFile, tuned_path
 from fastddim.models.unet import UNet, UNetConfig
 from fastddim.schedule import Schedule
 
-WEIGHTS = ".safetensors"
 RECORD = ".json"
 MODEL = "model"
 

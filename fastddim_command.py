@@ -1,0 +1,42 @@
+"""The command `fastddim`, which imports PyTorch only once it computes.
+
+Help and the completion of a shell need no PyTorch, whose import takes seconds, but `import
+fastddim` is one of PyTorch too. So here the package is in `sys.modules` before it has run, and
+`fastddim.cli` is imported from it without anything else. The package runs when it is first asked
+for an attribute.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["main"]
+
+
+class _Package(ModuleType):
+    """A package that has not run."""
+
+    def __getattr__(self, name: str) -> Any:
+        spec = self.__spec__
+        assert spec is not None
+        assert spec.loader is not None
+        package: ModuleType = self
+        package.__class__ = ModuleType
+        spec.loader.exec_module(package)
+        return getattr(package, name)
+
+
+def main() -> None:
+    """Run the command line."""
+    if "fastddim" not in sys.modules:
+        spec = find_spec("fastddim")
+        assert spec is not None
+        package = module_from_spec(spec)
+        package.__class__ = _Package
+        sys.modules["fastddim"] = package
+    from fastddim.cli import main as command
+
+    command(prog_name="fastddim")
