@@ -405,7 +405,7 @@ print(run.digest, drawn)
 
 
 def test_many_images_of_every_class(run_python: RunPython, tmp_path: Path) -> None:
-    def process(folder: str, stop: int, die_after: int = 0) -> Any:
+    def process(folder: str, stop: int, die_after: int = -1) -> Any:
         return run_python(
             *("-W", "error", "-c", MANY, folder, str(stop), str(die_after)),
             cwd=tmp_path,
