@@ -152,10 +152,11 @@ def test_a_network_of_one_s_own_with_labels(tmp_path: Path) -> None:
         assert torch.equal(draw(**guided, seed=5, prediction=synonym, clip=1.0), canonical)
 
     # Pictures.
-    film = draw(**guided, seed=5, return_trajectory=True)
+    images = draw(**guided, seed=5, clip=1.0)
+    film = draw(**guided, seed=5, clip=1.0, return_trajectory=True)
     assert film.shape == (11, 4, 3, 16, 16)
-    assert torch.equal(film[-1], x)
-    fastddim.images.save_png(tmp_path / "images.png", x)
+    assert torch.equal(film[-1], images)
+    fastddim.images.save_png(tmp_path / "images.png", images)
     fastddim.images.save_gif(tmp_path / "film.gif", film)
     with Image.open(tmp_path / "film.gif") as gif:
         assert gif.n_frames == 11
