@@ -504,3 +504,14 @@ def test_a_solver_and_a_loop_of_one_s_own() -> None:
         run = partial(sample, 12, seed=1, **noise)
         stopped = run(x_T=x_T, callback=lambda s, *_: fastddim.STOP if s == 4 else None)
         assert torch.equal(run(x_T=stopped, first_step=5), run(x_T=x_T))
+
+
+def test_samples_lie_partly_outside_of_the_range_of_the_data() -> None:
+    """As docs/tasks/pictures.md says: about a fifth of the values, by a few hundredths."""
+    sample = partial(fastddim.sample, fastddim.models.load("digits"), 20, batch_size=32, seed=0)
+    x = sample().abs()
+    assert 0.15 < (x > 1).float().mean() < 0.25
+    assert (x > 1.05).float().mean() < 0.01
+    assert sample(clip=1.0).abs().max() <= 1
+    levels = fastddim.images.to_uint8(sample())
+    assert (levels.min(), levels.max()) == (0, 255)
