@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
@@ -208,8 +209,9 @@ class TestLike:
         write_record("old.png", content)
         told = succeed("sample", "--like", "old.png", "--out", "b.png").stderr
         assert told.startswith(
-            f"fastddim: pixels may differ: old.png was drawn with device cpu, fastddim "
-            f"{fastddim.__version__}, torch 2.0.1; this is device cpu, "
+            f"fastddim: pixels may differ: old.png was drawn with device cpu, threads "
+            f"{torch.get_num_threads()}, fastddim {fastddim.__version__}, torch 2.0.1; this is "
+            "device cpu, "
         )
         assert np.array_equal(pixels("a.png"), pixels("b.png"))
 
@@ -223,7 +225,7 @@ class TestLike:
             ({"options": {"model": {"a": 1}}}, "expected text, a number, true or false"),
             ({"command": 3}, "expected a record of fastddim"),
             ({"rows": {"start": 2, "stop": 2, "image": 2}}, "rows: expected 0 <= start <= image"),
-            ({"rows": {"start": 0, "stop": 9, "image": 2}}, "expected an image below 2, got"),
+            ({"rows": {"start": 0, "stop": 9, "image": 2}}, "expected rows of 2 images, got"),
             ({"rows": {"first": 0}}, "expected a record of fastddim"),
             ({"more": 1}, "expected a record of fastddim"),
         ],
