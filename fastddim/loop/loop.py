@@ -377,8 +377,7 @@ class Loop:
     def _tensors(self) -> Iterator[Tensor]:
         yield from self.buffers.tensors()
         yield from self.counters.tensors()
-        yield from self.step.inpainting or ()
-        yield from self.step.halves()
+        yield from self.step.tensors()
         yield from self._inputs.tensors()
         for program in self._programs.values():
             yield from program.tensors()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastddim import backends, transfer
-from fastddim.adapter import check_model
+from fastddim.adapter import check_model, warn_of_training
 from fastddim.loop.capture import Graph, check_outer_capture
 from fastddim.loop.copying import Rebuilt
 from fastddim.loop.describing import described_model, described_placement
@@ -110,6 +110,7 @@ class Stream(Rebuilt):
         check_bool("masked", options.masked)
         check_denoised_fn(options.denoised_fn)
         self.shape = _slots_shape(options)
+        warn_of_training("model", options.model)
         if options.graph == "loop":
             raise ValueError("graph: expected 'auto', True or False, got 'loop'")
         self.dtype, self.device = resolve_placement(options, options.model)
