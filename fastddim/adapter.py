@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -200,6 +201,42 @@ def _sample_shape(layer: Any) -> tuple[int, ...] | None:
     if channels is None or size is None:
         return None
     return (int(channels), *((size, size) if isinstance(size, int) else map(int, size)))
+
+
+def label_argument(model: Model) -> str | None:
+    """The argument that class labels are for, `y` or `class_labels`; None for a model without."""
+    for layer in layers(model):
+        parameters = _parameters(layer.forward if isinstance(layer, nn.Module) else layer)
+        # Networks of diffusers have the argument whether they can use it or not.
+        unused = getattr(layer, "class_embedding", layer) is None
+        for name in ("y", "class_labels"):
+            if name in parameters and not unused:
+                return name
+    return None
+
+
+def _parameters(function: Callable[..., Any]) -> Collection[str]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some functions written in C
+        return ()
+
+
+def number_of_classes(model: Model) -> tuple[int | None, int | None]:
+    """(`.num_classes`, embedded labels of a diffusers `.config`) of the model or of what it wraps.
+
+    A model with K classes that was trained without labels now and then takes K for none of them. A
+    network of diffusers does not tell whether its last label is such a one.
+    """
+    for layer in layers(model):
+        classes = getattr(layer, "num_classes", None)
+        embedded = _field(getattr(layer, "config", None), "num_class_embeds")
+        if isinstance(classes, int) or isinstance(embedded, int):
+            return (
+                classes if isinstance(classes, int) else None,
+                embedded if isinstance(embedded, int) else None,
+            )
+    return None, None
 
 
 def _field(config: Any, name: str) -> Any:

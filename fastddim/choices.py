@@ -2,6 +2,9 @@
 
 Options keep what they are given. What reads a word reads it through `check_choice` with the table
 here, so that plans, manifests and keys of caches hold the package's own words alone.
+
+They are in a module of their own for the command line, whose help waits for neither PyTorch nor
+NumPy.
 """
 
 from __future__ import annotations

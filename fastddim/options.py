@@ -49,6 +49,7 @@ Seed: TypeAlias = int | Sequence[int] | Tensor
 NoiseSource: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator] | None
 Callback: TypeAlias = Callable[[int, int, Tensor, Tensor], object]
 DenoisedFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Conditions: TypeAlias = Mapping[str, Any] | Callable[[int, int], Mapping[str, Any]]
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -359,6 +360,8 @@ class GenerateOptions(
     memory: int | None = None
     format: Format = "npz"
     merged: str | os.PathLike[str] | None = None
+    conditions: Conditions | None = None
+    decode: Any = None
     shape: Sequence[int] | None = None
     model_id: str | None = None
 

@@ -198,7 +198,7 @@ class TestBytes:
         arguments = {"stop": 3, "shape": (3, 5), "format": "safetensors"}
         fastddim.generate(policy, 2, "run", model_id="half", **arguments)
         shard = safetensors.torch.load_file("run/samples-0000000000-0000000003.safetensors")
-        assert torch.equal(shard["samples"], fastddim.sample(policy, 2, shape=(3, 5)))
+        assert torch.equal(shard["samples"], fastddim.sample(policy, 2, seed=0, shape=(3, 5)))
 
     def test_numpy_integers_are_written_like_python_s(self, net):
         given = {"start": np.int64(2), "stop": np.int64(COUNT), "seed": np.uint8(5)}
@@ -220,7 +220,7 @@ class TestMerge:
         fastddim.generate(
             grey, 2, "run", stop=5, shape=(5, 1, 4, 4), format="png-folder", merged="all.npz"
         )
-        images = to_uint8(fastddim.sample(grey, 2, shape=(5, 1, 4, 4)))
+        images = to_uint8(fastddim.sample(grey, 2, seed=0, shape=(5, 1, 4, 4)))
         with np.load("all.npz") as archive:
             assert archive["arr_0"].shape == (5, 4, 4, 3)
             assert np.array_equal(archive["arr_0"], images.repeat(3, axis=3))
@@ -247,7 +247,7 @@ class TestMerge:
         fastddim.generate(net, 2, "a", **{**ARGUMENTS, "stop": 4})
         fastddim.generate(net, 2, "b", **{**ARGUMENTS, "start": 4, "stop": 8})
         edit_manifest("b", lambda manifest: manifest["versions"].update(torch="1.0"))
-        with pytest.warns(UserWarning, match=r'versions\.torch: ".*" in a, "1\.0" in b'):
+        with pytest.warns(UserWarning, match=r'version of torch: ".*" in a, "1\.0" in b'):
             runs.merge(["a", "b"], "all.npz")
 
 
@@ -263,15 +263,18 @@ class TestManifest:
         ("change", "line"),
         [
             ({"seed": 6}, "seed: 5 in the folder, 6 here"),
-            ({"eta": 0.0}, "plan.eta: 0.5 in the folder, 0.0 here"),
-            ({"stop": 30}, f"stop: {COUNT} in the folder, 30 here"),
+            ({"eta": 0.0}, "eta: 0.5 in the folder, 0.0 here"),
+            ({"stop": 20}, f"stop: {COUNT} in the folder, 20 here (a run can be continued to more"),
             ({"shape": (5, *SHAPE)}, "batch_size: 4 in the folder, 5 here"),
             ({"format": "safetensors"}, 'format: "npz" in the folder, "safetensors" here'),
             ({"dtype": torch.float64}, 'dtype: "float32" in the folder, "float64" here'),
             ({"impl": "reference"}, "here"),
-            ({"clip": 1}, "plan.clip: null in the folder, 1.0 here"),
-            ({"schedule": fastddim.Schedule.cosine()}, "plan.alphas_cumprod[0]: "),
-            ({"model_id": "mine"}, 'model.id: null in the folder, "mine" here'),
+            ({"clip": 1}, "clip: null in the folder, 1.0 here"),
+            (
+                {"schedule": fastddim.Schedule.cosine()},
+                "noise levels of the schedule: others in the folder than here",
+            ),
+            ({"model_id": "mine"}, 'model_id: null in the folder, "mine" here'),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
@@ -286,15 +289,38 @@ class TestManifest:
 
     def test_other_timesteps_weights_and_threads_are_refused(self, net):
         interrupted(net, 2)
-        with pytest.raises(ManifestMismatchError, match=r"plan\.timesteps\.length: 2 .* 3 here"):
+        with pytest.raises(ManifestMismatchError, match=r"steps: 2 in the folder, 3 here$"):
             fastddim.generate(net, 3, "run", **ARGUMENTS)
-        with pytest.raises(ManifestMismatchError, match=r"model\.weights: "):
+        with pytest.raises(
+            ManifestMismatchError, match=r"weights of the model: others in the folder than here"
+        ):
             fastddim.generate(SmallNet(seed=1).eval(), 2, "run", **ARGUMENTS)
         with (
             torch_threads(2),
-            pytest.raises(ManifestMismatchError, match=r"threads: 1 in the folder, 2 here"),
+            pytest.raises(ManifestMismatchError, match=r"threads: 1 in the folder, 2 here.*") as it,
         ):
             fastddim.generate(net, 2, "run", **ARGUMENTS)
+        assert "last bits" in str(it.value)
+        assert "torch.set_num_threads(1) or --threads 1" in str(it.value)
+
+    def test_a_run_begun_alone_goes_on_under_torchrun_as_the_message_says(self, run_python, folder):
+        digits = ("generate", "digits", "--steps", "2", "--batch-size", "4")
+        command = ("-m", "fastddim.cli", *digits, "--out", "run")
+        environment = {
+            "PYTHONPATH": str(Path(fastddim.__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",  # as torchrun sets it
+        }
+        with torch_threads(2):
+            assert run(*digits, "--count", 22, "--out", "whole").exit_code == 0
+            assert run(*digits, "--count", 10, "--out", "run").exit_code == 0
+        ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        told = run_python(*ranks, *command, "--count", "22", cwd=folder, env=environment)
+        assert "threads: 2 in the folder, 1 here" in told.stderr
+        (advice,) = set(re.findall("or (--threads 2)", told.stderr))
+        words = (*command, "--count", "22", *advice.split())
+        result = run_python(*ranks, *words, cwd=folder, env=environment)
+        assert result.returncode == 0, result.stderr
+        assert contents("run") == contents("whole")
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 99}', "[" * 100_000])
     def test_damaged_manifest_is_refused(self, net, text):
@@ -534,7 +560,7 @@ class TestArguments:
             ),
             (
                 {"shape": (4, 4, 2, 2), "format": "png-folder"},
-                "'png-folder' for 4 channels",
+                "decode= to make images of them, got 'png-folder' for shape (4, 2, 2)",
             ),
             ({"eta": torch.zeros(4)}, "eta: expected a number or one a step, got a tensor"),
             ({"eta": [0.5]}, "eta: expected one value a step, 2, got 1 of them"),

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 import fastddim
 from fastddim import backends
+from fastddim.cli.classes import ClassLabels
 from fastddim.cli.options import Machine, shows_progress
 from fastddim.cli.program import usage_errors
 from fastddim.cli.sources import Source
@@ -26,10 +27,16 @@ class Drawing:
     """
 
     def __init__(
-        self, source: Source, machine: Machine, count: int, arguments: Mapping[str, Any]
+        self,
+        source: Source,
+        machine: Machine,
+        count: int,
+        arguments: Mapping[str, Any],
+        labels: ClassLabels | None = None,
     ) -> None:
         self._source, self._machine, self._count = source, machine, count
-        self._arguments = arguments
+        self._arguments = arguments if labels is None else {**arguments, **labels.guided()}
+        self._condition = {} if labels is None else labels.condition(machine.torch_device)
         self._sampler = cache(self._new_sampler)
         self._sampler(min(count, machine.batch_size))
 
@@ -53,9 +60,15 @@ class Drawing:
                 seed=seed,
                 sample_offset=sample_offset + start,
                 x_T=x_T,
+                model_kwargs=self._rows(start, stop),
                 progress=_shows_steps(self._count, self._machine),
                 return_trajectory=return_trajectory,
             )
+
+    def _rows(self, start: int, stop: int) -> dict[str, Tensor] | None:
+        """The labels of a batch as an argument of the model."""
+        rows = {name: labels[start:stop] for name, labels in self._condition.items()}
+        return rows or None
 
     def _new_sampler(self, batch: int) -> fastddim.Sampler:
         with usage_errors():
@@ -67,6 +80,7 @@ class Drawing:
                 device=self._machine.torch_device,
                 dtype=self._machine.torch_dtype,
                 impl=self._machine.impl,
+                model_kwargs=self._rows(0, batch),
                 **self._arguments,
             )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from fastddim.choices import Format, Prediction
+from fastddim.cli.classes import Labelling, labelling_options
 from fastddim.cli.options import (
     Computation,
     Denoising,
@@ -53,17 +54,20 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
     cls=Command,
     epilog="""\b
 Examples:
-  fastddim generate digits --stop 50000 --out run/ --merged samples.npz
+  fastddim generate digits --count 50000 --out run/ --merged samples.npz
   torchrun --nproc-per-node 8 -m fastddim.cli generate path/to/ddpm \\
-      --stop 50000 --batch-size 64 --out /shared/run --merged samples.npz
-  fastddim generate digits --start 25000 --stop 50000 --out second/
+      --count 50000 --batch-size 64 --out /shared/run --merged samples.npz
+  fastddim generate path/to/unet --classes balanced --count 50000 --out classes/
+  fastddim generate digits --start 25000 --count 25000 --out second/
   fastddim merge first/ second/ --out samples.npz
   fastddim digest run/
 
 \b
 Killed at any moment and started again, with any number of processes, it goes
-on where it was and ends with the same bytes. It refuses to go on with other
-arguments, another model or other versions, and says what differs.""",
+on where it was and ends with the same bytes; with a larger --count it draws
+those that are missing. It refuses to go on with other arguments, another model,
+other versions or another number of threads (torchrun gives each process one
+thread on the CPU, see --threads), and says what differs.""",
 )
 @model_argument
 @click.option(
@@ -80,17 +84,23 @@ arguments, another model or other versions, and says what differs.""",
     help="Number of the first sample.",
 )
 @click.option(
+    "--count",
+    type=click.IntRange(1, 2**32),
+    show_default="to --stop",
+    help="Number of samples in all, those of earlier calls included.",
+)
+@click.option(
     "--stop",
     type=click.IntRange(1, 2**32),
-    required=True,
-    show_default="none",
-    help="Number after that of the last sample.",
+    show_default="--start plus --count",
+    help="Number after that of the last sample, instead of --count.",
 )
 @seed_option
 @tunable_visits_options
 @denoising_options
 @click.option("--order", type=int, default=1, help="2 for second order, with --eta 0.")
 @prediction_option
+@labelling_options
 @click.option(
     "--format",
     type=click.Choice(get_args(Format)),
@@ -130,14 +140,20 @@ def command(
     visits: TunableVisits,
     denoising: Denoising,
     prediction: Prediction | None,
+    labelling: Labelling,
     computation: Computation,
     threads: int | None,
+    start: int,
+    count: int | None,
+    stop: int | None,
     **options: Any,
 ) -> None:
-    """Draw the samples [START, STOP) of a seed from MODEL into a folder.
+    """Draw COUNT samples of a seed from MODEL into a folder, or on to STOP.
 
-    Under torchrun every process draws its share. MODEL is as for 'fastddim sample'.
+    Under torchrun every process draws its share. MODEL is as for 'fastddim sample', or a diffusers
+    folder with a class-conditional UNet2DModel and --classes.
     """
+    stop = _stop(start, count, stop)
     import torch
 
     from fastddim.cli.sources import load
@@ -148,7 +164,9 @@ def command(
     if threads is not None:
         torch.set_num_threads(threads)
     device = _device_of_rank(computation)
-    source = load(model, device, prediction)
+    source = load(model, device, prediction, labelled=labelling.asked())
+    labels = labelling.of(source.model, start, stop)
+    conditions = {} if labels is None else {"conditions": labels.condition(), **labels.guided()}
     steps = visits.arguments()
     with usage_errors():
         generation = Generation(
@@ -160,6 +178,9 @@ def command(
                 dtype=computation.torch_dtype,
                 impl=computation.impl,
                 progress=shows_progress(computation.progress),
+                start=start,
+                stop=stop,
+                **conditions,
                 **steps,
                 **vars(denoising),
                 **options,
@@ -213,6 +234,16 @@ def digest(folders: tuple[str, ...]) -> None:
 
     for folder in folders:
         click.echo(f"{runs.digest(folder)}  {folder}")
+
+
+def _stop(start: int, count: int | None, stop: int | None) -> int:
+    """The number after that of the last sample, from the option that tells it."""
+    if count is not None and stop is None:
+        return start + count
+    if stop is not None and count is None:
+        return stop
+    got = "neither" if stop is None else "both"
+    raise click.UsageError(f"--count: expected either --count or --stop, got {got}")
 
 
 def _device_of_rank(computation: Computation) -> torch.device:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import click
 
 from fastddim.choices import Prediction
+from fastddim.cli.classes import Labelling, labelling_options
 from fastddim.cli.options import (
     Denoising,
     Machine,
@@ -43,6 +44,7 @@ Examples:
   fastddim sample runs/digits --out a.npz --count 2500
   fastddim sample runs/digits --out b.npz --count 2500 --sample-offset 2500
   fastddim sample path/to/ddpm-church --clip 1 --device cuda
+  fastddim sample path/to/unet --classes balanced --guidance 4 --null-class 1000
   fastddim sample digits --gif digits.gif                     from noise to digits
   fastddim sample --like digits.png --eta 1 --out noisy.png   all else as it was
 
@@ -74,6 +76,7 @@ together draw the 5000 images of the folder.""",
     help="File of 'fastddim invert' to start from; --count is then the number in it.",
 )
 @prediction_option
+@labelling_options
 @click.option(
     "--like",
     type=click.Path(),
@@ -109,6 +112,7 @@ def command(
     sample_offset: int,
     latents: str | None,
     prediction: Prediction | None,
+    labelling: Labelling,
     out: str,
     gif: str | None,
     columns: int | None,
@@ -118,43 +122,45 @@ def command(
     """Draw images from MODEL.
 
     MODEL is the name of a bundled model (digits, fashion), a .safetensors file or folder written by
-    examples/train.py, or a diffusers folder: an unconditional UNet2DModel, or a pipeline with one,
-    whose scheduler tells the noise schedule.
+    examples/train.py, or a diffusers folder: a UNet2DModel, or a pipeline with one, whose scheduler
+    tells the noise schedule. A class-conditional one takes --classes.
 
     PNG files hold the seed and all else that they depend on, for --like. One that was drawn into a
     folder is drawn again by itself, with the same bytes where --out is a folder; --count draws
     others with it.
     """
     from fastddim.cli.drawing import Drawing
-    from fastddim.cli.files import Animation, latents_path, open_sink, read_latents
+    from fastddim.cli.files import Animation, Pictures, latents_path, open_sink, read_latents
     from fastddim.cli.record import recalled, record
     from fastddim.cli.sources import load
-    from fastddim.images import to_uint8
     from fastddim.validation import check_sample_range
 
     latents_file = None if latents is None else latents_path("--latents", latents)
-    source = load(model, machine.torch_device, prediction)
+    source = load(model, machine.torch_device, prediction, labelled=labelling.asked())
     x_T = None if latents_file is None else read_latents(latents_file, source.sample_shape)
     count = count if x_T is None else len(x_T)
     with usage_errors():
         check_sample_range(sample_offset, count, per_sample_seed=False)
     like = recalled()
-    rows = None if like is None else like.rows
-    if rows is not None and rows.stop > count:
-        raise click.ClickException(f"--like: expected an image below {count}, got {rows}")
+    rows = None if like is None else like.rows_of(count)
     start, stop = (0, count) if rows is None else (rows.start, rows.stop)
-    kept = slice(None) if rows is None else slice(rows.image - start, rows.image - start + 1)
-    drawing = Drawing(source, machine, stop - start, {**visits.arguments(), **vars(denoising)})
+    labels = labelling.of(source.model, sample_offset + start, sample_offset + stop)
+    arguments = {**visits.arguments(), **vars(denoising)}
+    drawing = Drawing(source, machine, stop - start, arguments, labels)
     unseeded = seed is None and (x_T is None or denoising.eta != 0)
     seed = fresh_seeds(1)[0] if unseeded else seed
-    files = visits.files() | ({} if latents is None else {"latents": latents})
+    files = visits.files() | labelling.files()
+    files |= {} if latents is None else {"latents": latents}
     made = record(source.model, machine, files, seed=seed, **visits.decided())
     if like is not None:
         like.compare(made)
         made = replace(made, rows=rows)
     first = sample_offset if rows is None else sample_offset + rows.image
-    sink = open_sink(out, made, first=first, columns=columns, scale=scale)
-    animation = None if gif is None else Animation(gif, columns=columns, scale=scale)
+    pictures = Pictures(
+        open_sink(out, made, first=first, columns=columns, scale=scale),
+        None if gif is None else Animation(gif, columns=columns, scale=scale),
+        rows,
+    )
     if unseeded and seed is not None:
         tell_seeds([seed])
     for drawn in drawing.batches(
@@ -163,14 +169,7 @@ def command(
         latents=None if x_T is None else x_T[start:stop],
         return_trajectory=gif is not None,
     ):
-        if animation is None:
-            samples = drawn[kept]
-        else:
-            samples = drawn[-1, kept]
-            animation.add(drawn[:, kept])
-        sink.add(to_uint8(samples))
-    sink.finish()
-    click.echo(out)
-    if animation is not None:
-        animation.finish()
-        click.echo(gif)
+        pictures.add(drawn)
+    pictures.finish()
+    for path in filter(None, (out, gif)):
+        click.echo(path)

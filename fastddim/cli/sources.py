@@ -28,17 +28,20 @@ class Source:
     prediction: Prediction
 
 
-def load(name: str, device: torch.device, prediction: Prediction | None) -> Source:
+def load(
+    name: str, device: torch.device, prediction: Prediction | None, *, labelled: bool = False
+) -> Source:
     """Load the model that `name` stands for onto `device`.
 
     Args:
         prediction: what the model predicts, if the user says so.
+        labelled: whether it will be given class labels.
 
     Raises:
         click.UsageError: `name` stands for nothing.
         click.ClickException, ValueError, OSError: the files are there, but no usable model.
     """
-    source = _load(name, device)
+    source = _load(name, device, labelled)
     if len(source.sample_shape) != 3 or source.sample_shape[0] not in (1, 3):
         raise click.ClickException(
             f"{name}: expected a model of grey or RGB images (C, H, W), got {source.sample_shape}"
@@ -46,14 +49,14 @@ def load(name: str, device: torch.device, prediction: Prediction | None) -> Sour
     return source if prediction is None else replace(source, prediction=prediction)
 
 
-def _load(name: str, device: torch.device) -> Source:
+def _load(name: str, device: torch.device, labelled: bool) -> Source:
     path = Path(name)
     own = path.suffix == WEIGHTS or (path / (MODEL + WEIGHTS)).is_file()
     if name in models.available() or (own and path.exists()):
         model = models.load(name, device=device)
         return Source(model, model.sample_shape, model.schedule, model.prediction)
     if any((path / file).is_file() for file in ("model_index.json", "config.json")):
-        return _load_diffusers(path, device)
+        return _load_diffusers(path, device, labelled)
     names = ", ".join(models.available())
     raise click.UsageError(
         f"MODEL: expected {names}, a {WEIGHTS} file, a folder with {MODEL}{WEIGHTS} or a diffusers "
@@ -61,10 +64,10 @@ def _load(name: str, device: torch.device) -> Source:
     )
 
 
-def _load_diffusers(folder: Path, device: torch.device) -> Source:
+def _load_diffusers(folder: Path, device: torch.device, labelled: bool) -> Source:
     _refuse_latent_pipeline(folder)
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    _refuse_conditional(unet)
+    _refuse_conditional(unet, labelled)
     schedule, prediction = _read_scheduler(folder)
     try:
         from diffusers import UNet2DModel
@@ -100,16 +103,19 @@ def _refuse_latent_pipeline(folder: Path) -> None:
             )
 
 
-def _refuse_conditional(unet: Path) -> None:
+def _refuse_conditional(unet: Path, labelled: bool) -> None:
     config = _read_json(unet / "config.json")
-    kind = config.get("_class_name")
-    labels = config.get("num_class_embeds") or config.get("class_embed_type")
-    if kind == "UNet2DModel" and not labels:
+    kind, embedded = config.get("_class_name"), config.get("num_class_embeds")
+    labels = embedded or config.get("class_embed_type")
+    if kind == "UNet2DModel" and (not labels or (labelled and embedded)):
         return
-    got = f"a class-conditional {kind}" if labels else kind
+    got, way = kind, ""
+    if labels:
+        got = f"a class-conditional {kind}"
+        way = "give it --classes (fastddim sample, fastddim generate), or "
     raise click.ClickException(
         f"{unet}: expected an unconditional UNet2DModel, got {got}; "
-        "use fastddim.sample in Python, whose model_kwargs hold the condition"
+        f"{way}use fastddim.sample in Python, whose model_kwargs hold the condition"
     )
 
 

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,19 @@ import torch
 from numpy.typing import NDArray
 
 from fastddim.files import atomic_file, check_writable, read_file, sync_folder
-from fastddim.runs.manifest import FILE, differences, listed, read_manifest
-from fastddim.runs.shards import Sharding, array_in_npz, read_batch
+from fastddim.runs.archives import (
+    IMAGES_ARRAY,
+    LABELS_ARRAY,
+    Labels,
+    Samples,
+    add_array,
+    open_array,
+)
+from fastddim.runs.differences import Manifest, differences
+from fastddim.runs.manifest import FILE, listed, read_manifest
+from fastddim.runs.shards import Sharding, is_image, read_batch
 
-# Parts of one set of samples may differ in these.
+# Parts of one set of samples may differ in these, and in the rows of their conditions.
 _PER_PART = ("start", "stop", "batch_size", "format")
 
 
@@ -53,7 +63,8 @@ def merge(
 ) -> Path:
     """Write all samples of one or more runs into one `.npz`: `arr_0`, uint8 `[N, H, W, C]`.
 
-    The evaluator of guided-diffusion (ADM) reads this file. It expects three channels, so grey
+    Where the runs have labels, `arr_1` holds them: int64 `[N]`, as in the class-conditional samples
+    of guided-diffusion (ADM), whose evaluator reads this file. It expects three channels, so grey
     images are repeated to RGB. The runs must be of one seed, model and plan, and their samples must
     follow one another; different machines or versions only lead to a warning.
 
@@ -80,12 +91,17 @@ def merge(
     _check_ranges(runs)
     shape = _images_shape([sharding for _, sharding in runs])
     check_writable(target)
-    with atomic_file(target) as file, array_in_npz(file) as entry:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(entry, header)
-        for folder, sharding in runs:
-            for samples in _samples(folder, sharding):
-                entry.write(np.ascontiguousarray(_images(samples, shape[3])).data)
+    labels: list[Labels] = []
+    with atomic_file(target) as file, zipfile.ZipFile(file, "w") as archive:
+        with open_array(archive, IMAGES_ARRAY) as entry:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(entry, header)
+            for folder, sharding in runs:
+                for batch in _samples(folder, sharding):
+                    entry.write(np.ascontiguousarray(_images(batch.samples, shape[3])).data)
+                    labels += [] if batch.labels is None else [batch.labels]
+        if labels:
+            add_array(archive, LABELS_ARRAY, np.concatenate(labels))
     sync_folder(target.resolve().parent)
     return target
 
@@ -101,20 +117,24 @@ def _images(samples: NDArray[Any], channels: int) -> NDArray[Any]:
 
 def _check_parts(folders: Sequence[Path]) -> None:
     """Refuse runs that are not parts of one, and warn of different machines or versions."""
-    parts = []
-    for folder in folders:
-        manifest = read_manifest(folder) or {}
-        parts.append({name: v for name, v in manifest.items() if name not in _PER_PART})
+    parts = [_common(read_manifest(folder) or {}) for folder in folders]
     for folder, part in zip(folders[1:], parts[1:], strict=True):
-        lines = differences(parts[0], part, (f"in {folders[0]}", f"in {folder}"))
-        harmless = [line for line in lines if line.startswith(("computation.", "versions."))]
-        if len(harmless) < len(lines):
-            wrong = [line for line in lines if line not in harmless]
+        found = differences(parts[0], part, (f"in {folders[0]}", f"in {folder}"))
+        harmless = [it for it in found if it.field.startswith(("computation.", "versions."))]
+        if len(harmless) < len(found):
+            wrong = [it.line for it in found if it not in harmless]
             raise ValueError(f"folders: expected parts of one run, got\n  {listed(wrong)}")
         if harmless:
-            warnings.warn(
-                f"fastddim: the parts were not drawn alike:\n  {listed(harmless)}", stacklevel=3
-            )
+            lines = listed([it.line for it in harmless])
+            warnings.warn(f"fastddim: the parts were not drawn alike:\n  {lines}", stacklevel=3)
+
+
+def _common(manifest: Manifest) -> Manifest:
+    """The entries in which the parts of one set of samples agree."""
+    entries = {name: value for name, value in manifest.items() if name not in _PER_PART}
+    if isinstance(entries.get("conditions"), dict):
+        entries["conditions"] = sorted(entries["conditions"])
+    return entries
 
 
 def _check_ranges(runs: Sequence[tuple[Path, Sharding]]) -> None:
@@ -129,8 +149,11 @@ def _check_ranges(runs: Sequence[tuple[Path, Sharding]]) -> None:
 def _images_shape(parts: Sequence[Sharding]) -> tuple[int, int, int, int]:
     """[N, H, W, C] of all images of consecutive parts."""
     first, last = parts[0], parts[-1]
-    if len(first.sample_shape) != 3:
-        raise ValueError(f"folders: expected images, got samples of shape {first.sample_shape}")
+    if not is_image(first.sample_shape):
+        raise ValueError(
+            "folders: expected images (1 or 3 channels, H, W), got samples of shape "
+            f"{first.sample_shape}"
+        )
     channels, height, width = first.sample_shape
     return last.stop - first.start, height, width, 3 if channels == 1 else channels
 
@@ -144,7 +167,7 @@ def _opened(folder: str | os.PathLike[str]) -> tuple[Path, Sharding]:
     return path, Sharding.of(manifest)
 
 
-def _samples(folder: Path, sharding: Sharding) -> Iterator[NDArray[Any]]:
+def _samples(folder: Path, sharding: Sharding) -> Iterator[Samples]:
     """The samples of a complete run, batch by batch, after comparing each file with its SHA-256."""
     for batch in sharding.batches():
         try:

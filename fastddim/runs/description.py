@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from fastddim._version import __version__
 from fastddim.loop.setup import Setup
 from fastddim.options import GenerateOptions, Update
-from fastddim.runs.manifest import VERSION, Manifest
+from fastddim.runs.conditions import Conditions
+from fastddim.runs.decoding import Decoder
+from fastddim.runs.differences import Manifest
+from fastddim.runs.fingerprints import digest_of, weights_of
+from fastddim.runs.manifest import VERSION
 from fastddim.runs.shards import Sharding
 
 
 def describe(
+    options: GenerateOptions,
     setup: Setup,
     update: Update,
     sharding: Sharding,
     *,
     seed: int,
-    model_id: str | None,
-    given: GenerateOptions,
+    conditions: Conditions | None,
+    decoder: Decoder | None,
 ) -> Manifest:
-    """The manifest of a run as its file gives it back, with `batch_size` left open (None).
+    """The manifest of a run as its file gives it back.
+
+    `batch_size` is left open (None), and so are the digests of conditions, which depend on it.
+    Entries that a run has no use for are left out, so that runs of earlier versions can go on.
 
     Args:
         setup: how each batch is drawn.
@@ -38,7 +42,7 @@ def describe(
     """
     manifest = {
         "version": VERSION,
-        "model": _model(setup.model, model_id, given),
+        "model": _model(options),
         "plan": _plan(setup, update),
         "seed": seed,
         "start": sharding.start,
@@ -51,34 +55,30 @@ def describe(
         "computation": _computation(setup),
         "versions": {"fastddim": __version__, "torch": torch.__version__},
     }
+    if conditions is not None:
+        manifest["conditions"] = None
+        if conditions.label_name is not None:
+            manifest["labels"] = conditions.label_name
+    if decoder is not None:
+        manifest["decode"] = decoder.describe(setup.shape[1:])
     normalized: Manifest = json.loads(json.dumps(manifest))
     return normalized
 
 
-def _model(model: Any, model_id: str | None, given: GenerateOptions) -> dict[str, Any]:
-    kwargs, uncond_kwargs, uncond_model = (
-        given.model_kwargs,
-        given.uncond_kwargs,
-        given.uncond_model,
-    )
+def _model(options: GenerateOptions) -> dict[str, Any]:
+    model, uncond_model = options.model, options.uncond_model
     described = {
         "class": type(model).__qualname__,
-        "weights": _weights(model),
-        "id": model_id,
-        "kwargs": digest_of(kwargs) if kwargs else None,
+        "weights": weights_of(model),
+        "id": options.model_id,
+        "kwargs": digest_of(options.model_kwargs) if options.model_kwargs else None,
     }
-    # Only where they are given, so that other runs have the manifests that they always had.
-    if uncond_kwargs:
-        described["uncond_kwargs"] = digest_of(uncond_kwargs)
+    if options.uncond_kwargs:
+        described["uncond_kwargs"] = digest_of(options.uncond_kwargs)
     if uncond_model is not None:
         described["uncond_class"] = type(uncond_model).__qualname__
-        described["uncond_weights"] = _weights(uncond_model)
+        described["uncond_weights"] = weights_of(uncond_model)
     return described
-
-
-def _weights(model: Any) -> str | None:
-    read = isinstance(model, nn.Module) and not any_on_meta(model)
-    return fingerprint(model) if read else None
 
 
 def _plan(setup: Setup, update: Update) -> dict[str, Any]:
@@ -111,36 +111,6 @@ def _computation(setup: Setup) -> dict[str, Any]:
 def backend_name(setup: Setup) -> str:
     """The name of the backend in use, such as "cpu"; `impl` never is "auto" in a manifest."""
     return setup.backend.__name__.rpartition(".")[2]
-
-
-def any_on_meta(model: nn.Module) -> bool:
-    """True where weights have no bytes that a fingerprint could be of."""
-    return any(value.is_meta for value in chain(model.parameters(), model.buffers()))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
-        _add_tensor(digest, name, value)
-    return digest.hexdigest()
-
-
-def digest_of(values: Mapping[str, Any]) -> str:
-    """SHA-256 over named values, with the content of those that are tensors."""
-    digest = hashlib.sha256()
-    for name, value in sorted(values.items()):
-        if isinstance(value, Tensor):
-            _add_tensor(digest, name, value)
-        else:
-            digest.update(f"{name} {value!r}\n".encode())
-    return digest.hexdigest()
-
-
-def _add_tensor(digest: Any, name: str, value: Tensor) -> None:
-    digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy())
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from fastddim.files import check_writable, remove_parts, sync_folder
 from fastddim.runs import lock
+from fastddim.runs.differences import Manifest
 from fastddim.runs.lock import FolderLock
 from fastddim.runs.manifest import (
     FILE,
-    Manifest,
     read_manifest,
     refuse_differences,
     write_manifest,
@@ -65,16 +65,27 @@ class RunFolder:
                 f"got {len(others)} files in {self.path}, among them {others[0]}"
             )
 
-    def begin(self, found: Manifest | None, manifest: Manifest) -> None:
-        """Write the manifest of a new run, or compare it with that of the run to go on with.
+    def begin(self, found: Manifest | None, earlier: Manifest, manifest: Manifest) -> None:
+        """Write the manifest of a new run, or of one that grows; compare it with what is there.
+
+        Args:
+            found: what is there.
+            earlier: what should be there, which is `manifest` with fewer samples if the run grows.
 
         Raises:
             ManifestMismatchError: the folder holds another run.
         """
-        if found is None:
+        if found is not None:
+            refuse_differences(found, earlier, self.path)
+        if found != manifest:
             write_manifest(self.path, manifest)
-        else:
-            refuse_differences(found, manifest, self.path)
+
+    def remove_leftovers(self, sharding: Sharding) -> None:
+        """Remove the last batch of a run that has grown, which is part of a larger one by now."""
+        left = sharding.leftovers(os.listdir(self.path))
+        # Records go first: a file without its record counts as not written.
+        for name in sorted(left, key=lambda name: not name.endswith(".sha256")):
+            (self.path / name).unlink(missing_ok=True)
 
     def join(self, rank: int, manifest: Manifest) -> None:
         """Share the lock with the other ranks.

@@ -8,21 +8,20 @@ everything that these bytes depend on, and a run is compared with it before it g
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastddim.adapter import Model, check_model
+from fastddim.adapter import check_model
 from fastddim.api import sample
 from fastddim.files import check_writable
 from fastddim.loop.reports import check_progress
-from fastddim.loop.setup import prepare_sampling, resolve_schedule, resolve_shape
+from fastddim.loop.setup import prepare_sampling, resolve_device, resolve_schedule
 from fastddim.options import (
     Callback,
     GenerateOptions,
@@ -32,14 +31,33 @@ from fastddim.options import (
     Update,
     shared,
 )
+from fastddim.runs.archives import Labels
+from fastddim.runs.arguments import (
+    check_model_arguments,
+    check_network,
+    check_weights,
+    checked_archive,
+    checked_batch_size,
+    checked_conditions,
+    checked_sample_shape,
+    checked_update,
+    unstopped,
+)
 from fastddim.runs.complete import merge, recorded_digest
-from fastddim.runs.description import any_on_meta, backend_name, describe
+from fastddim.runs.decoding import Decoder
+from fastddim.runs.description import backend_name, describe
+from fastddim.runs.differences import Manifest, differences
 from fastddim.runs.folder import RunFolder
-from fastddim.runs.manifest import Manifest, differences, listed
+from fastddim.runs.manifest import listed
 from fastddim.runs.memory import LARGEST, default_budget, fitting_batch
 from fastddim.runs.ranks import Ranks, joined
-from fastddim.runs.shards import Batch, Sharding, check_format, write_batch
-from fastddim.stopping import STOP
+from fastddim.runs.shards import (
+    Batch,
+    Sharding,
+    check_finite_samples,
+    check_format,
+    write_batch,
+)
 from fastddim.validation import check_int
 
 
@@ -70,42 +88,74 @@ class Generation:
     def __init__(self, options: GenerateOptions) -> None:
         model = options.model
         check_model(model)
-        _check_eval(model)
-        _check_identity(model, options.model_id)
+        for name in ("model", "uncond_model"):
+            check_network(name, getattr(options, name), options.model_id)
         start = check_int("start", options.start, 0, 2**32 - 1)
         stop = check_int("stop", options.stop, start + 1, 2**32)
         self._seed = check_int("seed", options.seed, 0, 2**64 - 1)
         check_progress(options, options.graph)
-        shape = _checked_sample_shape(model, options.shape)
-        self._batch_size = _checked_batch_size(options)
-        self._sharding = Sharding(start, stop, 1, check_format(options.format, shape), shape)
-        self._merged = None if options.merged is None else _checked_archive(options.merged, shape)
-        self._update = _checked_update(options)
-        # The rows of the model's arguments are those of a batch, whose size is open.
+        shape = checked_sample_shape(model, options.shape)
+        self._batch_size = checked_batch_size(options)
+        self._update = checked_update(options)
+        self._conditions = checked_conditions(options, start, stop)
+        self._decoder = None if options.decode is None else Decoder(options.decode)
+        self._options = options
+        self._device = resolve_device(model, options.device)
+        # The rows of the model's arguments are those of a batch, whose size may be open.
         one = {"shape": (1, *shape), "batch_size": 1, "model_kwargs": None, "uncond_kwargs": None}
         self._setup = prepare_sampling(shared(SamplerOptions, options, **one))
-        _check_weights(model, options.model_id)
+        check_weights(options, self._decoder)
+        stored = self._stored_shape()
+        self._sharding = Sharding(
+            start,
+            stop,
+            batch_size=1,
+            format=check_format(options.format, stored),
+            sample_shape=stored,
+            labelled=self._conditions is not None and self._conditions.label_name is not None,
+        )
+        self._check_model_arguments()
+        self._merged = None if options.merged is None else checked_archive(options.merged, stored)
         if self._setup.late_start is not None:
             self._setup.late_start.warn()
         self._schedule = resolve_schedule(model, options.schedule)
         self._folder = Path(options.out)
-        self._options = options
+
+    def _check_model_arguments(self) -> None:
+        """Refuse arguments of the model whose rows do not fit the batches, the last one included.
+
+        With an open batch size they must fit one of any size, as single rows do.
+        """
+        options = self._options
+        sharding = replace(self._sharding, batch_size=self._batch_size or 1)
+        for batch in (next(sharding.batches()), sharding.last):
+            model_kwargs, _ = self._inputs(batch)
+            check_model_arguments(options, model_kwargs, batch.size, guided=self._update.guided)
+
+    def _stored_shape(self) -> tuple[int, ...]:
+        """The shape of one sample as it is written."""
+        setup, decoder = self._setup, self._decoder
+        shape = setup.shape[1:]
+        return shape if decoder is None else decoder.shape_of_one(shape, setup.dtype, setup.device)
 
     def run(self) -> Run:
         """Draw the samples that are missing."""
-        with joined(self._setup.device) as ranks, RunFolder(self._folder) as folder:
+        with joined(self._device) as ranks, RunFolder(self._folder) as folder:
             manifest = ranks.together(self._describe)[ranks.rank]
             found = ranks.on_first(lambda: self._open(folder))
             manifest["batch_size"] = self._choose_batch_size(ranks, found)
-            self._agree(ranks, manifest)
-            ranks.on_first(lambda: folder.begin(found, manifest))
-            ranks.together(lambda: folder.join(ranks.rank, manifest))
             sharding = replace(self._sharding, batch_size=manifest["batch_size"])
+            if self._conditions is not None:
+                digests = partial(self._conditions.digests, sharding)
+                manifest["conditions"] = ranks.together(digests)[ranks.rank]
+            self._agree(ranks, manifest)
+            ranks.on_first(lambda: folder.begin(found, self._before(found, manifest), manifest))
+            ranks.together(lambda: folder.join(ranks.rank, manifest))
             missing = self._missing(ranks, folder, sharding)
             self._draw_all(ranks, sharding, ranks.share(missing))
             # No rank may leave, or read the whole run, before all of them are done.
             ranks.gather(None)
-            digest = ranks.on_first(lambda: self._finish(sharding))
+            digest = ranks.on_first(lambda: self._finish(folder, sharding))
         return Run(
             self._folder,
             sharding.start,
@@ -117,13 +167,27 @@ class Generation:
 
     def _describe(self) -> Manifest:
         return describe(
+            self._options,
             self._setup,
             self._update,
             self._sharding,
             seed=self._seed,
-            model_id=self._options.model_id,
-            given=self._options,
+            conditions=self._conditions,
+            decoder=self._decoder,
         )
+
+    def _before(self, found: Manifest | None, manifest: Manifest) -> Manifest:
+        """`manifest` as it was when `found` was written, if the run has only grown since."""
+        if found is None:
+            return manifest
+        stop = Sharding.of(found).stop
+        if not manifest["start"] < stop < manifest["stop"]:
+            return manifest
+        before = {**manifest, "stop": stop}
+        if self._conditions is not None:
+            sharding = replace(self._sharding, stop=stop, batch_size=manifest["batch_size"])
+            before["conditions"] = self._conditions.digests(sharding)
+        return before
 
     def _open(self, folder: RunFolder) -> Manifest | None:
         """The manifest of the run to go on with; None for a new run."""
@@ -151,17 +215,20 @@ class Generation:
 
     def _try_out(self, count: int) -> None:
         """Take the first step of a batch, and encode the result as after the last step."""
-        plan = self._setup.plan
+        plan, start = self._setup.plan, self._sharding.start
+        batch = Batch(start, start + count)
         first = self._update.at_each(plan.steps)[0]
-        samples = self._sample(Batch(0, count), plan.timesteps[:1], first, order=plan.order)
-        self._sharding.encode(samples.cpu().nan_to_num())
+        samples, labels = self._sample(batch, plan.timesteps[:1], first, order=plan.order)
+        samples = samples if self._decoder is None else self._decoder(samples)
+        self._sharding.encode(batch, samples.cpu().nan_to_num(), labels)
 
     @staticmethod
     def _agree(ranks: Ranks, manifest: Manifest) -> None:
         first, *others = ranks.gather(manifest)
         for rank, other in enumerate(others, 1):
-            lines = differences(first, other, ("on rank 0", f"on rank {rank}"))
-            if lines:
+            found = differences(first, other, ("on rank 0", f"on rank {rank}"))
+            if found:
+                lines = [it.line for it in found]
                 raise ValueError(
                     f"ranks: expected the same run on all of them, got\n  {listed(lines)}"
                 )
@@ -182,20 +249,38 @@ class Generation:
             steps=plan.tuned or plan.timesteps,
             update=self._update,
             order=options.order,
-            callback=_unstopped(options.callback),
+            callback=unstopped(options.callback),
         )
         with self._bar(ranks, batches) as bar, ThreadPoolExecutor(1, "fastddim-writer") as writer:
             for batch in batches:
-                samples = draw(batch).cpu()
+                samples, labels = draw(batch)
+                images = self._decoded(batch, samples).cpu()
                 if pending is not None:
                     bar.update(pending.result())
-                pending = writer.submit(self._write, sharding, batch, samples)
+                pending = writer.submit(self._write, sharding, batch, images, labels)
             if pending is not None:
                 bar.update(pending.result())
 
-    def _write(self, sharding: Sharding, batch: Batch, samples: Tensor) -> int:
-        write_batch(self._folder, sharding, batch, samples)
+    def _decoded(self, batch: Batch, samples: Tensor) -> Tensor:
+        if self._decoder is None:
+            return samples
+        # Some decoders make numbers of NaN.
+        check_finite_samples("model", samples, batch)
+        return self._decoder(samples)
+
+    def _write(
+        self, sharding: Sharding, batch: Batch, images: Tensor, labels: Labels | None
+    ) -> int:
+        check_finite_samples("model" if self._decoder is None else "decode", images, batch)
+        write_batch(self._folder, sharding, batch, images, labels)
         return batch.size
+
+    def _inputs(self, batch: Batch) -> tuple[Mapping[str, Any] | None, Labels | None]:
+        """The `model_kwargs` of a batch, and its labels if it has any."""
+        if self._conditions is None:
+            return self._options.model_kwargs, None
+        rows, labels = self._conditions.of(batch, self._device)
+        return {**(self._options.model_kwargs or {}), **rows}, labels
 
     def _sample(
         self,
@@ -204,7 +289,9 @@ class Generation:
         update: Update,
         order: int,
         callback: Callback | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Labels | None]:
+        """The samples of a batch and their labels, if any."""
+        model_kwargs, labels = self._inputs(batch)
         setup = self._setup
         options = shared(
             SampleOptions,
@@ -215,15 +302,16 @@ class Generation:
             schedule=self._schedule,
             seed=self._seed,
             sample_offset=batch.first,
-            shape=(batch.size, *self._sharding.sample_shape),
+            shape=(batch.size, *setup.shape[1:]),
             batch_size=batch.size,
+            model_kwargs=model_kwargs,
             device=setup.device,
             dtype=setup.dtype,
             impl=backend_name(setup),
             progress=False,
             callback=callback,
         )
-        return sample(**vars(options))
+        return sample(**vars(options)), labels
 
     def _bar(self, ranks: Ranks, batches: Sequence[Batch]) -> Any:
         from tqdm import tqdm
@@ -235,93 +323,8 @@ class Generation:
             disable=not self._options.progress or ranks.rank > 0,
         )
 
-    def _finish(self, sharding: Sharding) -> str:
+    def _finish(self, folder: RunFolder, sharding: Sharding) -> str:
+        folder.remove_leftovers(sharding)
         if self._merged is not None:
             merge(self._folder, self._merged)
         return recorded_digest(self._folder, sharding)
-
-
-def _unstopped(callback: Callback | None) -> Callback | None:
-    """The callback, which may not end a run: files hold the samples of all steps."""
-    if callback is None:
-        return None
-
-    def call(step_index: int, timestep: int, x_t: Tensor, x_0: Tensor) -> None:
-        if callback(step_index, timestep, x_t, x_0) is STOP:
-            raise ValueError(
-                "callback: expected a result other than fastddim.STOP, since files hold samples "
-                f"after the last step, got {STOP!r} at step {step_index}"
-            )
-
-    return call
-
-
-def _check_eval(model: Model) -> None:
-    if isinstance(model, nn.Module) and model.training:
-        raise ValueError("model: expected eval mode (model.eval()), got training mode")
-
-
-def _check_identity(model: Model, model_id: Any) -> None:
-    if model_id is not None and not isinstance(model_id, str):
-        raise TypeError(f"model_id: expected a string, got {model_id!r}")
-    if model_id is None and not isinstance(model, nn.Module):
-        raise ValueError(
-            "model_id: expected a string that tells this model from others, since it is no "
-            "nn.Module whose weights do, got None"
-        )
-
-
-def _check_weights(model: Model, model_id: str | None) -> None:
-    if model_id is None and isinstance(model, nn.Module) and any_on_meta(model):
-        raise ValueError(
-            "model_id: expected a string that tells this model from others, since its weights are "
-            "on meta, where hooks offload them, and cannot be read; got None"
-        )
-
-
-def _checked_sample_shape(model: Model, shape: Sequence[int] | None) -> tuple[int, ...]:
-    """The shape of one sample: `shape` without B, or the one that the model tells."""
-    resolved = resolve_shape(model, shape, 1)
-    return tuple(check_int(f"shape[{i}]", n, 1, 2**32) for i, n in enumerate(resolved))[1:]
-
-
-def _checked_batch_size(options: GenerateOptions) -> int | None:
-    """The given batch size, or None where it is to be chosen."""
-    batch_size, memory, shape = options.batch_size, options.memory, options.shape
-    if isinstance(batch_size, str):
-        if batch_size != "auto":
-            raise ValueError(f"batch_size: expected an integer or 'auto', got {batch_size!r}")
-        if shape is None:
-            if memory is not None:
-                check_int("memory", memory, 1, 2**62)
-            return None
-        batch_size = shape[0]
-    if memory is not None:
-        raise ValueError(
-            f"memory: expected None unless batch_size='auto' and shape=None, got {memory!r}"
-        )
-    if shape is not None and batch_size != shape[0]:
-        raise ValueError(f"batch_size: expected {shape[0]}, as in shape, got {batch_size}")
-    return check_int("batch_size", batch_size, 1, 2**32)
-
-
-def _checked_archive(path: str | os.PathLike[str], sample_shape: Sequence[int]) -> Path:
-    target = Path(path)
-    if target.suffix.lower() != ".npz":
-        raise ValueError(f"merged: expected a name that ends in .npz, got {str(path)!r}")
-    if len(sample_shape) != 3:
-        raise ValueError(
-            f"merged: expected None for samples that are no images, got {str(path)!r} "
-            f"for shape {tuple(sample_shape)}"
-        )
-    return target
-
-
-def _checked_update(update: Update) -> Update:
-    """The arguments of each step as numbers; a manifest cannot hold tensors."""
-    checked = update.checked(None, per_step=True)
-    for name, value in vars(checked).items():
-        values = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(v, Tensor) for v in values):
-            raise ValueError(f"{name}: expected a number or one a step, got a tensor")
-    return checked

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from fastddim.files import atomic_file, read_file, sync_folder
-
-Manifest: TypeAlias = dict[str, Any]
+from fastddim.runs.differences import Difference, Manifest, differences
 
 FILE = "manifest.json"
 VERSION = 1
 
-_MISSING = "nothing"
 _LISTED = 12
 
 
@@ -52,23 +48,13 @@ def read_manifest(folder: Path) -> Manifest | None:
     return manifest
 
 
-def differences(found: Manifest, wanted: Manifest, names: tuple[str, str]) -> list[str]:
-    """One line for every field that differs, such as `plan.eta: 0.0 in the folder, 1.0 here`."""
-    there, here = dict(_fields(found)), dict(_fields(wanted))
-    return [
-        f"{name}: {_shown(there, name)} {names[0]}, {_shown(here, name)} {names[1]}"
-        for name in dict.fromkeys([*here, *there])
-        if _shown(there, name) != _shown(here, name)
-    ]
-
-
 def refuse_differences(found: Manifest, wanted: Manifest, folder: Path) -> None:
     """Compare the manifest in `folder` with the one of the run asked for.
 
     Raises:
         ManifestMismatchError: they differ.
     """
-    lines = differences(found, wanted, ("in the folder", "here"))
+    lines = [_advised(it) for it in differences(found, wanted, ("in the folder", "here"))]
     if lines:
         raise ManifestMismatchError(
             f"{folder}: expected the run that its {FILE} describes, got another:\n  "
@@ -76,24 +62,22 @@ def refuse_differences(found: Manifest, wanted: Manifest, folder: Path) -> None:
         )
 
 
+def _advised(difference: Difference) -> str:
+    """The line about a difference, with the way around it where there is one."""
+    field, there, here, line = difference
+    if field == "stop" and isinstance(there, int) and isinstance(here, int):
+        return f"{line} (a run can be continued to more samples, not to fewer)"
+    if field == "computation.threads" and isinstance(there, int) and isinstance(here, int):
+        return (
+            f"{line} (the number of threads changes the last bits of results, and torchrun gives "
+            f"each process one; set {there}, with torch.set_num_threads({there}) or "
+            f"--threads {there})"
+        )
+    return line
+
+
 def listed(lines: list[str]) -> str:
     """`lines` as they stand in a message; of many only the first ones."""
     more = len(lines) - _LISTED
     shown = lines if more <= 0 else [*lines[:_LISTED], f"and {more} more"]
     return ";\n  ".join(shown)
-
-
-def _fields(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(content, Mapping) and content:
-        for name, value in content.items():
-            yield from _fields(value, f"{prefix}.{name}" if prefix else str(name))
-    elif isinstance(content, list) and content:
-        yield f"{prefix}.length", len(content)
-        for i, value in enumerate(content):
-            yield from _fields(value, f"{prefix}[{i}]")
-    else:
-        yield prefix, content
-
-
-def _shown(content: Mapping[str, Any], name: str) -> str:
-    return json.dumps(content[name]) if name in content else _MISSING
