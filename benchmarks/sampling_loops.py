@@ -42,8 +42,6 @@ def agreeing(model: Any, x_T: Tensor, steps: int) -> dict[str, Loop]:
             expected = _sampler(model, x_T, steps, impl="reference", **options)(x_T=x_T)
         else:
             expected = diffusers_loop(model, x_T, steps, eta)()
-        assert isinstance(own, Tensor)
-        assert isinstance(expected, Tensor)
         assert_agree(own, expected, f"{name}, {steps} steps")
         loops[name] = partial(sampler, x_T=x_T, seed=SEED)
     return loops
@@ -61,8 +59,6 @@ def _tuned_loop(model: Any, x_T: Tensor, steps: int) -> Loop:
         for impl in ("auto", "reference")
     )
     own, expected = fused(x_T=x_T), reference(x_T=x_T)
-    assert isinstance(own, Tensor)
-    assert isinstance(expected, Tensor)
     assert_agree(own, expected, f"{TUNED}, {steps} steps")
     return partial(fused, x_T=x_T, seed=SEED)
 

@@ -102,8 +102,9 @@ def sample(options: SampleOptions) -> Tensor:
         shape: (B, …) of the state; by default that of `x_T`, else `batch_size` samples of the shape
             that the model tells (`.sample_shape`, or a diffusers `.config`), or one that it wraps.
         mask: weight of `known` in the result, 1 where it is kept and 0 where the model paints (as
-            in latent-diffusion; the `mask_image` of diffusers is the opposite). Of any shape that
-            broadcasts to the state's.
+            in latent-diffusion; the `mask_image` of diffusers is the opposite), or between, of any
+            shape that broadcasts to the state's. Values outside [0, 1] are refused; on an
+            accelerator, which would have to be waited for, they make the result NaN.
         known: data `[B, …]` for `mask`. After each step the state is blended with it as it is at
             that noise level: mixed with the noise in x_T, and itself at the end.
         batch_size: B where `shape` is not given.
@@ -220,7 +221,7 @@ class StepOptions(TypedDict, total=False):
     guidance_rescale: float
     dynamic_thresholding_ratio: float | None
     sample_max_value: float | None
-    seed: Seed
+    seed: Seed | None
     sample_offset: int
     step_index: int | Tensor
     noise: NoiseSource

@@ -6,7 +6,7 @@ import enum
 
 
 class Stop(enum.Enum):
-    """What a callback returns to end the run after the step that it is called for."""
+    """The value that ends a run after the step at which a `callback` returns it."""
 
     STOP = "stop"
 
@@ -17,4 +17,4 @@ class Stop(enum.Enum):
 
 
 STOP = Stop.STOP
-"""See `Stop`."""
+"""The value that ends a run after the step at which a `callback` returns it."""

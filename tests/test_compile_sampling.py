@@ -459,6 +459,18 @@ def test_refused_arguments(name: str) -> None:
             trace(*arguments) if arguments else trace(program, states(1))
 
 
+def test_a_mask_that_a_program_is_given_later_is_not_taken_on_trust() -> None:
+    """What it is traced with is within [0, 1]; nothing is looked at when it runs."""
+    net, known = SmallNet(), NOISE[0]
+
+    def draw(mask: Tensor) -> Tensor:
+        return fastddim.sample(net, S, shape=SHAPE, mask=mask, known=known, seed=1)
+
+    program = make_fx(draw)(MASK)
+    assert torch.equal(program(MASK / 2), draw(MASK / 2))
+    assert program(255 * MASK)[..., [0, 2, 3]].isnan().all()
+
+
 def test_a_stream_runs_outside_of_a_compiled_function() -> None:
     class Serving(nn.Module):
         def __init__(self) -> None:

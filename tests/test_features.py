@@ -618,6 +618,58 @@ class TestMask:
         for state, p in zip(states[1:], [ALPHAS[200], ALPHAS[50], 1.0], strict=True):
             close(state, (math.sqrt(p) * known + math.sqrt(1 - p) * z).numpy())
 
+    @pytest.mark.parametrize(
+        ("values", "got"),
+        [
+            ([0.0, 255.0], "values from 0 to 255"),
+            ([-0.5, 1.0], "values from -0.5 to 1"),
+            ([0.5, math.nan], "NaN"),
+            ([1.0, math.inf], "values from 1 to inf"),
+        ],
+        ids=["bytes", "negative", "NaN", "infinity"],
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+    def test_values_outside_of_0_and_1_are_refused(self, impl, dtype, values, got):
+        given = {
+            "mask": torch.tensor(values, dtype=dtype).repeat(5)[:5],
+            "known": torch.zeros(SHAPE),
+        }
+        expected = rf"^mask: expected values in \[0, 1\], got {got}$"
+        with pytest.raises(ValueError, match=expected):
+            fastddim.sample(elementwise_model, S, shape=SHAPE, impl=impl, **given)
+        with pytest.raises(ValueError, match=expected):
+            Sampler(elementwise_model, S, shape=SHAPE, impl=impl)(**given)
+        stream = fastddim.Stream(elementwise_model, shape=SHAPE, masked=True, impl=impl)
+        with pytest.raises(ValueError, match=expected):
+            stream.submit(S, mask=given["mask"], known=torch.zeros(1, *SHAPE[1:]))
+
+    @pytest.mark.parametrize("call", ["sample", "Sampler", "Stream"])
+    def test_values_that_are_not_read_make_nan_of_the_result(self, impl, call):
+        """As on an accelerator; a mask that has derivatives is not looked at either."""
+
+        def drawn(mask):
+            common = {"mask": mask, "seed": 1}
+            if call == "Stream":
+                stream = fastddim.Stream(elementwise_model, shape=SHAPE, masked=True, impl=impl)
+                ticket = stream.submit(S, known=torch.zeros(1, *SHAPE[1:]), **common)
+                stream.run()
+                return ticket.result()
+            sampler = Sampler(elementwise_model, S, shape=SHAPE, impl=impl)
+            known = torch.zeros(SHAPE)
+            if call == "Sampler":
+                return sampler(known=known, **common)
+            return fastddim.sample(
+                elementwise_model, S, shape=SHAPE, known=known, impl=impl, **common
+            )
+
+        mask = torch.tensor([0.0, 1.0, 0.5, 0.25, 1.0])
+        whole = drawn(mask)
+        assert torch.equal(drawn(mask.clone().requires_grad_()), whole)
+        mask[3], mask[4] = 255.0, -1e-3
+        broken = drawn(mask.requires_grad_())
+        assert broken[..., 3:].isnan().all()
+        assert torch.equal(broken[..., :3], whole[..., :3])
+
     def test_calls_with_and_without(self, impl):
         sampler = Sampler(SmallNet(), S, shape=SHAPE, eta=1.0, impl=impl)
         plain = sampler(seed=1)

@@ -229,7 +229,7 @@ def test_step_compiles_in_one_graph(mode: str) -> None:
         if mode == "out":
             return fastddim.step(x, m, 0.5, 0.7, eta=1.0, seed=3, out=torch.empty_like(x))
         a, p = (0.5, 0.7) if mode == "number" else (torch.tensor([0.5, 0.4]), 0.7)
-        return fastddim.step(x, m, a, p, clip=1.0, eta=0.5, return_x0=True)
+        return fastddim.step(x, m, a, p, clip=1.0, eta=0.5, seed=3, return_x0=True)
 
     x, m = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

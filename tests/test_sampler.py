@@ -686,8 +686,8 @@ class TestModels:
         assert own.shape == (3, 2, 5)
         expected = partial(fastddim.sample, elementwise_model, 5, seed=0)
         assert torch.equal(own, expected(shape=(3, 2, 5), schedule=model.schedule))
-        overruled = fastddim.sample(model, 5, shape=(1, 7), schedule=LINEAR, seed=0)
-        assert torch.equal(overruled, expected(shape=(1, 7)))
+        overruled = fastddim.sample(model, 5, shape=(1, 2, 7), schedule=LINEAR, seed=0)
+        assert torch.equal(overruled, expected(shape=(1, 2, 7)))
 
     @pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 1, 2, 2, 2), (0, 4)])
     @pytest.mark.parametrize("impl", CPU_IMPLS)

@@ -62,17 +62,13 @@ def between(model: Any, seeds: Sequence[int], frames: int, steps: int) -> Tensor
     The corner of a seed is the sample that is drawn with that seed.
     """
     ends = philox.initial_latents((len(seeds), *model.sample_shape), list(seeds))
-    drawn = fastddim.sample(model, steps, spacing=SPACING, x_T=mixed(ends, frames))
-    assert isinstance(drawn, Tensor)
-    return drawn
+    return fastddim.sample(model, steps, spacing=SPACING, x_T=mixed(ends, frames))
 
 
 def reconstruct(model: Any, images: Tensor, steps: int, refine: int = 0) -> Tensor:
     """Images `[N, C, H, W]` encoded and decoded, in as many steps each."""
     latents = fastddim.invert(model, images, steps, spacing=SPACING, refine=refine)
-    decoded = fastddim.sample(model, steps, spacing=SPACING, x_T=latents)
-    assert isinstance(decoded, Tensor)
-    return decoded
+    return fastddim.sample(model, steps, spacing=SPACING, x_T=latents)
 
 
 def reconstruction_error(decoded: Tensor, images: Tensor) -> tuple[float, float]:

@@ -80,7 +80,7 @@ def ways(model: Any, steps: int) -> dict[str, Callable[[Tensor], Tensor]]:
     }
     found["first step twice"] = lambda x: integrated(model, twice, x, 2)
     if steps in model.tuned:
-        found["tuned"] = lambda x: fastddim.sample(model, model.tuned[steps], x_T=x)  # type: ignore[return-value]
+        found["tuned"] = lambda x: fastddim.sample(model, model.tuned[steps], x_T=x)
     return found
 
 

@@ -103,7 +103,7 @@ class Encoding:
         """The latents of `x_0` `[N, C, H, W]`, one batch at a time."""
         count = len(x_0)
         for start, stop in _spans("encoding", count, self._machine):
-            latents = fastddim.invert(
+            yield fastddim.invert(
                 self._source.model,
                 _state(x_0[start:stop], self._machine),
                 schedule=self._source.schedule,
@@ -112,8 +112,6 @@ class Encoding:
                 progress=_shows_steps(count, self._machine),
                 **self._visits,
             )
-            assert isinstance(latents, Tensor)
-            yield latents
 
 
 def _state(x: Tensor, machine: Machine) -> Tensor:

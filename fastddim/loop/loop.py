@@ -16,6 +16,7 @@ from fastddim.loop.buffers import Buffers, Inpainting
 from fastddim.loop.capture import Graph, check_outer_capture
 from fastddim.loop.counters import Counters, Position
 from fastddim.loop.inputs import Inputs, StaticInputs
+from fastddim.loop.masks import check_known
 from fastddim.loop.modes import OneAtATime, without_autograd
 from fastddim.loop.noise import check_noise_source, draw, listed, noise_at
 from fastddim.loop.programs import Programs
@@ -32,8 +33,6 @@ from fastddim.validation import (
     check_bool,
     check_finite_output,
     check_initial,
-    check_like,
-    check_mask,
 )
 
 _SILENT = Reporting()
@@ -122,8 +121,9 @@ class Loop:
         noise, x_T = options.noise, options.x_T
         check_noise_source(noise, self.plan.steps, state)
         first = check_first_step(options, self.plan.steps, self.plan.kind)
-        if options.mask is not None or options.known is not None:
-            check_known(options.mask, options.known, state, self.plan.alphas_cumprod[0] == 1)
+        mask, known = options.mask, options.known
+        if mask is not None or known is not None:
+            mask, known = check_known(mask, known, state, self.plan.alphas_cumprod[0] == 1)
         if x_T is not None:
             check_initial("x_T", x_T, tuple(state.shape), state.dtype, state.device)
         samples = philox.check_samples(
@@ -142,8 +142,8 @@ class Loop:
             options,
             samples=samples,
             noise=noise,
-            mask=options.mask,
-            known=options.known,
+            mask=mask,
+            known=known,
             first=first,
             arguments=arguments,
         )
@@ -377,22 +377,3 @@ class Loop:
         yield from self._inputs.tensors()
         for program in self._programs.values():
             yield from program.tensors()
-
-
-def check_known(
-    mask: Tensor | None, known: Tensor | None, state: Tensor, clean: bool | Tensor
-) -> tuple[Tensor, Tensor]:
-    """(mask, known), of which neither can be without the other.
-
-    Args:
-        clean: whether ᾱ is 1 before the first step.
-    """
-    if known is None:
-        raise ValueError("known: expected data beside mask, got None")
-    if mask is None:
-        raise ValueError("mask: expected a weight of known, got None")
-    check_like("known", known, "the state", state)
-    check_mask("mask", mask, state)
-    if clean:
-        raise ValueError("mask: expected None where the first alpha_cumprod is 1, got a tensor")
-    return mask, known

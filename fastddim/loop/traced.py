@@ -18,7 +18,7 @@ from torch import Tensor
 from fastddim import philox
 from fastddim.kept import elsewhere
 from fastddim.loop.arguments import ModelArguments
-from fastddim.loop.loop import check_known
+from fastddim.loop.masks import check_known
 from fastddim.loop.noise import check_noise_source
 from fastddim.loop.setup import (
     Setup,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastddim import philox
-from fastddim.loop.loop import check_known
+from fastddim.loop.masks import check_known
 from fastddim.loop.start import LateStart
 from fastddim.loop.stream_order import StreamOrder
 from fastddim.options import (

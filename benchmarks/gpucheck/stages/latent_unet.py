@@ -171,8 +171,6 @@ def our_loop(settings: Settings, problem: Problem, mode: Graph) -> Loop:
     )
 
     def loop() -> Tensor:
-        x = prepared(x_T=problem.x_T)
-        assert isinstance(x, Tensor)
-        return x
+        return prepared(x_T=problem.x_T)
 
     return loop

@@ -103,9 +103,7 @@ def sampler(model: Any, x_T: Tensor, steps: int, eta: float, mode: Graph) -> Loo
     )
 
     def loop() -> Tensor:
-        x = prepared(x_T=x_T, seed=SEED)
-        assert isinstance(x, Tensor)
-        return x
+        return prepared(x_T=x_T, seed=SEED)
 
     return loop
 
