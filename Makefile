@@ -20,6 +20,12 @@ RUN_TESTS = $(BIN)/pytest -n $(WORKERS) --dist loadfile $(if $(RECORD),--record=
 # `make report` begins no cell of a quality table later than this; cells of earlier runs are kept.
 REPORT_SECONDS ?= 600
 
+# The benchmark that `make bench-compare` runs, how often for each commit, and its cases (all, where
+# none is named).
+BENCH ?= bench_step
+ROUNDS ?= 5
+CASES ?=
+
 # The Python, the results, the time limit and the stages (all, where none is named) of the GPU check.
 GPUCHECK_PYTHON ?= python3
 GPUCHECK_OUT ?= build/gpucheck
@@ -31,7 +37,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CXX_FILES := $(shell find csrc tests/native tests/support/gpuless benchmarks/gpucheck -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help report demo test test-deep test-oldest test-newest test-compat test-compat-oldest test-compat-newest run-compat test-gpu test-sanitize test-faults lint docs bench third-party gpucheck gpucheck-prepare format clean
+.PHONY: help report demo test test-deep test-oldest test-newest test-compat test-compat-oldest test-compat-newest run-compat test-gpu test-sanitize test-faults lint docs bench bench-compare third-party gpucheck gpucheck-prepare format clean
 # Two targets at once would run two pips in the same environment.
 .NOTPARALLEL:
 
@@ -96,6 +102,10 @@ docs: $(VENV)/.installed-docs ## Build the documentation into build/site
 
 bench: $(VENV)/.installed-dev ## Run the benchmarks
 	$(BIN)/pytest benchmarks -s --results $(RESULTS)
+
+bench-compare: $(VENV)/.installed-dev ## Compare the ratios of a benchmark with those of another commit: BASE=commit BENCH=bench_step CASES=expression ROUNDS=5
+	$(BIN)/python benchmarks/compare.py $(or $(BASE),$(error BASE: expected a commit, got none)) \
+		--bench $(BENCH) --rounds $(ROUNDS) $(if $(CASES),-k "$(CASES)")
 
 # Neither target makes an environment: the one is for a Python like that of the GPU machine, the other
 # for that machine, which may have no network. docs/gpu.md says more.

@@ -22,7 +22,7 @@ os.environ["TQDM_DISABLE"] = "1"
 import diffusers
 import pytest
 import torch
-from harness import compare
+from harness import case_id, compare
 from torch import Tensor
 
 import fastddim.integrations.denoising_diffusion_pytorch
@@ -274,7 +274,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("name", "shape", "eta"),
     CASES,
-    ids=[f"{n}, η = {eta:g}, {'×'.join(map(str, shape))}" for n, shape, eta in CASES],
+    ids=[case_id(n, shape, f"eta{eta:g}") for n, shape, eta in CASES],
 )
 def test_dropin(
     name: str, shape: tuple[int, ...], eta: float, rows: list[dict[str, Any]], benchmark: Any

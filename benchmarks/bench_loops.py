@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SETTLED, compare
+from harness import SETTLED, case_id, compare
 from loops import (
     MODELS,
     assert_agree,
@@ -29,7 +29,9 @@ STEPS = 50
 CASES = [(name, 0.0) for name in MODELS] + [("null model", 1.0), ("policy head", 1.0)]
 
 
-@pytest.mark.parametrize(("name", "eta"), CASES, ids=[f"{n}, η = {eta:g}" for n, eta in CASES])
+@pytest.mark.parametrize(
+    ("name", "eta"), CASES, ids=[case_id(n, f"eta{eta:g}") for n, eta in CASES]
+)
 def test_loop(name: str, eta: float, rows: list[dict[str, Any]], benchmark: Any) -> None:
     torch.set_num_threads(2)
     model, shape = make(name)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import against, in_turn
+from harness import against, case_id, in_turn
 from loops import Loop, ddpm_loop, make
 from sampling_loops import OWN, STEPS, TUNED, agreeing, tuned_steps
 
@@ -23,7 +23,7 @@ RESULTS = "sampling-cpu"
 BASELINE = "DDPM, 1000 steps"
 
 
-@pytest.mark.parametrize("name", ["policy head", "digits U-Net", "fashion U-Net"])
+@pytest.mark.parametrize("name", ["policy head", "digits U-Net", "fashion U-Net"], ids=case_id)
 def test_sampling(name: str, rows: list[dict[str, Any]], benchmark: Any) -> None:
     torch.set_num_threads(2)
     model, shape = make(name)

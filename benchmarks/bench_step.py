@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from harness import compare
+from harness import case_id, compare
 from torch import Tensor
 
 from fastddim import ops, philox
@@ -39,6 +39,14 @@ class Case:
         parts += ["guided"] if self.guided else []
         parts += ["channels_last"] if self.channels_last else []
         return ", ".join(parts)
+
+    @property
+    def id(self) -> str:
+        parts: list[object] = [self.shape, f"eta{self.eta:g}"]
+        parts += [str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []
+        parts += ["guided"] if self.guided else []
+        parts += ["channels_last"] if self.channels_last else []
+        return case_id(*parts)
 
 
 CASES = [
@@ -170,7 +178,7 @@ def assert_parity(setup: Setup) -> None:
     assert torch.equal(setup.out, ours)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_step(case: Case, rows: list[dict[str, Any]], benchmark: Any) -> None:
     torch.set_num_threads(2)
     setup = Setup(case)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import case_id
 from torch import Tensor, nn
 
 import fastddim
@@ -134,8 +135,8 @@ def streamed(model: Any, requests: list[Request]) -> Served:
 CONTENDERS = {"one after the other": one_after_the_other, "stream": streamed}
 
 
-@pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("load", LOADS, ids=[f"load{load:g}" for load in LOADS])
+@pytest.mark.parametrize("name", CASES, ids=case_id)
 def test_stream(name: str, load: float, rows: list[dict[str, Any]], benchmark: Any) -> None:
     torch.set_num_threads(1)
     case = CASES[name]

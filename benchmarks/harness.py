@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -15,6 +16,17 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def case_id(*parts: object) -> str:
+    """The name of a case that can be typed, in ASCII and without spaces: `pytest -k` selects by it.
+
+    Args:
+        parts: names, and shapes as tuples of numbers.
+    """
+    words = ["x".join(map(str, p)) if isinstance(p, tuple) else str(p) for p in parts]
+    text = re.sub(r"[()]", "", "-".join(words))
+    return re.sub(r"[^\w.+]+", "-", text, flags=re.ASCII).strip("-")
 
 
 @dataclass

@@ -3,18 +3,19 @@
 After every step the known half is put back, noised to where the state is. Planners and robot
 policies fix the current state of a trajectory in the same way.
 
-python examples/custom_loop.py
+python examples/custom_loop.py --out runs/custom_loop.png
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import fastddim
-from fastddim import images
 
 STEPS, ETA, COMPLETIONS = 100, 1.0, 12
 
@@ -24,10 +25,10 @@ def complete(model: fastddim.models.UNet, known: Tensor, mask: Tensor, *, seed: 
     schedule = model.schedule
     timesteps = fastddim.select_timesteps(schedule.T, STEPS).tolist()
     a = schedule.alphas_cumprod.tolist()
-    x = fastddim.philox.initial_latents(known.shape, seed)
+    x = fastddim.philox.initial_latents(known.shape, seed, device=known.device)
     for s, t in enumerate(timesteps):
         last = s == STEPS - 1
-        eps = model(x, torch.full((len(x),), t))
+        eps = model(x, torch.full((len(x),), t, device=x.device))
         alpha_prev = 1.0 if last else a[timesteps[s + 1]]
         fastddim.step(x, eps, a[t], alpha_prev, eta=ETA, seed=seed, step_index=s, out=x)
         noised = known if last else schedule.add_noise(known, timesteps[s + 1], seed=seed)
@@ -35,19 +36,24 @@ def complete(model: fastddim.models.UNet, known: Tensor, mask: Tensor, *, seed: 
     return x
 
 
-def main() -> None:
-    model = fastddim.models.load("digits")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/custom_loop.png"))
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    model = fastddim.models.load("digits", device=args.device)
     whole = fastddim.sample(model, 50, seed=0)
-    top = torch.zeros(8, 8, dtype=torch.bool)
+    top = torch.zeros(8, 8, dtype=torch.bool, device=args.device)
     top[:4] = True
     known = whole.repeat(COMPLETIONS, 1, 1, 1)
     x = complete(model, known, top, seed=1)
     assert torch.equal(x[:, :, :4], known[:, :, :4])
-    out = Path("runs/custom_loop.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     shown = torch.cat([whole, torch.where(top, whole, 0.0), x])
-    images.save_png(out, images.grid(images.to_uint8(shown), 7, scale=8))
-    print(out)
+    fastddim.images.save_png(args.out, shown, columns=7)
+    print(args.out)
 
 
 if __name__ == "__main__":

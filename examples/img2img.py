@@ -3,18 +3,19 @@
 The sketch is noised to a timestep t and denoised from there. The higher t, the less of it is left.
 Each row of the picture is one draw of the noise: the sketch, then the results from t = 199, 399, …
 
-python examples/img2img.py
+python examples/img2img.py --out runs/img2img.png
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import fastddim
-from fastddim import images
 
 SKETCH = """
 . . # # # # . .
@@ -44,15 +45,20 @@ def vary(model: fastddim.models.UNet, x_0: Tensor, start: int) -> Tensor:
     return fastddim.sample(model, timesteps, x_T=x_t)
 
 
-def main() -> None:
-    model = fastddim.models.load("digits")
-    sketch = read_sketch().repeat(VARIATIONS, 1, 1, 1)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/img2img.png"))
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    model = fastddim.models.load("digits", device=args.device)
+    sketch = read_sketch().to(args.device).repeat(VARIATIONS, 1, 1, 1)
     columns = [sketch, *(vary(model, sketch, start) for start in STARTS)]
     table = torch.stack(columns, dim=1).flatten(0, 1)
-    out = Path("runs/img2img.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    images.save_png(out, images.grid(images.to_uint8(table), len(columns), scale=8))
-    print(out)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    fastddim.images.save_png(args.out, table, columns=len(columns))
+    print(args.out)
 
 
 if __name__ == "__main__":

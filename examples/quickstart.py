@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import fastddim
-from fastddim import images
 
 
 def main() -> None:
@@ -16,7 +15,7 @@ def main() -> None:
     x = fastddim.sample(model, 50, batch_size=16, seed=0)
     out = Path("runs/quickstart.png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    images.save_png(out, images.grid(images.to_uint8(x), scale=8))
+    fastddim.images.save_png(out, x)
     print(out)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -22,16 +24,38 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+# They write one file, and have options that name it and the device.
+WITH_OPTIONS = {
+    "custom_loop": "custom_loop.png",
+    "img2img": "img2img.png",
+    "class_conditional": "class_conditional.png",
+    "class_balanced": "run",
+    "text_to_image": "image.png",
+    "trajectory_gif": "trajectory.gif",
+    "resume": "half_way.safetensors",
+}
+WITHOUT = {"quickstart", "diffusers_unet", "warm_start", "train"}
+
+
+@pytest.fixture(autouse=True)
+def examples_import_each_other(monkeypatch):
+    """As for a script, whose own folder comes first."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    yield
+    for name in WITHOUT | set(WITH_OPTIONS):
+        sys.modules.pop(name, None)
+
+
 def load_example(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
 def run_example(name, capsys, monkeypatch, folder):
     monkeypatch.chdir(folder)
-    load_example(name).main()
+    if name in WITH_OPTIONS:
+        load_example(name).main(["--out", WITH_OPTIONS[name], "--device", "cpu"])
+    else:
+        load_example(name).main()
     return capsys.readouterr().out.strip()
 
 
@@ -47,7 +71,7 @@ def cells(path, rows, columns):
 
 def test_every_example_is_tested_here_or_with_training():
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert names == {"quickstart", "img2img", "custom_loop", "diffusers_unet", "train"}
+    assert names == WITHOUT | set(WITH_OPTIONS)
 
 
 def test_examples_run_as_their_docstrings_say(run_python, tmp_path):
@@ -59,7 +83,7 @@ def test_examples_run_as_their_docstrings_say(run_python, tmp_path):
 
 def test_quickstart(capsys, monkeypatch, tmp_path):
     out = run_example("quickstart", capsys, monkeypatch, tmp_path)
-    x = fastddim.sample(fastddim.models.load("digits"), 50, batch_size=16)
+    x = fastddim.sample(fastddim.models.load("digits"), 50, batch_size=16, seed=0)
     drawn = cells(out, 4, 4).reshape(16, 1, 8, 8)
     assert np.abs(drawn - x.clamp(-1, 1).numpy()).max() < 1 / 127.5
 
@@ -95,6 +119,195 @@ def test_diffusers_unet_gives_the_images_of_diffusers(capsys, monkeypatch, tmp_p
     out = run_example("diffusers_unet", capsys, monkeypatch, tmp_path)
     error = float(re.fullmatch(r"largest difference, relative .*: (\S+)", out)[1])
     assert 0 < error < 1e-5
+
+
+# Other packages' classes tell type checkers little, and take long to read.
+TYPE_CHECKED = """
+[mypy]
+strict = True
+untyped_calls_exclude = torch
+[mypy-diffusers.*,mpmath.*,sklearn.*,transformers.*,triton.*]
+follow_imports = skip
+ignore_missing_imports = True
+[mypy-fastddim.kernels.*]
+ignore_missing_imports = True
+"""
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
+def test_examples_and_the_quick_start_satisfy_a_strict_type_checker(run_python, tmp_path):
+    quick_start = README[README.index("## Quick start") : README.index("**From diffusers.**")]
+    code = re.findall(r"```python\n(.*?)```", quick_start, re.DOTALL)
+    assert len(code) == 3
+    (tmp_path / "quick_start.py").write_text("\n".join(code))
+    # `int` and `Tensor` are told apart, so it is not all Any.
+    (tmp_path / "wrong.py").write_text(code[0] + "\nn: int = x\n")
+    for path in (ROOT / "examples").glob("*.py"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "mypy.ini").write_text(TYPE_CHECKED)
+    # A package that is linked to is none that mypy finds, and one that is installed is found.
+    folder = Path(fastddim.__file__).parents[1]
+    env = {} if folder.name == "site-packages" else {"MYPYPATH": str(folder)}
+    result = run_python("-m", "mypy", ".", cwd=tmp_path, env=env)
+    errors = re.findall(r"^(\w+)\.py:\d+: error", result.stdout, re.MULTILINE)
+    assert errors == ["wrong"], result.stdout + result.stderr
+
+
+def nearest_classes(model, x):
+    """The class of the digit in the data that is closest to each of `x` `[N, 1, 8, 8]`."""
+    return model.labels[torch.cdist(x.flatten(1), model.images).argmin(1)].tolist()
+
+
+def test_class_conditional_draws_the_digits_asked_for(capsys, monkeypatch, tmp_path):
+    *lines, path = run_example("class_conditional", capsys, monkeypatch, tmp_path).splitlines()
+    names, numbers = zip(*(line.split("  margin ") for line in lines), strict=True)
+    assert [name.strip() for name in names] == [
+        "no label",
+        "guidance 1",
+        "guidance 3",
+        "guidance 8",
+    ]
+    margin, spread = zip(*(map(float, line.split("  spread ")) for line in numbers), strict=True)
+    assert margin[0] < 0 < margin[1] < margin[2] < margin[3]
+    assert spread[0] > spread[1] > spread[2] > spread[3] > 0.2
+
+    model = load_example("class_conditional").LabelledDigits()
+    for row in cells(path, 4, 10)[1:]:
+        drawn = torch.from_numpy(row.reshape(10, 1, 8, 8)).float()
+        assert nearest_classes(model, drawn) == list(range(10))
+
+
+def test_class_conditional_s_model_is_the_gradient_of_the_noised_density():
+    """ε = −√(1 − ᾱ)·∇ log p_t, with p_t written out as a sum of Gaussians."""
+    example = load_example("class_conditional")
+    model = example.LabelledDigits().double()
+    x = torch.randn(4, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    t, y = torch.tensor([5, 200, 600, 999]), torch.tensor([3, example.NULL, 7, 0])
+    a = model.schedule.alphas_cumprod[t]
+    model.alphas_cumprod = model.schedule.alphas_cumprod
+    variance = a * model.width**2 + 1 - a
+    apart = x.flatten(1)[:, None] - a.sqrt()[:, None, None] * model.images
+    exponent = -apart.square().sum(2) / (2 * variance[:, None])
+    allowed = (model.labels == y[:, None]) | (y == example.NULL)[:, None]
+    density = exponent.masked_fill(~allowed, -torch.inf).logsumexp(1).sum()
+    (score,) = torch.autograd.grad(density, x)
+    expected = -(1 - a).sqrt()[:, None, None, None] * score
+    torch.testing.assert_close(model(x.detach(), t, y), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_class_balanced_run_grows_and_has_its_labels(capsys, monkeypatch, tmp_path):
+    first, second, last = run_example("class_balanced", capsys, monkeypatch, tmp_path).splitlines()
+    assert first.startswith("200 samples, SHA-256 ")
+    assert second.startswith("300 samples, SHA-256 ")
+    assert first.split()[-1] != second.split()[-1]
+    assert last.endswith(f"of each class {[30] * 10}")
+
+    example = load_example("class_balanced")
+    with np.load("run/samples.npz") as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert (images.shape, labels.tolist()) == ((300, 8, 8, 3), [i % 10 for i in range(300)])
+    x = fastddim.images.from_uint8(images[..., :1].copy())
+    assert nearest_classes(example.LabelledDigits(), x) == labels.tolist()
+
+    monkeypatch.setattr(example, "COUNTS", (300,))
+    example.main(["--out", "at_once"])
+    assert Path("at_once/samples.npz").read_bytes() == Path("run/samples.npz").read_bytes()
+
+
+def test_text_to_image_is_what_the_pipeline_draws(capsys, monkeypatch, tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    path = run_example("text_to_image", capsys, monkeypatch, tmp_path)
+    example = load_example("text_to_image")
+    parts = example.random_parts()
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=None,
+        unet=parts.unet,
+        scheduler=parts.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    prompt, empty = example.embed(parts, example.PROMPT), example.embed(parts, ())
+    x_T = fastddim.philox.initial_latents((2, 4, 8, 8), seed=0)
+    theirs = pipe(
+        prompt_embeds=prompt.expand(2, -1, -1),
+        negative_prompt_embeds=empty.expand(2, -1, -1),
+        latents=x_T,
+        guidance_scale=example.GUIDANCE,
+        num_inference_steps=example.STEPS,
+        output_type="pt",
+    ).images
+    ours = example.draw(parts, prompt, empty, x_T)
+    torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), theirs, rtol=0, atol=1e-4)
+    assert theirs.std() > 0.01
+    assert (ours[0] - ours[1]).abs().max() > 0.1
+    # The prompt counts, and so does the guidance by the empty one.
+    assert (example.draw(parts, empty, empty, x_T) - ours).abs().max() > 1e-3
+    assert (example.draw(parts, prompt, prompt, x_T) - ours).abs().max() > 1e-3
+    with Image.open(path) as image:
+        assert image.size == (2 * (16 * 8 + 2) + 2, 16 * 8 + 4)
+
+
+def test_warm_start_keeps_its_side(capsys, monkeypatch, tmp_path):
+    lines = run_example("warm_start", capsys, monkeypatch, tmp_path).splitlines()
+    (cold, changes), (warm, kept) = (
+        map(
+            int,
+            re.fullmatch(r"\D+(\d+) evaluations, (\d+) changes of side in 24 ticks", line).groups(),
+        )
+        for line in lines
+    )
+    assert (cold, warm, kept) == (240, 10 + 23 * 4, 0)
+    assert changes > 5
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_warm_start_goes_round_the_obstacle(warm):
+    example = load_example("warm_start")
+    sampler = fastddim.Sampler(
+        example.Policy().eval(),
+        example.STEPS,
+        shape=(1, example.HORIZON, 1),
+        model_kwargs={"observation": torch.zeros(1, 1)},
+    )
+    places, _ = example.drive(sampler, warm=warm)
+    way = [np.sin(np.pi * example.PACE * tick) for tick in range(1, example.TICKS + 1)]
+    # A maximum over 24 draws of a normal of this width.
+    assert max(abs(abs(p) - w) for p, w in zip(places, way, strict=True)) < 4 * example.WIDTH
+
+
+def test_trajectory_gif_ends_with_the_samples(capsys, monkeypatch, tmp_path):
+    path = run_example("trajectory_gif", capsys, monkeypatch, tmp_path)
+    x = fastddim.sample(fastddim.models.load("digits"), 50, batch_size=16, seed=0)
+    fastddim.images.save_gif("last.gif", torch.stack([x, x]))
+    with Image.open(path) as film, Image.open("last.gif") as last:
+        assert film.n_frames == 51
+        first = np.array(film.convert("L"))
+        film.seek(50)
+        last.seek(last.n_frames - 1)
+        assert (np.array(film.convert("L")) == np.array(last.convert("L"))).all()
+        assert (first != np.array(film.convert("L"))).any()
+
+
+def test_resume_is_the_run_without_a_stop(capsys, monkeypatch, tmp_path):
+    lines = run_example("resume", capsys, monkeypatch, tmp_path).splitlines()
+    assert lines == [
+        "half_way.safetensors: the state after 20 of 50 steps",
+        "equal to the bit to the run without a stop: True",
+    ]
+    # A resumed run that took no notice of the step, or of the seed, would be another.
+    example = load_example("resume")
+    model = fastddim.models.load("digits")
+    whole = fastddim.sample(model, 50, batch_size=4, eta=1.0, seed=3, return_trajectory=True)
+    for first_step, seed in ((19, 3), (20, 4)):
+        other = fastddim.sample(
+            model, 50, x_T=whole[20], first_step=first_step, eta=example.ETA, seed=seed
+        )
+        assert not torch.equal(other, whole[-1])
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +366,5 @@ def test_importing_the_examples_does_nothing(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["unused"])
     for path in (ROOT / "examples").glob("*.py"):
-        if path.stem != "train":
-            load_example(path.stem)
+        load_example(path.stem)
     assert not list(tmp_path.iterdir())

@@ -163,9 +163,14 @@ class Step:
         return halves
 
     def _checked(self, output: Any) -> Tensor:
-        checked: Tensor = check_model_output(
-            "model output", output, self._buffers.state, guided=self._kind.guided
-        )
+        try:
+            checked: Tensor = check_model_output(
+                "model output", output, self._buffers.state, guided=self._kind.guided
+            )
+        except ValueError as error:
+            if adapter.may_lack_batch(self.model, self.shape):
+                raise self._explained(error) from error
+            raise
         if self.check is not None:
             self.check(checked)
         return self._apart(checked)

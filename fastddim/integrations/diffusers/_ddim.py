@@ -301,9 +301,9 @@ class Ddim(Noising):
         table: SignedTable | None = kept.get(key)
         if table is None and steps is not None and not eta < 0 and self._covered():
             host, last = map(self._on_host, ATTRIBUTES)
-            final_alpha = host.new_ones(()) if ends_at_one else last.to(host)
 
             def make() -> SignedTable:
+                final_alpha = host.new_ones(()) if ends_at_one else last.to(host)
                 stride = config["num_train_timesteps"] // steps
                 before = (
                     strided(host, stride, final_alpha)

@@ -128,10 +128,10 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
         kept = self._fastddim_work.tables
         table: SignedTable | None = kept.get(key)
         if table is None and steps is not None and self._covered():
-            host, start = map(self._on_host, _ATTRIBUTES)
-            start = start.to(host)
+            host, initial_on_host = map(self._on_host, _ATTRIBUTES)
 
             def make() -> SignedTable:
+                start = initial_on_host.to(host)
                 stride = config["num_train_timesteps"] // steps
                 at_start = (
                     strided(host, stride, start)

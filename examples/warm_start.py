@@ -1,0 +1,89 @@
+"""Warm starts: a robot plans again at every tick, from its last plan instead of from noise.
+
+Demonstrations go round an obstacle on either side, so the policy has two modes. Planned from noise
+at every tick, the robot changes its mind. Planned from its last plan, moved on by a tick and noised
+to the middle of the schedule, it keeps its side, with 4 evaluations of the policy a tick instead of
+10. The observation, how far the robot is, comes anew with every call.
+
+The policy is exact, not trained: ε of two Gaussians around the two ways.
+
+python examples/warm_start.py
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+import fastddim
+
+STEPS, WARM = 10, 6  # a warm start goes on at this step
+HORIZON, TICKS = 16, 24
+PACE = 1 / (TICKS + HORIZON)  # of the way to the goal, each tick
+WIDTH = 0.05  # how much demonstrations vary
+
+
+class Policy(nn.Module):
+    """ε for plans `[B, HORIZON, 1]`: how far left or right to be at each of the next ticks."""
+
+    schedule = fastddim.Schedule.cosine()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alphas_cumprod: Tensor
+        self.register_buffer("alphas_cumprod", self.schedule.alphas_cumprod.float())
+
+    def forward(self, plan: Tensor, t: Tensor, observation: Tensor) -> Tensor:
+        """ε where `observation` `[B, 1]` is the part of the way that is behind the robot."""
+        a = self.alphas_cumprod[t][:, None, None]
+        variance = a * WIDTH**2 + 1 - a
+        ahead = observation + PACE * torch.arange(1, HORIZON + 1, device=plan.device)
+        left = torch.sin(math.pi * ahead)[:, :, None]
+        agreement = (plan * left).sum((1, 2), keepdim=True)
+        # E[the way | plan]: the two are equally likely, and each other's mirror image.
+        way = left * torch.tanh(a.sqrt() * agreement / variance)
+        return (1 - a).sqrt() / variance * (plan - a.sqrt() * way)
+
+
+def drive(sampler: fastddim.Sampler, *, warm: bool) -> tuple[list[float], int]:
+    """Where the robot is after each tick, and how often the policy was evaluated."""
+    schedule = Policy.schedule
+    resumed_at = fastddim.select_timesteps(schedule.T, STEPS).tolist()[WARM]
+    places, evaluations = [], 0
+    plan = None
+    for tick in range(TICKS):
+        now = {"observation": torch.full((1, 1), PACE * tick)}
+        if warm and plan is not None:
+            moved_on = torch.cat([plan[:, 1:], plan[:, -1:]], 1)
+            x_t = schedule.add_noise(moved_on, resumed_at, seed=tick)
+            plan = sampler(model_kwargs=now, x_T=x_t, first_step=WARM)
+            evaluations += STEPS - WARM
+        else:
+            plan = sampler(model_kwargs=now, seed=tick)
+            evaluations += STEPS
+        places.append(plan[0, 0, 0].item())
+    return places, evaluations
+
+
+def changes_of_side(places: list[float]) -> int:
+    return sum(before * after < 0 for before, after in pairwise(places))
+
+
+def main() -> None:
+    sampler = fastddim.Sampler(
+        Policy().eval(),
+        STEPS,
+        shape=(1, HORIZON, 1),
+        model_kwargs={"observation": torch.zeros(1, 1)},
+    )
+    for name, warm in (("from noise", False), ("warm start", True)):
+        places, evaluations = drive(sampler, warm=warm)
+        changes = changes_of_side(places)
+        print(f"{name}: {evaluations} evaluations, {changes} changes of side in {TICKS} ticks")
+
+
+if __name__ == "__main__":
+    main()
