@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
+from fastddim.notices import warn_once
 from fastddim.schedule import Schedule
 from fastddim.validation import STATE_DTYPES
 from fastddim.wrappers import hooks, layers, modules, reachable, tensors
@@ -20,6 +21,45 @@ Model: TypeAlias = Callable[..., Any]
 def check_model(model: Any, name: str = "model") -> None:
     if not callable(model):
         raise TypeError(f"{name}: expected a callable model(x, t), got {type(model).__name__}")
+
+
+def check_eval(model: Model) -> None:
+    """Refuse a network in training mode.
+
+    Raises:
+        ValueError: so it is, or one that it wraps.
+    """
+    if any(map(_in_training, layers(model))):
+        raise ValueError("model: expected eval mode (model.eval()), got training mode")
+
+
+def warn_of_training(name: str, model: Model) -> None:
+    """Warn, once for each class, of a network in training mode that the model is or calls.
+
+    Args:
+        name: of the argument.
+    """
+    if isinstance(model, nn.Module) and not model.training:
+        return
+    for part in (*layers(model), *reachable(model)):
+        if _in_training(part):
+            kind = type(part)
+            warn_once(
+                f"{name}: expected a network in eval mode, got {kind.__qualname__} in training "
+                "mode, in which dropout draws and batch normalization learns from samples; call "
+                ".eval() on it first",
+                "training",
+                f"{kind.__module__}.{kind.__qualname__}",
+            )
+
+
+def _in_training(part: Any) -> bool:
+    """True for a network in training mode, not for one that only wraps others which are not."""
+    return (
+        isinstance(part, nn.Module)
+        and part.training
+        and any(inner.training and not inner._modules for inner in modules(part))
+    )
 
 
 def output_tensor(result: Any, name: str = "model") -> Any:

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from fastddim.loop.copying import Rebuilt
-from fastddim.loop.describing import described_model, described_number, described_steps
+from fastddim.loop.describing import (
+    described_model,
+    described_number,
+    described_placement,
+    described_steps,
+)
 from fastddim.loop.first_weight import first_weights
 from fastddim.loop.loop import Loop
 from fastddim.loop.setup import prepare_sampling
@@ -66,12 +71,7 @@ class Sampler(Rebuilt):
             parts.append(f"guidance_scale={described_number(update.guidance_scale)}")
         if update.prediction != "epsilon":
             parts.append(f"prediction={update.prediction!r}")
-        parts += [
-            f"dtype={self.dtype}",
-            f"device={str(self.device)!r}",
-            f"impl={setup.backend.__name__.rpartition('.')[2]!r}",
-            f"graph={setup.graph!r}",
-        ]
+        parts += described_placement(self.dtype, self.device, setup.backend, setup.graph)
         return f"Sampler({', '.join(parts)})"
 
     @method_takes(CallOptions)

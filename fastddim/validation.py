@@ -185,6 +185,19 @@ def check_device(name: str, value: Tensor, like_name: str, device: torch.device)
     return value
 
 
+def check_working_device(name: str, value: Any) -> torch.device:
+    """The device that is asked for, after a trial; a refusal is one line of torch's many."""
+    if not isinstance(value, torch.device | str | int):
+        raise TypeError(f"{name}: expected a torch.device or its name, got {value!r}")
+    try:
+        return torch.empty(0, device=value).device
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{name}: expected a device that works here, got {value!r}: {reason}"
+        ) from error
+
+
 def check_same_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
     if value.dtype != dtype:
         raise ValueError(f"{name}: expected dtype {dtype}, got {value.dtype}")

@@ -223,7 +223,7 @@ class TestLike:
             ({"options": {"model": {"a": 1}}}, "expected text, a number, true or false"),
             ({"command": 3}, "expected a record of fastddim"),
             ({"rows": {"start": 2, "stop": 2, "image": 2}}, "rows: expected 0 <= start <= image"),
-            ({"rows": {"start": 0, "stop": 9, "image": 2}}, "expected an image below 2, got"),
+            ({"rows": {"start": 0, "stop": 9, "image": 2}}, "expected rows of 2 images, got"),
             ({"rows": {"first": 0}}, "expected a record of fastddim"),
             ({"more": 1}, "expected a record of fastddim"),
         ],

@@ -10,11 +10,13 @@ import functools
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fastddim
@@ -892,3 +894,44 @@ def test_tuning(models: int) -> None:
         fastddim.tune(model, 2, model_kwargs={"label": label[:3]}, **kind)
     with pytest.raises(ValueError, match="uncond_model: expected None without guidance"):
         fastddim.tune(model, 2, uncond_model=model, **(kind | {"guidance_scale": None}))
+
+
+RUN: Arguments = {
+    "stop": 5,
+    "shape": (2, *SHAPE),
+    "schedule": LINEAR,
+    "model_id": "network",
+    "format": "safetensors",
+    "progress": False,
+    "guidance_scale": G,
+    "model_kwargs": {"y": torch.tensor([3])},
+}
+
+
+class TestRuns:
+    """`generate`, whose last batch is smaller."""
+
+    @pytest.mark.parametrize("models", [1, 2])
+    def test_samples_are_those_of_sample(self, models: int, tmp_path: Path) -> None:
+        other = {"uncond_kwargs": {"y": NULL}}
+        other |= {"uncond_model": functools.partial(network)} if models == 2 else {}
+        run = fastddim.generate(network, 3, tmp_path, **RUN, **other)
+        drawn = [load_file(path)["samples"] for path in sorted(tmp_path.glob("*.safetensors"))]
+        case = labels(5, NULL).doubled["model_kwargs"]["y"]
+        case[5:] = 3
+        kind = {"schedule": LINEAR, "guidance_scale": G, "model_kwargs": {"y": case}, "seed": 0}
+        expected = fastddim.sample(network, 3, shape=(5, *SHAPE), **kind)
+        assert [len(part) for part in drawn] == [2, 2, 1]
+        assert torch.equal(torch.cat(drawn), expected)
+        assert run.drawn == 5
+
+    def test_the_manifest_tells_them_apart(self, tmp_path: Path) -> None:
+        fastddim.generate(network, 3, tmp_path, uncond_kwargs={"y": NULL}, **RUN)
+        again = fastddim.generate(network, 3, tmp_path, uncond_kwargs={"y": NULL}, **RUN)
+        assert again.drawn == 0
+        for other in (
+            {"uncond_kwargs": {"y": NULL + 1}},
+            {"uncond_kwargs": {"y": NULL}, "uncond_model": SmallNet(2).eval()},
+        ):
+            with pytest.raises(ValueError, match=r"model\.uncond_"):
+                fastddim.generate(network, 3, tmp_path, **RUN, **other)

@@ -214,7 +214,8 @@ def test_the_command_page_is_the_help_of_the_commands():
     spec.loader.exec_module(hook)
     text = hook.on_page_markdown(PAGES["commands.md"])
     assert hook.MARK not in text
-    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["fastddim", *main.commands]
+    helps = text.partition("## fastddim\n")[2]
+    assert re.findall(r"^## (.*)$", helps, re.MULTILINE) == list(main.commands)
     for name, command in main.commands.items():
         assert f"Usage: fastddim {name} " in text
         assert command.epilog.splitlines()[-1].strip() in text

@@ -249,7 +249,7 @@ def test_text_to_image_is_what_the_pipeline_draws(capsys, monkeypatch, tmp_path)
     assert (example.draw(parts, empty, empty, x_T) - ours).abs().max() > 1e-3
     assert (example.draw(parts, prompt, prompt, x_T) - ours).abs().max() > 1e-3
     with Image.open(path) as image:
-        assert image.size == (2 * (16 * 8 + 2) + 2, 16 * 8 + 4)
+        assert image.size == (2 * (16 * 4 + 2) + 2, 16 * 4 + 4)
 
 
 def test_warm_start_keeps_its_side(capsys, monkeypatch, tmp_path):

@@ -141,6 +141,39 @@ def test_a_sampler_is_used_again(graph: bool | str) -> None:
     assert_same_bits(entry)
 
 
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_halves_of_guidance(graph: bool | str, models: int) -> None:
+    """By numbers and rows, of calls and of the sampler, with one model and with two."""
+
+    def entry(device: torch.device) -> list[Any]:
+        scale = torch.arange(3.0, device=device).reshape(3, 1, 1, 1) / 4
+        sampler = fastddim.Sampler(
+            scaled,
+            6,
+            shape=SHAPE,
+            guidance_scale=2.0,
+            model_kwargs={"scale": scale},
+            uncond_kwargs={"scale": 0.5},
+            uncond_model=partial(scaled) if models == 2 else None,
+            device=device,
+            graph=mode(graph, device),
+        )
+        calls: list[dict[str, Any]] = [
+            {},
+            {"model_kwargs": {"scale": scale + 1}},
+            {"model_kwargs": {"scale": scale[:1]}, "uncond_kwargs": {"scale": scale}},
+            {"uncond_kwargs": {"scale": 0.25}},
+            {},
+        ]
+        results = [sampler(seed=1, **call) for call in calls]
+        assert torch.equal(results[0], results[4])
+        assert not any(torch.equal(results[0], other) for other in results[1:4])
+        return results
+
+    assert_same_bits(entry)
+
+
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_invert(graph: bool | str) -> None:
     def entry(device: torch.device) -> Any:

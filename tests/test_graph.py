@@ -1719,7 +1719,7 @@ class TestFakeCuda:
     @pytest.mark.parametrize("mode", [False, *CAPTURED])
     def test_no_host_work(self, probed, mode):
         said = {k: v for k, v in probed.items() if k.startswith("clean") and f"/{mode}/" in k}
-        assert len(said) == (20 if mode is False else 24)
+        assert len(said) == (24 if mode is False else 28)
         assert not any(said.values()), said
 
     @pytest.mark.parametrize("mode", [False, *CAPTURED])

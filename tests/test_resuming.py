@@ -318,3 +318,15 @@ def test_a_sampler_shows_what_it_is(impl: str) -> None:
     assert f"steps=4 ({tuned.plan.timesteps[0]} to {tuned.plan.timesteps[-1]}, tuned)" in repr(
         tuned
     )
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_a_stream_shows_what_it_is_doing(impl: str) -> None:
+    stream = fastddim.Stream(SmallNet(), shape=SHAPE, impl=impl, schedule=LINEAR)
+    for _ in range(5):
+        stream.submit(3, seed=1)
+    stream.step()
+    assert repr(stream) == (
+        "Stream(SmallNet, shape=(2, 3, 4, 4), running=2, pending=3, dtype=torch.float32, "
+        f"device='cpu', impl='{impl}', graph='auto')"
+    )

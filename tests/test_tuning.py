@@ -95,7 +95,7 @@ def test_tuned_steps_beat_orders_1_and_2_on_other_latents(
 def test_the_error_reported_is_that_of_sample(tuned: dict[int, fastddim.TunedSteps]) -> None:
     steps = tuned[8]
     count = steps.record["samples"]
-    x_T = fastddim.philox.initial_latents((count, 6), sample_offset=FIRST_SAMPLE + 2 * count)
+    x_T = fastddim.philox.initial_latents((count, 6), 0, sample_offset=FIRST_SAMPLE + 2 * count)
     model = Mixture()
     teacher = fastddim.sample(model, steps.record["teacher_steps"], x_T=x_T, order=2)
     for name, asked in (("tuned", steps), ("order 2", 8)):
@@ -301,7 +301,7 @@ class TestBadInput:
                 {"teacher_steps": 1001},
             ),
             (ValueError, "effort: expected", {"effort": "endless"}),
-            (ValueError, "prediction: expected", {"prediction": "noise"}),
+            (ValueError, "prediction: expected", {"prediction": "image"}),
             (TypeError, "guidance_scale: expected a number", {"guidance_scale": [1.0, 2.0]}),
             (TypeError, "model: expected a callable", {"model": 3}),
             (ValueError, "seed: expected", {"seed": -1}),
@@ -337,7 +337,7 @@ def a_candidate(generator: np.random.Generator, steps: int = 6) -> Candidate:
 
 
 class TestWalks:
-    x_T = fastddim.philox.initial_latents((9, 4), dtype=torch.float64)
+    x_T = fastddim.philox.initial_latents((9, 4), 0, dtype=torch.float64)
 
     def test_without_additions_is_order_2(self) -> None:
         timesteps = [999, 640, 333, 12]

@@ -131,6 +131,33 @@ class Animation:
         save_gif(self._out, frames, columns=self._columns, scale=self._scale)
 
 
+class Pictures:
+    """The files of a command: its images, and the way to them if that is asked for.
+
+    Args:
+        rows: the part that is kept of what is drawn; None for all.
+    """
+
+    def __init__(self, sink: Sink, animation: Animation | None, rows: Rows | None) -> None:
+        self._sink, self._animation = sink, animation
+        self._kept = slice(None)
+        if rows is not None:
+            self._kept = slice(rows.image - rows.start, rows.image - rows.start + 1)
+
+    def add(self, drawn: Tensor) -> None:
+        """Take a batch of samples `[b, C, H, W]`, or for an animation of all their states."""
+        if self._animation is None:
+            self._sink.add(to_uint8(drawn[self._kept]))
+        else:
+            self._sink.add(to_uint8(drawn[-1, self._kept]))
+            self._animation.add(drawn[:, self._kept])
+
+    def finish(self) -> None:
+        self._sink.finish()
+        if self._animation is not None:
+            self._animation.finish()
+
+
 def read_images(names: Sequence[str], sample_shape: tuple[int, int, int]) -> Images:
     """uint8 `[N, H, W, C]` from PNG files, folders of them (by name) and .npz archives, in order.
 

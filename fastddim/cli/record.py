@@ -130,11 +130,17 @@ class Recalled:
                 err=True,
             )
 
-    @property
-    def rows(self) -> Rows | None:
-        """The rows to draw; None for all, and where the command says which."""
+    def rows_of(self, count: int) -> Rows | None:
+        """The rows to draw out of `count`; None for all, and where the user says which.
+
+        Raises:
+            click.ClickException: there are not so many.
+        """
         chosen = ("batch_size", "count", "latents", "sample_offset")
-        return None if any(map(is_given, chosen)) else self.record.rows
+        rows = None if any(map(is_given, chosen)) else self.record.rows
+        if rows is not None and rows.stop > count:
+            raise click.ClickException(f"{self.path}: expected rows of {count} images, got {rows}")
+        return rows
 
 
 def recalled() -> Recalled | None:

@@ -130,10 +130,9 @@ def command(
     others with it.
     """
     from fastddim.cli.drawing import Drawing
-    from fastddim.cli.files import Animation, latents_path, open_sink, read_latents
+    from fastddim.cli.files import Animation, Pictures, latents_path, open_sink, read_latents
     from fastddim.cli.record import recalled, record
     from fastddim.cli.sources import load
-    from fastddim.images import to_uint8
     from fastddim.validation import check_sample_range
 
     latents_file = None if latents is None else latents_path("--latents", latents)
@@ -143,11 +142,8 @@ def command(
     with usage_errors():
         check_sample_range(sample_offset, count, per_sample_seed=False)
     like = recalled()
-    rows = None if like is None else like.rows
-    if rows is not None and rows.stop > count:
-        raise click.ClickException(f"--like: expected an image below {count}, got {rows}")
+    rows = None if like is None else like.rows_of(count)
     start, stop = (0, count) if rows is None else (rows.start, rows.stop)
-    kept = slice(None) if rows is None else slice(rows.image - start, rows.image - start + 1)
     labels = labelling.of(source.model, sample_offset + start, sample_offset + stop)
     arguments = {**visits.arguments(), **vars(denoising)}
     drawing = Drawing(source, machine, stop - start, arguments, labels)
@@ -160,8 +156,11 @@ def command(
         like.compare(made)
         made = replace(made, rows=rows)
     first = sample_offset if rows is None else sample_offset + rows.image
-    sink = open_sink(out, made, first=first, columns=columns, scale=scale)
-    animation = None if gif is None else Animation(gif, columns=columns, scale=scale)
+    pictures = Pictures(
+        open_sink(out, made, first=first, columns=columns, scale=scale),
+        None if gif is None else Animation(gif, columns=columns, scale=scale),
+        rows,
+    )
     if unseeded and seed is not None:
         tell_seeds([seed])
     for drawn in drawing.batches(
@@ -170,14 +169,7 @@ def command(
         latents=None if x_T is None else x_T[start:stop],
         return_trajectory=gif is not None,
     ):
-        if animation is None:
-            samples = drawn[kept]
-        else:
-            samples = drawn[-1, kept]
-            animation.add(drawn[:, kept])
-        sink.add(to_uint8(samples))
-    sink.finish()
-    click.echo(out)
-    if animation is not None:
-        animation.finish()
-        click.echo(gif)
+        pictures.add(drawn)
+    pictures.finish()
+    for path in filter(None, (out, gif)):
+        click.echo(path)

@@ -1,4 +1,4 @@
-"""What a `Sampler` is made for, in a few words."""
+"""A `Sampler` or a `Stream` in a few words."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import numbers
 import types
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastddim.adapter import Model
+from fastddim.backends import Backend
+from fastddim.choices import Graph
 from fastddim.options import PerStep, SamplerOptions
 from fastddim.plan import Plan
 
@@ -37,3 +40,11 @@ def described_number(value: PerStep) -> str:
         first, last = (described_number(value[at]) for at in (0, -1))
         return f"{first} to {last}"
     return str(value)
+
+
+def described_placement(
+    dtype: torch.dtype, device: torch.device, backend: Backend, graph: Graph
+) -> list[str]:
+    """The dtype, the device and the means of computation, as arguments."""
+    impl = backend.__name__.rpartition(".")[2]
+    return [f"dtype={dtype}", f"device={str(device)!r}", f"impl={impl!r}", f"graph={graph!r}"]

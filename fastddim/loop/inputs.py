@@ -26,17 +26,28 @@ class Inputs:
     arguments: tuple[dict[str, Any], ...] = ({},)
 
     def __init__(self) -> None:
+        self._given: ModelArguments | None = None
         self._own: list[Tensor | None] = []
+        self._written: list[tuple[Rows, Tensor]] = []
 
     def load(self, given: ModelArguments) -> None:
-        """Take over the values of now."""
+        """Take over the values of now; where the arguments are those of the last time, only what is
+        written is read again.
+        """
+        if given is not self._given:
+            self._take(given)
+        for rows, own in self._written:
+            rows.write(own)
+
+    def _take(self, given: ModelArguments) -> None:
         if not any(given.trees):
-            self.arguments = given.trees
+            self.arguments, self._given = given.trees, given
             return
         leaves, structure = tree_flatten(given.trees)
         self._own = self._own or [None] * len(leaves)
+        self._written = []
         read = [self._read(i, leaf) for i, leaf in enumerate(leaves)]
-        self.arguments = tree_unflatten(read, structure)
+        self.arguments, self._given = tree_unflatten(read, structure), given
 
     def _read(self, i: int, leaf: Any) -> Any:
         if not isinstance(leaf, Rows):
@@ -46,7 +57,7 @@ class Inputs:
         own = self._own[i]
         if own is None:
             own = self._own[i] = leaf.empty()
-        leaf.write(own)
+        self._written.append((leaf, own))
         return own
 
     def tensors(self) -> Iterator[Tensor]:

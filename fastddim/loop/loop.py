@@ -25,7 +25,7 @@ from fastddim.loop.setup import Setup
 from fastddim.loop.start import check_first_step, seed_of
 from fastddim.loop.step import Step
 from fastddim.loop.stream_order import StreamOrder
-from fastddim.options import CallOptions, NoiseSource, Reporting
+from fastddim.options import Callback, CallOptions, NoiseSource, Reporting
 from fastddim.philox import Samples
 from fastddim.stopping import STOP
 from fastddim.transforms import check_no_tangent, transformed
@@ -207,9 +207,9 @@ class Loop:
         """Take the steps of the plan one by one (arXiv 2010.02502, section 4.2), as far as the
         callback lets it; the index of the step that would come next.
         """
-        state, x_0, now = self.buffers.state, self.buffers.x_0, self.counters.now
+        state, now = self.buffers.state, self.counters.now
         callback, take, arguments = reporting.callback, self.step.take, self._inputs.arguments
-        with_x_0, stopped = callback is not None, False
+        with_x_0, told = callback is not None, callback is not None or bar is not None
         for s in range(first, self.plan.steps):
             if program is not None:
                 self._replay(program, noise, s)
@@ -218,13 +218,18 @@ class Loop:
                 take(now, z, arguments=arguments, with_x_0=with_x_0, masked=masked)
             if trajectory is not None:
                 trajectory[s + 1 - first].copy_(state)
-            if callback is not None and x_0 is not None:
-                stopped = callback(s, self._timesteps[s], state.clone(), x_0.clone()) is STOP
-            if bar is not None:
-                bar.update()
-            if stopped:
+            if told and self._tell(s, callback, bar):
                 return s + 1
         return self.plan.steps
+
+    def _tell(self, s: int, callback: Callback | None, bar: Any) -> bool:
+        """Tell of a step that was taken; True where the run is to end after it."""
+        state, x_0, stopped = self.buffers.state, self.buffers.x_0, False
+        if callback is not None and x_0 is not None:
+            stopped = callback(s, self._timesteps[s], state.clone(), x_0.clone()) is STOP
+        if bar is not None:
+            bar.update()
+        return stopped
 
     def _replay_whole(
         self,
@@ -372,8 +377,7 @@ class Loop:
     def _tensors(self) -> Iterator[Tensor]:
         yield from self.buffers.tensors()
         yield from self.counters.tensors()
-        yield from self.step.inpainting or ()
-        yield from self.step.halves()
+        yield from self.step.tensors()
         yield from self._inputs.tensors()
         for program in self._programs.values():
             yield from program.tensors()

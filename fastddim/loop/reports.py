@@ -8,6 +8,8 @@ from typing import Any
 from fastddim.options import Progress
 from fastddim.validation import check_bool
 
+_NO_BAR = nullcontext()
+
 
 def check_progress(options: Progress, graph: Any) -> None:
     check_bool("progress", options.progress)
@@ -28,7 +30,7 @@ def progress_bar(shown: bool, first: int, steps: int) -> AbstractContextManager[
     shown.
     """
     if not shown:
-        return nullcontext()
+        return _NO_BAR
     from tqdm.auto import tqdm
 
     bar: AbstractContextManager[Any] = tqdm(

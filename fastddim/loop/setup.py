@@ -30,7 +30,14 @@ from fastddim.plan import Plan, make_inversion_plan, make_plan, to_table
 from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
 from fastddim.transforms import check_sampler_unfollowed
-from fastddim.validation import check_bool, check_dtype, check_initial, check_int, check_state
+from fastddim.validation import (
+    check_bool,
+    check_dtype,
+    check_initial,
+    check_int,
+    check_state,
+    check_working_device,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -167,6 +174,7 @@ def make_setup(
     late_start: LateStart | None = None,
 ) -> Setup:
     """A setup for a plan, with tables in the dtype that is computed in."""
+    adapter.warn_of_training("model", options.model)
     halves = (plan.table, plan.first_half)
     table, first_half = (
         None if rows is None else to_table(rows, compute_dtype(dtype), rows.device)
@@ -242,6 +250,7 @@ def check_uncond_model(
 ) -> None:
     """Refuse a model that cannot be evaluated on what the other one reads."""
     check_model(uncond_model, "uncond_model")
+    adapter.warn_of_training("uncond_model", uncond_model)
     if not guided:
         raise ValueError(
             f"uncond_model: expected None without guidance, got {type(uncond_model).__name__}"
@@ -283,15 +292,7 @@ def resolve_device(model: Model, device: Device, x: Tensor | None = None) -> tor
     if device is None:
         device = adapter.own_device(model)
         device = "cpu" if device is None else device
-    if not isinstance(device, torch.device | str | int):
-        raise TypeError(f"device: expected a torch.device or its name, got {device!r}")
-    try:
-        return torch.empty(0, device=device).device
-    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"device: expected a device that works here, got {device!r}: {reason}"
-        ) from error
+    return check_working_device("device", device)
 
 
 def resolve_schedule(model: Model, schedule: Schedule | None) -> Schedule:

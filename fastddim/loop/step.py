@@ -8,7 +8,7 @@ one CUDA graph a step, or as one for all steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,8 @@ class Step:
         seen = [self._model_input, *([buffers.x_0] if kind.split else [])]
         # Fake tensors have no addresses.
         self._seen = [_extent(t) for t in seen if type(t) is Tensor]
-        self._halves: dict[tuple[Any, ...], Tensor] = {}
+        self._captured = captured
+        self._halves: Tensor | None = None
 
     def take(
         self,
@@ -154,12 +155,12 @@ class Step:
         return halves
 
     def _halves_like(self, output: Tensor) -> Tensor:
-        """Memory for two such outputs, which stays as long as a graph may read it."""
-        key = (output.shape, output.dtype)
-        halves = self._halves.get(key)
-        if halves is None:
-            halves = output.new_empty((2 * len(output), *output.shape[1:]))
-            self._halves[key] = halves
+        """Memory for two such outputs: the graph's own where steps are captured, else kept."""
+        kept, shape = self._halves, (2 * len(output), *output.shape[1:])
+        if kept is not None and kept.shape == shape and kept.dtype == output.dtype:
+            return kept
+        halves = output.new_empty(shape)
+        self._halves = None if self._captured else halves
         return halves
 
     def _checked(self, output: Any) -> Tensor:
@@ -193,9 +194,11 @@ class Step:
                 return tensor if itself else tensor.clone()
         return tensor
 
-    def halves(self) -> Iterable[Tensor]:
-        """The memory for outputs of two models."""
-        return self._halves.values()
+    def tensors(self) -> Iterator[Tensor]:
+        """Memory of the step's own."""
+        yield from self.inpainting or ()
+        if self._halves is not None:
+            yield self._halves
 
     def _refined(self, at: Position, arguments: Sequence[dict[str, Any]]) -> Tensor:
         """The state from which the step is taken, with the model's input at what `refine` steps

@@ -11,6 +11,7 @@ from fastddim.bundled import FOLDER, WEIGHTS, available
 from fastddim.models.files import MODEL, RECORD, read, refuse_links, save
 from fastddim.models.tuned import read_tuned, tuned_path, write_tuned
 from fastddim.models.unet import UNet, UNetConfig
+from fastddim.validation import check_working_device
 
 __all__ = [
     "UNet",
@@ -50,11 +51,13 @@ def load(
     Raises:
         FileNotFoundError: a file of the model is missing.
         ValueError: an unknown name, a corrupt file, weights that do not fit the architecture, or a
-            file that is a link out of its folder.
-        TypeError: `dtype` is not a floating-point dtype.
+            file that is a link out of its folder; or a device that does not work here.
+        TypeError: `dtype` is not a floating-point dtype, or `device` names no device.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+    if device is not None:
+        check_working_device("device", device)
     model = read(locate(name_or_path)).eval().requires_grad_(False)
     return model.to(device=device, dtype=dtype)
 

@@ -130,7 +130,7 @@ class Slots:
         yield from self.buffers.tensors()
         yield from (self._timesteps, self._numbers, self._t, *(self._inpainting or ()))
         for batch in self._batches.values():
-            yield from batch.step.halves()
+            yield from batch.step.tensors()
         if self.conditions is not None:
             yield from (*self.conditions.slots, *self.conditions.inputs)
 

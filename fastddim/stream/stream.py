@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from fastddim import backends, transfer
-from fastddim.adapter import check_model
+from fastddim.adapter import check_model, warn_of_training
 from fastddim.loop.capture import Graph, check_outer_capture
 from fastddim.loop.copying import Rebuilt
+from fastddim.loop.describing import described_model, described_placement
 from fastddim.loop.first_weight import first_weights
 from fastddim.loop.modes import OneAtATime, without_autograd
 from fastddim.loop.programs import Programs
@@ -109,6 +110,7 @@ class Stream(Rebuilt):
         check_bool("masked", options.masked)
         check_denoised_fn(options.denoised_fn)
         self.shape = _slots_shape(options)
+        warn_of_training("model", options.model)
         if options.graph == "loop":
             raise ValueError("graph: expected 'auto', True or False, got 'loop'")
         self.dtype, self.device = resolve_placement(options, options.model)
@@ -182,6 +184,17 @@ class Stream(Rebuilt):
         self._alone = OneAtATime(
             "Stream: expected one call of step at a time, got another from a callback or a thread"
         )
+
+    def __repr__(self) -> str:
+        options = self._options
+        parts = [
+            described_model(options.model),
+            f"shape={self.shape}",
+            f"running={self.running}",
+            f"pending={self.pending}",
+            *described_placement(self.dtype, self.device, self._backend, options.graph),
+        ]
+        return f"Stream({', '.join(parts)})"
 
     def _functions(self) -> tuple[Any, ...]:
         options = self._options

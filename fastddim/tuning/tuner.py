@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastddim import philox
 from fastddim._version import __version__
-from fastddim.adapter import check_model
+from fastddim.adapter import check_eval, check_model
 from fastddim.loop.arguments import ModelArguments
 from fastddim.loop.inputs import Inputs
 from fastddim.loop.modes import without_autograd
@@ -58,6 +58,7 @@ class Tuner:
 
     def __init__(self, options: TuneOptions) -> None:
         check_model(options.model)
+        check_eval(options.model)
         check_bool("progress", options.progress)
         self._effort: Effort = EFFORTS[check_choice("effort", options.effort, tuple(EFFORTS))]
         self._schedule = resolve_schedule(options.model, options.schedule)

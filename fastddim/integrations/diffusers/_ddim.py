@@ -162,10 +162,10 @@ class Ddim(Noising):
             IndexError: the timestep is no index of `alphas_cumprod`, or none of those given.
             TypeError: the timestep is no number.
         """
-        in_graph = is_dynamo_compiling()
-        if self._fastddim_work.tuned is not None:
+        in_graph, fused = is_dynamo_compiling(), self._fastddim_work
+        if fused.tuned is not None:
             results = self._tuned_step(
-                self._fastddim_work.tuned,
+                fused.tuned,
                 model_output,
                 timestep,
                 sample,
@@ -176,9 +176,8 @@ class Ddim(Noising):
                 return results
             return output_object(self._output_class, results[0], results[1], in_graph)
         row = timestep if type(timestep) is int else self._row(timestep, sample.device)
-        given = self._fastddim_work.given
-        if given is not None:
-            given.check(row)
+        if fused.given is not None:
+            fused.given.check(row)
         state = self._state(sample, model_output)
         table: Any = None
         if state is not None and in_graph:
@@ -202,7 +201,7 @@ class Ddim(Noising):
             )
         noise, keys = None, None
         if eta > 0:
-            if variance_noise is None and self._fastddim_work.seed is not None:
+            if variance_noise is None and fused.seed is not None:
                 keys = self._philox_keys(timestep, state, generator)
             else:
                 noise = _noise(model_output, sample, generator, variance_noise)
@@ -280,7 +279,8 @@ class Ddim(Noising):
         if not isinstance(eta, (float, int)):
             return None
         alphas, final, config = self.alphas_cumprod, self.final_alpha_cumprod, self.config
-        given = self._fastddim_work.given
+        fused = self._fastddim_work
+        kept, given = fused.tables, fused.given
         try:
             key = (
                 eta,
@@ -297,7 +297,6 @@ class Ddim(Noising):
         except RuntimeError:  # of inference mode
             settled = self._count_changes(*ATTRIBUTES)
             return self._table(steps, eta, rederive_eps, ends_at_one) if settled else None
-        kept = self._fastddim_work.tables
         table: SignedTable | None = kept.get(key)
         if table is None and steps is not None and not eta < 0 and self._covered():
             host, last = map(self._on_host, ATTRIBUTES)

@@ -123,9 +123,8 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
             versions = alphas._version, initial._version
         except RuntimeError:  # of inference mode
             return self._table(steps) if self._count_changes(*_ATTRIBUTES) else None
-        given = self._fastddim_work.given
+        kept, given = self._fastddim_work.tables, self._fastddim_work.given
         key = (steps, given, *versions, id(config), id(alphas), id(initial))
-        kept = self._fastddim_work.tables
         table: SignedTable | None = kept.get(key)
         if table is None and steps is not None and self._covered():
             host, initial_on_host = map(self._on_host, _ATTRIBUTES)

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,8 @@ def run(
     make_model: Callable[[], Any] = Net,
     make_noise: Callable[[], Any] = lambda: None,
     make_kwargs: Callable[[], Any] = lambda: None,
+    make_uncond: Callable[[], Any] = lambda: None,
+    make_weak: Callable[[], Any] = lambda: None,
     step_type: type[Step] = Step,
     watch: bool = True,
     masked: bool = False,
@@ -162,16 +165,20 @@ def run(
     prepared = setup(None, mode, **update)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = make_model()
+            model, weak = make_model(), make_weak()
+            apart = weak is not None
+            plan = prepared.plan
             given = {
                 "model": model,
+                "uncond_model": weak,
+                "plan": replace(plan, kind=plan.kind._replace(apart=apart)),
                 "model_dtype": resolve_model_dtype(model, None, prepared.dtype),
                 "arguments": ModelArguments.of(
                     make_kwargs(),
-                    None,
+                    make_uncond(),
                     batch=SHAPE[0],
-                    guided=prepared.plan.kind.guided,
-                    apart=False,
+                    guided=plan.kind.guided,
+                    apart=apart,
                 ),
             }
             loop_module.Step = step_type
@@ -232,6 +239,24 @@ CLEAN: dict[str, dict[str, Any]] = {
         "dynamic_thresholding_ratio": 0.8,
     },
     "kwargs": {"make_kwargs": lambda: {"scale": torch.ones(2, 1, 1, 1, device=CUDA)}},
+    "one row of kwargs": {"make_kwargs": lambda: {"scale": torch.ones(1, 1, 1, 1, device=CUDA)}},
+    "kwargs of both halves": {
+        "make_kwargs": lambda: {"scale": torch.ones(2, 1, 1, 1, device=CUDA)},
+        "make_uncond": lambda: {"scale": 0.5},
+        "guidance_scale": 2.0,
+    },
+    "two models": {
+        "make_weak": Net,
+        "make_kwargs": lambda: {"scale": torch.ones(1, 1, 1, 1, device=CUDA)},
+        "make_uncond": lambda: {"scale": torch.ones(2, 1, 1, 1, device=CUDA)},
+        "guidance_scale": 2.0,
+    },
+    "two models in half precision": {
+        "make_model": lambda: Net(torch.float16, outputs=6),
+        "make_weak": lambda: Net(torch.float16, outputs=6),
+        "guidance_scale": 2.0,
+        "guidance_rescale": 0.5,
+    },
 }
 
 # Drawn or worked out on the host, so the eager run copies it; the captured body must not.
