@@ -6,7 +6,6 @@ import ast
 import importlib
 import importlib.util
 import re
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -119,39 +118,6 @@ def test_diffusers_unet_gives_the_images_of_diffusers(capsys, monkeypatch, tmp_p
     out = run_example("diffusers_unet", capsys, monkeypatch, tmp_path)
     error = float(re.fullmatch(r"largest difference, relative .*: (\S+)", out)[1])
     assert 0 < error < 1e-5
-
-
-# Other packages' classes tell type checkers little, and take long to read.
-TYPE_CHECKED = """
-[mypy]
-strict = True
-untyped_calls_exclude = torch
-[mypy-diffusers.*,mpmath.*,sklearn.*,transformers.*,triton.*]
-follow_imports = skip
-ignore_missing_imports = True
-[mypy-fastddim.kernels.*]
-ignore_missing_imports = True
-"""
-
-
-@pytest.mark.deep
-@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
-def test_examples_and_the_quick_start_satisfy_a_strict_type_checker(run_python, tmp_path):
-    quick_start = README[README.index("## Quick start") : README.index("**From diffusers.**")]
-    code = re.findall(r"```python\n(.*?)```", quick_start, re.DOTALL)
-    assert len(code) == 3
-    (tmp_path / "quick_start.py").write_text("\n".join(code))
-    # `int` and `Tensor` are told apart, so it is not all Any.
-    (tmp_path / "wrong.py").write_text(code[0] + "\nn: int = x\n")
-    for path in (ROOT / "examples").glob("*.py"):
-        shutil.copy(path, tmp_path)
-    (tmp_path / "mypy.ini").write_text(TYPE_CHECKED)
-    # A package that is linked to is none that mypy finds, and one that is installed is found.
-    folder = Path(fastddim.__file__).parents[1]
-    env = {} if folder.name == "site-packages" else {"MYPYPATH": str(folder)}
-    result = run_python("-m", "mypy", ".", cwd=tmp_path, env=env)
-    errors = re.findall(r"^(\w+)\.py:\d+: error", result.stdout, re.MULTILINE)
-    assert errors == ["wrong"], result.stdout + result.stderr
 
 
 def nearest_classes(model, x):
