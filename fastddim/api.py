@@ -67,7 +67,9 @@ def sample(options: SampleOptions) -> Tensor:
             which is x_0 (or "x0", "x_0", "pred_x0", "x_start", "start_x"), "v_prediction" (or "v",
             "velocity", "pred_v": √ᾱ_t·ε − √(1 − ᾱ_t)·x_0), or "score", the gradient ∇ log p_t(x) of
             the log density of the noised data.
-        clip: r > 0 clamps the predicted x_0 to [−r, r].
+        clip: r > 0 clamps the predicted x_0 to [−r, r], and so the samples. Without it those of
+            data in [−1, 1] go beyond: around the bundled digits a fifth of the values do, at 20
+            steps to ±1.1. `fastddim.images` clamps what it writes.
         rederive_eps: recompute epsilon from the clipped x_0.
         guidance_scale: g of classifier-free guidance, a number or a tensor `[B]`, or a sequence of
             S of them: the model's output is u + g·(c − u), of u without the condition and c with

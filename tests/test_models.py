@@ -447,6 +447,16 @@ class TestBundled:
         assert models.load(f"./{name}").config == PATCHED
 
 
+def test_the_range_of_samples_is_the_one_documented() -> None:
+    model = models.load("digits")
+    x = fastddim.sample(model, 20, batch_size=256, seed=0)
+    beyond = x.abs() > 1
+    assert beyond.float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert 1.05 < x.abs().max() < 1.15
+    clipped = fastddim.sample(model, 20, batch_size=256, seed=0, clip=1.0)
+    assert clipped.abs().max() == 1
+
+
 def test_importing_the_package_reads_no_model(run_python: Any, tmp_path: Path) -> None:
     code = "import sys, fastddim.models; print('safetensors' in sys.modules)"
     result = run_python("-c", code, cwd=tmp_path)

@@ -15,7 +15,7 @@ import pytest
 import fastddim
 from fastddim import api, options
 
-from .support.environment import RunPython
+from .support.environment import ROOT, RunPython
 from .support.models import elementwise_model
 
 FUNCTIONS: dict[Any, Any] = {
@@ -125,15 +125,41 @@ x: Tensor = fastddim.step(torch.zeros(2), torch.zeros(2), 0.5, 0.6, return_x0=Tr
 """
 
 
+SETTINGS = """
+[mypy]
+strict = True
+untyped_calls_exclude = torch
+[mypy-diffusers.*]
+follow_imports = skip
+ignore_missing_imports = True
+[mypy-readme]
+allow_untyped_defs = True
+"""
+
+
+def sources() -> dict[str, str]:
+    """Files of a user: the calls above, the README from its quick start on, and the examples."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    shown = readme[readme.index("## Quick start") :]
+    quick_start, *others = re.findall(r"```python\n(.*?)```", shown, re.DOTALL)
+    files = {"calls": CALLS, "quick_start": quick_start, "readme": "".join([quick_start, *others])}
+    examples = (ROOT / "examples").glob("*.py")
+    return files | {f"example_{path.stem}": path.read_text("utf-8") for path in examples}
+
+
 @pytest.mark.deep
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
 def test_type_checkers_know_names_and_types(run_python: RunPython, tmp_path: Path) -> None:
-    source = tmp_path / "calls.py"
-    source.write_text(CALLS)
+    """`mypy --strict` refuses the wrong calls above, and nothing in the README and the examples."""
+    for name, source in sources().items():
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+    (tmp_path / "mypy.ini").write_text(SETTINGS)
     # A package that is linked to is none that mypy finds, and one that is installed is found.
     folder = Path(fastddim.__file__).parents[1]
     env = {} if folder.name == "site-packages" else {"MYPYPATH": str(folder)}
-    result = run_python("-m", "mypy", "--strict", source, cwd=tmp_path, env=env)
-    wrong = {int(line) for line in re.findall(r"calls\.py:(\d+): error", result.stdout)}
+    cache = ROOT / "build" / "tests" / "mypy"  # of torch, which takes a minute
+    result = run_python("-m", "mypy", "--cache-dir", cache, ".", cwd=tmp_path, env=env)
+    found = re.findall(r"^(\S+)\.py:(\d+): error", result.stdout, re.MULTILINE)
     first = 1 + CALLS.splitlines().index("fastddim.sample(model, 5, etaa=0.5)")
-    assert wrong == set(range(first, first + 9)), result.stdout + result.stderr
+    expected = {("calls", str(line)) for line in range(first, first + 9)}
+    assert set(found) == expected, result.stdout + result.stderr
