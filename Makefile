@@ -103,7 +103,7 @@ docs: $(VENV)/.installed-docs ## Build the documentation into build/site
 bench: $(VENV)/.installed-dev ## Run the benchmarks
 	$(BIN)/pytest benchmarks -s --results $(RESULTS)
 
-bench-compare: $(VENV)/.installed-dev ## Compare the ratios of a benchmark with those of another commit: BASE=commit BENCH=bench_step CASES=expression ROUNDS=5
+bench-compare: $(VENV)/.installed-dev ## Compare the ratios of a benchmark, BENCH, with those of another commit, BASE
 	$(BIN)/python benchmarks/compare.py $(or $(BASE),$(error BASE: expected a commit, got none)) \
 		--bench $(BENCH) --rounds $(ROUNDS) $(if $(CASES),-k "$(CASES)")
 

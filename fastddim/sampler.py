@@ -69,6 +69,8 @@ class Sampler(Rebuilt):
         ]
         if update.guidance_scale is not None:
             parts.append(f"guidance_scale={described_number(update.guidance_scale)}")
+        if setup.uncond_model is not None:
+            parts.append(f"uncond_model={described_model(setup.uncond_model)}")
         if update.prediction != "epsilon":
             parts.append(f"prediction={update.prediction!r}")
         parts += described_placement(self.dtype, self.device, setup.backend, setup.graph)

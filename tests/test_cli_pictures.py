@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
@@ -208,8 +209,9 @@ class TestLike:
         write_record("old.png", content)
         told = succeed("sample", "--like", "old.png", "--out", "b.png").stderr
         assert told.startswith(
-            f"fastddim: pixels may differ: old.png was drawn with device cpu, fastddim "
-            f"{fastddim.__version__}, torch 2.0.1; this is device cpu, "
+            f"fastddim: pixels may differ: old.png was drawn with device cpu, threads "
+            f"{torch.get_num_threads()}, fastddim {fastddim.__version__}, torch 2.0.1; this is "
+            "device cpu, "
         )
         assert np.array_equal(pixels("a.png"), pixels("b.png"))
 

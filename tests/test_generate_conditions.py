@@ -200,6 +200,23 @@ class TestConditions:
             assert np.array_equal(archive["arr_1"], LABELS[: run.batch_size].numpy())
 
     @pytest.mark.parametrize(
+        "wrap",
+        [lambda v: {"v": v}, lambda v: [v], torch.Tensor.numpy],
+        ids=["mapping", "list", "array"],
+    )
+    def test_what_all_samples_share_is_digested_to_its_last_number(self, net, wrap):
+        class Shared(LabelNet):
+            def forward(self, x, t, y, shared):
+                return super().forward(x, t, y)
+
+        net, values = Shared().eval(), torch.zeros(1, 5000)
+        generate(net, model_kwargs={"shared": wrap(values)})
+        assert generate(net, model_kwargs={"shared": wrap(values.clone())}).drawn == 0
+        values[0, 2500] = 1
+        with pytest.raises(ManifestMismatchError, match="model_kwargs: others in the folder than"):
+            generate(net, model_kwargs={"shared": wrap(values)})
+
+    @pytest.mark.parametrize(
         ("conditions", "label"),
         [
             ({"a": LABELS, "y": LABELS + 1}, "y"),

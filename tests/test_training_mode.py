@@ -64,7 +64,7 @@ def sample(model: Any, **options: Any) -> Tensor:
 
 CALLS: dict[str, Callable[[Any], object]] = {
     "sample": sample,
-    "Sampler": lambda net: fastddim.Sampler(net, 2, shape=SHAPE, schedule=SCHEDULE),
+    "Sampler": lambda net: fastddim.Sampler(net, 2, shape=SHAPE, schedule=SCHEDULE)(),
     "invert": lambda net: fastddim.invert(net, torch.zeros(SHAPE), 2, schedule=SCHEDULE),
     "Stream": lambda net: fastddim.Stream(net, shape=SHAPE, schedule=SCHEDULE),
     "uncond_model": lambda net: sample(
@@ -122,6 +122,27 @@ def test_a_module_without_parameters() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sample(Formula())
+
+
+class Agent(nn.Module):
+    """A module with a sampler of itself, which is in training mode where it makes that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Network()
+        self.sampler = fastddim.Sampler(self.predict, 2, shape=SHAPE, schedule=SCHEDULE)
+
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.net(x, t)
+
+
+def test_a_sampler_looks_when_it_is_called() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agent = Agent().eval()
+        agent.sampler()
+    with pytest.warns(UserWarning, match="got Agent in training mode"):
+        Agent().sampler()
 
 
 def test_layers_that_are_meant_to_draw() -> None:

@@ -45,7 +45,7 @@ class Record:
         command: the name of the command that drew it.
         options: those of the command that are not None.
         digests: SHA-256 of what some of the options name: of the model's weights and of files.
-        computed_by: the kind of device, and the versions of fastddim and torch.
+        computed_by: the kind of device, the threads, and the versions of fastddim and torch.
         rows: the part of the run that the file shows, where it is one image of several.
     """
 
@@ -92,6 +92,7 @@ def record(model: Any, placing: Placing, files: Mapping[str, str], **decided: An
         },
         computed_by={
             "device": placing.torch_device.type,
+            "threads": str(torch.get_num_threads()),
             "fastddim": __version__,
             "torch": torch.__version__,
         },

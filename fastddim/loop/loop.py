@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastddim import philox, transfer
+from fastddim.adapter import warn_of_training
 from fastddim.loop import capture
 from fastddim.loop.alignment import aligned_rows
 from fastddim.loop.arguments import ModelArguments
@@ -90,6 +91,7 @@ class Loop:
         self.plan = setup.plan
         self._arguments, self._inputs = setup.arguments, Inputs()
         self.step.model, self.step.uncond_model = setup.model, setup.uncond_model
+        self._evaluated = False
         self.step.denoised_fn = setup.denoised_fn
         self.step.check = self._refuse_nonfinite if setup.check_finite else None
         self._check_finite = setup.check_finite
@@ -171,6 +173,8 @@ class Loop:
         """
         check_progress(reporting, self._graph)
         check_bool("return_trajectory", reporting.return_trajectory)
+        if not self._evaluated:
+            self._look_at_modes()
         noise = noise if self.plan.kind.noisy else None
         with self._alone, self._order.use(self._tensors), without_autograd():
             if transformed():
@@ -193,6 +197,15 @@ class Loop:
                 return self.buffers.state.clone()
         # A part of the memory would keep all of it.
         return trajectory if end == self.plan.steps else trajectory[: end - first + 1].clone()
+
+    def _look_at_modes(self) -> None:
+        """Warn of networks in training mode, once and not before they are evaluated: a module that
+        makes a `Sampler` of itself is in training mode until it is complete.
+        """
+        self._evaluated = True
+        warn_of_training("model", self.step.model)
+        if self.step.uncond_model is not None:
+            warn_of_training("uncond_model", self.step.uncond_model)
 
     def _walk(
         self,

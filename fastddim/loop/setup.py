@@ -174,7 +174,6 @@ def make_setup(
     late_start: LateStart | None = None,
 ) -> Setup:
     """A setup for a plan, with tables in the dtype that is computed in."""
-    adapter.warn_of_training("model", options.model)
     halves = (plan.table, plan.first_half)
     table, first_half = (
         None if rows is None else to_table(rows, compute_dtype(dtype), rows.device)
@@ -250,7 +249,6 @@ def check_uncond_model(
 ) -> None:
     """Refuse a model that cannot be evaluated on what the other one reads."""
     check_model(uncond_model, "uncond_model")
-    adapter.warn_of_training("uncond_model", uncond_model)
     if not guided:
         raise ValueError(
             f"uncond_model: expected None without guidance, got {type(uncond_model).__name__}"

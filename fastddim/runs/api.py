@@ -29,7 +29,8 @@ def generate(options: GenerateOptions) -> Run:
             noise everywhere in fastddim, so two machines without a common disk can draw two ranges
             into two folders, which `fastddim.runs.merge` joins. A run can be continued to a larger
             `stop`: its last batch, if it was not full, is drawn again as part of a full one, and
-            the files end as those of one run.
+            the files end as those of one run. Begin such a run with a `batch_size`, since "auto"
+            gives a few samples small batches, which it keeps.
         seed: int in [0, 2⁶⁴).
         batch_size: samples drawn and written at a time, or "auto": B of `shape`, else as many as
             fit into `memory`, measured on the model. With "auto" and no `shape`, a run that is

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 
 def any_on_meta(model: nn.Module) -> bool:
@@ -30,14 +32,27 @@ def weights_of(model: Any) -> str | None:
 
 
 def digest_of(values: Mapping[str, Any]) -> str:
-    """SHA-256 over named values, with the content of those that are tensors."""
+    """SHA-256 over named values, with the content of the tensors and arrays in them."""
     digest = hashlib.sha256()
     for name, value in sorted(values.items()):
-        if isinstance(value, Tensor):
-            add_tensor(digest, name, value)
-        else:
+        leaves = tree_flatten_with_path(value)[0]
+        if not any(isinstance(leaf, Tensor | np.ndarray) for _, leaf in leaves):
             digest.update(f"{name} {value!r}\n".encode())
+            continue
+        # Their repr leaves most of the numbers out.
+        for path, leaf in leaves:
+            _add_leaf(digest, name + keystr(path), leaf)
     return digest.hexdigest()
+
+
+def _add_leaf(digest: Any, name: str, leaf: Any) -> None:
+    if isinstance(leaf, Tensor):
+        add_tensor(digest, name, leaf)
+    elif isinstance(leaf, np.ndarray):
+        digest.update(f"{name} {leaf.dtype} {list(leaf.shape)}\n".encode())
+        digest.update(leaf.tobytes())
+    else:
+        digest.update(f"{name} {leaf!r}\n".encode())
 
 
 def add_tensor(digest: Any, name: str, value: Tensor) -> None:

@@ -133,6 +133,7 @@ class Stream(Rebuilt):
             check_uncond_model(
                 options.uncond_model, options, options.guided, self._model_dtype, self.device
             )
+            warn_of_training("uncond_model", options.uncond_model)
         self._weights = first_weights("Stream", options.model, options.uncond_model, self.device)
         self._kind = StepKind(
             rescaling=update.rescaling,

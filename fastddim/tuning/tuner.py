@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastddim import philox
 from fastddim._version import __version__
-from fastddim.adapter import check_eval, check_model
+from fastddim.adapter import check_eval, check_model, warn_of_training
 from fastddim.loop.arguments import ModelArguments
 from fastddim.loop.inputs import Inputs
 from fastddim.loop.modes import without_autograd
@@ -92,6 +92,7 @@ class Tuner:
             check_uncond_model(
                 options.uncond_model, options, update.guided, model_dtype, self._device
             )
+            warn_of_training("uncond_model", options.uncond_model)
         inputs = Inputs()
         inputs.load(arguments)
         self._network = Network(

@@ -183,6 +183,13 @@ class Faults:
     def new(self, arguments: Sequence[str] = DIGITS) -> Runs:
         return Runs(Path(tempfile.mkdtemp(dir=self.folder)) / "run", arguments)
 
+    def growing(self) -> Runs:
+        """A run of fewer samples, whose last batch is not full."""
+        runs = self.new()
+        fewer = Runs(runs.folder, [*DIGITS, "--stop", "45"])
+        assert fewer.finish(), fewer.complaints()
+        return runs
+
     def copy(self) -> Runs:
         runs = self.new()
         shutil.copytree(self.whole.folder, runs.folder)
@@ -205,13 +212,15 @@ class Faults:
                 processes = runs.start(self.random.randint(1, 3))
                 before = runs.whole() if runs.folder.exists() else set()
                 if self.killed(processes):
-                    kept = kept and before <= runs.whole()
+                    # The last shard of a run that grows gives way to a larger one.
+                    kept = kept and before & set(self.shards) <= runs.whole()
                     left, tries = left - 1, tries - 1
                     # The last kill of a run also answers for how that ends.
                     if left > 0:
                         yield kept
                 elif all(process.code == 0 for process in processes):
-                    shutil.rmtree(runs.folder)
+                    shutil.rmtree(runs.folder.parent)
+                    runs = runs_of()
                 else:
                     print(f"failed: {runs.folder}\n{runs.complaints()}", flush=True)
                     left, tries = left - 1, tries - 1
@@ -547,6 +556,7 @@ def everything(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     some = max(1, kills // 10)
     new, expected = faults.new, faults.expected
     faults.count("SIGKILL at a random moment", faults.kills(kills, new, expected))
+    faults.count("SIGKILL while a run grows", faults.kills(some, faults.growing, expected))
     faults.count("power cut, simulated", faults.power_cuts(some))
     faults.count("Ctrl-C", faults.interrupts(some))
     space = os.strerror(errno.ENOSPC)

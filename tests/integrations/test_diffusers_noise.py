@@ -218,8 +218,16 @@ class TestConfig:
     @pytest.mark.parametrize("name", NOISY)
     @pytest.mark.parametrize(
         "seed",
-        [7, 2**64 - 1, [3, 2**64 - 1], np.array([3, 4]), torch.tensor([-1, 4]), np.int64(5)],
-        ids=["one", "large", "list", "array", "tensor", "scalar"],
+        [
+            7,
+            2**64 - 1,
+            [3, 2**64 - 1],
+            np.array([3, 4]),
+            torch.tensor([-1, 4]),
+            np.int64(5),
+            torch.tensor(6),
+        ],
+        ids=["one", "large", "list", "array", "tensor", "scalar", "scalar tensor"],
     )
     def test_a_saved_scheduler_has_it(self, name: str, seed: Any, tmp_path: Path) -> None:
         offset = 0 if np.ndim(seed) else 2

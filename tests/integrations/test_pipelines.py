@@ -353,6 +353,7 @@ class TestInitialLatents:
             assert torch.equal(many, fastddim.philox.initial_latents((3, *shape), 7))
             assert torch.equal(ours.initial_latents(pipe, [5, 7])[1:], one)
             assert torch.equal(ours.initial_latents(pipe, torch.tensor([5, 7]))[1:], one)
+            assert not torch.equal(ours.initial_latents(pipe), ours.initial_latents(pipe))
 
     def test_of_other_sizes_and_dtypes(self) -> None:
         pipe = stable_diffusion(diffusers.StableDiffusionPipeline).to(torch.bfloat16)

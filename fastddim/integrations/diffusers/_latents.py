@@ -16,7 +16,7 @@ _OTHER_LATENTS = ("num_frames", "video_length", "audio_length_in_s", "audio_end_
 
 def initial_latents(
     pipe: Any,
-    seed: int | Sequence[int] | Tensor,
+    seed: int | Sequence[int] | Tensor | None = None,
     batch_size: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -31,7 +31,7 @@ def initial_latents(
 
     Args:
         pipe: a pipeline with a `unet` or a `transformer`, and a `vae` where it works on latents.
-        seed: as in `fastddim.sample`: an int in [0, 2⁶⁴), or one for each sample.
+        seed: as in `fastddim.sample`: an int in [0, 2⁶⁴), or one for each sample; None draws one.
         batch_size: the number of samples, which is that of the prompts times that of the images of
             each; by default 1, or the number of seeds.
         height, width: of the images in pixels; by default those of the model.

@@ -27,7 +27,8 @@ def noise_entry(noise: str, seed: Any, sample_offset: int) -> dict[str, Any] | N
     check_choice("noise", noise, ("torch", "philox"))
     if noise == "torch":
         return None
-    bits = check_seed("seed", seed, len(seed) if hasattr(seed, "__len__") else 1)
+    one = not hasattr(seed, "__len__") or (isinstance(seed, Tensor) and seed.ndim == 0)
+    bits = check_seed("seed", seed, 1 if one else len(seed))
     per_sample = isinstance(bits, Tensor)
     check_sample_range(sample_offset, 1, per_sample_seed=per_sample)
     plain = [value % _BITS for value in bits.tolist()] if isinstance(bits, Tensor) else bits % _BITS
