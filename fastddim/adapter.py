@@ -54,11 +54,14 @@ def warn_of_training(name: str, model: Model) -> None:
 
 
 def _in_training(part: Any) -> bool:
-    """True for a network in training mode, not for one that only wraps others which are not."""
+    """True for a network in training mode; not for a module that only wraps others which are not,
+    nor for one without parameters, which is a formula.
+    """
     return (
         isinstance(part, nn.Module)
         and part.training
         and any(inner.training and not inner._modules for inner in modules(part))
+        and next(part.parameters(), None) is not None
     )
 
 

@@ -175,7 +175,7 @@ ENTRIES: dict[str, Callable[..., Any]] = {
     "Stream": streamed,
     "generate": lambda model, folder, **options: generated(model.eval(), folder, **options),
     "tune": lambda model, _, **options: fastddim.tune(
-        model, 2, shape=SHAPE, samples=1, teacher_steps=4, progress=False, **options
+        model.eval(), 2, shape=SHAPE, samples=1, teacher_steps=4, progress=False, **options
     ),
 }
 every_entry = pytest.mark.parametrize("call", ENTRIES.values(), ids=ENTRIES)

@@ -129,7 +129,7 @@ SETTINGS = """
 [mypy]
 strict = True
 untyped_calls_exclude = torch
-[mypy-diffusers.*]
+[mypy-diffusers.*,mpmath.*,sklearn.*,transformers.*]
 follow_imports = skip
 ignore_missing_imports = True
 [mypy-readme]
@@ -144,7 +144,7 @@ def sources() -> dict[str, str]:
     quick_start, *others = re.findall(r"```python\n(.*?)```", shown, re.DOTALL)
     files = {"calls": CALLS, "quick_start": quick_start, "readme": "".join([quick_start, *others])}
     examples = (ROOT / "examples").glob("*.py")
-    return files | {f"example_{path.stem}": path.read_text("utf-8") for path in examples}
+    return files | {path.stem: path.read_text("utf-8") for path in examples}
 
 
 @pytest.mark.deep

@@ -113,6 +113,17 @@ def test_only_the_wrapper_is_in_training_mode(wrap: Callable[[nn.Module], Any]) 
         sample(wrap(Network().eval()))
 
 
+class Formula(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x / 2
+
+
+def test_a_module_without_parameters() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(Formula())
+
+
 class Agent(nn.Module):
     """A module with a sampler of itself, which is in training mode where it makes that."""
 
