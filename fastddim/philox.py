@@ -190,14 +190,20 @@ def fresh_seed(device: torch.device) -> int | Tensor:
             noise of this one seed.
     """
     traced = in_program()
-    if not traced and transfer.captured(device):
+    if not traced:
+        check_uncaptured(device)
+    seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+    return seed if traced or not readable(seed) else int(seed)
+
+
+def check_uncaptured(device: torch.device) -> None:
+    """Refuse a fresh seed while a CUDA graph is being captured on the device."""
+    if transfer.captured(device):
         raise ValueError(
             "seed: expected an int, or an int64 tensor [B] to write to between replays, while a "
             "CUDA graph is being captured, since all replays would have the noise of one fresh "
             "seed, got None"
         )
-    seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
-    return seed if traced or not readable(seed) else int(seed)
 
 
 def check_samples(

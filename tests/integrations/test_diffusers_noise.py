@@ -69,6 +69,36 @@ class TestGenerators:
         generator.manual_seed(5)
         assert torch.equal(drawn(scheduler, generator, x), runs[0])
 
+    @pytest.mark.parametrize("name", NOISY)
+    def test_without_a_seed_every_run_draws_one(self, name: str) -> None:
+        """From torch's default generator, whose seed repeats them."""
+        scheduler, x = scheduler_of(name), torch.randn(SHAPE)
+        scheduler.set_noise("philox")
+        scheduler = pickle.loads(pickle.dumps(type(scheduler).from_config(scheduler.config)))
+        scheduler.set_timesteps(4)
+        torch.manual_seed(5)
+        runs = [drawn(scheduler, None, x) for _ in range(3)]
+        assert len({run.sum().item() for run in runs}) == 3
+        torch.manual_seed(5)
+        assert torch.equal(drawn(scheduler, None, x), runs[0])
+        assert torch.equal(drawn(scheduler, *seeded(5), x), runs[0])
+
+    def test_a_graph_without_a_seed_draws_at_each_run(self) -> None:
+        scheduler, x = scheduler_of(), torch.randn(SHAPE)
+        scheduler.set_noise("philox")
+
+        def step(x: Tensor) -> Tensor:
+            return scheduler.step(x, 500, x, 1.0, return_dict=False)[0]
+
+        torch._dynamo.reset()
+        compiled = torch.compile(step, backend="eager", fullgraph=True)
+        torch.manual_seed(5)
+        first, second = compiled(x), compiled(x)
+        assert not torch.equal(first, second)
+        torch.manual_seed(5)
+        assert torch.equal(compiled(x), first)
+        torch._dynamo.reset()
+
     def test_a_run_begins_with_set_timesteps(self) -> None:
         """Also where a pipeline begins later than the run before has ended."""
         scheduler, x = scheduler_of(), torch.randn(SHAPE)

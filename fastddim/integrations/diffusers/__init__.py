@@ -43,12 +43,13 @@ tensor is. A graph does not tell that a tensor's timestep is none of the schedul
 NaN then, and philox noise that of the first step. DDPM draws noise for a tensor's timestep 0 too,
 and leaves it out.
 
-`from_config(..., noise="philox", seed=0, sample_offset=0)`, or `set_noise` later, takes the noise
+`from_config(..., noise="philox", seed=7, sample_offset=0)`, or `set_noise` later, takes the noise
 of the steps from the seed instead of from torch: see `fastddim.sample`. It is a part of the config,
 and a saved pipeline has it. Where a pipeline is given a `generator`, the seed is one 64-bit number
 that is drawn from it at the first step of a run. So a generator that is seeded anew repeats a run,
 two runs with one generator have different noise, and of a list each sample has a seed of its own,
-whatever else is in the batch. Without a generator every run has the noise of the scheduler's seed.
+whatever else is in the batch. Without a generator every run has the noise of the scheduler's seed;
+where it has none, the seed of each run is drawn from torch's default generator of the CPU.
 `initial_latents` gives latents that do not depend on the device either.
 
 `set_timesteps(timesteps=[...])`, and so `pipe(timesteps=[...])` of pipelines that have that

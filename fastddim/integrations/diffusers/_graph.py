@@ -86,7 +86,7 @@ class InGraph:
 
     def _keys_in_graph(self, timestep: int | Tensor, state: Tensor, generator: Any) -> Keys:
         """The keys of philox noise; those of the first step for a timestep that is none of the
-        scheduler's.
+        scheduler's. Without a seed the graph draws one at each step.
 
         Raises:
             ValueError: there is a generator, which no graph can draw from.
@@ -97,10 +97,11 @@ class InGraph:
                 "graph cannot draw a seed from it; use set_noise('philox', seed) instead"
             )
         fused, batch = self._fastddim_work, state.shape[0]
+        seed = None if isinstance(fused.seed, str) else fused.seed
         t = timestep.to(self.timesteps.device) if isinstance(timestep, Tensor) else timestep
         step = (self.timesteps == t).to(torch.int64).argmax()
         return make_keys(
-            fused.seed,
+            seed,
             batch,
             sample_offset=fused.sample_offset,
             step_index=step.expand(batch),

@@ -15,6 +15,9 @@ from fastddim.validation import check_choice, check_sample_range, check_seed
 CONFIG_KEY = "_fastddim_noise"
 """Where a config holds the noise. Other classes carry what begins with an underscore along."""
 
+FRESH = "fresh"
+"""The seed of philox noise where none is given: each run draws its own."""
+
 _BITS = 2**64
 
 
@@ -27,6 +30,9 @@ def noise_entry(noise: str, seed: Any, sample_offset: int) -> dict[str, Any] | N
     check_choice("noise", noise, ("torch", "philox"))
     if noise == "torch":
         return None
+    if seed is None:
+        check_sample_range(sample_offset, 1, per_sample_seed=False)
+        return {"noise": noise, "seed": None, "sample_offset": int(sample_offset)}
     one = not hasattr(seed, "__len__") or (isinstance(seed, Tensor) and seed.ndim == 0)
     bits = check_seed("seed", seed, 1 if one else len(seed))
     per_sample = isinstance(bits, Tensor)

@@ -17,6 +17,7 @@ from fastddim.integrations.diffusers._graph import IN_GRAPH, InGraph, unique
 from fastddim.integrations.diffusers._moved import Moved
 from fastddim.integrations.diffusers._noise import (
     CONFIG_KEY,
+    FRESH,
     chosen_noise,
     draw_seeds,
     generators_of,
@@ -26,7 +27,7 @@ from fastddim.integrations.diffusers._rows import valid
 from fastddim.integrations.diffusers._state import FusedState
 from fastddim.integrations.diffusers._timesteps import ONE_EACH, GivenTimesteps, HostTimesteps
 from fastddim.kept import keep, ordinary
-from fastddim.philox import STEP_NOISE, Keys, make_keys, normal
+from fastddim.philox import STEP_NOISE, Keys, check_uncaptured, make_keys, normal
 from fastddim.tracing import PLAIN, is_traced
 from fastddim.validation import STATE_DTYPES
 
@@ -68,7 +69,7 @@ class Fused(InGraph):
         scheduler.set_noise(**chosen_noise(scheduler.config, noise, seed, sample_offset))
         return made
 
-    def set_noise(self, noise: str, seed: Any = 0, sample_offset: int = 0) -> None:
+    def set_noise(self, noise: str, seed: Any = None, sample_offset: int = 0) -> None:
         """Choose where the noise of the steps comes from, which becomes a part of the config.
 
         Args:
@@ -76,7 +77,8 @@ class Fused(InGraph):
                 the seed, the step's index in `timesteps` and the sample.
             seed, sample_offset: as in `fastddim.sample`; of philox. Where a step is given a
                 generator, or one for each sample, the seeds are drawn from those: one 64-bit number
-                from each, at the first step of a run.
+                from each, at the first step of a run. So is a seed from torch's default generator
+                of the CPU where there is neither.
 
         Raises:
             ValueError: `noise` is neither; or the seed or the offset is out of range.
@@ -86,7 +88,8 @@ class Fused(InGraph):
         if entry != self.config.get(CONFIG_KEY):
             self.register_to_config(**{CONFIG_KEY: entry})
         fused = self._fastddim_work
-        fused.seed, fused.sample_offset = (seed if noise == "philox" else None), sample_offset
+        given = FRESH if seed is None else seed
+        fused.seed, fused.sample_offset = (given if noise == "philox" else None), sample_offset
         fused.drawn = None
         fused.keys.clear()
 
@@ -266,6 +269,9 @@ class Fused(InGraph):
             raise ValueError(
                 f"timestep: expected one of the scheduler's timesteps with noise='philox', got {t}"
             )
+        if generator is None and isinstance(fused.seed, str):
+            check_uncaptured(sample.device)
+            generator = torch.default_generator
         if generator is not None:
             return self._drawn_keys(generator, step, batch, sample.device)
         key = (step, batch, sample.device)

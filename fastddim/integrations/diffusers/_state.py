@@ -35,7 +35,8 @@ class FusedState:
     ) -> None:
         """
         Args:
-            seed, sample_offset: of philox noise; no seed where torch draws the noise.
+            seed, sample_offset: of philox noise; `FRESH` where each run draws its seed, and None
+                where torch draws the noise.
             tuned: the run of tuned steps, if the scheduler has such.
             given: the timesteps that `set_timesteps` was given, if any.
         """
