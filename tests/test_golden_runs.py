@@ -69,7 +69,7 @@ def test_a_folder_of_another_default_spacing_is_refused(tmp_path: Path) -> None:
     del run["spacing"]
     with pytest.raises(
         fastddim.runs.ManifestMismatchError,
-        match=r"plan\.timesteps\[0\]: 800 in the folder, 999 here",
+        match=r"timesteps: \[800, 600, 400, 200, 0\] in the folder, \[999, ",
     ):
         fastddim.generate(golden_runs.model, **run)
     assert {path.name: path.read_bytes() for path in sorted(folder.iterdir())} == before

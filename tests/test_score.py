@@ -173,5 +173,5 @@ def test_a_run_says_so_in_its_manifest(tmp_path: Any) -> None:
     kind = {"model_id": "gaussian", "format": "safetensors", **common}
     first = fastddim.generate(SCORE, 3, prediction="score", **kind)
     assert fastddim.generate(SCORE, 3, prediction="score", **kind).digest == first.digest
-    with pytest.raises(ValueError, match=r"plan\.prediction: \"score\" in the folder"):
+    with pytest.raises(ValueError, match=r"prediction: \"score\" in the folder, \"epsilon\" here"):
         fastddim.generate(SCORE, 3, **kind)

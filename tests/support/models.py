@@ -33,6 +33,7 @@ class SmallNet(nn.Module):
         weight = torch.randn(outputs, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.randn(outputs, generator=generator))
+        self.eval()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         time = torch.sin(t.to(x.dtype) / 100)[:, None, None, None] * self.bias[:, None, None]
