@@ -580,7 +580,7 @@ class TestArguments:
         with pytest.raises(ValueError, match="model_id: expected a string that tells this model"):
             fastddim.generate(lambda x, t: x, 2, "run", **ARGUMENTS)
         with pytest.raises(ValueError, match="model: expected eval mode"):
-            fastddim.generate(SmallNet(), 2, "run", **ARGUMENTS)
+            fastddim.generate(SmallNet().train(), 2, "run", **ARGUMENTS)
 
 
 def run(*arguments):

@@ -505,6 +505,7 @@ class TestKey:
         for call in calls:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
+                warnings.filterwarnings("ignore", message="fastddim: model: expected a network in")
                 own = sample(model, **{"mode": True, **call})
             assert own is not None
             counts.append(len(captures))

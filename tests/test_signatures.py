@@ -147,7 +147,6 @@ def sources() -> dict[str, str]:
     return files | {path.stem: path.read_text("utf-8") for path in examples}
 
 
-@pytest.mark.deep
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
 def test_type_checkers_know_names_and_types(run_python: RunPython, tmp_path: Path) -> None:
     """`mypy --strict` refuses the wrong calls above, and nothing in the README and the examples."""
