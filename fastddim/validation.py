@@ -186,16 +186,20 @@ def check_device(name: str, value: Tensor, like_name: str, device: torch.device)
 
 
 def check_working_device(name: str, value: Any) -> torch.device:
-    """The device that is asked for, after a trial; a refusal is one line of torch's many."""
+    """The device that is asked for, after a trial."""
     if not isinstance(value, torch.device | str | int):
         raise TypeError(f"{name}: expected a torch.device or its name, got {value!r}")
     try:
         return torch.empty(0, device=value).device
     except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{name}: expected a device that works here, got {value!r}: {reason}"
+            f"{name}: expected a device that works here, got {value!r}: {first_sentence(error)}"
         ) from error
+
+
+def first_sentence(error: BaseException) -> str:
+    """What an error of torch says, without the many lines of what to look into."""
+    return str(error).partition("\n")[0].partition(". ")[0]
 
 
 def check_same_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:

@@ -193,6 +193,8 @@ def working_device(name: str = "auto") -> torch.device:
     """
     import torch
 
+    from fastddim.validation import first_sentence
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -200,9 +202,8 @@ def working_device(name: str = "auto") -> torch.device:
         torch.zeros(1, device=device).cpu()
     # A torch without CUDA raises AssertionError.
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
         raise click.UsageError(
-            f"--device: expected a device that works here, got {name!r}: {reason}"
+            f"--device: expected a device that works here, got {name!r}: {first_sentence(error)}"
         ) from error
     return device
 
