@@ -19,6 +19,8 @@ from PIL import Image
 import fastddim
 from fastddim.cli import main
 
+from .support.text_to_image import pipeline_of
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -182,21 +184,11 @@ def test_class_balanced_run_grows_and_has_its_labels(capsys, monkeypatch, tmp_pa
 
 
 def test_text_to_image_is_what_the_pipeline_draws(capsys, monkeypatch, tmp_path):
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
     path = run_example("text_to_image", capsys, monkeypatch, tmp_path)
     example = load_example("text_to_image")
     parts = example.random_parts()
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=None,
-        unet=parts.unet,
-        scheduler=parts.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipeline_of(parts)
     prompt, empty = example.embed(parts, example.PROMPT), example.embed(parts, ())
     x_T = fastddim.philox.initial_latents((2, 4, 8, 8), seed=0)
     theirs = pipe(

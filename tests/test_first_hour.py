@@ -22,6 +22,7 @@ import fastddim
 
 from .support.environment import ROOT, RunPython
 from .support.models import GaussianModel
+from .support.text_to_image import pipeline_of
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),
@@ -173,21 +174,7 @@ def text_to_image(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def pipeline(example: Any) -> Any:
-    import diffusers
-
-    parts = example.random_parts()
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=None,
-        unet=parts.unet,
-        scheduler=parts.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipeline_of(example.random_parts())
 
 
 RELOADED = """
