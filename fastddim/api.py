@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from fastddim import philox
+from fastddim import direct, philox
 from fastddim.choices import Impl, Prediction, PredictionSynonym, Variance, VarianceSynonym
 from fastddim.loop.noise import check_generators, draw
 from fastddim.loop.pool import POOL
 from fastddim.loop.setup import prepare_inversion, prepare_sampling
 from fastddim.options import Coefficient, InvertOptions, NoiseSource, SampleOptions, Seed
 from fastddim.signatures import takes
-from fastddim.single import prepared_step
+from fastddim.single import StepOptions, prepared_step
 from fastddim.steptable import rescaled, rescaled_differentiably
 from fastddim.tracing import in_program
 from fastddim.transforms import check_unfollowed, tracked
@@ -210,27 +211,6 @@ def _invert(options: InvertOptions) -> Tensor:
         return loop.run(options.x_0, options)
 
 
-class StepOptions(TypedDict, total=False):
-    """The options of `step` besides `return_x0`, which decides what it returns."""
-
-    eta: Coefficient
-    variance: Variance | VarianceSynonym
-    prediction: Prediction | PredictionSynonym
-    clip: float | None
-    rederive_eps: bool
-    guidance_scale: Coefficient | None
-    temperature: Coefficient
-    guidance_rescale: float
-    dynamic_thresholding_ratio: float | None
-    sample_max_value: float | None
-    seed: Seed | None
-    sample_offset: int
-    step_index: int | Tensor
-    noise: NoiseSource
-    out: Tensor | None
-    impl: Impl
-
-
 @overload
 def step(
     x_t: Tensor,
@@ -327,6 +307,32 @@ def step(
             it.
         RuntimeError: `out` is given where autograd or a transform follows the result.
     """
+    if not is_dynamo_compiling():
+        taken = direct.step(
+            x_t,
+            model_output,
+            alpha_t,
+            alpha_prev,
+            eta,
+            variance,
+            prediction,
+            clip,
+            rederive_eps,
+            guidance_scale,
+            temperature,
+            guidance_rescale,
+            dynamic_thresholding_ratio,
+            sample_max_value,
+            seed,
+            sample_offset,
+            step_index,
+            noise,
+            out,
+            return_x0,
+            impl,
+        )
+        if taken is not None:
+            return taken
     check_state("x_t", x_t)
     check_bool("return_x0", return_x0)
     batch = x_t.shape[0]
