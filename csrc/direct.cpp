@@ -7,7 +7,9 @@
 
 #include "direct.h"
 
+#include <algorithm>
 #include <exception>
+#include <iterator>
 #include <limits>
 #include <string>
 #include <vector>
@@ -194,6 +196,16 @@ PyObject* take(const Operands& given, const Coefficients& coefficients) {
   return return_x0 ? PyTuple_Pack(2, x_prev.get(), x_0.get()) : x_prev.release();
 }
 
+// False where a coefficient is no number, or too large for the dtype.
+bool in_range(const double* exact, const float* rounded) {
+  constexpr int BOUND = 2;  // the only one that may be infinite
+  for (int k = 0; k < ROW_FIELDS; ++k) {
+    const bool unbounded = k == BOUND && std::isinf(exact[k]);
+    if (!std::isfinite(rounded[k]) && !unbounded) return false;
+  }
+  return true;
+}
+
 // A table of rows, and what its steps have in common.
 class Stepper {
  public:
@@ -232,6 +244,8 @@ PyObject* call_stepper(PyObject* capsule, PyObject* const* arguments, Py_ssize_t
   PyObject *const x = arguments[0], *const model_output = arguments[1], *const row = arguments[2];
   uint64_t i;
   if (!read_integer(row, (uint64_t)stepper->count() - 1, i)) return declined();
+  const Coefficients coefficients = stepper->row((int64_t)i);
+  if (!in_range(coefficients.exact, coefficients.rounded)) return declined();
   return take({.x = x,
                .model_output = model_output,
                .noise = arguments[3],
@@ -240,7 +254,7 @@ PyObject* call_stepper(PyObject* capsule, PyObject* const* arguments, Py_ssize_t
                .step_index = arguments[6],
                .out = arguments[7],
                .return_x0 = arguments[8]},
-              stepper->row((int64_t)i));
+              coefficients);
 }
 
 PyMethodDef stepper_call = {"stepper", (PyCFunction)(void*)call_stepper, METH_FASTCALL,
@@ -276,17 +290,6 @@ bool read_step(PyObject* const* arguments, StepNumbers& step, bool& guided) {
   step.prediction = (Prediction)prediction;
   step.large = large;
   return step.clip > 0;
-}
-
-// False where a coefficient is no number, or too large for the dtype.
-bool round_row(const double (&exact)[ROW_FIELDS], float (&rounded)[ROW_FIELDS]) {
-  constexpr int BOUND = 2;  // the only one that may be infinite
-  for (int k = 0; k < ROW_FIELDS; ++k) {
-    rounded[k] = (float)exact[k];
-    const bool unbounded = k == BOUND && std::isinf(exact[k]);
-    if (!std::isfinite(rounded[k]) && !unbounded) return false;
-  }
-  return true;
 }
 
 }  // namespace
@@ -330,7 +333,8 @@ PyObject* direct_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       !read_step(arguments + COEFFICIENTS, step, guided) || !coefficients(step, exact)) {
     return declined();
   }
-  if (!round_row(exact, rounded)) return declined();
+  std::copy(std::begin(exact), std::end(exact), rounded);
+  if (!in_range(exact, rounded)) return declined();
   return take({.x = arguments[X],
                .model_output = arguments[MODEL_OUTPUT],
                .noise = arguments[NOISE],

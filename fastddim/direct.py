@@ -56,7 +56,7 @@ def _connected() -> Any:
         _numbered(PREDICTIONS, PREDICTION_SYNONYMS),
         _numbered(VARIANCES, VARIANCE_SYNONYMS),
         dict.fromkeys(IMPLEMENTATIONS, 0),
-        Tensor.__dlpack_c_exchange_api__,  # type: ignore[attr-defined]
+        Tensor.__dlpack_c_exchange_api__,
     )
     return extension
 

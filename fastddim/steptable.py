@@ -43,7 +43,7 @@ class _RowIndices(dict[int, Tensor]):
         return index
 
 
-class _Prepared(NamedTuple):
+class PreparedTable(NamedTuple):
     """A table for states of one dtype on one device."""
 
     backend: backends.Backend
@@ -60,18 +60,25 @@ class StepTable:
     """
 
     def __init__(
-        self, rows: Tensor, *, rescaling: Rescaling | None = None, impl: str = "auto"
+        self,
+        rows: Tensor,
+        *,
+        rescaling: Rescaling | None = None,
+        impl: str = "auto",
+        checked: bool = False,
     ) -> None:
         """
         Args:
             rows: float64 `[R, K]`, from `plan.stack_row`.
             rescaling: how the rows depend on the data of a step, if they do.
             impl: the backend, as in `fastddim.sample`.
+            checked: whether rows that overflow the dtype of a state are refused.
         """
+        self._checked = checked
         self.rows = rows
         self._rescaling = rescaling
         self._impl = impl
-        self._prepared: Cache[_Prepared] = Cache(_KINDS_KEPT)
+        self._prepared: Cache[PreparedTable] = Cache(_KINDS_KEPT)
 
     def take(
         self,
@@ -100,9 +107,7 @@ class StepTable:
             RuntimeError: a tensor does not fit, or has gradients where there are none; the message
                 names it.
         """
-        prepared = self._prepared.get((x.device, x.dtype))
-        if prepared is None:
-            prepared = self._prepare(x.dtype, x.device)
+        prepared = self.prepared(x.dtype, x.device)
         backend, table, indices, fast = prepared
         # For an int, `isinstance` with Tensor costs ten times as much as its type.
         if type(row) is int or not isinstance(row, Tensor):
@@ -167,8 +172,7 @@ class StepTable:
     @constant
     def name_in_graph(self, dtype: torch.dtype, device: torch.device) -> str:
         """The name in `HELD` of the table for states of a dtype on a device."""
-        prepared = self._prepared.get((device, dtype)) or self._prepare(dtype, device)
-        return HELD.name_of(prepared.table, owner=self)
+        return HELD.name_of(self.prepared(dtype, device).table, owner=self)
 
     @staticmethod
     def position(count: int, row: int) -> int:
@@ -177,26 +181,30 @@ class StepTable:
             raise IndexError(f"row: expected an index in [{-count}, {count}), got {row}")
         return row % count
 
-    def _prepare(self, dtype: torch.dtype, device: torch.device) -> _Prepared:
+    def prepared(self, dtype: torch.dtype, device: torch.device) -> PreparedTable:
+        """The table for states of a dtype on a device."""
+        return self._prepared.get((device, dtype)) or self._prepare(dtype, device)
+
+    def _prepare(self, dtype: torch.dtype, device: torch.device) -> PreparedTable:
         """The table for states of a dtype on a device: the only place that puts coefficients on a
         device.
         """
         backend = backends.choose(self._impl, device)
 
-        def prepared() -> _Prepared:
+        def prepared() -> PreparedTable:
             # A view of the rows would be of inference mode where they are.
             rows = self.rows.clone()
-            table = to_table(rows, compute_dtype(dtype), rows.device, checked=False)
+            table = to_table(rows, compute_dtype(dtype), rows.device, checked=self._checked)
             table = transfer.upload(table, device)
             fast = self._rescaling is None and backend.__name__ == cpu.__name__
             indices = _RowIndices(len(table), device, self.position)
-            return _Prepared(backend, table, indices, fast)
+            return PreparedTable(backend, table, indices, fast)
 
         return keep(self._prepared, (device, dtype), prepared, device=device)
 
     def _differentiable(
         self,
-        prepared: _Prepared,
+        prepared: PreparedTable,
         x: Tensor,
         model_output: Tensor,
         row: Tensor,

@@ -23,7 +23,7 @@ WATCHERS: tuple[Callable[[], Any], ...] = (
     torch._C._len_torch_dispatch_stack,
     torch._C._len_torch_function_stack,
     _is_tracing,
-    torch._C._autograd._profiler_enabled,  # type: ignore[attr-defined]
+    torch._C._autograd._profiler_enabled,
 )
 """Functions that are true where a mode, `torch.jit.trace` or a profiler watches the operators of
 this thread.
