@@ -22,16 +22,20 @@ FASTDDIM_FN uint32_t low_word(const int64_t* at) {
 // Coefficients and keys, in device memory.
 struct Rows {
   const void* table;
-  const int64_t* row;
+  const int64_t* row;  // null where all samples share the first
   uint32_t row_stride;
   const int64_t *seed, *step, *sample;
   uint32_t stream;
 };
 
+// Without indices a thread need not wait for one before it asks for its row.
 template <class C>
 FASTDDIM_FN const C* row_at(const Rows& rows, uint32_t sample) {
-  const uint32_t row = low_word(rows.row + sample * rows.row_stride);
-  return (const C*)rows.table + (uint64_t)row * ROW_FIELDS;
+  const C* at = (const C*)rows.table;
+  if (rows.row) {
+    at += (uint64_t)low_word(rows.row + sample * rows.row_stride) * ROW_FIELDS;
+  }
+  return at;
 }
 
 template <class C>
