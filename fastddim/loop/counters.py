@@ -22,10 +22,10 @@ class Position(NamedTuple):
     """The numbers of one step: int64 tensors on the loop's device."""
 
     step: Tensor  # [1], its index in the plan; [B] where each sample has a plan of its own
-    row: Tensor | None  # [1]; [B] where each sample has rows of its own; None for that of `known`
+    row: Tensor | None  # [1]; [B] where each sample has rows of its own; None for that of `number`
     t: Tensor  # [B], or [2B] under guidance
     keys: Keys  # [B] each
-    known: int | None = None  # `step` as the host knows it, if it does
+    number: int | None = None  # `step` as the host knows it, if it does
 
     def rows_in(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
         """A table of rows of a plan, and which of them this step takes, for an update."""
@@ -37,9 +37,9 @@ class Position(NamedTuple):
         Where the host knows the step it is a table of this row alone: a kernel then need not read
         an index before it can read the row.
         """
-        if self.known is None:
+        if self.number is None:
             return table, self.step
-        return table[self.known : self.known + 1], None
+        return table[self.number : self.number + 1], None
 
 
 class Counting:
@@ -111,7 +111,7 @@ class Counters(Counting):
                 rows[s] if own_rows else None,
                 self._t[s],
                 Keys(seed, steps[s], sample),
-                known=s,
+                number=s,
             )
             for s in range(count)
         ]
