@@ -216,7 +216,7 @@ def test_a_large_sample(device: Device) -> None:
 
 @pytest.mark.parametrize("name", LONG)
 def test_long_chunks(device: Device, name: str) -> None:
-    assert_bare_bits_of_cpu(device.update_out, update_case(name))
+    assert_bare_bits_of_cpu(device.update_out, update_case(name), alone="bfloat16" in name)
     # A chunk has sixteen elements where they divide a sample and lie at whole words.
     (launch,) = device.gpu.launches
     divides = "(1, 2097152)" in name or "(3, 1048576)" in name
