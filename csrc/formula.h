@@ -132,6 +132,7 @@ FASTDDIM_FN void philox(const Key& key, uint32_t first, uint32_t (&counters)[N][
     counters[i][3] = key.stream;
   }
   uint32_t k_0 = (uint32_t)key.seed, k_1 = (uint32_t)(key.seed >> 32);
+  FASTDDIM_UNROLL
   for (int round = 0; round < PHILOX_ROUNDS; ++round) {
     for (auto& counter : counters) {
       uint64_t product_0 = (uint64_t)PHILOX_MULTIPLIER_0 * counter[0];

@@ -11,6 +11,14 @@
 #define FASTDDIM_FN inline __attribute__((always_inline))
 #endif
 
+#if defined(__CUDA_ARCH__)
+#define FASTDDIM_UNROLL _Pragma("unroll")
+#define FASTDDIM_NO_UNROLL _Pragma("unroll 1")
+#else
+#define FASTDDIM_UNROLL
+#define FASTDDIM_NO_UNROLL
+#endif
+
 // A header compiled for several instruction sets needs one namespace for each: the linker keeps one
 // copy of equal names, and that copy may use instructions the caller's CPU lacks.
 #if !defined(FASTDDIM_NAMESPACE)

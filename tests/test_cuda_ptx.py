@@ -225,8 +225,8 @@ def test_long_chunks(device: Device, name: str) -> None:
 
 BROKEN = {
     "an index off by one": (
-        "chunk.element = (int64_t)chunk.index * SIZE;",
-        "chunk.element = (int64_t)chunk.index * SIZE + (chunk.index > 0);",
+        "(uint64_t)chunk.index * (SIZE * sizeof(T))",
+        "(uint64_t)(chunk.index + (chunk.index > 0)) * (SIZE * sizeof(T))",
     ),
     "no mask for the tail": (
         "return rest < SIZE ? (int)rest : SIZE;",
