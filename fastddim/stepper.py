@@ -157,8 +157,8 @@ class Stepper(Rebuilt):
             row = torch.full((1,), i, dtype=torch.int64, device=x.device)
             backend = backend_in_graph(self._impl, x.device)
             return PreparedStep(backend, table, row, *same, in_graph=True)
-        backend, table, indices, _ = self._table.prepared(x.dtype, x.device)
-        return PreparedStep(backend, table, indices[i], *same)
+        prepared = self._table.prepared(x.dtype, x.device)
+        return PreparedStep(prepared.backend, prepared.table, prepared.indices[i], *same)
 
     @torch.inference_mode(False)
     def _build(self) -> None:

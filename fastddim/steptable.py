@@ -14,7 +14,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from fastddim import backends, ops, reference, transfer
+from fastddim import backends, direct, ops, reference, transfer
 from fastddim.backends import cpu
 from fastddim.cache import Cache
 from fastddim.kept import keep, ordinary
@@ -50,6 +50,8 @@ class PreparedTable(NamedTuple):
     table: Tensor  # [R, K]
     indices: _RowIndices
     fast: bool  # whether `ops.step` takes the step
+    noiseless: Callable[..., direct.Result]  # steppers of `fastddim.direct`, this one without noise
+    noised: Callable[..., direct.Result]  # and this one with noise that is given
 
 
 class StepTable:
@@ -108,7 +110,14 @@ class StepTable:
                 names it.
         """
         prepared = self.prepared(x.dtype, x.device)
-        backend, table, indices, fast = prepared
+        backend, table, indices, fast, noiseless, noised = prepared
+        plain = type(x) in PLAIN
+        apart = keys is None and history is None and epsilon is None
+        if fast and plain and apart and type(row) is int and x.nbytes < LARGE:
+            stepper = noiseless if noise is None else noised
+            taken = stepper(x, model_output, row, noise, None, 0, 0, None, return_x0)
+            if taken is not None:
+                return taken if isinstance(taken, tuple) else (taken, None)
         # For an int, `isinstance` with Tensor costs ten times as much as its type.
         if type(row) is int or not isinstance(row, Tensor):
             row = indices[row]
@@ -129,7 +138,6 @@ class StepTable:
             )
         # The size of a tensor of another class, such as a fake one, may be unknown. Traced by
         # `torch.jit`, memory that is lent would become a constant.
-        plain = type(x) in PLAIN
         large = fast and plain and x.nbytes >= LARGE and not is_traced(x)
         if fast and plain and not large and keys is None and epsilon is None:
             results = ops.step(x, model_output, table, row, noise)
@@ -198,7 +206,11 @@ class StepTable:
             table = transfer.upload(table, device)
             fast = self._rescaling is None and backend.__name__ == cpu.__name__
             indices = _RowIndices(len(table), device, self.position)
-            return PreparedTable(backend, table, indices, fast)
+            steppers = [
+                direct.make_stepper(rows, noisy=noisy, guided=False) if fast else direct.declines
+                for noisy in (False, True)
+            ]
+            return PreparedTable(backend, table, indices, fast, *steppers)
 
         return keep(self._prepared, (device, dtype), prepared, device=device)
 
