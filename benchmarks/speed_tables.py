@@ -18,14 +18,6 @@ CONTENDERS = (
     "eager",
     "torch.compile",
 )
-    "fastddim.step",
-    "Stepper",
-    "fastddim",
-    "fastddim in place",
-    "diffusers",
-    "eager",
-    "torch.compile",
-)
 LOOP_CONTENDERS = ("diffusers", "official", "fastddim, compiled model", "torch.compile")
 
 
