@@ -275,7 +275,9 @@ def _backward(
     grad_x_prev: Tensor | None, grad_x_0: Tensor | None, x: Tensor, model_output: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     # Channels that are not read (learned variance) have no gradient and are not written.
-    grad_x, grad_model_output = torch.empty_like(x), torch.zeros_like(model_output)
+    all_read = model_output.shape[1:] == x.shape[1:]
+    new_like = torch.empty_like if all_read else torch.zeros_like
+    grad_x, grad_model_output = torch.empty_like(x), new_like(model_output)
     torch.ops.fastddim.backward_out(
         grad_x_prev, grad_x_0, x, model_output, *rest, grad_x, grad_model_output
     )
