@@ -36,9 +36,9 @@ from fastddim.loop.setup import (
 )
 from fastddim.loop.step import Step
 from fastddim.loop.stream_order import StreamOrder
-from fastddim.options import RequestOptions, StreamOptions, Update, shared
+from fastddim.options import RequestOptions, StreamOptions, Update
 from fastddim.plan import ORDERS, StepKind
-from fastddim.signatures import method_takes
+from fastddim.signatures import method_takes, shared
 from fastddim.stream.programs import outside_of_programs
 from fastddim.stream.requests import Request, Requests
 from fastddim.stream.slots import Batch, Running, Slots
