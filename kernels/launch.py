@@ -92,9 +92,14 @@ def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
     Raises:
         TypeError, ValueError: a tensor does not fit; the message names it.
     """
-    repeated = _prepare_advance(_likeness(counters), _likeness(timesteps), _likeness(t))
+    launch = find_advance(counters, timesteps, t)
     with _device_of(counters):
-        repeated(counters=counters, timesteps=timesteps, t=t)
+        launch(counters=counters, timesteps=timesteps, t=t)
+
+
+def find_advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> Repeated:
+    """The checked launch of `advance` with such tensors."""
+    return _found_advance(_likeness(counters), _likeness(timesteps), _likeness(t))
 
 
 def find_update(
@@ -153,7 +158,9 @@ def _aligned(tensors: tuple[Tensor | None, ...]) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _found_update(*likenesses: tuple[Any, ...] | None) -> tuple[_Launch, Repeated] | None:
     """See `find_update`; the likenesses are those of its tensors, in their order."""
-    metas = [None if likeness is None else Meta(*likeness[:4]) for likeness in likenesses]
+    metas: list[Any] = [
+        None if likeness is None else Meta(*likeness[:4]) for likeness in likenesses
+    ]
     *tensors, table, row, seed, step, sample = metas
     keys = None if seed is None else Keys(seed, step, sample)
     aligned = all(likeness is None or likeness[4] for likeness in likenesses[: len(tensors)])
@@ -164,7 +171,7 @@ def _found_update(*likenesses: tuple[Any, ...] | None) -> tuple[_Launch, Repeate
 
 
 @functools.lru_cache(maxsize=1024)
-def _prepare_advance(*likenesses: tuple[Any, ...]) -> Repeated:
+def _found_advance(*likenesses: tuple[Any, ...]) -> Repeated:
     counters, timesteps, t = (Meta(*likeness[:4]) for likeness in likenesses)
     for name, meta in (("counters", counters), ("timesteps", timesteps), ("t", t)):
         check_integers(name, meta, counters.device)

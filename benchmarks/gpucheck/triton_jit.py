@@ -143,5 +143,5 @@ def compiled_for(
 
 
 def _forget_launches(module: Any) -> None:
-    for found in (module._found_update, module._prepare_normal, module._prepare_advance):
+    for found in (module._found_update, module._prepare_normal, module._found_advance):
         found.cache_clear()
