@@ -130,7 +130,7 @@ def compiled_for(
     }
     hip = "7.0" if target.backend == "hip" else None
     properties = SimpleNamespace(warp_size=target.warp_size)
-    forget_launches(module)
+    _forget_launches(module)
     try:
         with (
             mock.patch.multiple(module, **stand_ins),
@@ -139,9 +139,9 @@ def compiled_for(
         ):
             yield
     finally:
-        forget_launches(module)
+        _forget_launches(module)
 
 
-def forget_launches(module: Any = launch) -> None:
+def _forget_launches(module: Any) -> None:
     for found in (module._found_update, module._prepare_normal, module._found_advance):
         found.cache_clear()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from fastddim.kernels.update import advance_kernel, normal_kernel, update_kernel
 from gpucheck import triton_jit
 from triton.compiler.compiler import max_shared_mem
 from triton.runtime.driver import driver as config
@@ -76,7 +77,6 @@ def driven(driver: Driver) -> Iterator[list[str]]:
     """Launches of `fastddim.kernels` go to `driver`; yields the names of kernels that Triton's own
     launch was called for, as they come.
     """
-    functions = [getattr(triton_jit.launch, name) for name in triton_jit.KERNELS]
     own: list[str] = []
     run = JITFunction.run
 
@@ -89,15 +89,15 @@ def driven(driver: Driver) -> Iterator[list[str]]:
         mock.patch.object(JITFunction, "run", recorded),
     ):
         try:
-            _forget(functions)
+            _forget()
             yield own
         finally:
-            _forget(functions)
+            _forget()
 
 
-def _forget(functions: list[Any]) -> None:
+def _forget() -> None:
     """Forget launches, and what a driver's device was asked for."""
-    triton_jit.forget_launches()
+    triton_jit._forget_launches(triton_jit.launch)
     max_shared_mem.cache_clear()
-    for function in functions:
+    for function in (update_kernel, normal_kernel, advance_kernel):
         function.device_caches.clear()
