@@ -39,6 +39,12 @@ def update(state: str, model: str, kind: str, noise: str) -> str:
 
 
 HALVES = ("Half", "BFloat16")
+# The elements of a thread.
+PIXELS = {
+    f"update_pixels<{channels}, {noise}>": size
+    for channels, size in ((1, 8), (3, 12), (4, 16))
+    for noise in ("false", "true")
+}
 LONG = [f"update<{half}, {half}, plain, true, 16>" for half in HALVES]
 
 
@@ -123,7 +129,7 @@ def test_every_target_is_there(functions: dict[int, dict[str, Function]], librar
     ptx = output_of([tool("cuobjdump"), "--list-ptx", str(library)], library.parent)
     assert "sm_100.ptx" in ptx
     for kernels in functions.values():
-        assert len(kernels) == len(functions[90]) == 6 * 3 * 2 + 4 + 2 + len(LONG)
+        assert len(kernels) == len(functions[90]) == 6 * 3 * 2 + 4 + 2 + len(LONG) + len(PIXELS)
 
 
 @each_target
@@ -170,6 +176,9 @@ def test_accesses_are_sixteen_bytes_wide(
     assert wide(mixed) == (1, 1)
     for name in LONG:
         assert wide(functions[arch][name].sass) == (4, 4)
+    for name in PIXELS:
+        # Two blocks of a multiprocessor.
+        assert functions[arch][name].registers <= 128
 
 
 def wide(sass: Counter[str]) -> tuple[int, int]:
@@ -199,13 +208,13 @@ def test_ptxas_contracts_nothing(functions: dict[int, dict[str, Function]], arch
     compared = 0
     for name, function in functions[arch].items():
         # float64 conversions and 64-bit division have sequences of their own.
-        if not name.startswith("update<") or "double" in name:
+        if not name.startswith(("update<", "update_pixels<")) or "double" in name:
             continue
         body = bodies[name]
         assert not re.search(r"\b(?:fma|mul|add|sub)\.f32", body), "an operation may be contracted"
         rest, n = re.subn(r"rsqrt\.approx\.ftz\.f32", "", body)
         # Two of each quad.
-        assert n == (int(name.rpartition(" ")[2].removesuffix(">")) // 2 if "true" in name else 0)
+        assert n == (drawn(name) // 2 if "true" in name else 0)
         assert "approx" not in rest
         assert ".ftz" not in rest
         assert "sqrt" not in rest
@@ -214,7 +223,13 @@ def test_ptxas_contracts_nothing(functions: dict[int, dict[str, Function]], arch
             found = count(function.sass, opcode) + 2 * count(function.sass, opcode + "2")
             assert found == expected, f"{name}: {opcode}"
             compared += 1
-    assert compared == (5 * 3 * 2 + len(LONG)) * 3
+    assert compared == (5 * 3 * 2 + len(LONG) + len(PIXELS)) * 3
+
+
+def drawn(name: str) -> int:
+    """Normals that a thread of a kernel draws."""
+    size = int(name.rpartition(" ")[2].removesuffix(">")) if name.startswith("update<") else 0
+    return size or PIXELS[name]
 
 
 def packed(body: str, opcode: str) -> int:

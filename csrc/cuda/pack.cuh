@@ -62,7 +62,7 @@ FASTDDIM_FN void store_word(uint4* to, uint4 word) {
 // The elements of one chunk as they lie in memory, in registers.
 template <class T, int SIZE>
 struct Pack {
-  static constexpr int BYTES = SIZE * (int)sizeof(T), WORD_BYTES = BYTES < 16 ? BYTES : 16;
+  static constexpr int BYTES = SIZE * (int)sizeof(T), WORD_BYTES = BYTES % 16 ? 8 : 16;
   using Word = typename Word<WORD_BYTES>::type;
   static constexpr int WORDS = BYTES / WORD_BYTES;
   uint32_t words[BYTES / 4];

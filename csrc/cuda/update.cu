@@ -10,6 +10,7 @@
 #include "contiguous.cuh"
 #include "counters.cuh"
 #include "launch.h"
+#include "pixels.cuh"
 #include "strided.cuh"
 
 using namespace FASTDDIM_NAMESPACE;
@@ -18,6 +19,8 @@ int fastddim_cuda_update(const fastddim::Job* job, void* stream) {
   if (job->batch == 0 || job->count == 0) return 0;
   const int code = update_contiguous(*job, stream);
   if (code != NOT_CONTIGUOUS) return code;
+  const int code_of_pixels = update_pixels(*job, stream);
+  if (code_of_pixels != NO_PIXELS) return code_of_pixels;
   return job->float64 ? update_strided<double>(*job, stream) : update_strided<float>(*job, stream);
 }
 
