@@ -184,7 +184,7 @@ def test_bytes_moved_are_the_floor(
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_pixels_move_the_floor(device: Device, channels: int, dtype: torch.dtype) -> None:
-    """Interleaved or in planes, each element once, in the largest words that a quad of pixels has."""
+    """Each element once, in the largest words that a quad of pixels has in either order."""
     case = make_case(
         torch.Generator().manual_seed(4),
         (2, channels, 16, 16),

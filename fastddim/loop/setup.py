@@ -59,6 +59,7 @@ class Setup:
     check_finite: bool
     arguments: ModelArguments
     uncond_model: Model | None
+    memory_format: torch.memory_format
     late_start: LateStart | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,6 +85,7 @@ class Setup:
             self.device,
             self.dtype,
             self.model_dtype,
+            self.memory_format,
             self.backend.__name__,
             self.graph,
         )
@@ -208,6 +210,7 @@ def make_setup(
         check_finite=options.check_finite,
         arguments=arguments,
         uncond_model=options.uncond_model,
+        memory_format=adapter.own_memory_format(options.model, len(shape)),
         late_start=late_start,
     )
 
