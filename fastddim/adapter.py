@@ -116,29 +116,28 @@ def _state_dtype(owner: Any, name: str) -> torch.dtype | None:
     return value if isinstance(value, torch.dtype) and value in STATE_DTYPES else None
 
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""By the number of dimensions of a batch."""
 
 
-def own_memory_format(model: Model, dims: int) -> torch.memory_format:
-    """The memory format in which the model reads and writes samples of so many dimensions, batch
-    first: that of its first and its last weight, where both are convolutions that lie in one other
-    than row-major, as after `model.to(memory_format=torch.channels_last)`.
-
-    It is only where a step is fastest, and changes no result.
+def is_channels_last(model: Model, dims: int) -> bool:
+    """True where the model reads and writes samples of so many dimensions, batch first, in
+    channels_last: its first and its last weight are convolutions that lie so, as after
+    `model.to(memory_format=torch.channels_last)`.
     """
-    found = _FORMATS.get(dims)
-    if found is not None:
-        for root in held_modules(model):
-            ends = [next(weights(root, last=last), None) for last in (False, True)]
-            if _lie_in(found, [end for end in ends if end is not None], dims):
-                return found
-    return torch.contiguous_format
+    if dims not in CHANNELS_LAST:
+        return False
+    for root in held_modules(model):
+        ends = [next(weights(root, last=last), None) for last in (False, True)]
+        if _lie_channels_last([end for end in ends if end is not None], dims):
+            return True
+    return False
 
 
-def _lie_in(memory_format: torch.memory_format, ends: list[Tensor], dims: int) -> bool:
-    """True for weights of convolutions in a format; those of one pixel lie in both."""
+def _lie_channels_last(ends: list[Tensor], dims: int) -> bool:
+    """True for weights of convolutions; those of one pixel lie both ways."""
     return not all(end.is_contiguous() for end in ends) and all(
-        end.ndim == dims and end.is_contiguous(memory_format=memory_format) for end in ends
+        end.ndim == dims and end.is_contiguous(memory_format=CHANNELS_LAST[dims]) for end in ends
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastddim import transfer
+from fastddim.adapter import CHANNELS_LAST
 from fastddim.plan import Row, StepKind, known_rows
 from fastddim.reference import compute_dtype
 
@@ -16,8 +17,8 @@ from fastddim.reference import compute_dtype
 class Buffers(NamedTuple):
     """The tensors that the steps of a batch read and write, besides the counters.
 
-    Those that are like the state lie in the memory format of the model, which writes its output in
-    it, so that an update finds all of them in one order. Only `denoised_fn`, which is the user's as
+    Those that are like the state lie in the order of the model's output, so that an update finds
+    all of them in one. Only `denoised_fn`, which is the user's as
     the model is, gets its x_0 row-major.
 
     Attributes:
@@ -54,10 +55,11 @@ class Buffers(NamedTuple):
         dtype: torch.dtype,
         model_dtype: torch.dtype,
         device: torch.device,
-        memory_format: torch.memory_format,
+        channels_last: bool,
         with_x_0: bool,
     ) -> Buffers:
         """Zeros for steps of a kind, with tables of so many rows."""
+        memory_format = CHANNELS_LAST[len(shape)] if channels_last else torch.contiguous_format
 
         def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             made = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)

@@ -75,7 +75,7 @@ class Loop:
             dtype=setup.dtype,
             model_dtype=setup.model_dtype,
             device=device,
-            memory_format=setup.memory_format,
+            channels_last=setup.channels_last,
             with_x_0=True,
         )
         self.counters = Counters(plan, setup.shape[0], device, unrolled=self._whole)

@@ -59,7 +59,7 @@ class Setup:
     check_finite: bool
     arguments: ModelArguments
     uncond_model: Model | None
-    memory_format: torch.memory_format
+    channels_last: bool
     late_start: LateStart | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Setup:
             self.device,
             self.dtype,
             self.model_dtype,
-            self.memory_format,
+            self.channels_last,
             self.backend.__name__,
             self.graph,
         )
@@ -210,7 +210,7 @@ def make_setup(
         check_finite=options.check_finite,
         arguments=arguments,
         uncond_model=options.uncond_model,
-        memory_format=adapter.own_memory_format(options.model, len(shape)),
+        channels_last=adapter.is_channels_last(options.model, len(shape)),
         late_start=late_start,
     )
 

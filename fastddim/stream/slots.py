@@ -93,7 +93,7 @@ class Slots:
         dtype: torch.dtype,
         model_dtype: torch.dtype,
         device: torch.device,
-        memory_format: torch.memory_format,
+        channels_last: bool,
         masked: bool,
         whole: bool,
         prepare: Callable[[Step], None],
@@ -119,7 +119,7 @@ class Slots:
             dtype=dtype,
             model_dtype=model_dtype,
             device=device,
-            memory_format=memory_format,
+            channels_last=channels_last,
             with_x_0=False,
         )
         idle = transfer.upload(stack_row(mixing_row(1.0, 0.0)), device)

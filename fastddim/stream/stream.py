@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastddim import backends, transfer
-from fastddim.adapter import check_model, own_memory_format, warn_of_training
+from fastddim.adapter import check_model, is_channels_last, warn_of_training
 from fastddim.loop.capture import Graph, check_outer_capture
 from fastddim.loop.copying import Rebuilt
 from fastddim.loop.describing import described_model, described_placement
@@ -126,6 +126,7 @@ class Stream(Rebuilt):
         self._options = options
         self._schedule = schedule
         self._model_dtype = resolve_model_dtype(options.model, options.model_dtype, self.dtype)
+        self._channels_last = is_channels_last(options.model, len(self.shape))
         if options.uncond_model is not None:
             check_uncond_model(
                 options.uncond_model, options, options.guided, self._model_dtype, self.device
@@ -164,7 +165,7 @@ class Stream(Rebuilt):
             dtype=self.dtype,
             model_dtype=self._model_dtype,
             device=self.device,
-            memory_format=own_memory_format(options.model, len(self.shape)),
+            channels_last=self._channels_last,
             masked=options.masked,
             whole=self._static,
             prepare=self._prepare,
