@@ -45,30 +45,57 @@ struct PixelCall {
   PixelView views[operand::OF_UPDATE];
 };
 
-// The part of a sample of `view` that begins at `element`.
-FASTDDIM_FN Chunk part_from(const Chunk& chunk, int64_t element) {
-  return {chunk.sample, chunk.index, element, true};
+// The first of a thread's elements, at a number of elements in its sample.
+template <class S>
+FASTDDIM_FN S* element_of(const PixelView& view, const Chunk& chunk, int64_t element) {
+  return (S*)view.data + (chunk.sample * (uint64_t)view.sample_stride + element);
+}
+
+// The words that a run of neighbours is moved in: of 16 bytes, or of 8 where there is half a word.
+template <class S, int SIZE>
+using WordOf = typename Word<SIZE * sizeof(S) % 16 ? 8 : 16>::type;
+
+template <class S, int SIZE>
+FASTDDIM_FN void load_run(const S* from, float (&values)[SIZE]) {
+  using W = WordOf<S, SIZE>;
+  Pack<S, SIZE> pack;
+  FASTDDIM_UNROLL
+  for (int i = 0; i < Pack<S, SIZE>::BYTES / (int)sizeof(W); ++i) {
+    const W word = load_word((const W*)from + i);
+    __builtin_memcpy((char*)pack.words + i * sizeof word, &word, sizeof word);
+  }
+  widen(pack, values);
+}
+
+template <class S, int SIZE>
+FASTDDIM_FN void store_run(S* to, const float (&values)[SIZE]) {
+  using W = WordOf<S, SIZE>;
+  const Pack<S, SIZE> pack = narrowed<S>(values);
+  FASTDDIM_UNROLL
+  for (int i = 0; i < Pack<S, SIZE>::BYTES / (int)sizeof(W); ++i) {
+    W word;
+    __builtin_memcpy(&word, (const char*)pack.words + i * sizeof word, sizeof word);
+    store_word((W*)to + i, word);
+  }
 }
 
 // `WIDER`: pixels may have more channels than are read, as where the variance is learned.
 template <class S, int CHANNELS, bool WIDER>
 FASTDDIM_FN void load_as(const PixelView& view, const Grid& grid, const Chunk& chunk,
                          Pixels<CHANNELS>& values) {
-  const DenseView dense{view.data, view.sample_stride};
+  const int64_t pixel = chunk.index * (int64_t)PIXELS<CHANNELS>;
   if (view.pixel_stride == CHANNELS) {
-    const Chunk part = part_from(chunk, chunk.element * CHANNELS);
-    widen(load_words<S, SIZE_OF_PIXELS<CHANNELS>>(dense, part), values);
+    load_run(element_of<S>(view, chunk, pixel * CHANNELS), values);
   } else if (CHANNELS > 1 && (!WIDER || view.pixel_stride == 1)) {
     FASTDDIM_UNROLL
     for (int c = 0; c < CHANNELS; ++c) {
-      const Chunk part = part_from(chunk, c * grid.count + chunk.element);
       float plane[PIXELS<CHANNELS>];
-      widen(load_words<S, PIXELS<CHANNELS>>(dense, part), plane);
+      load_run(element_of<S>(view, chunk, c * grid.count + pixel), plane);
       FASTDDIM_UNROLL
       for (int p = 0; p < PIXELS<CHANNELS>; ++p) values[p * CHANNELS + c] = plane[p];
     }
   } else if (WIDER) {
-    const S* from = address<S>(dense, part_from(chunk, chunk.element * view.pixel_stride));
+    const S* from = element_of<S>(view, chunk, pixel * view.pixel_stride);
     FASTDDIM_UNROLL
     for (int p = 0; p < PIXELS<CHANNELS>; ++p) {
       FASTDDIM_UNROLL
@@ -94,9 +121,9 @@ FASTDDIM_FN void load(const PixelView& view, const Grid& grid, const Chunk& chun
 template <class S, int CHANNELS>
 FASTDDIM_FN void store_as(const PixelView& view, const Grid& grid, const Chunk& chunk,
                           const Pixels<CHANNELS>& values) {
-  const DenseView dense{view.data, view.sample_stride};
+  const int64_t pixel = chunk.index * (int64_t)PIXELS<CHANNELS>;
   if (view.pixel_stride == CHANNELS) {
-    store(dense, grid, part_from(chunk, chunk.element * CHANNELS), narrowed<S>(values));
+    store_run(element_of<S>(view, chunk, pixel * CHANNELS), values);
     return;
   }
   FASTDDIM_UNROLL
@@ -104,7 +131,7 @@ FASTDDIM_FN void store_as(const PixelView& view, const Grid& grid, const Chunk& 
     float plane[PIXELS<CHANNELS>];
     FASTDDIM_UNROLL
     for (int p = 0; p < PIXELS<CHANNELS>; ++p) plane[p] = values[p * CHANNELS + c];
-    store(dense, grid, part_from(chunk, c * grid.count + chunk.element), narrowed<S>(plane));
+    store_run(element_of<S>(view, chunk, c * grid.count + pixel), plane);
   }
 }
 
@@ -220,7 +247,6 @@ bool pixel_view(const Job& job, int v, int channel_dim, int64_t pixels, PixelVie
   const View& view = job.views[v];
   found = {};
   if (!view.data) return true;
-  const int64_t size = view.dtype == Dtype::float32 ? 4 : 2;
   const int64_t pixel_stride = view.strides[CHANNELS > 1 ? 1 - channel_dim : 0];
   const int64_t channel_stride = CHANNELS > 1 ? view.strides[channel_dim] : 1;
   const bool wider = (v == operand::unconditional || v == operand::conditional) &&
@@ -228,7 +254,11 @@ bool pixel_view(const Job& job, int v, int channel_dim, int64_t pixels, PixelVie
   const bool planes = pixel_stride == 1 && (CHANNELS == 1 || channel_stride == pixels);
   const bool interleaved = channel_stride == 1 && (pixel_stride == CHANNELS || wider);
   if (view.dtype == Dtype::float64 || !(planes || interleaved)) return false;
-  if ((uintptr_t)view.data % 16 || (job.batch > 1 && view.sample_stride * size % 16)) return false;
+  const int64_t size = view.dtype == Dtype::float32 ? 4 : 2;
+  const int64_t run = PIXELS<CHANNELS> * (planes ? 1 : CHANNELS) * size;
+  const int64_t word = wider ? size : run % 16 ? 8 : 16;
+  if ((uintptr_t)view.data % word) return false;
+  if (job.batch > 1 && view.sample_stride * size % word) return false;
   found = {view.data, view.sample_stride, view.dtype, (uint32_t)pixel_stride};
   return true;
 }

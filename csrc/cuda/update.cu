@@ -2,13 +2,15 @@
 //
 // A thread takes a chunk of one sample: whole quads of normals and whole 16-byte words of the
 // state. Tensors that are contiguous within a sample and have the dtypes of an ordinary step go to
-// contiguous.cuh, in 16-byte accesses where they allow it; every other layout and mix of dtypes
-// goes to strided.cuh, element by element. Either way an update is one pass over memory, and noise
-// is drawn in registers. Both compute by formula.h, built with -fmad=false, so their bits are those
-// of the CPU kernel.
+// contiguous.cuh, in 16-byte accesses where they allow it; other dtypes, and pixels of few channels
+// in either order, to pixels.cuh; every other layout to strided.cuh, element by element. Either way
+// an update is one pass over memory, and noise is drawn in registers. Both compute by formula.h,
+// built with -fmad=false, so their bits are those of the CPU kernel.
 
+#include "backward.cuh"
 #include "contiguous.cuh"
 #include "counters.cuh"
+#include "fit.cuh"
 #include "launch.h"
 #include "pixels.cuh"
 #include "strided.cuh"
@@ -22,6 +24,14 @@ int fastddim_cuda_update(const fastddim::Job* job, void* stream) {
   const int code_of_pixels = update_pixels(*job, stream);
   if (code_of_pixels != NO_PIXELS) return code_of_pixels;
   return job->float64 ? update_strided<double>(*job, stream) : update_strided<float>(*job, stream);
+}
+
+int fastddim_cuda_fit(const fastddim::Job* job, void* stream) {
+  return job->batch == 0 ? 0 : fit_rows(*job, stream);
+}
+
+int fastddim_cuda_backward(const fastddim::Job* job, void* stream) {
+  return job->batch == 0 || job->count == 0 ? 0 : backward_of_update(*job, stream);
 }
 
 int fastddim_cuda_normal(const fastddim::Job* job, void* stream) {
