@@ -138,5 +138,4 @@ class Inpainting(NamedTuple):
 
     def load_rows(self, alphas_cumprod: Tensor, rows: slice) -> None:
         """Take over the noise levels of a plan, as rows of the table."""
-        mixing = known_rows(alphas_cumprod)
-        self.table[rows].copy_(transfer.upload(mixing, self.table.device))
+        transfer.write(known_rows(alphas_cumprod), self.table[rows])

@@ -88,16 +88,18 @@ class Unwaiting(TorchDispatchMode):
         if func.overloadpacket in probes.NoSync._FORBIDDEN and CUDA in devices:
             raise AssertionError(f"waits for the device: {func}")
         if len(devices) > 1 and func.overloadpacket not in self._SHAPE_ALONE:
-            self._check_copy(func, given, kwargs or {})
+            self._check_copy(func, given, args, kwargs or {})
             self.uploads += 1
         self.launched += CUDA in devices
         return result
 
-    def _check_copy(self, func: Any, given: list[Tensor], kwargs: dict[str, Any]) -> None:
+    def _check_copy(
+        self, func: Any, given: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         source = given[-1]
         if func.overloadpacket not in self._COPIES or source.device == CUDA:
             raise AssertionError(f"waits for the device: {func}")
-        if source not in _pinned or not kwargs.get("non_blocking"):
+        if source not in _pinned or not (kwargs.get("non_blocking") or args[2:3] == (True,)):
             raise AssertionError(f"waits for the device: {func} from memory of the host")
 
 
@@ -119,6 +121,8 @@ class Net(nn.Module):
 
 class Probed:
     """A graph whose capture runs under the probe; a replay runs the body once more."""
+
+    nodes = None
 
     def __init__(self, body: Callable[[], None]) -> None:
         self.replay = body
