@@ -33,6 +33,7 @@ from fastddim.validation import (
     check_bool,
     check_finite_output,
     check_initial,
+    readable,
 )
 
 _SILENT = Reporting()
@@ -354,8 +355,6 @@ class Loop:
 
 
 def _values(tensors: Iterable[Tensor | None]) -> Hashable:
-    """The bits of tensors on the host; None where some lie elsewhere, which would be waited for."""
+    """The bits of tensors; None where some cannot be read, or not without waiting for a device."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if not all(type(tensor) is Tensor and tensor.is_cpu for tensor in given):
-        return None
-    return tuple(tensor.numpy().tobytes() for tensor in given)
+    return tuple(t.numpy().tobytes() for t in given) if all(map(readable, given)) else None
