@@ -12,6 +12,7 @@ import gc
 import json
 import re
 import shutil
+import subprocess
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastddim
 from fastddim import Sampler, Schedule, graph, ops, philox, transfer
 from fastddim.loop import capture, cuda, model_state, pool, program, programs, stream_order
+from fastddim.loop import driver as driver_module
 from fastddim.loop.counters import Counters
 from fastddim.loop.cuda import CaptureError
 
@@ -482,20 +484,21 @@ def test_a_trajectory_adds_a_copy_a_step(captures):
     assert captures[0].launched == ["aten::copy_", *["fastddim::update_out", "aten::copy_"] * 2]
 
 
+OF_A_STEP = ["fastddim::update_out", "fastddim::advance"]
+OF_ALL_STEPS = ["fastddim::normal_out", *["fastddim::update_out"] * 4]
+
+
 class TestAuto:
     """One graph for all steps where nothing watches and its nodes are few, else one for a step."""
-
-    STEP = ["fastddim::update_out", "fastddim::advance"]
-    WHOLE = ["fastddim::normal_out", *["fastddim::update_out"] * 4]
 
     def test_a_small_model(self, captures):
         sampler = Sampler(same, 4, shape=SHAPE, schedule=LINEAR, eta=1.0)
         for seed in (1, 2, 1):
             assert torch.equal(sampler(seed=seed), sample(same, False, seed=seed, eta=1.0))
-        assert [g.launched for g in captures] == [self.STEP, self.WHOLE]
+        assert [g.launched for g in captures] == [OF_A_STEP, OF_ALL_STEPS]
         x_T = latents()
         assert torch.equal(sampler(x_T=x_T, seed=3), sample(same, False, x_T=x_T, seed=3, eta=1.0))
-        assert [g.launched for g in captures] == [self.STEP, self.WHOLE, self.WHOLE[1:]]
+        assert [g.launched for g in captures] == [OF_A_STEP, OF_ALL_STEPS, OF_ALL_STEPS[1:]]
 
     @pytest.mark.parametrize(
         "watch",
@@ -505,7 +508,7 @@ class TestAuto:
     def test_what_watches(self, watch, captures, capsys):
         """A bar moves at every step, and a callback and a trajectory see each."""
         sample(same, "auto", **watch)
-        assert [g.launched for g in captures] == [self.STEP]
+        assert [g.launched for g in captures] == [OF_A_STEP]
 
     @pytest.mark.parametrize(
         "call",
@@ -518,7 +521,7 @@ class TestAuto:
     )
     def test_what_takes_a_graph_a_step(self, call, captures):
         sample(same, "auto", **call)
-        assert [g.launched for g in captures] == [self.STEP]
+        assert [g.launched for g in captures] == [OF_A_STEP]
 
     def test_a_generator_whose_draws_a_graph_holds(self, captures, monkeypatch):
         monkeypatch.setattr(capture, "draws_inside", lambda generators, device: True)
@@ -1684,6 +1687,7 @@ class Driver:
             raising=False,
         )
         monkeypatch.setattr(cuda, "_side_streams", {})
+        monkeypatch.setattr(driver_module, "captured_nodes", lambda stream: {hash("side"): 7}[stream])
         self.captured = False
         monkeypatch.setattr(transfer, "captured", lambda device: self.captured)
 
@@ -1707,11 +1711,11 @@ class TestDriver:
 
     def test_capture(self, monkeypatch):
         driver = Driver(monkeypatch)
-        graph = driver.record()
+        recorded = driver.record()
         assert driver.log == [*BEFORE, *BEGIN, "body", "end", *AFTER, "off"]
-        graph.replay()
+        recorded.replay()
         assert driver.log.pop() == "replay"
-        assert graph.nodes is None or torch.cuda.is_available()
+        assert recorded.nodes == 7
 
     def test_generators_are_registered_before(self, monkeypatch):
         driver = Driver(monkeypatch)
@@ -1813,6 +1817,60 @@ class TestDriver:
         assert driver.log == ["other waits for the event on current", "work", "event on other"]
 
 
+DRIVER = """
+#include <stddef.h>
+#include <stdint.h>
+
+/* As CUDA's driver answers: a capture of five nodes on stream 7, one that failed on 8. */
+int cuStreamGetCaptureInfo_v3(void *stream, int *status, uint64_t *id, void **graph,
+                              const void ***nodes, const void **edges, size_t *count) {
+  if (stream == (void *)9) return 400;
+  *status = stream == (void *)7 ? 1 : stream == (void *)8 ? 2 : 0;
+  *id = 1;
+  *graph = (void *)0x123456789abcdef0;
+  *nodes = NULL;
+  *edges = NULL;
+  *count = 1;
+  return 0;
+}
+
+int cuGraphGetNodes(void *graph, void **nodes, size_t *count) {
+  if (graph != (void *)0x123456789abcdef0 || nodes) return 1;
+  *count = 5;
+  return 0;
+}
+"""
+
+
+@pytest.fixture
+def fresh_driver():
+    driver_module._library.cache_clear()
+    yield
+    driver_module._library.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_driver")
+class TestNodes:
+    """How many nodes a capture has so far, by the driver."""
+
+    def test_are_counted(self, tmp_path, monkeypatch):
+        compiler = shutil.which("gcc")
+        if compiler is None:
+            pytest.skip("needs gcc for a library in the driver's place")
+        source, library = tmp_path / "driver.c", tmp_path / "driver.so"
+        source.write_text(DRIVER)
+        subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+        monkeypatch.setattr(driver_module, "_LIBRARY", str(library))
+        assert driver_module.captured_nodes(7) == 5
+        # Nothing is captured there, the capture has failed, and the stream is none.
+        assert [driver_module.captured_nodes(stream) for stream in (0, 8, 9)] == [None] * 3
+
+    @pytest.mark.parametrize("library", ["libno-such-driver.so", "libm.so.6"])
+    def test_no_such_driver(self, library, monkeypatch):
+        monkeypatch.setattr(driver_module, "_LIBRARY", library)
+        assert driver_module.captured_nodes(7) is None
+
+
 def test_auto_is_eager_on_the_cpu():
     graph.clear()
     model = Scaled()
@@ -1878,8 +1936,6 @@ def probed(run_python, tmp_path_factory):
 
 
 def build_guard(compiler, target):
-    import subprocess
-
     root = Path(torch.__file__).parent
     command = [compiler, "-std=c++20", "-fPIC", "-shared", GPULESS / "guard.cpp", "-o", target]
     command += [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10"]
@@ -1998,6 +2054,23 @@ class TestOnCuda:
                 assert torch.equal(own, sample(model, False, 10, **kwargs))
                 assert not any(torch.equal(own, before) for before in results)
                 results.append(own)
+
+    def test_nodes(self, device):
+        x = torch.zeros(4, device=device)
+
+        def body():
+            for _ in range(3):
+                x.add_(1)
+            x.copy_(x * 2)
+
+        recorded = cuda.record(body, body, device, ())
+        assert recorded.nodes == (5 if torch.version.cuda else None)
+
+    def test_auto_takes_one_graph_for_all_steps(self, device):
+        sampler = Sampler(self.net(device), 10, shape=SHAPE, eta=1.0, device=device)
+        sampler(seed=1)
+        (of_a_step,) = sampler._loop._programs.values()
+        assert of_a_step.all_steps[True].graph.nodes == 1 + 10 * (of_a_step.graph.nodes - 1)
 
     @pytest.mark.parametrize("mode", CAPTURED)
     def test_equals_the_cpu(self, device, mode):
