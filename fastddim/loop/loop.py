@@ -184,8 +184,12 @@ class Loop:
             if masked and self.step.inpainting is None:
                 self.step.inpainting = Inpainting.allocate(self.buffers, self.plan.steps)
             latents = x is None and not masked
-            self._lent = self._lent or transfer.captured(self.buffers.state.device)
-            program = self._program(noise, reporting, masked, first, latents)
+            joins = transfer.captured(self.buffers.state.device)
+            self._lent |= joins
+            program = None
+            # What is asked for while the caller captures a graph was refused before.
+            if self._captures and not joins:
+                program = self._program(noise, reporting, masked, first, latents)
             inputs = self._inputs if program is None else program.inputs
             inputs.load(self._arguments if arguments is None else arguments)
             self._begin(program, x, samples, mask, known, first)
@@ -322,18 +326,10 @@ class Loop:
     def _program(
         self, noise: NoiseSource, reporting: Reporting, masked: bool, first: int, latents: bool
     ) -> Program | None:
-        """The graph for this run; None where the run is eager."""
-        joins = self._graph == "auto" and transfer.captured(self.buffers.state.device)
-        if not self._captures or joins:
-            return None
+        """The graph for this run; None where it cannot be captured."""
+        with_x_0 = reporting.callback is not None
         run = Run(
-            noise,
-            with_x_0=reporting.callback is not None,
-            with_trajectory=reporting.return_trajectory,
-            masked=masked,
-            first=first,
-            latents=latents,
-            progress=reporting.progress,
+            noise, with_x_0, reporting.return_trajectory, masked, first, latents, reporting.progress
         )
         return self._programs.choose(run, self._arguments)
 

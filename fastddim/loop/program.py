@@ -55,8 +55,9 @@ class Run(NamedTuple):
     @property
     def of_a_step(self) -> Hashable:
         """All that the program of a step depends on."""
-        noise = self.noise.dtype if isinstance(self.noise, Tensor) else listed(self.noise)
-        return noise, self.with_x_0, self.masked
+        noise = self.noise
+        kind = noise.dtype if isinstance(noise, Tensor) else noise and listed(noise)
+        return kind, self.with_x_0, self.masked
 
     @property
     def of_all_steps(self) -> Hashable:
