@@ -82,7 +82,7 @@ Tensor new_like(const Tensor& tensor) {
 
 // A step from outside a loop. That Python makes two tensors fewer and passes ten arguments fewer
 // halves the time of a small one.
-std::tuple<Tensor, Tensor> step(Tensor x, Tensor model_output, Tensor table, Tensor row,
+std::tuple<Tensor, Tensor> step(Tensor x, Tensor model_output, Tensor table, Optional row,
                                 Optional noise) {
   Tensor x_prev = new_like(x), x_0 = new_like(x);
   update_out({.x = x,
@@ -95,8 +95,8 @@ std::tuple<Tensor, Tensor> step(Tensor x, Tensor model_output, Tensor table, Ten
   return {x_prev, x_0};
 }
 
-void fit_rows(Tensor x, Tensor model_output, Tensor table, Tensor row, double rescale, double ratio,
-              double limit, Tensor out) {
+void fit_rows(Tensor x, Tensor model_output, Tensor table, Optional row, double rescale,
+              double ratio, double limit, Tensor out) {
   const Shape shape(x, "x");
   Job job = fit_job(shape, x, model_output, table, row, rescale, ratio, limit, out);
   const JobLayout layout(job, shape.sizes, (int)shape.dims, true, false, Interleaved::as_any);
@@ -108,19 +108,10 @@ void fit_rows(Tensor x, Tensor model_output, Tensor table, Tensor row, double re
 }
 
 void backward_out(Optional grad_out, Optional grad_x_0, Tensor x, Tensor model_output, Tensor table,
-                  Tensor row, Optional mask, Tensor grad_x, Tensor grad_model_output) {
+                  Optional row, Optional mask, Tensor grad_x, Tensor grad_model_output) {
   const Shape shape(x, "x");
-  Job job = job_of(x, shape);
-  View* const views = job.views;
-  set_halves(job, operand::unconditional, model_output, "model_output", shape, true);
-  views[operand::mask] = view_of(mask, "mask", shape);
-  views[operand::grad_out] = view_of(grad_out, "grad_out", shape);
-  views[operand::grad_x_0] = view_of(grad_x_0, "grad_x_0", shape);
-  views[operand::grad_x] = view_of(grad_x, "grad_x", shape);
-  STD_TORCH_CHECK(grad_model_output.size(0) == model_output.size(0),
-                  "fastddim: grad_model_output: expected the batch of model_output");
-  set_halves(job, operand::grad_unconditional, grad_model_output, "grad_model_output", shape, true);
-  set_rows(job, table, row, shape.place);
+  Job job = backward_job(shape, grad_out, grad_x_0, x, model_output, table, row, mask, grad_x,
+                         grad_model_output);
   const JobLayout layout(job, shape.sizes, (int)shape.dims, false, job.row_stride == 0);
   run(job, current_kernels().backward, false);
 }

@@ -31,13 +31,13 @@ def meta_of(tensor: Tensor | None) -> Any:
     return Meta(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-def check_update(tensors: Tensors, table: Meta, row: Meta, keys: Keys | None) -> None:
+def check_update(tensors: Tensors, table: Meta, row: Meta | None, keys: Keys | None) -> None:
     """Check the tensors of an update.
 
     Args:
         tensors: a `Meta` for each tensor, None where it is absent.
         table: coefficient rows.
-        row: the row of each sample.
+        row: the row of each sample, or None where all have the first.
         keys: a `Meta` for each.
 
     Raises:
@@ -106,7 +106,7 @@ def check_stacked(name: str, meta: Meta, x: Meta, *, learned_variance: bool = Fa
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(meta.shape)}")
 
 
-def check_rows(table: Meta, row: Meta, x: Meta) -> None:
+def check_rows(table: Meta, row: Meta | None, x: Meta) -> None:
     check_device("table", table, x.device)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if table.dtype != dtype:
@@ -121,6 +121,10 @@ def check_rows(table: Meta, row: Meta, x: Meta) -> None:
             f"table: expected a contiguous tensor [R, {fields}], got shape {tuple(table.shape)} "
             f"with strides {table.strides}"
         )
+    if row is None:
+        if not table.shape[0]:
+            raise ValueError("table: expected at least one row, got none")
+        return
     check_integers("row", row, x.device)
     if row.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"row: expected [1] or [B] = [{x.shape[0]}], got {list(row.shape)}")

@@ -13,13 +13,8 @@
   kernel<<<(extent).blocks, (extent).threads, 0, (cudaStream_t)(stream)>>>(__VA_ARGS__)
 #endif
 
-#if defined(__CUDA_ARCH__)
-#define FASTDDIM_UNROLL _Pragma("unroll")
-#define FASTDDIM_NO_UNROLL _Pragma("unroll 1")
-#else
-#define FASTDDIM_UNROLL
-#define FASTDDIM_NO_UNROLL
-#endif
+// A function that only kernels call.
+#define FASTDDIM_DEVICE __device__ __forceinline__
 
 namespace FASTDDIM_NAMESPACE {
 
