@@ -252,7 +252,7 @@ inline Job fit_job(const Shape& shape, const Tensor& x, const Tensor& model_outp
 // not written.
 inline Job backward_job(const Shape& shape, const Optional& grad_out, const Optional& grad_x_0,
                         const Tensor& x, const Tensor& model_output, const Tensor& table,
-                        const Tensor& row, const Optional& mask, const Tensor& grad_x,
+                        const Optional& row, const Optional& mask, const Tensor& grad_x,
                         const Tensor& grad_model_output) {
   Job job = job_of(x, shape);
   View* const views = job.views;
