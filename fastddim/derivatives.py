@@ -1,7 +1,7 @@
 """The derivatives of the update: gradients by a kernel, all else by PyTorch's own operators.
 
 The update is affine in all its tensors where the clip does not act. Its gradients take one pass, in
-the operator `fastddim::backward`. Where a gradient is itself differentiated, it is worked out by
+an operator like `fastddim::backward`. Where a gradient is itself differentiated, it is worked out by
 `reference.gradients`, and where a transform of `torch.func` or forward-mode differentiation is at
 work, or the table or the mask has a gradient, the update is that of `reference.updated`: PyTorch
 knows every derivative of the operators that they are made of.
@@ -40,28 +40,29 @@ def composed(inputs: Inputs) -> reference.Updated:
 
 
 class _Fused(torch.autograd.Function):
-    """An operator with the schema of `fastddim::update`, and its gradients."""
+    """An operator with the schema of `fastddim::update`, and one for its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Any, keys: Any, *inputs: Any) -> Any:
+    def forward(ctx: Any, operator: Any, backward: Any, keys: Any, *inputs: Any) -> Any:
         given = Inputs(*inputs)
         ctx.save_for_backward(given.x, given.model_output, given.table, given.row, given.mask)
         added = {name: getattr(given, name) for name in _ADDED}
         ctx.dtypes = {name: tensor.dtype for name, tensor in added.items() if tensor is not None}
+        ctx.operator = backward
         ctx.set_materialize_grads(False)
         return below_autograd(operator, keys, *inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return None, None, *_gradients(ctx, *grads)
+        return None, None, None, *_gradients(ctx, *grads)
 
 
 def _gradients(ctx: Any, grad_x_prev: Tensor | None, grad_x_0: Tensor | None) -> tuple[Any, ...]:
     x, model_output, table, row, mask = ctx.saved_tensors
     grads: dict[str, Tensor | None] = {}
-    if any(ctx.needs_input_grad[2:4]):
+    if any(ctx.needs_input_grad[3:5]):
         grads["x"], grads["model_output"] = _state_gradients(
-            grad_x_prev, grad_x_0, x, model_output, table, row, mask
+            ctx.operator, grad_x_prev, grad_x_0, x, model_output, table, row, mask
         )
     if grad_x_prev is not None:
         columns = table.index_select(0, row).reshape(-1, len(Row._fields), *[1] * (x.ndim - 1))
@@ -76,6 +77,7 @@ def _gradients(ctx: Any, grad_x_prev: Tensor | None, grad_x_0: Tensor | None) ->
 
 
 def _state_gradients(
+    operator: Any,
     grad_x_prev: Tensor | None,
     grad_x_0: Tensor | None,
     x: Tensor,
@@ -89,7 +91,7 @@ def _state_gradients(
     if is_grad_enabled() or transformed():
         rows = table.index_select(0, row)
         return reference.gradients(grad_x_prev, grad_x_0, x, model_output, rows, mask)
-    results: tuple[Tensor, Tensor] = torch.ops.fastddim.backward(
+    results: tuple[Tensor, Tensor] = operator(
         grad_x_prev, grad_x_0, x, model_output, table, row, mask
     )
     return results
@@ -120,11 +122,13 @@ def _one_batch(count: int, dims: tuple[int | None, ...], inputs: tuple[Any, ...]
     return Inputs(**one)
 
 
-def register(library: torch.library.Library, name: str) -> None:
+def register(library: torch.library.Library, name: str, backward_name: str) -> None:
     """Give derivatives and a rule of `torch.vmap` to an operator with the schema of
-    `fastddim::update`.
+    `fastddim::update`; its gradients are those of one with the schema of `fastddim::backward`.
     """
-    operator = getattr(torch.ops.fastddim, name).default
+    operator, backward = (
+        getattr(torch.ops.fastddim, found).default for found in (name, backward_name)
+    )
 
     def differentiate(keys: Any, *inputs: Any) -> Any:
         given = Inputs(*inputs)
@@ -134,7 +138,7 @@ def register(library: torch.library.Library, name: str) -> None:
             return below_autograd(operator, keys, *inputs)
         if given.table.requires_grad or (given.mask is not None and given.mask.requires_grad):
             return composed(given)[:2]
-        return _Fused.apply(operator, keys, *inputs)  # type: ignore[no-untyped-call]
+        return _Fused.apply(operator, backward, keys, *inputs)  # type: ignore[no-untyped-call]
 
     def batch(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> Any:
         count = info.batch_size
@@ -147,7 +151,7 @@ def register(library: torch.library.Library, name: str) -> None:
 
 
 _library = torch.library.Library("fastddim", "IMPL")
-register(_library, "update")
+register(_library, "update", "backward")
 
 
 @torch.library.impl(_library, "step", "FuncTorchDynamicLayerFrontMode")

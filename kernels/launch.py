@@ -179,7 +179,13 @@ def _prepare_update(
         conditional=_second_half(model_output, batch),
         second_input=_second_half(model_input, batch),
         PER_SAMPLE=row.shape[0] > 1,
+        NVIDIA=_takes_instructions(),
     )
+
+
+def _takes_instructions() -> bool:
+    """Whether kernels may hold instructions of NVIDIA's, which Triton's interpreter knows not."""
+    return torch.version.hip is None and not triton.knobs.runtime.interpret
 
 
 def _second_half(tensor: Meta | None, batch: int) -> int | None:
@@ -196,13 +202,14 @@ def _prepare_normal(keys: Keys, out: Meta, aligned: bool) -> _Launch | None:
     if 0 in out.shape:
         return None
     layout = lay_out(out.shape, [out.strides], ordered_by=None, one_row=False)
-    return _launch(layout, [out], capped=True, aligned=aligned)
+    return _launch(layout, [out], capped=True, aligned=aligned, NVIDIA=_takes_instructions())
 
 
 def _launch(
     layout: SampleLayout, tensors: list[Meta], *, capped: bool, aligned: bool, **constants: Any
 ) -> _Launch:
-    distances = [v for v in (constants.get("conditional"), constants.get("second_input")) if v]
+    halves = ("conditional", "second_input", "second_gradient")
+    distances = [distance for distance in map(constants.get, halves) if distance]
     itemsize = max(tensor.dtype.itemsize for tensor in tensors)
     tiles = cut(
         layout,
@@ -222,8 +229,6 @@ def _launch(
         "VECTOR": tiles.vector,
         "WIDE": layout.wide,
         "SAMPLES": None if layout.batch == 1 else 0 if samples_first else 1,
-        # Triton's interpreter knows no instructions.
-        "NVIDIA": torch.version.hip is None and not triton.knobs.runtime.interpret,
         "num_warps": tiles.num_warps,
         **_options(capped=capped and itemsize < 8),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,7 +11,10 @@ from gpucheck.triton_jit import Binary
 
 from . import ptx
 
-OUTPUTS = ("out", "x_0", "model_input", "epsilon", "counters", "t")
+OUTPUTS = (
+    *("out", "x_0", "model_input", "epsilon", "counters", "t"),
+    *("grad_x", "grad_model_output"),
+)
 
 
 @dataclass
@@ -26,12 +30,12 @@ class Interpreter:
         text = self.edit(binary.kernel.asm["ptx"])
         if text not in self._modules:
             self._modules[text] = ptx.parse(text)
-        arguments: list[int] = []
+        arguments: list[bytes | int] = []
         memory = ptx.Memory()
         tensors: dict[int, tuple[torch.Tensor, list[str]]] = {}
         for name, kind, value in binary.parameters():
             if not kind.startswith("*"):
-                arguments.append(value)
+                arguments.append(struct.pack("<d", value) if kind == "fp64" else value)
                 continue
             arguments.append(value.data_ptr())
             # The row and the steps of a loop may begin at one address: the longer counts.
