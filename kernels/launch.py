@@ -26,6 +26,9 @@ _tensors_of = operator.itemgetter(*map((*Inputs._fields, *Outputs._fields).index
 
 _ADVANCE_TILE = 128
 
+_THREE_QUARTERS = 40
+"""Registers with which a multiprocessor that has 64 K holds three quarters of its threads."""
+
 _MOST_PROGRAMS = 2**16 - 1
 """Along the second axis of a grid."""
 
@@ -134,12 +137,15 @@ def _warp_size(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).warp_size)
 
 
-def _options(*, capped: bool) -> dict[str, Any]:
-    """Options of the compiler."""
+def _options(registers: int | None) -> dict[str, Any]:
+    """Options of the compiler.
+
+    Args:
+        registers: the most of a thread, which NVIDIA's compiler can be told.
+    """
     options: dict[str, Any] = {"enable_fp_fusion": False}
-    if capped and torch.version.hip is None:
-        # Three quarters of the threads that a multiprocessor with 64 K registers holds.
-        options["maxnreg"] = 40
+    if registers is not None and torch.version.hip is None:
+        options["maxnreg"] = registers
     return options
 
 
@@ -230,7 +236,7 @@ def _launch(
         "WIDE": layout.wide,
         "SAMPLES": None if layout.batch == 1 else 0 if samples_first else 1,
         "num_warps": tiles.num_warps,
-        **_options(capped=capped and itemsize < 8),
+        **_options(_THREE_QUARTERS if capped and itemsize < 8 else None),
     }
     grid = (tiles.per_sample, layout.batch)
     return _Launch(grid[::-1] if samples_first else grid, layout.strides, constants)

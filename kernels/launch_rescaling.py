@@ -15,6 +15,10 @@ from .rescaling import THREADS, Data, rescaling_kernel
 from .views import lay_out
 
 
+_REGISTERS = 80
+"""Of a thread: enough for none to be spilled, as there are few programs in any case."""
+
+
 def fit_rows(
     x: Tensor,
     model_output: Tensor,
@@ -76,6 +80,6 @@ def _prepare(
         "PER_SAMPLE": row.shape[0] > 1,
         "WIDE": layout.wide,
         "num_warps": THREADS // _warp_size(x.device),
-        **_options(capped=False),
+        **_options(_REGISTERS),
     }
     return _Launch((batch, 1), layout.strides, constants)

@@ -29,6 +29,10 @@ from .update import (
 )
 from .views import Span, further
 
+_CX, _CM, _R, _KM, _EM = (
+    tl.constexpr(Row._fields.index(name)) for name in ("cx", "cm", "r", "km", "em")
+)
+
 THREADS = 256
 """Of a program; each keeps one of the sums."""
 
@@ -50,6 +54,14 @@ class Data(NamedTuple):
 
     x: Any
     model_output: Any
+
+
+class Prediction(NamedTuple):
+    """The fields of a row that x_0 takes, inside a kernel."""
+
+    cx: Any
+    cm: Any
+    g: Any
 
 
 class Samples(NamedTuple):
@@ -232,6 +244,14 @@ def quotient(a, b):
 
 
 @triton.jit
+def copy_other_fields(fields, at):
+    """Copy those that have no factor before the passes, so that registers are free of them."""
+    i = tl.arange(0, 16)
+    others = (i < _ROW_FIELDS) & (i != _CX) & (i != _CM) & (i != _R) & (i != _KM) & (i != _EM)
+    tl.store(at + i, tl.load(fields + i, mask=others), mask=others)
+
+
+@triton.jit
 def rescaling_kernel(
     tensors,
     conditional,
@@ -252,21 +272,22 @@ def rescaling_kernel(
 ):
     sample = tl.program_id(0).to(tl.int64)
     samples = Samples(tensors, conditional, sizes, sample, tl.cast(count, tl.int64))
-    fields = coefficients_at(row_at(table, row, sample, PER_SAMPLE))
-    cx, cm, r, km, em = fields.cx, fields.cm, fields.r, fields.km, fields.em
+    fields = row_at(table, row, sample, PER_SAMPLE)
+    at = out + sample * _ROW_FIELDS
+    copy_other_fields(fields, at)
+    given = coefficients_at(fields)
+    cx, cm, r, km, em = given.cx, given.cm, given.r, given.km, given.em
     if RESCALES:
-        factor = rescaling_factor(samples, fields, tl.full([], rescale, tl.float64), WIDE)
+        factor = rescaling_factor(samples, given, tl.full([], rescale, tl.float64), WIDE)
         cm *= factor
         km *= factor
         em *= factor
+    tl.store(at + _KM, km)
+    tl.store(at + _EM, em)
     if THRESHOLDS:
-        rescaled = Row(
-            *(cx, cm, r, fields.k0, fields.kx, km, fields.pn),
-            *(fields.g, fields.ph, fields.e0, fields.ex, em),
-        )
         s = threshold(
             samples,
-            rescaled,
+            Prediction(cx, cm, given.g),
             tl.cast(rank, tl.int64),
             tl.full([], fraction, tl.float64),
             tl.full([], limit, tl.float64),
@@ -275,8 +296,6 @@ def rescaling_kernel(
         cx = quotient(cx, s)
         cm = quotient(cm, s)
         r = tl.full([], 1.0, r.dtype)
-    at = out + sample * _ROW_FIELDS
-    values = (cx, cm, r, fields.k0, fields.kx, km, fields.pn)
-    values += (fields.g, fields.ph, fields.e0, fields.ex, em)
-    for i in tl.static_range(_ROW_FIELDS):
-        tl.store(at + i, values[i])
+    tl.store(at + _CX, cx)
+    tl.store(at + _CM, cm)
+    tl.store(at + _R, r)
