@@ -110,17 +110,8 @@ void fit_rows(Tensor x, Tensor model_output, Tensor table, Tensor row, double re
 void backward_out(Optional grad_out, Optional grad_x_0, Tensor x, Tensor model_output, Tensor table,
                   Tensor row, Optional mask, Tensor grad_x, Tensor grad_model_output) {
   const Shape shape(x, "x");
-  Job job = job_of(x, shape);
-  View* const views = job.views;
-  set_halves(job, operand::unconditional, model_output, "model_output", shape, true);
-  views[operand::mask] = view_of(mask, "mask", shape);
-  views[operand::grad_out] = view_of(grad_out, "grad_out", shape);
-  views[operand::grad_x_0] = view_of(grad_x_0, "grad_x_0", shape);
-  views[operand::grad_x] = view_of(grad_x, "grad_x", shape);
-  STD_TORCH_CHECK(grad_model_output.size(0) == model_output.size(0),
-                  "fastddim: grad_model_output: expected the batch of model_output");
-  set_halves(job, operand::grad_unconditional, grad_model_output, "grad_model_output", shape, true);
-  set_rows(job, table, row, shape.place);
+  Job job = backward_job(shape, grad_out, grad_x_0, x, model_output, table, row, mask, grad_x,
+                         grad_model_output);
   const JobLayout layout(job, shape.sizes, (int)shape.dims, false, job.row_stride == 0);
   run(job, current_kernels().backward, false);
 }

@@ -241,6 +241,26 @@ inline Job fit_job(const Shape& shape, const Tensor& x, const Tensor& model_outp
   return job;
 }
 
+// The gradients of x and of the model output, of which channels that are not read have none and are
+// not written.
+inline Job backward_job(const Shape& shape, const Optional& grad_out, const Optional& grad_x_0,
+                        const Tensor& x, const Tensor& model_output, const Tensor& table,
+                        const Tensor& row, const Optional& mask, const Tensor& grad_x,
+                        const Tensor& grad_model_output) {
+  Job job = job_of(x, shape);
+  View* const views = job.views;
+  set_halves(job, operand::unconditional, model_output, "model_output", shape, true);
+  views[operand::mask] = view_of(mask, "mask", shape);
+  views[operand::grad_out] = view_of(grad_out, "grad_out", shape);
+  views[operand::grad_x_0] = view_of(grad_x_0, "grad_x_0", shape);
+  views[operand::grad_x] = view_of(grad_x, "grad_x", shape);
+  STD_TORCH_CHECK(grad_model_output.size(0) == model_output.size(0),
+                  "fastddim: grad_model_output: expected the batch of model_output");
+  set_halves(job, operand::grad_unconditional, grad_model_output, "grad_model_output", shape, true);
+  set_rows(job, table, row, shape.place);
+  return job;
+}
+
 inline Job normal_job(const Shape& shape, const Tensor& seed, const Tensor& step,
                       const Tensor& sample, int64_t stream, const Tensor& out) {
   Job job{};

@@ -31,7 +31,8 @@ class JobLayout {
     job.count = 1;
     for (int d = 1; d < dims; ++d) job.count *= shape[d];
     collect(shape + 1, dims - 1);
-    if (!ordered) sort_by(job.views[operand::out]);
+    const View& out = job.views[operand::out];
+    if (!ordered) sort_by(out.data ? out : job.views[operand::grad_x]);
     merge();
     if (ordered && interleaved == Interleaved::by_pixel) turn_channels_last();
     mark_contiguous();

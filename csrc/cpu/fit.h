@@ -1,8 +1,8 @@
-// The factors that rows take from the data of their samples, as rescaled_rows in
-// fastddim/reference.py specifies them. Included inside the namespace of an instruction set.
+// The factors that rows take from the data of their samples. Included inside the namespace of an
+// instruction set.
 //
 // Nothing of the size of a sample is kept: each pass works the values out anew from x and the model
-// output. Sums have a fixed order, so that the result depends on neither threads nor batch.
+// output.
 
 // Calls visit(x, m, conditional, count) for each tile of a sample, with m guided.
 template <class T, class Visit>
@@ -20,28 +20,31 @@ FASTDDIM_FN void for_each_tile(const Job& job, int64_t sample, const Row<T>& row
   }
 }
 
-// Sum of squared deviations from the mean, of values near `shift`.
+// The sums over a sample of one kind of value, each less the first of them.
 struct Spread {
-  static constexpr int LANES_OF_SUM = 8;
-  double shift = 0, sums[LANES_OF_SUM] = {}, squares[LANES_OF_SUM] = {};
+  double shift = 0;
+  alignas(64) double sums[ACCUMULATORS] = {}, squares[ACCUMULATORS] = {};
 
+  // Whole multiples of ACCUMULATORS, except for the last values.
   template <class T>
   FASTDDIM_FN void add(const T* values, int64_t count) {
     int64_t i = 0;
-    for (; i + LANES_OF_SUM <= count; i += LANES_OF_SUM) {
-      for (int lane = 0; lane < LANES_OF_SUM; ++lane) take(lane, values[i + lane]);
+    for (; i + ACCUMULATORS <= count; i += ACCUMULATORS) take(values + i, ACCUMULATORS);
+    take(values + i, count - i);
+  }
+  template <class T>
+  FASTDDIM_FN void take(const T* values, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const double d = values[i] - shift;
+      sums[i] += d;
+      squares[i] += d * d;
     }
-    for (; i < count; ++i) take((int)(i % LANES_OF_SUM), values[i]);
   }
-  FASTDDIM_FN void take(int lane, double value) {
-    const double d = value - shift;
-    sums[lane] += d;
-    squares[lane] += d * d;
-  }
-  FASTDDIM_FN double total(int64_t count) const {
-    double sum = 0, square = 0;
-    for (int lane = 0; lane < LANES_OF_SUM; ++lane) sum += sums[lane], square += squares[lane];
-    return square - sum * sum / (double)count;
+  FASTDDIM_FN double squared_deviations(int64_t count) {
+    for (int width = ACCUMULATORS / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) sums[i] += sums[i + width], squares[i] += squares[i + width];
+    }
+    return FASTDDIM_NAMESPACE::squared_deviations(sums[0], squares[0], count);
   }
 };
 
@@ -55,39 +58,18 @@ FASTDDIM_FN T rescaling(const Job& job, int64_t sample, const Row<T>& row) {
     of_conditional.add(conditional, count);
     of_guided.add(m, count);
   });
-  const double ratio = __builtin_sqrt(of_conditional.total(job.count) / of_guided.total(job.count));
-  const bool finite = ratio - ratio == 0;
-  return (T)(job.rescale * (finite ? ratio : 1) + (1 - job.rescale));
+  return rescaling_factor<T>(of_conditional.squared_deviations(job.count),
+                             of_guided.squared_deviations(job.count), job.rescale);
 }
-
-template <class T>
-struct Magnitude;
-template <>
-struct Magnitude<float> {
-  using Word = uint32_t;
-  static constexpr int BITS = 31;
-  static constexpr Word INFINITE = 0x7F800000u;
-};
-template <>
-struct Magnitude<double> {
-  using Word = uint64_t;
-  static constexpr int BITS = 63;
-  static constexpr Word INFINITE = 0x7FF0000000000000u;
-};
 
 // Calls visit(word) with |x_0| of every element as its bits, which have the order of the values.
 template <class T, class Visit>
 FASTDDIM_FN void for_each_magnitude(const Job& job, int64_t sample, const Row<T>& row,
                                     Visit visit) {
-  using Word = typename Magnitude<T>::Word;
   alignas(64) T x_0[TILE];
   for_each_tile(job, sample, row, [&](const T* x, const T* m, const T*, int64_t count) {
     for (int64_t i = 0; i < count; ++i) x_0[i] = unclipped_x_0(row, x[i], m[i]);
-    for (int64_t i = 0; i < count; ++i) {
-      Word word;
-      __builtin_memcpy(&word, x_0 + i, sizeof word);
-      visit((Word)(word & ~((Word)1 << Magnitude<T>::BITS)));
-    }
+    for (int64_t i = 0; i < count; ++i) visit(magnitude_of(x_0[i]));
   });
 }
 
@@ -97,7 +79,6 @@ template <class T>
 FASTDDIM_FN bool order_statistics(const Job& job, int64_t sample, const Row<T>& row, int64_t rank,
                                   T& low, T& high) {
   using Word = typename Magnitude<T>::Word;
-  constexpr int DIGIT = 11;
   int64_t counts[1 << DIGIT];
   Word prefix = 0, largest = 0;
   int64_t equal = 0;
@@ -122,40 +103,27 @@ FASTDDIM_FN bool order_statistics(const Job& job, int64_t sample, const Row<T>& 
       if (word > prefix && word < next) next = word;
     });
   }
-  __builtin_memcpy(&low, &prefix, sizeof low);
-  __builtin_memcpy(&high, &next, sizeof high);
+  low = value_of<T>(prefix);
+  high = value_of<T>(next);
   return true;
 }
 
-// The quantile of |x_0|, between 1 and the limit; NaN where any element is.
+// NaN where any element is.
 template <class T>
 FASTDDIM_FN T threshold(const Job& job, int64_t sample, const Row<T>& row) {
   if (job.count == 0) return 1;
-  const double position = job.ratio * (double)(job.count - 1);
-  const int64_t rank = (int64_t)position;
+  const Quantile quantile(job.ratio, job.count);
   T low, high;
-  if (!order_statistics(job, sample, row, rank, low, high)) return __builtin_nan("");
-  const T s = low + (high - low) * (T)(position - (double)rank);
-  const T floored = s < 1 ? (T)1 : s;
-  return floored > job.limit ? (T)job.limit : floored;
+  if (!order_statistics(job, sample, row, quantile.rank, low, high)) return __builtin_nan("");
+  return threshold_between(low, high, quantile.fraction, job.limit);
 }
 
 template <class T>
 void fit_samples(const Job& job, int64_t begin, int64_t end) {
   for (int64_t sample = begin; sample < end; ++sample) {
     Row<T> row = row_of<T>(job, sample);
-    if (job.rescale > 0) {
-      const T factor = rescaling(job, sample, row);
-      row.cm *= factor;
-      row.km *= factor;
-      row.em *= factor;
-    }
-    if (job.ratio > 0) {
-      const T s = threshold(job, sample, row);
-      row.cx /= s;
-      row.cm /= s;
-      row.r = 1;
-    }
+    if (job.rescale > 0) rescale_row(row, rescaling(job, sample, row));
+    if (job.ratio > 0) threshold_row(row, threshold(job, sample, row));
     __builtin_memcpy((T*)job.fitted + sample * ROW_FIELDS, &row, sizeof row);
   }
 }

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../dtypes.h"
+#include "../fitting.h"
 #include "../formula.h"
 #include "../job.h"
 

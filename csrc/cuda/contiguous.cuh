@@ -234,27 +234,24 @@ int update_contiguous(const Job& job, void* stream) {
                   : launch_kind<T, M, false>(job, call, aligned, stream);
 }
 
-int update_contiguous(const Job& job, void* stream) {
+// `launch`, called with a value of the type of the state and one of that of the model output, where
+// kernels are made for them.
+template <class Launch>
+int for_dtypes(const Job& job, Launch launch) {
   const Dtype state = job.views[operand::x].dtype, model = job.views[operand::unconditional].dtype;
-  if (state == Dtype::float32 && model == Dtype::float32) {
-    return update_contiguous<float, float>(job, stream);
-  }
-  if (state == Dtype::float32 && model == Dtype::float16) {
-    return update_contiguous<float, Half>(job, stream);
-  }
-  if (state == Dtype::float32 && model == Dtype::bfloat16) {
-    return update_contiguous<float, BFloat16>(job, stream);
-  }
-  if (state == Dtype::float16 && model == Dtype::float16) {
-    return update_contiguous<Half, Half>(job, stream);
-  }
-  if (state == Dtype::bfloat16 && model == Dtype::bfloat16) {
-    return update_contiguous<BFloat16, BFloat16>(job, stream);
-  }
-  if (state == Dtype::float64 && model == Dtype::float64) {
-    return update_contiguous<double, double>(job, stream);
-  }
+  if (state == Dtype::float32 && model == Dtype::float32) return launch(float{}, float{});
+  if (state == Dtype::float32 && model == Dtype::float16) return launch(float{}, Half{});
+  if (state == Dtype::float32 && model == Dtype::bfloat16) return launch(float{}, BFloat16{});
+  if (state == Dtype::float16 && model == Dtype::float16) return launch(Half{}, Half{});
+  if (state == Dtype::bfloat16 && model == Dtype::bfloat16) return launch(BFloat16{}, BFloat16{});
+  if (state == Dtype::float64 && model == Dtype::float64) return launch(double{}, double{});
   return NOT_CONTIGUOUS;
+}
+
+int update_contiguous(const Job& job, void* stream) {
+  return for_dtypes(job, [&](auto state, auto model) {
+    return update_contiguous<decltype(state), decltype(model)>(job, stream);
+  });
 }
 
 }  // namespace FASTDDIM_NAMESPACE

@@ -13,6 +13,9 @@
   kernel<<<(extent).blocks, (extent).threads, 0, (cudaStream_t)(stream)>>>(__VA_ARGS__)
 #endif
 
+// A function that only kernels call.
+#define FASTDDIM_DEVICE __device__ __forceinline__
+
 #if defined(__CUDA_ARCH__)
 #define FASTDDIM_UNROLL _Pragma("unroll")
 #define FASTDDIM_NO_UNROLL _Pragma("unroll 1")

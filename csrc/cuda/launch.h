@@ -11,6 +11,12 @@ extern "C" {
 // pointer in the job is to device memory, except those to sizes and strides.
 int fastddim_cuda_update(const fastddim::Job* job, void* stream);
 
+// The rows of a job into `job->fitted`, with the factors that they take from the data.
+int fastddim_cuda_fit(const fastddim::Job* job, void* stream);
+
+// The gradients of an update.
+int fastddim_cuda_backward(const fastddim::Job* job, void* stream);
+
 // Standard normals into `job->out`.
 int fastddim_cuda_normal(const fastddim::Job* job, void* stream);
 

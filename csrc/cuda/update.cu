@@ -7,8 +7,10 @@
 // is drawn in registers. Both compute by formula.h, built with -fmad=false, so their bits are those
 // of the CPU kernel.
 
+#include "backward.cuh"
 #include "contiguous.cuh"
 #include "counters.cuh"
+#include "fit.cuh"
 #include "launch.h"
 #include "strided.cuh"
 
@@ -19,6 +21,14 @@ int fastddim_cuda_update(const fastddim::Job* job, void* stream) {
   const int code = update_contiguous(*job, stream);
   if (code != NOT_CONTIGUOUS) return code;
   return job->float64 ? update_strided<double>(*job, stream) : update_strided<float>(*job, stream);
+}
+
+int fastddim_cuda_fit(const fastddim::Job* job, void* stream) {
+  return job->batch == 0 ? 0 : fit_rows(*job, stream);
+}
+
+int fastddim_cuda_backward(const fastddim::Job* job, void* stream) {
+  return job->batch == 0 || job->count == 0 ? 0 : backward_of_update(*job, stream);
 }
 
 int fastddim_cuda_normal(const fastddim::Job* job, void* stream) {

@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor
 
 from fastddim import philox
+from fastddim.plan import Rescaling
 
 from ..environment import ROOT
 from . import launcher
@@ -36,6 +37,33 @@ class Device:
             tensors,
             {"out", "x_0", "model_input", "epsilon"},
             lambda: self._backend.update_out(x, model_output, table, row, **rest),
+        )
+
+    def rescale_rows(
+        self,
+        x: Tensor,
+        model_output: Tensor,
+        table: Tensor,
+        row: Tensor,
+        rescaling: Rescaling,
+        out: Tensor,
+    ) -> None:
+        names = ("x", "model_output", "table", "row", "out")
+        given = (x, model_output, table, row)
+        self._call(
+            dict(zip(names, (*given, out), strict=True)),
+            {"out"},
+            lambda: self._backend.rescale_rows(*given, rescaling, out),
+        )
+
+    def backward_out(self, *operands: Tensor | None) -> None:
+        names = ("grad_out", "grad_x_0", "x", "model_output", "table", "row", "mask")
+        names += ("grad_x", "grad_model_output")
+        tensors = {
+            name: tensor for name, tensor in zip(names, operands, strict=True) if tensor is not None
+        }
+        self._call(
+            tensors, {"grad_x", "grad_model_output"}, lambda: self._backend.backward_out(*operands)
         )
 
     def normal_out(self, keys: philox.Keys, stream: int, out: Tensor) -> None:

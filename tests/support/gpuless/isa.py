@@ -40,6 +40,10 @@ class Wave(Protocol):
 
     def store(self, space: str, address: Array, words: np.ndarray, lanes: Lanes) -> None: ...
 
+    def add(self, address: Array, values: np.ndarray, lanes: Lanes) -> None:
+        """Atomic additions in shared memory."""
+        ...
+
     def warps(self, lanes: Lanes) -> np.ndarray:
         """`[warps, 32]`, or an error where some threads of a warp are missing."""
         ...
@@ -1062,6 +1066,32 @@ def _access(i: Instruction) -> Step:
             raise PtxError(f"store into {space} memory")
         return _store(i, type, space, address, parts)
     return _load(i, type, space, address, parts, coherent)
+
+
+@opcode("atom", "red")
+def _atomic(i: Instruction) -> Step:
+    """Integer additions in shared memory, whose sum depends on no order.
+
+    The number from before the addition does, so its register is poisoned.
+    """
+    type = i.type("u32", "u64")
+    i.required("shared", "shared::cta")
+    i.required("add")
+    returns = i.base == "atom"
+    i.arity(3 if returns else 2)
+    *result, place, value = i.operands
+    _, address = _address(i, place, "shared", DTYPES[type].itemsize)
+    read = i.reader(value, type)
+    writes = [i.writer(name, type) for name in result]
+    poison = DTYPES[type].type(-1 % (1 << 8 * DTYPES[type].itemsize))
+
+    def step(wave: Wave, lanes: Lanes) -> None:
+        values = np.broadcast_to(read(wave, lanes), wave.count(lanes))
+        wave.add(address(wave, lanes), values, lanes)
+        for write in writes:
+            write(wave, lanes, poison)
+
+    return step
 
 
 def _cache_hints(i: Instruction) -> bool:

@@ -13,11 +13,12 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from fastddim import ops
 from fastddim.philox import Keys
+from fastddim.plan import Rescaling
 
 from ..artefacts import compiled
 from ..environment import COMPILER, ROOT
 
-OPERATORS = ("update_out", "normal_out", "advance")
+OPERATORS = ("update_out", "fit_rows", "backward_out", "normal_out", "advance")
 
 
 def build_library(namespace: str, folder: Path, objects: list[str], flags: list[str]) -> Path:
@@ -53,14 +54,26 @@ def define(namespace: str) -> None:
 
 
 def backend(namespace: str) -> Any:
-    """`update_out`, `normal_out` and `advance` as a backend has them."""
+    """The functions of a backend that launch kernels, and `backward_out`, which is the operator."""
     operators = getattr(torch.ops, namespace)
 
     def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
         operators.normal_out(*keys, stream, out)
 
+    def rescale_rows(
+        x: Tensor,
+        model_output: Tensor,
+        table: Tensor,
+        row: Tensor,
+        rescaling: Rescaling,
+        out: Tensor,
+    ) -> None:
+        operators.fit_rows(x, model_output, table, row, *rescaling, out)
+
     return SimpleNamespace(
         update_out=ops.update_out_through(operators.update_out.default),
+        rescale_rows=rescale_rows,
+        backward_out=operators.backward_out,
         normal_out=normal_out,
         advance=operators.advance,
     )

@@ -19,7 +19,7 @@ import torch
 from .exact import UNSIGNED, Array
 
 _LARGEST_ACCESS = 32
-_NOBODY, _MANY = -1, -2
+_NOBODY, _MANY, _ATOMIC = -1, -2, -3
 
 
 class PtxError(Exception):
@@ -158,6 +158,16 @@ class Shadow:
             now = self._writer[granule]
             _refuse(now != thread, thread, now, "overwrites", "wrote")
 
+    def update(self, offset: np.ndarray, size: int, thread: np.ndarray) -> None:
+        """Atomic operations, which may meet one another and nothing else."""
+        for granule in self._granules(offset, size):
+            reader, writer = self._reader[granule], self._writer[granule]
+            read = (reader != _NOBODY) & (reader != thread)
+            _refuse(read, thread, reader, "changes", "read")
+            written = (writer != _NOBODY) & (writer != _ATOMIC) & (writer != thread)
+            _refuse(written, thread, writer, "changes", "wrote")
+            self._writer[granule] = _ATOMIC
+
     def _granules(self, offset: np.ndarray, size: int) -> Iterator[np.ndarray]:
         if size < self._granule:
             self._refine(size)
@@ -177,7 +187,7 @@ def _refuse(
     if conflict.any():
         i = int(np.argmax(conflict))
         known = int(other[i])
-        name = "others" if known == _MANY else f"thread {known}"
+        name = "others" if known in (_MANY, _ATOMIC) else f"thread {known}"
         raise PtxError(f"race: thread {int(thread[i])} {deed} what {name} {done}")
 
 
@@ -282,6 +292,14 @@ class RowMemory:
         if self.shadow:
             self.shadow.write(offset, size, thread)
         self.block.store(offset, words)
+
+    def add(self, address: Array, values: np.ndarray, row: np.ndarray, thread: np.ndarray) -> None:
+        """Atomic additions."""
+        size = values.dtype.itemsize
+        offset = self._offset(address, size, row)
+        if self.shadow:
+            self.shadow.update(offset, size, thread)
+        np.add.at(self.block.table(size, 1)[:, 0], offset // size, values)
 
     def synchronise(self, row: int) -> None:
         if self.shadow:

@@ -6,7 +6,8 @@ defines, to the bit. What hardware would let pass is an error: accesses out of b
 races between threads, stores into read-only memory, barriers that not all threads reach.
 
 Not modelled: time, the memory model beyond races, SASS, and the payload of a NaN. Refused: every
-opcode and suffix that `isa` does not list, among them atomics, calls and approximate operations.
+opcode and suffix that `isa` does not list, among them calls, approximate operations and all atomics
+but the additions of integers in shared memory.
 """
 
 from __future__ import annotations
@@ -544,6 +545,11 @@ class _Wave:
             memory.store(np.broadcast_to(address, row.shape), words, row, thread)
         else:
             raise PtxError(f"store into {space} memory")
+
+    def add(self, address: Array, values: np.ndarray, lanes: Lanes) -> None:
+        memory, row = self._rows["shared"]
+        row, thread = (v if lanes is None else v[lanes] for v in (row, self._thread))
+        memory.add(np.broadcast_to(address, row.shape), values, row, thread)
 
     def warps(self, lanes: Lanes) -> np.ndarray:
         everyone = self._lane if lanes is None else lanes
