@@ -111,17 +111,20 @@ def add(sums, squares, values, shift, inside):
 
 
 @triton.jit
-def total(sums):
-    """The upper half is added to the lower one until a single sum is left."""
+def totals(sums):
+    """The upper half is added to the lower one until a single sum is left, of each of four."""
     for halving in tl.static_range(_HALVINGS):
-        sums = tl.sum(tl.reshape(sums, [2, _SUMS >> (halving + 1)]), axis=0)
-    return tl.sum(sums, axis=0)
+        sums = tl.sum(tl.reshape(sums, [2, _SUMS >> (halving + 1), 2, 2]), axis=0)
+    one, other = tl.split(tl.reshape(sums, [2, 2]))
+    a, b = tl.split(one)
+    c, d = tl.split(other)
+    return a, b, c, d
 
 
 @triton.jit
-def squared_deviations(sums, squares, end):
-    sum_of_all = total(sums)
-    return total(squares) - sum_of_all * sum_of_all / end.to(tl.float64)
+def squared_deviations(total, of_squares, end):
+    """Of all values from their mean, by what was added up."""
+    return of_squares - total * total / end.to(tl.float64)
 
 
 @triton.jit
@@ -139,10 +142,9 @@ def rescaling_factor(samples, row, rescale, WIDE: tl.constexpr):
             sums_of_guided, squares_of_guided = add(
                 sums_of_guided, squares_of_guided, m, shift_of_guided, span.inside
             )
-    ratio = tl.sqrt(
-        squared_deviations(sums, squares, samples.end)
-        / squared_deviations(sums_of_guided, squares_of_guided, samples.end)
-    )
+    every = tl.join(tl.join(sums, squares), tl.join(sums_of_guided, squares_of_guided))
+    a, b, c, d = totals(every)
+    ratio = tl.sqrt(squared_deviations(a, b, samples.end) / squared_deviations(c, d, samples.end))
     ratio = tl.where(ratio - ratio == 0, ratio, 1.0)
     return (rescale * ratio + (1.0 - rescale)).to(row.cx.dtype)
 
