@@ -111,14 +111,20 @@ def add(sums, squares, values, shift, inside):
 
 
 @triton.jit
+def split(four):
+    """The numbers that `tl.join` has joined twice."""
+    a_b, c_d = tl.split(four)
+    a, b = tl.split(a_b)
+    c, d = tl.split(c_d)
+    return a, b, c, d
+
+
+@triton.jit
 def totals(sums):
     """The upper half is added to the lower one until a single sum is left, of each of four."""
     for halving in tl.static_range(_HALVINGS):
         sums = tl.sum(tl.reshape(sums, [2, _SUMS >> (halving + 1), 2, 2]), axis=0)
-    one, other = tl.split(tl.reshape(sums, [2, 2]))
-    a, b = tl.split(one)
-    c, d = tl.split(other)
-    return a, b, c, d
+    return split(tl.reshape(sums, [2, 2]))
 
 
 @triton.jit
@@ -179,14 +185,10 @@ def counts_of_digits(samples, row, prefix, shift, WIDE: tl.constexpr):
             one = tl.where(found, tl.full([], 1, tl.int64) << ((head & 7) * 8).to(tl.int64), 0)
             small += tl.where(head & 8 == 0, one, 0)
             large += tl.where(head & 8 == 0, 0, one)
-        # Of even digits, then of odd ones.
-        of_even = tl.where(
-            digits < 8, tl.sum(small & _LOWER_BYTES), tl.sum(large & _LOWER_BYTES)
-        )
-        of_odd = tl.where(
-            digits < 8, tl.sum((small >> 8) & _LOWER_BYTES), tl.sum((large >> 8) & _LOWER_BYTES)
-        )
-        fields = tl.where(digits & 1 == 0, of_even, of_odd)
+        even = tl.join(small & _LOWER_BYTES, large & _LOWER_BYTES)
+        odd = tl.join((small >> 8) & _LOWER_BYTES, (large >> 8) & _LOWER_BYTES)
+        a, b, c, d = split(tl.sum(tl.join(even, odd), axis=0))
+        fields = tl.where(digits & 1 == 0, tl.where(digits < 8, a, b), tl.where(digits < 8, c, d))
         counts += (fields >> ((digits & 6) * 8).to(tl.int64)) & 0xFFFF
     return counts
 
