@@ -1,10 +1,10 @@
 """The derivatives of the update: gradients by a kernel, all else by PyTorch's own operators.
 
 The update is affine in all its tensors where the clip does not act. Its gradients take one pass, in
-an operator like `fastddim::backward`. Where a gradient is itself differentiated, it is worked out by
-`reference.gradients`, and where a transform of `torch.func` or forward-mode differentiation is at
-work, or the table or the mask has a gradient, the update is that of `reference.updated`: PyTorch
-knows every derivative of the operators that they are made of.
+`fastddim::backward` or an operator like it. Where a gradient is itself differentiated, it is worked
+out by `reference.gradients`, and where a transform of `torch.func` or forward-mode differentiation
+is at work, or the table or the mask has a gradient, the update is that of `reference.updated`:
+PyTorch knows every derivative of the operators that they are made of.
 
 `torch.vmap` makes one batch of all samples, which the kernel takes at once.
 """

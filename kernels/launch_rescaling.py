@@ -6,14 +6,12 @@ import functools
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .checks import Meta, check_rescaling, meta_of
 from .launch import _device_of, _Launch, _options, _second_half, _warp_size
 from .rescaling import THREADS, Data, rescaling_kernel
 from .views import lay_out
-
 
 _REGISTERS = 80
 """Of a thread: enough for none to be spilled, as there are few programs in any case."""
@@ -68,9 +66,7 @@ def _prepare(
     batch = x.shape[0]
     if batch == 0:
         return None
-    layout = lay_out(
-        x.shape, [x.strides, model_output.strides], ordered_by=None, one_row=False
-    )
+    layout = lay_out(x.shape, [x.strides, model_output.strides], ordered_by=None, one_row=False)
     constants: dict[str, Any] = {
         "conditional": _second_half(model_output, batch),
         "sizes": layout.sizes,

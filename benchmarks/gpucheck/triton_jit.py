@@ -21,13 +21,19 @@ from fastddim import ops
 
 
 def backend(module: Any) -> SimpleNamespace:
-    """The launchers of `module` as functions of a backend."""
+    """The launchers of `module` and of those beside it as functions of a backend."""
+    fit_rows = sibling(module, "launch_rescaling").fit_rows
+
+    def rescale_rows(*operands: Any) -> None:
+        *given, rescaling, out = operands
+        fit_rows(*given, *rescaling, out)
+
     return SimpleNamespace(
         update_out=ops.update_out_through(module.update_out),
         normal_out=module.normal_out,
         advance=module.advance,
         backward_out=sibling(module, "launch_backward").backward_out,
-        fit_rows=sibling(module, "launch_rescaling").fit_rows,
+        rescale_rows=rescale_rows,
     )
 
 

@@ -63,7 +63,7 @@ def _rescaled(row: Any, x: np.ndarray, outputs: list[np.ndarray], rescaling: Res
 
 
 def _squared_deviations(values: np.ndarray) -> Any:
-    """Element i goes to sum i % 256; then the upper half of the sums to the lower one, and so on."""
+    """Element i goes to sum i % 256; then the upper half of the sums is added to the lower one."""
     count = len(values)
     d = values.astype(np.float64) - (np.float64(values[0]) if count else 0.0)
     d = np.append(d, np.zeros(-count % LANES)).reshape(-1, LANES)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from gpucheck.triton_jit import Binary
 
+from ..environment import ROOT
 from . import ptx
 
 OUTPUTS = (
@@ -59,3 +65,18 @@ class Interpreter:
                 shared_bytes=binary.kernel.metadata.shared,
             )
         )
+
+
+def changed_kernels(folder: Path, module: str, right: str, wrong: str) -> Any:
+    """A copy of the kernels, as a package of its own, with another text."""
+    package = folder / f"kernels_{abs(hash((module, right)))}"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for source in (ROOT / "kernels").glob("[a-z]*.py"):
+        text = source.read_text()
+        if source.stem == module:
+            assert right in text
+            text = text.replace(right, wrong)
+        (package / source.name).write_text(text)
+    with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+        return importlib.import_module(f"{package.name}.launch")
