@@ -123,16 +123,63 @@ def test_every_target_is_there(functions: dict[int, dict[str, Function]], librar
     ptx = output_of([tool("cuobjdump"), "--list-ptx", str(library)], library.parent)
     assert "sm_100.ptx" in ptx
     for kernels in functions.values():
-        assert len(kernels) == len(functions[90]) == 6 * 3 * 2 + 4 + 2 + len(LONG)
+        updates = 6 * 3 * 2 + len(LONG) + 2 * 2
+        assert len(kernels) == len(functions[90]) == updates + 2 + 2 * (6 + 2)
 
 
 @each_target
 def test_no_stack_no_spills(functions: dict[int, dict[str, Function]], arch: int) -> None:
     for name, function in functions[arch].items():
-        assert (function.stack, function.local, function.shared) == (0, 0, 0), name
+        assert (function.stack, function.local) == (0, 0), name
         assert count(function.sass, "LDL") == count(function.sass, "STL") == 0, name
-        for opcode in ("BAR", "ATOM", "ATOMG", "RED", "MEMBAR"):
-            assert count(function.sass, opcode) == 0, name
+
+
+ATOMICS_AND_BARRIERS = ("BAR", "ATOM", "ATOMG", "ATOMS", "RED", "MEMBAR")
+
+
+@each_target
+def test_only_fits_share_memory(functions: dict[int, dict[str, Function]], arch: int) -> None:
+    """Of all kernels only those that fit rows have shared memory, barriers and atomics: additions
+    of integers in shared memory.
+    """
+    fits = 0
+    for name, function in functions[arch].items():
+        held = {op: count(function.sass, op) for op in ATOMICS_AND_BARRIERS}
+        if not name.startswith("fit<"):
+            assert function.shared == 0, name
+            assert not any(held.values()), name
+            continue
+        fits += 1
+        # Sums, histogram with its tree, and the largest and smallest word.
+        words = 2 * 256 * (8 if "double" in name else 4)
+        assert function.shared <= 4 * 256 * 8 + (2048 + 512) * 4 + words + 1024, name
+        assert held["BAR"] > 0, name
+        assert held["ATOMS"] > 0, name
+        assert {op for op, n in held.items() if n} == {"BAR", "ATOMS"}, name
+        assert all(".POPC.INC" in op or ".ADD" in op for op in function.sass if "ATOMS" in op), name
+    assert fits == 6 + 2
+
+
+@each_target
+def test_fits_and_gradients_leave_room_for_half_of_the_threads(
+    functions: dict[int, dict[str, Function]], arch: int
+) -> None:
+    """Of float64, for three blocks."""
+    *_, half = TARGETS[arch]
+    for name, function in functions[arch].items():
+        if name.startswith(("fit<", "backward")):
+            limit = 80 if "double" in name else half
+            assert function.registers <= limit, f"{name}: {function.registers}"
+
+
+@each_target
+def test_gradients_are_moved_in_words(functions: dict[int, dict[str, Function]], arch: int) -> None:
+    """Six operands are loaded and three gradients stored, of two words each for float64."""
+    for state in ("float", "Half", "BFloat16", "double"):
+        size = 8 if state in HALVES else 4
+        words = 2 if state == "double" else 1
+        sass = functions[arch][f"backward<{state}, {state}, {size}>"].sass
+        assert wide(sass) == (6 * words, 3 * words)
 
 
 @each_target
@@ -199,7 +246,7 @@ def test_ptxas_contracts_nothing(functions: dict[int, dict[str, Function]], arch
     compared = 0
     for name, function in functions[arch].items():
         # float64 conversions and 64-bit division have sequences of their own.
-        if not name.startswith("update<") or "double" in name:
+        if not name.startswith(("update<", "backward<")) or "double" in name:
             continue
         body = bodies[name]
         assert not re.search(r"\b(?:fma|mul|add|sub)\.f32", body), "an operation may be contracted"
@@ -214,7 +261,7 @@ def test_ptxas_contracts_nothing(functions: dict[int, dict[str, Function]], arch
             found = count(function.sass, opcode) + 2 * count(function.sass, opcode + "2")
             assert found == expected, f"{name}: {opcode}"
             compared += 1
-    assert compared == (5 * 3 * 2 + len(LONG)) * 3
+    assert compared == (5 * 3 * 2 + len(LONG) + 5) * 3
 
 
 def packed(body: str, opcode: str) -> int:
@@ -236,7 +283,7 @@ sys.meta_path.insert(0, Finder())
 import torch, fastddim
 from fastddim import ops
 assert ops.EXTENSION_ERROR is None and sys.modules["fastddim._C"].__file__ == path
-for name in ("update_out", "normal_out", "advance"):
+for name in ("update_out", "fit_rows", "backward_out", "normal_out", "advance"):
     for key in ("CPU", "CUDA"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastddim::{name}", key)
 print(fastddim.step(torch.ones(1, 4), torch.zeros(1, 4), 0.25, 1.0).tolist())

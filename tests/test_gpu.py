@@ -27,6 +27,15 @@ from .support.gpuless.cases import (
     assert_normals,
     update_case,
 )
+from .support.gpuless.fits import (
+    BACKWARD_CASES,
+    FIT_CASES,
+    FITS,
+    assert_backward_of_cpu,
+    assert_fit_of_cpu,
+    backward_case,
+    fit_case,
+)
 from .support.models import elementwise_model
 from .support.updates import DTYPES, make_case
 
@@ -60,6 +69,35 @@ def test_updates(impl: str, name: str) -> None:
 @pytest.mark.parametrize("name", LONG)
 def test_long_chunks(impl: str, name: str) -> None:
     assert_bare_bits_of_cpu(on_gpu(backends.BACKENDS[impl].update_out), update_case(name))
+
+
+@pytest.fixture
+def cuda() -> backends.Backend:
+    """The CUDA kernels, which are a failure where they cannot be used on NVIDIA's GPUs."""
+    if torch.version.hip is not None:
+        pytest.skip("cuda: it runs on NVIDIA GPUs only")
+    reason = backends.BACKENDS["cuda"].unavailable(torch.device("cuda"))
+    assert reason is None, reason
+    return backends.BACKENDS["cuda"]
+
+
+@pytest.mark.parametrize("name", FIT_CASES)
+def test_fits(cuda: backends.Backend, name: str) -> None:
+    assert_fit_of_cpu(on_gpu(cuda.rescale_rows), *fit_case(name))
+
+
+def test_fits_of_large_samples(cuda: backends.Backend) -> None:
+    for dtype in (torch.float32, torch.float64):
+        generator = torch.Generator().manual_seed(5)
+        case = make_case(generator, (3, 3, 512, 511), dtype=dtype, guided=True)
+        assert_fit_of_cpu(on_gpu(cuda.rescale_rows), case, FITS["both"])
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("name", BACKWARD_CASES)
+def test_gradients(name: str) -> None:
+    backward_out = on_gpu(torch.ops.fastddim.backward_out)
+    assert_backward_of_cpu(backward_out, *backward_case(name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

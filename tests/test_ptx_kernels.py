@@ -69,6 +69,10 @@ def start(
         ("barrier_after_exit", "divergent barrier"),
         ("two_barriers", "divergent barrier"),
         ("shared_without_barrier", "reads what thread"),
+        ("counted_and_read", "reads what others wrote"),
+        ("counted_before_the_barrier", "changes what thread 63 wrote"),
+        ("read_and_counted", "changes what others read"),
+        ("counted_beyond_shared", "out of bounds of 256 bytes of shared memory"),
         ("beyond_shared", "out of bounds of 256 bytes of shared memory"),
     ],
 )
@@ -209,6 +213,19 @@ def test_barriers_in_loops(module: ptx.Module) -> None:
     assert torch.equal(sums.long(), values.view(300, 128).long().sum(1))
     with pytest.raises(ptx.PtxError, match="out of bounds of 511 bytes"):
         start(module, "sum_of_block", values, sums, block=(128, 1, 1), shared_bytes=511)
+
+
+def test_atomic_additions(module: ptx.Module) -> None:
+    """Several threads to one number; what it was before an addition depends on their order."""
+    values = torch.randint(0, 9, (40, 64), dtype=torch.int32)
+    counts = torch.zeros(40, 64, dtype=torch.int32)
+    start(module, "histogram_of_block", values, counts, grid=(40, 1, 1))
+    expected = torch.stack([row.bincount(minlength=64) for row in values.long()])
+    expected[:, 63] += 2 * len(range(0, 64, 3))
+    assert torch.equal(counts.long(), expected)
+    out = torch.zeros(64)
+    start(module, "order_of_atomics", out)
+    assert out.tolist() == [2.0**32] * 64
 
 
 def test_divergent_loops(module: ptx.Module) -> None:

@@ -1,7 +1,7 @@
 """compute-sanitizer's memcheck over the updates of `gpucheck.cases`.
 
 torch's caching allocator is off, so that every tensor is an allocation of its own and an access
-beyond it is seen. initcheck and racecheck would see nothing here: the kernels use no shared memory,
+beyond it is seen. initcheck and racecheck would see nothing here: updates use no shared memory,
 and outputs are filled before they are written.
 """
 

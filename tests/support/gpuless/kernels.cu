@@ -69,6 +69,34 @@ __global__ void shared_without_barrier(float* out) {
   asm volatile("" ::: "memory");
   out[threadIdx.x] = row[63 - threadIdx.x];
 }
+__global__ void counted_and_read(float* out) {
+  __shared__ unsigned count;
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+  atomicAdd(&count, 1u);
+  asm volatile("" ::: "memory");
+  out[threadIdx.x] = ((volatile unsigned&)count);
+}
+__global__ void counted_before_the_barrier(float* out) {
+  __shared__ unsigned count;
+  if (threadIdx.x == 63) count = 0;
+  atomicAdd(&count, 1u);
+  __syncthreads();
+  out[threadIdx.x] = count;
+}
+__global__ void read_and_counted(float* out) {
+  __shared__ unsigned count;
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+  out[threadIdx.x] = ((volatile unsigned&)count);
+  atomicAdd(&count, 1u);
+}
+__global__ void counted_beyond_shared(float* out) {
+  __shared__ unsigned counts[64];
+  atomicAdd(&counts[threadIdx.x + 1], 1u);
+  __syncthreads();
+  out[threadIdx.x] = counts[threadIdx.x];
+}
 __global__ void beyond_shared(float* out) {
   __shared__ float row[64];
   row[threadIdx.x + 1] = 1;
@@ -102,6 +130,22 @@ __global__ void sum_of_block(const int* in, int* out) {
     __syncthreads();
   }
   if (threadIdx.x == 0) out[blockIdx.x] = part[0];
+}
+__global__ void histogram_of_block(const int* in, int* out) {
+  __shared__ unsigned counts[64];
+  counts[threadIdx.x] = 0;
+  __syncthreads();
+  const int i = blockIdx.x * 64 + threadIdx.x;
+  atomicAdd(&counts[in[i]], 1u);
+  if (threadIdx.x % 3 == 0) atomicAdd(&counts[63], 2u);
+  __syncthreads();
+  out[i] = counts[threadIdx.x];
+}
+__global__ void order_of_atomics(float* out) {
+  __shared__ unsigned count;
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+  out[threadIdx.x] = atomicAdd(&count, 1u);
 }
 __global__ void steps_to_one(const int* in, int* out) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;

@@ -22,6 +22,14 @@ from .cases import (
     assert_normals,
     update_case,
 )
+from .fits import (
+    BACKWARD_CASES,
+    FIT_CASES,
+    assert_backward_of_cpu,
+    assert_fit_of_cpu,
+    backward_case,
+    fit_case,
+)
 
 # One of each dtype: aligned, and not.
 QUICK = list(LONG)[3::6]
@@ -48,6 +56,23 @@ def test_updates(host: Any, name: str, in_place: bool) -> None:
 )
 def test_long_chunks(host: Any, name: str) -> None:
     assert_bare_bits_of_cpu(host.update_out, update_case(name))
+
+
+# Those of the quick ones are of both kernels and all layouts.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if i % 9 == 0 else pytest.mark.deep)
+        for i, name in enumerate(FIT_CASES)
+    ],
+)
+def test_fits(host: Any, name: str) -> None:
+    assert_fit_of_cpu(host.rescale_rows, *fit_case(name))
+
+
+@pytest.mark.parametrize("name", BACKWARD_CASES)
+def test_gradients(host: Any, name: str) -> None:
+    assert_backward_of_cpu(host.backward_out, *backward_case(name))
 
 
 @pytest.mark.parametrize("offset", range(8))
