@@ -46,6 +46,7 @@ _CHUNK = tl.constexpr(63 * 1024)
 """Elements that are counted before fields of 16 bits could overflow."""
 _DIGIT = tl.constexpr(4)
 """Bits of an order statistic that one pass finds."""
+_DIGITS = tl.constexpr(16)
 _LOWER_BYTES = tl.constexpr(0x00FF00FF00FF00FF)
 
 
@@ -173,8 +174,8 @@ def counts_of_digits(samples, row, prefix, shift, WIDE: tl.constexpr):
 
     A thread counts in bytes, 8 of them to a word. Words are added up in fields of 16 bits.
     """
-    digits = tl.arange(0, 1 << _DIGIT)
-    counts = tl.zeros([1 << _DIGIT], tl.int64)
+    digits = tl.arange(0, _DIGITS)
+    counts = tl.zeros([_DIGITS], tl.int64)
     for chunk in range(0, samples.end, _CHUNK):
         small = tl.zeros([_TILE], tl.int64)
         large = tl.zeros([_TILE], tl.int64)
@@ -203,7 +204,7 @@ def order_statistics(samples, row, rank, WIDE: tl.constexpr):
     word: tl.constexpr = tl.int64 if row.cx.dtype == tl.float64 else tl.int32
     most: tl.constexpr = 0x7FFFFFFFFFFFFFFF if row.cx.dtype == tl.float64 else 0x7FFFFFFF
     passes: tl.constexpr = 16 if row.cx.dtype == tl.float64 else 8
-    digits = tl.arange(0, 1 << _DIGIT)
+    digits = tl.arange(0, _DIGITS)
     prefix = tl.zeros([], word)
     equal = tl.zeros([], tl.int64)
     for i in range(passes):

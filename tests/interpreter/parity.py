@@ -106,7 +106,7 @@ def test_random_cases(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=[] if i % 12 == 0 else pytest.mark.deep)
+        pytest.param(n, marks=[] if i % 20 == 0 else pytest.mark.deep)
         for i, n in enumerate(FIT_CASES)
     ],
 )
@@ -117,7 +117,7 @@ def test_rows_from_data(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if i % 8 == 0 else pytest.mark.deep)
+        pytest.param(name, marks=[] if i % 14 == 0 else pytest.mark.deep)
         for i, name in enumerate(BACKWARD_CASES)
         # Many programs.
         if name != "(300, 8)"

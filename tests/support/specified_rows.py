@@ -21,7 +21,7 @@ from .updates import Case
 LANES = 256
 
 
-def rescaled_rows(case: Case, rescaling: Rescaling) -> Tensor:
+def specified_rows(case: Case, rescaling: Rescaling) -> Tensor:
     """Rows `[B, K]` in the dtype of the table."""
     table, index = case.table.numpy(), case.row.numpy()
     rows = np.empty((len(case.x), len(Row._fields)), table.dtype)
