@@ -163,12 +163,12 @@ def test_the_operators_are_registered_as_they_should_be() -> None:
     given = (torch.ones_like(state[0]), None, *state, case.mask)
     # They have no gradients of their own, and compiled graphs take them as they take the others.
     checks = {"test_utils": ("test_schema", "test_faketensor")}
-    operators = torch.ops.fastddim
+    ops_of_triton = torch.ops.fastddim
     torch.library.opcheck(
-        operators.triton_fit_rows.default, (*state, 0.5, 0.9, 2.0, rows), **checks
+        ops_of_triton.triton_fit_rows.default, (*state, 0.5, 0.9, 2.0, rows), **checks
     )
-    torch.library.opcheck(operators.triton_backward_out.default, (*given, *grads), **checks)
-    torch.library.opcheck(operators.triton_backward.default, given, **checks)
+    torch.library.opcheck(ops_of_triton.triton_backward_out.default, (*given, *grads), **checks)
+    torch.library.opcheck(ops_of_triton.triton_backward.default, given, **checks)
 
 
 @needs_extension
