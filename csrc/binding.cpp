@@ -82,7 +82,7 @@ Tensor new_like(const Tensor& tensor) {
 
 // A step from outside a loop. That Python makes two tensors fewer and passes ten arguments fewer
 // halves the time of a small one.
-std::tuple<Tensor, Tensor> step(Tensor x, Tensor model_output, Tensor table, Tensor row,
+std::tuple<Tensor, Tensor> step(Tensor x, Tensor model_output, Tensor table, Optional row,
                                 Optional noise) {
   Tensor x_prev = new_like(x), x_0 = new_like(x);
   update_out({.x = x,
@@ -95,8 +95,8 @@ std::tuple<Tensor, Tensor> step(Tensor x, Tensor model_output, Tensor table, Ten
   return {x_prev, x_0};
 }
 
-void fit_rows(Tensor x, Tensor model_output, Tensor table, Tensor row, double rescale, double ratio,
-              double limit, Tensor out) {
+void fit_rows(Tensor x, Tensor model_output, Tensor table, Optional row, double rescale,
+              double ratio, double limit, Tensor out) {
   const Shape shape(x, "x");
   Job job = fit_job(shape, x, model_output, table, row, rescale, ratio, limit, out);
   const JobLayout layout(job, shape.sizes, (int)shape.dims, true, false, Interleaved::as_any);
@@ -108,7 +108,7 @@ void fit_rows(Tensor x, Tensor model_output, Tensor table, Tensor row, double re
 }
 
 void backward_out(Optional grad_out, Optional grad_x_0, Tensor x, Tensor model_output, Tensor table,
-                  Tensor row, Optional mask, Tensor grad_x, Tensor grad_model_output) {
+                  Optional row, Optional mask, Tensor grad_x, Tensor grad_model_output) {
   const Shape shape(x, "x");
   Job job = backward_job(shape, grad_out, grad_x_0, x, model_output, table, row, mask, grad_x,
                          grad_model_output);

@@ -124,8 +124,9 @@ inline const int64_t* integers_of(const Tensor& tensor, const char* name, const 
   return (const int64_t*)tensor.data_ptr();
 }
 
-// The values of a row index on a GPU are not looked at: that would wait for the device.
-inline void set_rows(Job& job, const Tensor& table, const Tensor& row, const Place& place) {
+// Without row indices all samples have the first row of the table. The values of indices on a GPU
+// are not looked at: that would wait for the device.
+inline void set_rows(Job& job, const Tensor& table, const Optional& row, const Place& place) {
   check_place(table, "table", place);
   const ScalarType expected = job.float64 ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(table.scalar_type() == expected, "fastddim: table: expected dtype ",
@@ -134,8 +135,13 @@ inline void set_rows(Job& job, const Tensor& table, const Tensor& row, const Pla
   STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == ROW_FIELDS && table.is_contiguous(),
                   "fastddim: table: expected a contiguous tensor [R, ", ROW_FIELDS, "]");
   job.table = table.data_ptr();
-  job.row = integers_of(row, "row", place);
-  const int64_t count = row.size(0), rows = table.size(0);
+  const int64_t rows = table.size(0);
+  if (!row) {
+    STD_TORCH_CHECK(rows > 0, "fastddim: table: expected at least one row, got none");
+    return;
+  }
+  job.row = integers_of(*row, "row", place);
+  const int64_t count = row->size(0);
   STD_TORCH_CHECK(count == 1 || count == job.batch,
                   "fastddim: row: expected a contiguous int64 tensor [1] or [B], got [", count,
                   "]");
@@ -180,15 +186,16 @@ inline Job job_of(const Tensor& x, const Shape& shape) {
 // The arguments of `fastddim::update_out`, in the order of its schema. Hidden, as torch's Tensor
 // is.
 struct __attribute__((visibility("hidden"))) UpdateArguments {
-  Tensor x, model_output, table, row;
-  Optional noise = {}, seed = {}, step = {}, sample = {}, history = {}, mask = {}, known = {};
+  Tensor x, model_output, table;
+  Optional row = {}, noise = {}, seed = {}, step = {}, sample = {}, history = {}, mask = {},
+           known = {};
   Tensor out;
   Optional x_0 = {}, model_input = {}, epsilon = {};
 };
 
 // UPDATE as a function of the operands one by one, which is what TORCH_BOX takes.
 template <void (*UPDATE)(const UpdateArguments&)>
-void update_operator(Tensor x, Tensor model_output, Tensor table, Tensor row, Optional noise,
+void update_operator(Tensor x, Tensor model_output, Tensor table, Optional row, Optional noise,
                      Optional seed, Optional step, Optional sample, Optional history, Optional mask,
                      Optional known, Tensor out, Optional x_0, Optional model_input,
                      Optional epsilon) {
@@ -222,7 +229,7 @@ inline Job update_job(const Shape& shape, const UpdateArguments& given) {
 
 // Rows go into `out` as the update will read them.
 inline Job fit_job(const Shape& shape, const Tensor& x, const Tensor& model_output,
-                   const Tensor& table, const Tensor& row, double rescale, double ratio,
+                   const Tensor& table, const Optional& row, double rescale, double ratio,
                    double limit, const Tensor& out) {
   Job job = job_of(x, shape);
   set_halves(job, operand::unconditional, model_output, "model_output", shape, true);

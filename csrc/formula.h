@@ -132,14 +132,15 @@ FASTDDIM_FN void philox(const Key& key, uint32_t first, uint32_t (&counters)[N][
     counters[i][3] = key.stream;
   }
   uint32_t k_0 = (uint32_t)key.seed, k_1 = (uint32_t)(key.seed >> 32);
+  FASTDDIM_UNROLL
   for (int round = 0; round < PHILOX_ROUNDS; ++round) {
     for (auto& counter : counters) {
-      uint64_t product_0 = (uint64_t)PHILOX_MULTIPLIER_0 * counter[0];
-      uint64_t product_1 = (uint64_t)PHILOX_MULTIPLIER_1 * counter[2];
-      counter[0] = (uint32_t)(product_1 >> 32) ^ counter[1] ^ k_0;
-      counter[1] = (uint32_t)product_1;
-      counter[2] = (uint32_t)(product_0 >> 32) ^ counter[3] ^ k_1;
-      counter[3] = (uint32_t)product_0;
+      const Product product_0 = product(PHILOX_MULTIPLIER_0, counter[0]);
+      const Product product_1 = product(PHILOX_MULTIPLIER_1, counter[2]);
+      counter[0] = product_1.high ^ counter[1] ^ k_0;
+      counter[1] = product_1.low;
+      counter[2] = product_0.high ^ counter[3] ^ k_1;
+      counter[3] = product_0.low;
     }
     k_0 += PHILOX_WEYL_0;
     k_1 += PHILOX_WEYL_1;

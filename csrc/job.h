@@ -65,8 +65,8 @@ struct Job {
   // noise is keyed channel by channel; 0 where they are counted as noise is keyed.
   int64_t channels;
 
-  const void* table;  // rows of float32, or float64
-  const int64_t* row;
+  const void* table;   // rows of float32, or float64
+  const int64_t* row;  // null where all samples share the first
   int64_t row_stride;  // 0 where all samples share one row
   const int64_t *seed, *step, *sample;
   uint32_t stream;

@@ -11,6 +11,14 @@
 #define FASTDDIM_FN inline __attribute__((always_inline))
 #endif
 
+#if defined(__CUDA_ARCH__)
+#define FASTDDIM_UNROLL _Pragma("unroll")
+#define FASTDDIM_NO_UNROLL _Pragma("unroll 1")
+#else
+#define FASTDDIM_UNROLL
+#define FASTDDIM_NO_UNROLL
+#endif
+
 // A header compiled for several instruction sets needs one namespace for each: the linker keeps one
 // copy of equal names, and that copy may use instructions the caller's CPU lacks.
 #if !defined(FASTDDIM_NAMESPACE)
@@ -43,6 +51,28 @@ FASTDDIM_FN float clamped(float a, float limit) {
 }
 #else
 FASTDDIM_FN float root(float a) { return __builtin_sqrtf(a); }
+#endif
+
+// A product of two words.
+struct Product {
+  uint32_t high, low;
+};
+#if defined(__CUDA_ARCH__)
+// Taken apart as a pair of registers; for a shift by 32 ptxas adds 0 to the upper one.
+FASTDDIM_FN Product product(uint32_t a, uint32_t b) {
+  Product product;
+  asm("{\n\t.reg .b64 product;\n\t"
+      "mul.wide.u32 product, %2, %3;\n\t"
+      "mov.b64 {%0, %1}, product;\n\t}"
+      : "=r"(product.low), "=r"(product.high)
+      : "r"(a), "r"(b));
+  return product;
+}
+#else
+FASTDDIM_FN Product product(uint32_t a, uint32_t b) {
+  const uint64_t product = (uint64_t)a * b;
+  return {(uint32_t)(product >> 32), (uint32_t)product};
+}
 #endif
 
 FASTDDIM_FN int32_t bits(float a) {

@@ -33,7 +33,7 @@ def composed(inputs: Inputs) -> reference.Updated:
     x, keys, noise = inputs.x, inputs.keys, inputs.noise
     if keys is not None:
         noise = philox.normal(keys, x.shape[1:], philox.STEP_NOISE)
-    rows = inputs.table.index_select(0, inputs.row)
+    rows = reference.rows_in(inputs.table, inputs.row)
     return reference.updated(
         x, inputs.model_output, rows, noise, inputs.history, inputs.mask, inputs.known
     )
@@ -65,7 +65,8 @@ def _gradients(ctx: Any, grad_x_prev: Tensor | None, grad_x_0: Tensor | None) ->
             ctx.operator, grad_x_prev, grad_x_0, x, model_output, table, row, mask
         )
     if grad_x_prev is not None:
-        columns = table.index_select(0, row).reshape(-1, len(Row._fields), *[1] * (x.ndim - 1))
+        rows = reference.rows_in(table, row)
+        columns = rows.reshape(-1, len(Row._fields), *[1] * (x.ndim - 1))
         pn, ph = (columns[:, Row._fields.index(name)] for name in ("pn", "ph"))
         kept = grad_x_prev if mask is None else grad_x_prev * (1 - mask)
         known = None if mask is None else grad_x_prev * mask
@@ -83,13 +84,13 @@ def _state_gradients(
     x: Tensor,
     model_output: Tensor,
     table: Tensor,
-    row: Tensor,
+    row: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the model output."""
     # With create_graph, autograd runs a backward pass in grad mode.
     if is_grad_enabled() or transformed():
-        rows = table.index_select(0, row)
+        rows = reference.rows_in(table, row)
         return reference.gradients(grad_x_prev, grad_x_0, x, model_output, rows, mask)
     results: tuple[Tensor, Tensor] = operator(
         grad_x_prev, grad_x_0, x, model_output, table, row, mask
@@ -116,8 +117,9 @@ def _one_batch(count: int, dims: tuple[int | None, ...], inputs: tuple[Any, ...]
         # Unconditional outputs come first, those of all calls.
         halves = calls.model_output.unflatten(1, (2, batch))
         one["model_output"] = halves.transpose(0, 1).flatten(0, 2)
-    first_rows = rows * torch.arange(count, device=calls.row.device)
-    one["row"] = (calls.row.expand(count, batch) + first_rows[:, None]).flatten()
+    first_rows = rows * torch.arange(count, device=calls.table.device)[:, None]
+    row = first_rows if calls.row is None else calls.row + first_rows
+    one["row"] = row.expand(count, batch).flatten()
     one |= {name: t.contiguous() for name, t in one.items() if name in _CONTIGUOUS}
     return Inputs(**one)
 
@@ -156,7 +158,7 @@ register(_library, "update", "backward")
 
 @torch.library.impl(_library, "step", "FuncTorchDynamicLayerFrontMode")
 def _step(
-    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, noise: Tensor | None
+    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor | None, noise: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`fastddim::step` under a transform of `torch.func`, which a caller need not ask for."""
     inputs = Inputs(x, model_output, table, row, noise)

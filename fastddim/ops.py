@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     x: Tensor
     model_output: Tensor
     table: Tensor
-    row: Tensor
+    row: Tensor | None = None
     noise: Tensor | None = None
     seed: Tensor | None = None
     step: Tensor | None = None
@@ -86,23 +86,24 @@ _library = torch.library.Library("fastddim", "DEF")
 _library.define(f"update_out({_INPUTS}, {_arguments(Outputs)}) -> ()")
 _library.define(f"update({_INPUTS}) -> (Tensor x_prev, Tensor x_0)")
 _library.define(
-    "step(Tensor x, Tensor model_output, Tensor table, Tensor row, Tensor? noise) "
+    "step(Tensor x, Tensor model_output, Tensor table, Tensor? row, Tensor? noise) "
     "-> (Tensor x_prev, Tensor x_0)"
 )
 _library.define(
     "backward_out(Tensor? grad_x_prev, Tensor? grad_x_0, Tensor x, Tensor model_output, "
-    "Tensor table, Tensor row, Tensor? mask, Tensor(a!) grad_x, Tensor(b!) grad_model_output) -> ()"
+    "Tensor table, Tensor? row, Tensor? mask, Tensor(a!) grad_x, Tensor(b!) grad_model_output) "
+    "-> ()"
 )
 _library.define(
     "backward(Tensor? grad_x_prev, Tensor? grad_x_0, Tensor x, Tensor model_output, "
-    "Tensor table, Tensor row, Tensor? mask) -> (Tensor grad_x, Tensor grad_model_output)"
+    "Tensor table, Tensor? row, Tensor? mask) -> (Tensor grad_x, Tensor grad_model_output)"
 )
 _library.define(
     "normal_out(Tensor seed, Tensor step, Tensor sample, int stream, Tensor(a!) out) -> ()"
 )
 _library.define(
-    "fit_rows(Tensor x, Tensor model_output, Tensor table, Tensor row, float rescale, float ratio, "
-    "float limit, Tensor(a!) out) -> ()"
+    "fit_rows(Tensor x, Tensor model_output, Tensor table, Tensor? row, float rescale, "
+    "float ratio, float limit, Tensor(a!) out) -> ()"
 )
 _library.define("advance(Tensor(a!) counters, Tensor timesteps, Tensor(b!) t) -> ()")
 _library.define(
@@ -137,7 +138,7 @@ def update_out_through(
         x: Tensor,
         model_output: Tensor,
         table: Tensor,
-        row: Tensor,
+        row: Tensor | None,
         *,
         noise: Tensor | None,
         keys: Keys | None,
@@ -203,7 +204,7 @@ def update_through(
         x: Tensor,
         model_output: Tensor,
         table: Tensor,
-        row: Tensor,
+        row: Tensor | None,
         *,
         noise: Tensor | None,
         keys: Keys | None,
@@ -221,7 +222,7 @@ update = update_through(torch.ops.fastddim.update.default)
 
 
 def step(
-    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, noise: Tensor | None
+    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor | None, noise: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(x_prev, x_0) in new tensors, without gradients; for the arguments see
     `fastddim.backends.Backend.update_out`.
@@ -236,7 +237,12 @@ def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
 
 
 def rescale_rows(
-    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, rescaling: Rescaling, out: Tensor
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor | None,
+    rescaling: Rescaling,
+    out: Tensor,
 ) -> None:
     """See `fastddim.backends.Backend.rescale_rows`."""
     torch.ops.fastddim.fit_rows(x, model_output, table, row, *rescaling, out)
@@ -256,7 +262,7 @@ def _update(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl(_library, "step", "CompositeExplicitAutograd")
 def _step(
-    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, noise: Tensor | None
+    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor | None, noise: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     inputs = Inputs(x, model_output, table, row, noise)
     x_prev, x_0 = torch.empty_like(x), torch.empty_like(x)

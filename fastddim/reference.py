@@ -40,6 +40,11 @@ class Updated(NamedTuple):
     epsilon: Tensor
 
 
+def rows_in(table: Tensor, row: Tensor | None) -> Tensor:
+    """The rows `[1 or B, K]` of a table `[R, K]` that `row` names; the first without it."""
+    return table[:1] if row is None else table.index_select(0, row)
+
+
 def update(
     x: Tensor,
     model_output: Tensor,

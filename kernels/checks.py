@@ -33,13 +33,13 @@ def meta_of(tensor: Tensor | None) -> Any:
     return Meta(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-def check_update(tensors: Tensors, table: Meta, row: Meta, keys: Keys | None) -> None:
+def check_update(tensors: Tensors, table: Meta, row: Meta | None, keys: Keys | None) -> None:
     """Check the tensors of an update.
 
     Args:
         tensors: a `Meta` for each tensor, None where it is absent.
         table: coefficient rows.
-        row: the row of each sample.
+        row: the row of each sample, or None where all have the first.
         keys: a `Meta` for each.
 
     Raises:
@@ -63,13 +63,13 @@ def check_update(tensors: Tensors, table: Meta, row: Meta, keys: Keys | None) ->
         check_keys(keys, x)
 
 
-def check_gradients(tensors: backward.Tensors, table: Meta, row: Meta) -> None:
+def check_gradients(tensors: backward.Tensors, table: Meta, row: Meta | None) -> None:
     """Check the tensors of a backward pass.
 
     Args:
         tensors: a `Meta` for each tensor, None where it is absent.
         table: coefficient rows.
-        row: the row of each sample.
+        row: the row of each sample, or None where all have the first.
 
     Raises:
         TypeError, ValueError: a tensor does not fit.
@@ -88,13 +88,15 @@ def check_gradients(tensors: backward.Tensors, table: Meta, row: Meta) -> None:
     check_rows(table, row, x)
 
 
-def check_rescaling(data: Data, table: Meta, row: Meta, out: Meta, *, rescales: bool) -> None:
+def check_rescaling(
+    data: Data, table: Meta, row: Meta | None, out: Meta, *, rescales: bool
+) -> None:
     """Check the tensors that rows are made from, and those that they go into.
 
     Args:
         data: a `Meta` for each tensor.
         table: coefficient rows.
-        row: the row of each sample.
+        row: the row of each sample, or None where all have the first.
         out: new rows.
         rescales: whether the model output is rescaled, which has to be guided.
 
@@ -163,7 +165,7 @@ def check_stacked(name: str, meta: Meta, x: Meta, *, learned_variance: bool = Fa
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(meta.shape)}")
 
 
-def check_rows(table: Meta, row: Meta, x: Meta) -> None:
+def check_rows(table: Meta, row: Meta | None, x: Meta) -> None:
     check_device("table", table, x.device)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if table.dtype != dtype:
@@ -178,6 +180,10 @@ def check_rows(table: Meta, row: Meta, x: Meta) -> None:
             f"table: expected a contiguous tensor [R, {fields}], got shape {tuple(table.shape)} "
             f"with strides {table.strides}"
         )
+    if row is None:
+        if not table.shape[0]:
+            raise ValueError("table: expected at least one row, got none")
+        return
     check_integers("row", row, x.device)
     if row.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"row: expected [1] or [B] = [{x.shape[0]}], got {list(row.shape)}")

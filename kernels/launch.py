@@ -158,7 +158,7 @@ def _aligned(tensors: tuple[Tensor | None, ...]) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _prepare_update(
-    tensors: Tensors, table: Meta, row: Meta, keys: Keys | None, aligned: bool
+    tensors: Tensors, table: Meta, row: Meta | None, keys: Keys | None, aligned: bool
 ) -> _Launch | None:
     """The checked launch of an update, or None where there is nothing to do."""
     check_update(tensors, table, row, keys)
@@ -167,11 +167,12 @@ def _prepare_update(
         return None
 
     batch = x.shape[0]
+    per_sample = row is not None and row.shape[0] > 1
     layout = lay_out(
         x.shape,
         [None if tensor is None else tensor.strides for tensor in tensors],
         ordered_by=Tensors._fields.index("out") if keys is None else None,
-        one_row=row.shape[0] == 1,
+        one_row=not per_sample,
     )
     return _launch(
         layout,
@@ -184,7 +185,7 @@ def _prepare_update(
         aligned=aligned,
         conditional=_second_half(model_output, batch),
         second_input=_second_half(model_input, batch),
-        PER_SAMPLE=row.shape[0] > 1,
+        PER_SAMPLE=per_sample,
         NVIDIA=_takes_instructions(),
     )
 

@@ -18,7 +18,7 @@ def backward_out(
     x: Tensor,
     model_output: Tensor,
     table: Tensor,
-    row: Tensor,
+    row: Tensor | None,
     mask: Tensor | None,
     grad_x: Tensor,
     grad_model_output: Tensor,
@@ -44,17 +44,17 @@ def backward_out(
 
 
 @functools.lru_cache(maxsize=1024)
-def _prepare(tensors: Tensors, table: Meta, row: Meta, aligned: bool) -> _Launch | None:
+def _prepare(tensors: Tensors, table: Meta, row: Meta | None, aligned: bool) -> _Launch | None:
     """The checked launch, or None where there is nothing to do."""
     check_gradients(tensors, table, row)
-    x = tensors.x
+    x, per_sample = tensors.x, row is not None and row.shape[0] > 1
     if 0 in x.shape:
         return None
     layout = lay_out(
         x.shape,
         [None if tensor is None else tensor.strides for tensor in tensors],
         ordered_by=Tensors._fields.index("grad_x"),
-        one_row=row.shape[0] == 1,
+        one_row=not per_sample,
     )
     return _launch(
         layout,
@@ -63,5 +63,5 @@ def _prepare(tensors: Tensors, table: Meta, row: Meta, aligned: bool) -> _Launch
         aligned=aligned,
         conditional=_second_half(tensors.model_output, x.shape[0]),
         second_gradient=_second_half(tensors.grad_model_output, x.shape[0]),
-        PER_SAMPLE=row.shape[0] > 1,
+        PER_SAMPLE=per_sample,
     )

@@ -21,7 +21,7 @@ def fit_rows(
     x: Tensor,
     model_output: Tensor,
     table: Tensor,
-    row: Tensor,
+    row: Tensor | None,
     rescale: float,
     ratio: float,
     limit: float,
@@ -58,7 +58,7 @@ def fit_rows(
 
 @functools.lru_cache(maxsize=1024)
 def _prepare(
-    data: Data, table: Meta, row: Meta, out: Meta, rescales: bool, thresholds: bool
+    data: Data, table: Meta, row: Meta | None, out: Meta, rescales: bool, thresholds: bool
 ) -> _Launch | None:
     """The checked launch, or None where there is nothing to do."""
     check_rescaling(data, table, row, out, rescales=rescales)
@@ -73,7 +73,7 @@ def _prepare(
         "count": layout.elements,
         "RESCALES": rescales,
         "THRESHOLDS": thresholds,
-        "PER_SAMPLE": row.shape[0] > 1,
+        "PER_SAMPLE": row is not None and row.shape[0] > 1,
         "WIDE": layout.wide,
         "num_warps": THREADS // _warp_size(x.device),
         **_options(_REGISTERS),

@@ -44,9 +44,12 @@ class Tensors(NamedTuple):
 
 @triton.jit
 def row_at(table, row, sample, PER_SAMPLE: tl.constexpr):
-    if PER_SAMPLE:
-        row += sample
-    return table + tl.load(row) * _ROW_FIELDS
+    """The row of a sample: the first one without indices."""
+    if row is not None:
+        if PER_SAMPLE:
+            row += sample
+        table += tl.load(row) * _ROW_FIELDS
+    return table
 
 
 @triton.jit

@@ -296,7 +296,7 @@ def operands(**options: Any) -> dict[str, Any]:
         "x": draws(2, 2, 3),
         "model_output": draws(4 if guided else 2, 4 if learned else 2, 3, seed=1),
         "table": stack_row(unchecked_row(*alphas, update)._replace(ph=0.2)),
-        "row": torch.tensor([1, 0]),
+        "row": None if options.get("alone", False) else torch.tensor([1, 0]),
         "noise": None if keyed else draws(2, 2, 3, seed=2),
         "keys": philox.make_keys(5, 2, step_index=4) if keyed else None,
         "history": draws(2, 2, 3, seed=3),
@@ -305,7 +305,11 @@ def operands(**options: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"guided": True, "learned": True, "keyed": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"alone": True}, {"guided": True, "learned": True, "keyed": True}],
+    ids=str,
+)
 def test_gradients_of_all_operands(options: dict[str, Any]) -> None:
     """To second order, in reverse and in forward mode, one by one and in batches."""
     arguments = operands(**options)
@@ -388,8 +392,9 @@ def test_vmap_is_each_call_alone(kind: str, impl: str) -> None:
     assert torch.equal(got, expected) or kind in ("rescaled", "thresholded", "all")
 
 
-def test_vmap_over_any_operand_and_any_dimension() -> None:
-    every: dict[str, Any] = {**operands(guided=True, learned=True)}
+@pytest.mark.parametrize("alone", [False, True], ids=["rows", "one row"])
+def test_vmap_over_any_operand_and_any_dimension(alone: bool) -> None:
+    every: dict[str, Any] = {**operands(guided=True, learned=True, alone=alone)}
     names = [name for name in every if every[name] is not None]
 
     def update(*tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -400,7 +405,8 @@ def test_vmap_over_any_operand_and_any_dimension() -> None:
         name: torch.stack([value, value.flip(0), value])
         for name, value in zip(names, given, strict=True)
     }
-    for subset in (names, ["x"], ["model_output"], ["row"], ["table"], ["table", "row"], ["mask"]):
+    rows = [["table"]] if alone else [["row"], ["table"], ["table", "row"]]
+    for subset in (names, ["x"], ["model_output"], *rows, ["mask"]):
         for dim in (0, -1):
             dims = [dim if name in subset else None for name in names]
             tensors = [

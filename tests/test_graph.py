@@ -472,6 +472,20 @@ def test_operators_of_a_step(kind, steps, captures):
     ]
 
 
+@pytest.mark.parametrize("mode", [True, "loop"])
+def test_a_known_row_is_read_without_an_index(mode, captures):
+    """Each step that a graph of all steps takes has a table of its row alone, with known data too;
+    rows that samples have of their own are found by indices.
+    """
+    masked = {"mask": torch.ones(1, 1, 1, 1), "known": zeros(SHAPE, torch.float32)}
+    sample(same, mode, 3, eta=1.0, **masked)
+    sample(same, mode, 3, eta=torch.tensor([0.0, 1.0]))
+    shared, own = (graph.arguments_of("fastddim::update_out") for graph in captures)
+    rows = [(len(table), None if row is None else len(row)) for _, _, table, row, *_ in shared]
+    assert rows == ([(1, None)] * 6 if mode == "loop" else [(3, 1)] * 2)
+    assert {(len(table), len(row)) for _, _, table, row, *_ in own} == {(6, 2)}
+
+
 def test_given_noise_adds_no_work_to_the_graph(captures):
     sample(same, "loop", 2, eta=1.0, noise=latents((2, *SHAPE)))
     assert launched(captures[0]) == ["fastddim::update_out"] * 2

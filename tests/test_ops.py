@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastddim
 from fastddim import backends, ops, philox
-from fastddim.plan import Row, Update, coefficient_row, stack_row
+from fastddim.plan import Rescaling, Row, Update, coefficient_row, stack_row
 
 OPCHECK = (
     "test_schema",
@@ -79,6 +79,8 @@ def positional(arguments: dict[str, Any]) -> tuple[Any, ...]:
 def test_opcheck(dtype: torch.dtype, channels_last: bool) -> None:
     for noise in ("given", "keyed"):
         arguments = inputs(dtype, guided=True, channels_last=channels_last, noise=noise)
+        if noise == "keyed":
+            arguments["row"] = None
         x = arguments["x"]
         outputs = (*(torch.zeros_like(x) for _ in range(2)), torch.zeros(4, 3, 4, 5), x * 0)
         torch.library.opcheck(
@@ -282,3 +284,32 @@ def test_the_compiled_operator_refuses_what_does_not_fit(
     with pytest.raises(RuntimeError, match=f"{name}.*{message}"):
         ops.update_out(**arguments, out=out, x_0=None, model_input=None)
     assert not out.any()
+
+
+@pytest.mark.skipif(ops.EXTENSION_ERROR is not None, reason=str(ops.EXTENSION_ERROR))
+def test_a_table_without_rows_has_no_first() -> None:
+    arguments = {**inputs(noise="none"), "table": torch.zeros(0, len(Row._fields)).double()}
+    out = torch.zeros(2, 3, 4, 5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="table: expected at least one row, got none"):
+        ops.update_out(**{**arguments, "row": None}, out=out, x_0=None, model_input=None)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_without_indices_the_first_row_is_that_of_all(requires_grad: bool) -> None:
+    """In every operator that takes indices, gradients included."""
+    results: list[list[Tensor]] = []
+    for alone in (False, True):
+        given = inputs(torch.float32, guided=True, requires_grad=requires_grad)
+        own = {"table": given["table"][1:], "row": None} if alone else {"row": torch.tensor([1])}
+        given |= own
+        got = [*ops.update(**given)]
+        if requires_grad:
+            leaves = [given[name] for name in ("x", "model_output", "noise", "history", "known")]
+            got += torch.autograd.grad(got[0].square().sum() + got[1].sum(), leaves)
+        x, m, table, row = (given[name] for name in ("x", "model_output", "table", "row"))
+        got += ops.step(x, m, table, row, given["noise"])
+        fitted = torch.empty(2, len(Row._fields))
+        ops.rescale_rows(x, m, table, row, Rescaling(0.5, 0.9, 3.0), fitted)
+        results.append([*got, fitted])
+    assert len(results[0]) == (10 if requires_grad else 5)
+    assert all(map(torch.equal, *results))

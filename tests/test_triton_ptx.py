@@ -358,6 +358,11 @@ CHECKS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "row: expected [1] or [B] = [2], got [3]",
     ),
+    "no row": (
+        {"table": torch.zeros(0, 12), "row": None},
+        ValueError,
+        "table: expected at least one row, got none",
+    ),
     "row's dtype": (
         {"row": torch.zeros(1, dtype=torch.int32)},
         TypeError,

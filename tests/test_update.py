@@ -11,6 +11,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,25 @@ def test_sliding_views(
             expected = run(backend.update_out, case).out
             check(backend, case)
         assert torch.equal(x, expected), f"another result at offset {offset}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("noise", ["none", "keyed"])
+def test_the_first_row_needs_no_index(
+    backend: backends.Backend, generator: torch.Generator, dtype: torch.dtype, noise: str
+) -> None:
+    for layout, guided in (("contiguous", False), ("channels_last", True), ("offset", True)):
+        case = make_case(
+            generator, (3, 3, 9, 7), dtype=dtype, layout=layout, noise=noise, guided=guided
+        )
+
+        def update_out(x: Tensor, m: Tensor, *rows: Tensor, case: Case = case, **rest: Any) -> None:
+            backend.update_out(x, m, *case.alone, **rest)
+
+        assert case.alone[1] is None
+        got, expected = run(update_out, case), run(backend.update_out, case)
+        for a, b in zip(got.tensors(), expected.tensors(), strict=True):
+            assert torch.equal(a, b)
 
 
 @settings(max_examples=60, deadline=None)

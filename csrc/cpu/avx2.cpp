@@ -36,19 +36,29 @@ FASTDDIM_FN void stream(double* out, Doubles a) { _mm256_stream_pd(out, a); }
 // Four 64-bit lanes, each with one 32-bit word in its low half; what is in the high half does not
 // count.
 using Words = __m256i;
-FASTDDIM_FN Words words(uint32_t value) { return _mm256_set1_epi64x(value); }
-FASTDDIM_FN Words words(const int64_t* values) {
-  return _mm256_loadu_si256((const __m256i*)values);
-}
-FASTDDIM_FN Words plus(Words a, Words b) { return _mm256_add_epi64(a, b); }
+FASTDDIM_FN Words words(uint32_t value) { return _mm256_set1_epi32((int)value); }
 FASTDDIM_FN Words product(Words a, Words b) { return _mm256_mul_epu32(a, b); }
 FASTDDIM_FN Words mixed(Words high, Words b, Words c) {
   return _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(high, 32), b), c);
 }
-// Words of `even` and `odd` in turns, as floats rounded once: AVX2 converts signed words only, so
-// the halves are converted exactly and added with the one rounding.
-FASTDDIM_FN Floats merged(Words even, Words odd) {
-  __m256i word = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+// Each product with a summand.
+FASTDDIM_FN Words sums(const int64_t* products, uint64_t summand) {
+  const __m256i all = _mm256_loadu_si256((const __m256i*)products);
+  return _mm256_add_epi64(all, _mm256_set1_epi64x((int64_t)summand));
+}
+
+// Words of two in turns, the low or the high ones: eight lanes of 32 bits.
+FASTDDIM_FN Words merged(Words even, Words odd) {
+  return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+FASTDDIM_FN Words merged_high(Words even, Words odd) {
+  return _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+}
+// Half the mixing, and fewer registers at a time.
+constexpr bool LAST_ROUND_MERGES = true;
+// Rounded once: AVX2 converts signed words only, so the halves are converted exactly and added with
+// the one rounding.
+FASTDDIM_FN Floats floats_of(Words word) {
   Floats high = _mm256_cvtepi32_ps(_mm256_srli_epi32(word, 16));
   Floats low = _mm256_cvtepi32_ps(_mm256_and_si256(word, _mm256_set1_epi32(0xFFFF)));
   return fma(high, splat(high, 65536.0f), low);

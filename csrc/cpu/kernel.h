@@ -47,7 +47,8 @@ FASTDDIM_FN Row<V> broadcast(const Row<T>& row) {
 
 template <class T>
 FASTDDIM_FN Row<T> row_of(const Job& job, int64_t sample) {
-  const T* at = (const T*)job.table + job.row[sample * job.row_stride] * ROW_FIELDS;
+  const int64_t row = job.row ? job.row[sample * job.row_stride] : 0;
+  const T* at = (const T*)job.table + row * ROW_FIELDS;
   return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10], at[11]};
 }
 

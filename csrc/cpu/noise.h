@@ -3,24 +3,43 @@
 
 #if FASTDDIM_LANES > 1
 
-FASTDDIM_FN void philox_round(const Words (&multipliers)[2], Words key_0, Words key_1,
+FASTDDIM_FN void philox_round(const Words (&multipliers)[2], const Words (&keys)[2],
                               Words (&counter)[4]) {
   Words product_0 = product(multipliers[0], counter[0]);
   Words product_1 = product(multipliers[1], counter[2]);
-  counter[0] = mixed(product_1, counter[1], key_0);
+  counter[0] = mixed(product_1, counter[1], keys[0]);
   counter[1] = product_1;
-  counter[2] = mixed(product_0, counter[3], key_1);
+  counter[2] = mixed(product_0, counter[3], keys[1]);
   counter[3] = product_0;
 }
 
-// The keys of all rounds, in every lane.
-struct RoundKeys {
-  Words keys[PHILOX_ROUNDS][2];
-  FASTDDIM_FN explicit RoundKeys(uint64_t seed) {
-    uint32_t k_0 = (uint32_t)seed, k_1 = (uint32_t)(seed >> 32);
-    for (auto& key : keys) {
-      key[0] = words(k_0);
-      key[1] = words(k_1);
+// The last round of two counters, whose words are in turns from then on.
+FASTDDIM_FN void merging_round(const Words (&multipliers)[2], const Words (&keys)[2],
+                               const Words (&even)[4], const Words (&odd)[4], Words (&result)[4]) {
+  Words even_0 = product(multipliers[0], even[0]), odd_0 = product(multipliers[0], odd[0]);
+  Words even_1 = product(multipliers[1], even[2]), odd_1 = product(multipliers[1], odd[2]);
+  result[0] = merged_high(even_1, odd_1) ^ merged(even[1], odd[1]) ^ keys[0];
+  result[1] = merged(even_1, odd_1);
+  result[2] = merged_high(even_0, odd_0) ^ merged(even[3], odd[3]) ^ keys[1];
+  result[3] = merged(even_0, odd_0);
+}
+
+// What the quads of a sample share: all but one product of the first round, and the keys.
+struct Rounds {
+  Words multipliers[2], keys[PHILOX_ROUNDS][2];
+  Words stream, first_0, first_1;  // of the first round, and two of its words
+
+  FASTDDIM_FN explicit Rounds(const Key& key) {
+    const uint64_t product_1 = (uint64_t)PHILOX_MULTIPLIER_1 * key.sample;
+    multipliers[0] = words(PHILOX_MULTIPLIER_0);
+    multipliers[1] = words(PHILOX_MULTIPLIER_1);
+    stream = words(key.stream);
+    first_0 = words((uint32_t)(product_1 >> 32) ^ key.step ^ (uint32_t)key.seed);
+    first_1 = words((uint32_t)product_1);
+    uint32_t k_0 = (uint32_t)key.seed, k_1 = (uint32_t)(key.seed >> 32);
+    for (auto& round : keys) {
+      round[0] = words(k_0);
+      round[1] = words(k_1);
       k_0 += PHILOX_WEYL_0;
       k_1 += PHILOX_WEYL_1;
     }
@@ -28,28 +47,35 @@ struct RoundKeys {
 };
 
 // Two batches of LANES quads: 8·LANES normals, given to `sink(i, z)` from element `at` on. A batch
-// is two halves of the words' lanes.
+// is two halves of the words' lanes. `products` are those of the first multiplier and the quads.
 constexpr int64_t BATCH = 8 * LANES;
 
 template <class Sink>
-FASTDDIM_FN void normals_of_batches(const Key& key, const RoundKeys& rounds,
-                                    const Words (&multipliers)[2], const Words (&quads)[PARTS],
+FASTDDIM_FN void normals_of_batches(const Rounds& rounds, const Words (&products)[PARTS],
                                     int64_t at, Sink sink) {
   Words counters[PARTS][4];
   for (int i = 0; i < PARTS; ++i) {
-    counters[i][0] = quads[i];
-    counters[i][1] = words(key.step);
-    counters[i][2] = words(key.sample);
-    counters[i][3] = words(key.stream);
+    counters[i][0] = rounds.first_0;
+    counters[i][1] = rounds.first_1;
+    counters[i][2] = mixed(products[i], rounds.stream, rounds.keys[0][1]);
+    counters[i][3] = products[i];
   }
-  for (const auto& round : rounds.keys) {
-    for (auto& counter : counters) philox_round(multipliers, round[0], round[1], counter);
+  constexpr int LAST = PHILOX_ROUNDS - 1, APART = LAST_ROUND_MERGES ? LAST : PHILOX_ROUNDS;
+  for (int round = 1; round < APART; ++round) {
+    for (auto& counter : counters) philox_round(rounds.multipliers, rounds.keys[round], counter);
   }
   // Parts: the first and the second pair of words of one batch, then of the other.
-  const FloatParts radii = FASTDDIM_EACH(
-      Floats, merged(counters[i / 2 * 2][i % 2 * 2], counters[i / 2 * 2 + 1][i % 2 * 2]));
-  const FloatParts angles = FASTDDIM_EACH(
-      Floats, merged(counters[i / 2 * 2][i % 2 * 2 + 1], counters[i / 2 * 2 + 1][i % 2 * 2 + 1]));
+  Words batches[PARTS / 2][4];
+  for (int i = 0; i < PARTS; i += 2) {
+    if constexpr (LAST_ROUND_MERGES) {
+      merging_round(rounds.multipliers, rounds.keys[LAST], counters[i], counters[i + 1],
+                    batches[i / 2]);
+    } else {
+      for (int j = 0; j < 4; ++j) batches[i / 2][j] = merged(counters[i][j], counters[i + 1][j]);
+    }
+  }
+  const FloatParts radii = FASTDDIM_EACH(Floats, floats_of(batches[i / 2][i % 2 * 2]));
+  const FloatParts angles = FASTDDIM_EACH(Floats, floats_of(batches[i / 2][i % 2 * 2 + 1]));
   FloatParts cosines, sines;
   box_muller(radii, angles, cosines, sines);
   for (int i = 0; i < PARTS; i += 2) {
@@ -66,19 +92,20 @@ FASTDDIM_FN int64_t quad_of_lane(int lane) { return lane % 4 * (LANES / 4) + lan
 // 1, in whole batches up to `count` or beyond it.
 template <class Sink>
 FASTDDIM_FN void for_normals(const Key& key, uint32_t first_quad, int64_t count, Sink sink) {
-  int64_t lanes[PARTS][LANES / 2];
+  int64_t products_of_lanes[PARTS][LANES / 2];
   for (int part = 0; part < PARTS; ++part) {
     for (int i = 0; i < LANES / 2; ++i) {
-      lanes[part][i] = part / 2 * LANES + quad_of_lane(2 * i + part % 2);
+      products_of_lanes[part][i] =
+          PHILOX_MULTIPLIER_0 * (part / 2 * LANES + quad_of_lane(2 * i + part % 2));
     }
   }
-  const Words multipliers[2] = {words(PHILOX_MULTIPLIER_0), words(PHILOX_MULTIPLIER_1)};
-  const RoundKeys rounds(key.seed);
+  const Rounds rounds(key);
   for (int64_t i = 0; i < count; i += BATCH) {
-    const Words first = words(first_quad + (uint32_t)(i / 4));
-    Words quads[PARTS];
-    for (int part = 0; part < PARTS; ++part) quads[part] = plus(words(lanes[part]), first);
-    normals_of_batches(key, rounds, multipliers, quads, i, sink);
+    const uint64_t product = PHILOX_MULTIPLIER_0 * (uint64_t)(first_quad + i / 4);
+    Words products[PARTS];
+    for (int part = 0; part < PARTS; ++part)
+      products[part] = sums(products_of_lanes[part], product);
+    normals_of_batches(rounds, products, i, sink);
   }
 }
 

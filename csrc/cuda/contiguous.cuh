@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(BLOCK, (RESIDENT<T, KIND, KEYED, SIZE>)) updat
   constexpr bool GUIDED = KIND != Kind::plain, ANY = KIND == Kind::any;
   Chunk chunk;
   if (!chunk_of<SIZE>(call.grid, chunk)) return;
-  if constexpr (SIZE > SIZE_OF_CHUNK<T>) chunk.wide = true;
+  if constexpr (!ANY) chunk.wide = true;
   const bool guided_here = GUIDED && call.views[operand::conditional].data;
   Row<C> row;
   Pack<T, SIZE> x;
@@ -171,21 +171,31 @@ constexpr bool is_of_model(int v) {
 }
 
 // Collects the tensors of a call and what they have in common.
-struct Collector {
-  const Job& job;
-  bool contiguous = true, words = true;
+class Collector {
+ public:
+  // A table need not be aligned to more than its own words.
+  explicit Collector(const Job& job)
+      : places_((uintptr_t)job.table % sizeof(uint4)), single_(job.batch == 1) {}
 
   template <class T>
   DenseView of(const View& view) {
     if (!view.data) return {};
-    contiguous &= view.contiguous && view.dtype == DTYPE<T>;
-    words &= (uintptr_t)view.data % 16 == 0;
-    words &= job.batch == 1 || view.sample_stride * (int64_t)sizeof(T) % 16 == 0;
-    return {view.data, view.sample_stride};
+    const uint64_t stride = single_ ? 0 : view.sample_stride * (uint64_t)sizeof(T);
+    fits_ &= view.contiguous && view.dtype == DTYPE<T> && stride <= UINT32_MAX;
+    places_ |= (uintptr_t)view.data | stride;
+    return {view.data, (uint32_t)stride};
   }
+
+  bool fits() const { return fits_; }
+
+  // Whether every sample of every tensor is.
+  bool aligned(int bytes) const { return places_ % bytes == 0; }
+
+ private:
+  uint64_t places_;
+  bool single_, fits_ = true;
 };
 
-// `aligned`: every word of every tensor and row is.
 template <class T, class M, Kind KIND, bool KEYED, int SIZE>
 int launch_update(const Job& job, Call& call, bool aligned, void* stream) {
   Extent extent;
@@ -197,23 +207,26 @@ int launch_update(const Job& job, Call& call, bool aligned, void* stream) {
   return cudaGetLastError();
 }
 
+// Chunks that may not be words, and tensors that few steps have, are left to one kernel.
 template <class T, class M, bool KEYED>
-int launch_kind(const Job& job, Call& call, bool aligned, void* stream) {
-  constexpr int SIZE = SIZE_OF_CHUNK<T>;
-  if (job.views[operand::noise].data || job.views[operand::history].data ||
-      job.views[operand::mask].data || job.views[operand::x_0].data ||
-      job.views[operand::epsilon].data) {
+int launch_kind(const Job& job, Call& call, const Collector& collector, void* stream) {
+  constexpr int SIZE = SIZE_OF_CHUNK<T>, LONG = LONG_CHUNK<T>;
+  const bool aligned = collector.aligned(ALIGNMENT<T, SIZE>);
+  if (!aligned || job.count % SIZE || job.views[operand::noise].data ||
+      job.views[operand::history].data || job.views[operand::mask].data ||
+      job.views[operand::x_0].data || job.views[operand::epsilon].data) {
     return launch_update<T, M, Kind::any, KEYED, SIZE>(job, call, aligned, stream);
   }
   if (job.views[operand::conditional].data || job.views[operand::second_input].data) {
-    return launch_update<T, M, Kind::guided, KEYED, SIZE>(job, call, aligned, stream);
+    return launch_update<T, M, Kind::guided, KEYED, SIZE>(job, call, true, stream);
   }
   if constexpr (KEYED && sizeof(T) == 2) {
-    if (aligned && job.count % LONG_CHUNK<T> == 0 && job.batch * job.count >= LONG_FROM) {
-      return launch_update<T, M, Kind::plain, KEYED, LONG_CHUNK<T>>(job, call, aligned, stream);
+    if (collector.aligned(ALIGNMENT<T, LONG>) && job.count % LONG == 0 &&
+        job.batch * job.count >= LONG_FROM) {
+      return launch_update<T, M, Kind::plain, KEYED, LONG>(job, call, true, stream);
     }
   }
-  return launch_update<T, M, Kind::plain, KEYED, SIZE>(job, call, aligned, stream);
+  return launch_update<T, M, Kind::plain, KEYED, SIZE>(job, call, true, stream);
 }
 
 constexpr int NOT_CONTIGUOUS = -1;
@@ -221,17 +234,16 @@ constexpr int NOT_CONTIGUOUS = -1;
 // The kernel for a state of type T and a model output of type M, if the tensors fit it.
 template <class T, class M>
 int update_contiguous(const Job& job, void* stream) {
-  Collector collector{job};
+  Collector collector(job);
   Call call;
   for (int v = 0; v < operand::OF_UPDATE; ++v) {
     const View& view = job.views[v];
     call.views[v] = is_of_model(v) ? collector.of<M>(view) : collector.of<T>(view);
   }
-  if (!collector.contiguous) return NOT_CONTIGUOUS;
+  if (!collector.fits()) return NOT_CONTIGUOUS;
   call.rows = rows_of(job);
-  const bool aligned = collector.words && (uintptr_t)job.table % sizeof(uint4) == 0;
-  return job.seed ? launch_kind<T, M, true>(job, call, aligned, stream)
-                  : launch_kind<T, M, false>(job, call, aligned, stream);
+  return job.seed ? launch_kind<T, M, true>(job, call, collector, stream)
+                  : launch_kind<T, M, false>(job, call, collector, stream);
 }
 
 // `launch`, called with a value of the type of the state and one of that of the model output, where

@@ -16,14 +16,6 @@
 // A function that only kernels call.
 #define FASTDDIM_DEVICE __device__ __forceinline__
 
-#if defined(__CUDA_ARCH__)
-#define FASTDDIM_UNROLL _Pragma("unroll")
-#define FASTDDIM_NO_UNROLL _Pragma("unroll 1")
-#else
-#define FASTDDIM_UNROLL
-#define FASTDDIM_NO_UNROLL
-#endif
-
 namespace FASTDDIM_NAMESPACE {
 
 constexpr int BLOCK = 256;

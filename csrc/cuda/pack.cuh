@@ -26,8 +26,22 @@ constexpr int SIZE_OF_CHUNK = sizeof(T) < 4 ? 16 / sizeof(T) : 4;
 
 // A tensor that is contiguous within each sample.
 struct DenseView {
-  void* data;  // null where the tensor is absent
-  int64_t sample_stride;
+  void* data;             // null where the tensor is absent
+  uint32_t sample_bytes;  // from a sample to the next one
+};
+
+// What a tensor must be aligned to for its chunks to be moved in words.
+template <class T, int SIZE>
+constexpr int ALIGNMENT = SIZE * sizeof(T) < 32 ? 16 : 32;
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int WIDEST = 32;
+#else
+constexpr int WIDEST = 16;
+#endif
+
+struct alignas(32) uint8 {
+  uint32_t words[8];
 };
 
 template <int BYTES>
@@ -40,6 +54,34 @@ template <>
 struct Word<16> {
   using type = uint4;
 };
+template <>
+struct Word<32> {
+  using type = uint8;
+};
+
+// Words that are read once, here: evicted first, so that what the model reads next stays in the
+// cache.
+template <class W>
+FASTDDIM_FN W load_word(const W* from) {
+  return __ldcs(from);
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+FASTDDIM_FN uint8 load_word(const uint8* from) {
+  uint8 word;
+  uint32_t* const w = word.words;
+  asm volatile("ld.global.cs.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
+               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]), "=r"(w[4]), "=r"(w[5]), "=r"(w[6]),
+                 "=r"(w[7])
+               : "l"(from));
+  return word;
+}
+FASTDDIM_FN void store_word(uint8* to, const uint8& word) {
+  const uint32_t* const w = word.words;
+  asm volatile("st.global.v8.b32 [%0], {%1, %2, %3, %4, %5, %6, %7, %8};" ::"l"(to), "r"(w[0]),
+               "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(w[4]), "r"(w[5]), "r"(w[6]), "r"(w[7])
+               : "memory");
+}
+#endif
 
 // One instruction each: the compiler splits a plain store of what it knows element by element.
 FASTDDIM_FN void store_word(uint2* to, uint2 word) {
@@ -62,26 +104,26 @@ FASTDDIM_FN void store_word(uint4* to, uint4 word) {
 // The elements of one chunk as they lie in memory, in registers.
 template <class T, int SIZE>
 struct Pack {
-  static constexpr int BYTES = SIZE * (int)sizeof(T), WORD_BYTES = BYTES < 16 ? BYTES : 16;
+  static constexpr int BYTES = SIZE * (int)sizeof(T), WORD_BYTES = BYTES < WIDEST ? BYTES : WIDEST;
   using Word = typename Word<WORD_BYTES>::type;
   static constexpr int WORDS = BYTES / WORD_BYTES;
   uint32_t words[BYTES / 4];
 };
 
-template <class T>
+template <class T, int SIZE>
 FASTDDIM_FN T* address(const DenseView& view, const Chunk& chunk) {
-  return (T*)view.data + (chunk.sample * (uint64_t)view.sample_stride + chunk.element);
+  return (T*)((char*)view.data + (uint64_t)chunk.sample * view.sample_bytes +
+              (uint64_t)chunk.index * (SIZE * sizeof(T)));
 }
 
 template <class T, int SIZE>
 FASTDDIM_FN Pack<T, SIZE> load_words(const DenseView& view, const Chunk& chunk) {
   using P = Pack<T, SIZE>;
-  const auto* from = (const typename P::Word*)address<T>(view, chunk);
+  const auto* from = (const typename P::Word*)address<T, SIZE>(view, chunk);
   P pack;
   FASTDDIM_UNROLL
   for (int i = 0; i < P::WORDS; ++i) {
-    // Read once, here: evicted first, so that what the model reads next stays in the cache.
-    const typename P::Word word = __ldcs(from + i);
+    const typename P::Word word = load_word(from + i);
     __builtin_memcpy(pack.words + i * P::WORD_BYTES / 4, &word, sizeof word);
   }
   return pack;
@@ -89,7 +131,7 @@ FASTDDIM_FN Pack<T, SIZE> load_words(const DenseView& view, const Chunk& chunk) 
 
 template <class T, int SIZE>
 FASTDDIM_FN Pack<T, SIZE> load_elements(const DenseView& view, const Chunk& chunk, int count) {
-  const T* from = address<T>(view, chunk);
+  const T* from = address<T, SIZE>(view, chunk);
   Pack<T, SIZE> pack{};
   FASTDDIM_UNROLL
   for (int i = 0; i < SIZE; ++i) {
@@ -111,7 +153,7 @@ template <class T, int SIZE>
 FASTDDIM_FN void store(const DenseView& view, const Grid& grid, const Chunk& chunk,
                        const Pack<T, SIZE>& pack) {
   using P = Pack<T, SIZE>;
-  T* to = address<T>(view, chunk);
+  T* to = address<T, SIZE>(view, chunk);
   if (chunk.wide) {
     FASTDDIM_UNROLL
     for (int i = 0; i < P::WORDS; ++i) {

@@ -22,15 +22,18 @@ FASTDDIM_FN uint32_t low_word(const int64_t* at) {
 // Coefficients and keys, in device memory.
 struct Rows {
   const void* table;
-  const int64_t* row;
+  const int64_t* row;  // null where all samples share the first
   uint32_t row_stride;
   const int64_t *seed, *step, *sample;
   uint32_t stream;
+  uint32_t indexed;  // 0 where `row` is null
 };
 
+// Without indices a thread need not wait for one before it asks for its row. A word says whether
+// there are any, since an address takes two comparisons.
 template <class C>
 FASTDDIM_FN const C* row_at(const Rows& rows, uint32_t sample) {
-  const uint32_t row = low_word(rows.row + sample * rows.row_stride);
+  const uint32_t row = rows.indexed ? low_word(rows.row + sample * rows.row_stride) : 0;
   return (const C*)rows.table + (uint64_t)row * ROW_FIELDS;
 }
 
@@ -59,7 +62,8 @@ FASTDDIM_FN Key key_of(const Rows& rows, uint32_t sample) {
 }
 
 inline Rows rows_of(const Job& job) {
-  return {job.table, job.row, (uint32_t)job.row_stride, job.seed, job.step, job.sample, job.stream};
+  return {job.table,  job.row,    (uint32_t)job.row_stride, job.seed, job.step,
+          job.sample, job.stream, job.row != nullptr};
 }
 
 }  // namespace FASTDDIM_NAMESPACE

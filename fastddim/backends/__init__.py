@@ -54,7 +54,7 @@ class Backend(Protocol):
         x: Tensor,
         model_output: Tensor,
         table: Tensor,
-        row: Tensor,
+        row: Tensor | None,
         rescaling: Rescaling,
         out: Tensor,
     ) -> None:
@@ -79,7 +79,7 @@ class Backend(Protocol):
         x: Tensor,
         model_output: Tensor,
         table: Tensor,
-        row: Tensor,
+        row: Tensor | None,
         *,
         noise: Tensor | None,
         keys: Keys | None,
@@ -96,7 +96,7 @@ class Backend(Protocol):
         x: Tensor,
         model_output: Tensor,
         table: Tensor,
-        row: Tensor,
+        row: Tensor | None,
         *,
         noise: Tensor | None,
         keys: Keys | None,
@@ -116,7 +116,7 @@ class Backend(Protocol):
                 half is read.
             table: coefficient rows `[R, K]` in the order of `fastddim.plan.Row`; float32, or
                 float64 for a float64 state.
-            row: int64 `[1]` or `[B]`, the row of each sample.
+            row: int64 `[1]` or `[B]`, the row of each sample; with None, all have the first.
             noise: z like `x`; or
             keys: what keys the noise drawn inside; with neither, none is added.
             history: epsilon of the step before, like `x`, added with the row's coefficient `ph`.

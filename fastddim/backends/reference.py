@@ -38,10 +38,16 @@ def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
 
 
 def rescale_rows(
-    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, rescaling: Rescaling, out: Tensor
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor | None,
+    rescaling: Rescaling,
+    out: Tensor,
 ) -> None:
     """See `fastddim.backends.Backend.rescale_rows`."""
-    out.copy_(reference.rescaled_rows(x, model_output, table.index_select(0, row), rescaling))
+    rows = reference.rows_in(table, row)
+    out.copy_(reference.rescaled_rows(x, model_output, rows, rescaling))
 
 
 @torch.library.impl(_library, "normal_out", "CompositeExplicitAutograd")
@@ -54,7 +60,7 @@ def _rescale_rows(
     x: Tensor,
     model_output: Tensor,
     table: Tensor,
-    row: Tensor,
+    row: Tensor | None,
     rescale: float,
     ratio: float,
     limit: float,
@@ -93,12 +99,12 @@ def _backward_out(
     x: Tensor,
     model_output: Tensor,
     table: Tensor,
-    row: Tensor,
+    row: Tensor | None,
     mask: Tensor | None,
     grad_x: Tensor,
     grad_model_output: Tensor,
 ) -> None:
-    rows = table.index_select(0, row)
+    rows = reference.rows_in(table, row)
     grads = reference.gradients(grad_x_prev, grad_x_0, x, model_output, rows, mask)
     grad_x.copy_(grads[0])
     grad_model_output.copy_(grads[1])

@@ -22,9 +22,24 @@ class Position(NamedTuple):
     """The numbers of one step: int64 tensors on the loop's device."""
 
     step: Tensor  # [1], its index in the plan; [B] where each sample has a plan of its own
-    row: Tensor  # [1], or [B] where each sample has rows of its own
+    row: Tensor | None  # [1]; [B] where each sample has rows of its own; None for that of `number`
     t: Tensor  # [B], or [2B] under guidance
     keys: Keys  # [B] each
+    number: int | None = None  # `step` as the host knows it, if it does
+
+    def rows_in(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A table of rows of a plan, and which of them this step takes, for an update."""
+        return self.shared_row_in(table) if self.row is None else (table, self.row)
+
+    def shared_row_in(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`rows_in` for a table with one row a step, which all samples share.
+
+        Where the host knows the step it is a table of this row alone: a kernel then need not read
+        an index before it can read the row.
+        """
+        if self.number is None:
+            return table, self.step
+        return table[self.number : self.number + 1], None
 
 
 class Counting:
@@ -85,13 +100,19 @@ class Counters(Counting):
         count = plan.steps if unrolled else 0
         steps, rows, self._t = (
             aligned_rows(count, (width,), torch.int64, device)
-            for width in (batch, batch if own_rows else 1, model_batch)
+            for width in (batch, len(first_rows), model_batch)
         )
         index = torch.arange(count, device=device)[:, None]
         steps.copy_(index.expand_as(steps))
-        rows.copy_(index + first_rows if own_rows else index)
+        rows.copy_(index + first_rows)
         self.each: Sequence[Position] = [
-            Position(steps[s, :1], rows[s], self._t[s], Keys(seed, steps[s], sample))
+            Position(
+                steps[s, :1],
+                rows[s] if own_rows else None,
+                self._t[s],
+                Keys(seed, steps[s], sample),
+                number=s,
+            )
             for s in range(count)
         ]
         self._tables = (steps, rows)

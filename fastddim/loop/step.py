@@ -222,8 +222,7 @@ class Step:
             self._loop_step = self._make_loop_step(
                 buffers.state,
                 like,
-                buffers.table,
-                counting.now.row,
+                *counting.now.rows_in(buffers.table),
                 keys=counting.now.keys if self._kind.noisy else None,
                 history=buffers.history,
                 model_input=buffers.next_input,
@@ -286,23 +285,24 @@ class Step:
 
     def _rows(
         self, at: Position, x: Tensor, output: Tensor, table: Tensor, rescaling: Rescaling | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """The table of this step and the rows in it, which may be made for the data at hand."""
+        table, row = at.rows_in(table)
         own_rows = self._buffers.own_rows
         if (
             own_rows is None
             or rescaling is None
             or (rescaling.rescale == 0 and rescaling.ratio == 0)
         ):
-            return table, at.row
-        self._backend.rescale_rows(x, output, table, at.row, rescaling, own_rows)
+            return table, row
+        self._backend.rescale_rows(x, output, table, row, rescaling, own_rows)
         return own_rows, self._buffers.own_row
 
     def _mix_known(self, at: Position) -> Inpainting:
         """Known data as they are after this step."""
         own = self.inpainting
         assert own is not None
-        self._write(own.data, own.x_T, own.table, at.step, own.known)
+        self._write(own.data, own.x_T, *at.shared_row_in(own.table), own.known)
         return own
 
     def _write(
@@ -310,7 +310,7 @@ class Step:
         x: Tensor,
         output: Tensor,
         table: Tensor,
-        row: Tensor,
+        row: Tensor | None,
         out: Tensor,
         epsilon: Tensor | None = None,
     ) -> None:

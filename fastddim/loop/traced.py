@@ -213,7 +213,7 @@ def _check_start(x: Tensor, prepared: Prepared) -> None:
     check_device("x_T", x, "the state", walk.timesteps.device)
     if is_jit_traced():
         return
-    own_rows = walk.rows.shape[1] > 1
+    own_rows = walk.rows is not None and walk.rows.shape[1] > 1
     if tuple(x.shape[1:]) != shape[1:] or (own_rows and x.shape[0] != shape[0]):
         raise ValueError(f"x_T: expected shape {shape}, got {tuple(x.shape)}")
 

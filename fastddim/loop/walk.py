@@ -74,9 +74,8 @@ class Walk:
         steps: S.
         table: the rows of all steps.
         first_half: where steps are split, those of their first halves.
-        rows: int64 `[S, 1]`, or `[S, B]` where each sample has rows of its own.
+        rows: int64 `[S, B]` where each sample has rows of its own; None where step s has row s.
         known: the rows `[S, K]` that mix known data.
-        index: int64 `[S]`, the rows of `known`.
         timesteps: int64 `[S]`.
         model_dtype: of the model's input.
         clean: whether ᾱ is 1 before the first step.
@@ -87,9 +86,8 @@ class Walk:
     steps: int
     table: Table
     first_half: Table | None
-    rows: Tensor
+    rows: Tensor | None
     known: Tensor
-    index: Tensor
     timesteps: Tensor
     model_dtype: torch.dtype
     clean: bool
@@ -98,10 +96,10 @@ class Walk:
     def of(cls, setup: Setup) -> Walk:
         """The walk of a setup, worked out by code that a tracer must not follow."""
         plan, device = setup.plan, setup.device
-        index = torch.arange(plan.steps, device="cpu")
-        rows = index[:, None]
+        rows = None
         if plan.table.ndim == 3:
-            rows = rows + plan.steps * torch.arange(setup.shape[0], device="cpu")
+            first_rows = plan.steps * torch.arange(setup.shape[0], device="cpu")
+            rows = torch.arange(plan.steps, device="cpu")[:, None] + first_rows
 
         def own(values: Tensor) -> Tensor:
             return transfer.upload(values.clone(), device)
@@ -112,9 +110,8 @@ class Walk:
             steps=plan.steps,
             table=Table.of(own(setup.table)),
             first_half=None if setup.first_half is None else Table.of(own(setup.first_half)),
-            rows=own(rows),
+            rows=None if rows is None else own(rows),
             known=own(known_rows(plan.alphas_cumprod).to(setup.table.dtype)),
-            index=own(index),
             timesteps=own(plan.timesteps),
             model_dtype=setup.model_dtype,
             clean=bool(plan.alphas_cumprod[0] == 1),
@@ -124,7 +121,7 @@ class Walk:
 
     def latents(self, samples: Samples, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """x_T of the samples."""
-        x_T = torch.empty(shape, dtype=dtype, device=self.rows.device)
+        x_T = torch.empty(shape, dtype=dtype, device=self.timesteps.device)
         self.backend.normal_out(self._keys(samples, shape[0], 0), philox.LATENTS, x_T)
         return x_T
 
@@ -154,16 +151,18 @@ class Walk:
         mixing: Mixing | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The state after step `s`, and the epsilon that the next one reads."""
-        start, row, rescaling = x, self.rows[s], self.kind.rescaling
+        start, rescaling = x, self.kind.rescaling
+        plan_table, row = self._rows_in(self.table, s)
         t = self.timesteps[s : s + 1].repeat(self.kind.parts * x.shape[0])
         output = self._evaluate(functions, x, t)
         for _ in range(self.kind.refine):
-            made, own_row = self._fitted(x, output, self.table, row, rescaling)
+            made, own_row = self._fitted(x, output, plan_table, row, rescaling)
             output = self._evaluate(functions, self._update(x, output, made.update, own_row), t)
         if self.first_half is not None:
-            x, output = self._take_first_half(functions, x, output, row, t)
+            half = self._rows_in(self.first_half, s)
+            x, output = self._take_first_half(functions, x, output, *half, t)
             rescaling = None if rescaling is None else rescaling._replace(rescale=0.0)
-        table, row = self._fitted(x, output, self.table, row, rescaling)
+        table, row = self._fitted(x, output, plan_table, row, rescaling)
         drawn = self.kind.noisy and noise.given is None and noise.samples is not None
         state = self._update(
             x,
@@ -178,6 +177,14 @@ class Walk:
         if history is not None:
             history = self._epsilon(x, output, table, row).to(history.dtype)
         return state, history
+
+    def _rows_in(self, table: Table, s: int) -> tuple[Table, Tensor | None]:
+        """The part of a table that has the rows of step `s`, and where they are in it: None for the
+        first row.
+        """
+        if self.rows is None:
+            return Table(*(rows[s : s + 1] for rows in table)), None
+        return table, self.rows[s]
 
     def _evaluate(self, functions: Functions, x: Tensor, t: Tensor) -> Tensor:
         given, model = x.to(self.model_dtype), functions.model
@@ -197,14 +204,19 @@ class Walk:
         )
 
     def _take_first_half(
-        self, functions: Functions, x: Tensor, output: Tensor, row: Tensor, t: Tensor
+        self,
+        functions: Functions,
+        x: Tensor,
+        output: Tensor,
+        table: Table,
+        row: Tensor | None,
+        t: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The state and the model output that the second half of a split step reads."""
-        assert self.first_half is not None
         assert functions.denoised_fn is not None
         rescaling = self.kind.rescaling
         rescaling = None if rescaling is None else rescaling._replace(ratio=0.0)
-        table, row = self._fitted(x, output, self.first_half, row, rescaling)
+        table, row = self._fitted(x, output, table, row, rescaling)
         x_0 = self._update(x, output, table.update, row)
         if not self.kind.rederived:
             x = self._epsilon(x, output, table, row).to(x.dtype)
@@ -214,8 +226,13 @@ class Walk:
         return x, changed
 
     def _fitted(
-        self, x: Tensor, output: Tensor, table: Table, row: Tensor, rescaling: Rescaling | None
-    ) -> tuple[Table, Tensor]:
+        self,
+        x: Tensor,
+        output: Tensor,
+        table: Table,
+        row: Tensor | None,
+        rescaling: Rescaling | None,
+    ) -> tuple[Table, Tensor | None]:
         """The table and the rows of a step, which may be made for the data at hand."""
         if rescaling is None or (rescaling.rescale == 0 and rescaling.ratio == 0):
             return table, row
@@ -224,7 +241,7 @@ class Walk:
         self.backend.rescale_rows(x, output, rows, row, rescaling, own)
         return Table.of(own), torch.arange(x.shape[0], device=x.device)
 
-    def _epsilon(self, x: Tensor, output: Tensor, table: Table, row: Tensor) -> Tensor:
+    def _epsilon(self, x: Tensor, output: Tensor, table: Table, row: Tensor | None) -> Tensor:
         """The epsilon of a step, in the dtype that is computed in."""
         return self._update(x.to(compute_dtype(x.dtype)), output, table.epsilon, row)
 
@@ -232,12 +249,11 @@ class Walk:
         """Known data as they are after step `s`, and their weight."""
         if mixing is None:
             return {}
-        row = self.index[s : s + 1]
-        known = self._update(mixing.data, mixing.x_T, self.known, row)
+        known = self._update(mixing.data, mixing.x_T, self.known[s : s + 1], None)
         return {"mask": mixing.mask, "known": known}
 
     def _update(
-        self, x: Tensor, output: Tensor, table: Tensor, row: Tensor, **others: Any
+        self, x: Tensor, output: Tensor, table: Tensor, row: Tensor | None, **others: Any
     ) -> Tensor:
         given = {"noise": None, "keys": None, **others}
         x_prev, _ = self.backend.update(x, output, table, row, **given)
@@ -246,7 +262,7 @@ class Walk:
     def _keys(self, samples: Samples | None, batch: int, s: int) -> Keys:
         assert samples is not None
         seed, first = samples
-        device = self.rows.device
+        device = self.timesteps.device
 
         def filled(value: int | Tensor) -> Tensor:
             if isinstance(value, Tensor):

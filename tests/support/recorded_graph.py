@@ -47,6 +47,10 @@ class RecordedGraph(NoSync):
     def operators(self) -> list[str]:
         return [func._schema.name for func, *_ in self._recorded]
 
+    def arguments_of(self, name: str) -> list[tuple[Any, ...]]:
+        """The positional arguments of each call of an operator."""
+        return [args for func, args, *_ in self._recorded if func._schema.name == name]
+
     def replay(self) -> None:
         with torch.no_grad():
             for func, args, kwargs, made in self._recorded:

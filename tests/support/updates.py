@@ -43,6 +43,14 @@ class Case:
     def table(self) -> Tensor:
         return self.rows.to(reference.compute_dtype(self.x.dtype))
 
+    @property
+    def alone(self) -> tuple[Tensor, Tensor | None]:
+        """The table and the indices; where all samples share a row, a view of it and no index."""
+        if len(self.row) > 1:
+            return self.table, self.row
+        row = int(self.row)
+        return self.table[row : row + 1], None
+
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
     """The same values in another layout."""

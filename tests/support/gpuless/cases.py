@@ -110,10 +110,10 @@ def update_case(name: str) -> Case:
     return make_case(torch.Generator().manual_seed(20), shape, **arguments)
 
 
-def assert_bare_bits_of_cpu(update_out: Any, case: Case) -> None:
+def assert_bare_bits_of_cpu(update_out: Any, case: Case, *, alone: bool = False) -> None:
     """The bits of an update that writes x_prev alone."""
     cpu = backends.BACKENDS["cpu"].update_out
-    for a, b in zip(run_bare(update_out, case), run_bare(cpu, case), strict=True):
+    for a, b in zip(run_bare(update_out, case, alone=alone), run_bare(cpu, case), strict=True):
         assert same_bits(a, b), f"differs in {int((a != b).sum())} of {a.numel()}"
 
 
@@ -126,8 +126,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(words, others)
 
 
-def run_bare(update_out: Any, case: Case) -> list[Tensor]:
-    """out and the model input, in poisoned memory and without x_0, which kernels then leave out."""
+def run_bare(update_out: Any, case: Case, *, alone: bool = False) -> list[Tensor]:
+    """out and the model input, in poisoned memory and without x_0, which kernels then leave out.
+
+    Args:
+        alone: whether a row that all samples share is given without an index.
+    """
     out = torch.full_like(case.x, float("nan"))
     model_input = None
     if case.model_input is not None:
@@ -137,8 +141,7 @@ def run_bare(update_out: Any, case: Case) -> list[Tensor]:
     update_out(
         case.x,
         case.model_output,
-        case.table,
-        case.row,
+        *(case.alone if alone else (case.table, case.row)),
         noise=case.noise,
         keys=case.keys,
         history=case.history,
@@ -153,12 +156,12 @@ def run_bare(update_out: Any, case: Case) -> list[Tensor]:
 
 def assert_bits_of_cpu(update_out: Any, case: Case, *, in_place: bool = False) -> Result:
     """`update_out` gives the bits of the C++ kernel on the CPU in every output, with x_0 among them
-    and without it.
+    and without it; the latter without indices of rows where the samples share one.
     """
     cpu = backends.BACKENDS["cpu"].update_out
     got = run(update_out, case, in_place=in_place)
     pairs = list(zip(got.tensors(), run(cpu, case).tensors(), strict=True))
-    pairs += zip(run_bare(update_out, case), run_bare(cpu, case), strict=True)
+    pairs += zip(run_bare(update_out, case, alone=True), run_bare(cpu, case), strict=True)
     for i, (a, b) in enumerate(pairs):
         assert same_bits(a, b), f"output {i} differs in {int((a != b).sum())} of {a.numel()}"
     return got

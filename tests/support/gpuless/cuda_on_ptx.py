@@ -27,11 +27,12 @@ class Device:
         self.gpu = gpu
         self._backend = launcher.backend(NAMESPACE)
 
-    def update_out(self, x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, **rest: Any):
-        names = ("x", "model_output", "table", "row")
-        tensors = dict(zip(names, (x, model_output, table, row), strict=True))
+    def update_out(
+        self, x: Tensor, model_output: Tensor, table: Tensor, row: Tensor | None, **rest: Any
+    ) -> None:
+        given = {"x": x, "model_output": model_output, "table": table, "row": row, **rest}
         keys = rest["keys"]
-        tensors |= {k: v for k, v in rest.items() if isinstance(v, Tensor)}
+        tensors = {k: v for k, v in given.items() if isinstance(v, Tensor)}
         tensors |= {} if keys is None else keys._asdict()
         self._call(
             tensors,

@@ -55,7 +55,7 @@ def test_updates(host: Any, name: str, in_place: bool) -> None:
     ],
 )
 def test_long_chunks(host: Any, name: str) -> None:
-    assert_bare_bits_of_cpu(host.update_out, update_case(name))
+    assert_bare_bits_of_cpu(host.update_out, update_case(name), alone="bfloat16" in name)
 
 
 # Those of the quick ones are of both kernels and all layouts.
