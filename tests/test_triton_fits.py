@@ -25,6 +25,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from gpucheck import triton_jit
 
 from .support.gpuless import ptx
+from .support.gpuless.cases import same_bits
 from .support.gpuless.fits import (
     BACKWARD_CASES,
     FIT_CASES,
@@ -67,6 +68,17 @@ def test_gradients(interpreter: Interpreter, name: str) -> None:
     case, *grads = backward_case(name)
     assert_backward_of_cpu(LAUNCHERS.backward_out, case, *grads)
     assert len(interpreter.launches) == (case.x.numel() > 0)
+
+
+def test_the_first_row_without_indices(interpreter: Interpreter) -> None:
+    case, rescaling = fit_case("1023-threshold")
+    case.rows[0] = case.rows[2]
+    given = (case.x, case.model_output, case.table)
+    rows = [torch.empty(len(case.x), len(Row._fields)) for _ in range(2)]
+    for row, out in zip((None, torch.zeros(1, dtype=torch.int64)), rows, strict=True):
+        LAUNCHERS.rescale_rows(*given, row, rescaling, out)
+    assert same_bits(*rows)
+    assert not rows[0].isnan().any()
 
 
 def many_of_one_value() -> tuple[Case, Rescaling]:

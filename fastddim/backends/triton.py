@@ -59,7 +59,12 @@ def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
 
 
 def rescale_rows(
-    x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, rescaling: Rescaling, out: Tensor
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor | None,
+    rescaling: Rescaling,
+    out: Tensor,
 ) -> None:
     """See `fastddim.backends.Backend.rescale_rows`; the values of `row` are not checked."""
     torch.ops.fastddim.triton_fit_rows(x, model_output, table, row, *rescaling, out)
