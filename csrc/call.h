@@ -40,10 +40,6 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-inline int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
-
 // The device that every tensor of a call must be on.
 struct Place {
   bool cuda;
@@ -252,7 +248,7 @@ inline Job fit_job(const Shape& shape, const Tensor& x, const Tensor& model_outp
 // not written.
 inline Job backward_job(const Shape& shape, const Optional& grad_out, const Optional& grad_x_0,
                         const Tensor& x, const Tensor& model_output, const Tensor& table,
-                        const Tensor& row, const Optional& mask, const Tensor& grad_x,
+                        const Optional& row, const Optional& mask, const Tensor& grad_x,
                         const Tensor& grad_model_output) {
   Job job = job_of(x, shape);
   View* const views = job.views;

@@ -164,7 +164,8 @@ def compiled_for(
 
 
 def _forget_launches(module: Any) -> None:
-    module._prepare_update.cache_clear()
-    module._prepare_normal.cache_clear()
-    for name in ("launch_backward", "launch_rescaling"):
-        sibling(module, name)._prepare.cache_clear()
+    for found in (
+        *(module._found_update, module._prepare_normal, module._found_advance),
+        *(sibling(module, name)._prepare for name in ("launch_backward", "launch_rescaling")),
+    ):
+        found.cache_clear()

@@ -27,7 +27,7 @@ struct CudaOperators {
     check_launch(fastddim_cuda_update(&job, stream.handle));
   }
 
-  static void fit_rows(Tensor x, Tensor model_output, Tensor table, Tensor row, double rescale,
+  static void fit_rows(Tensor x, Tensor model_output, Tensor table, Optional row, double rescale,
                        double ratio, double limit, Tensor out) {
     const Shape shape(x, "x");
     Job job = fit_job(shape, x, model_output, table, row, rescale, ratio, limit, out);
@@ -37,7 +37,7 @@ struct CudaOperators {
   }
 
   static void backward_out(Optional grad_out, Optional grad_x_0, Tensor x, Tensor model_output,
-                           Tensor table, Tensor row, Optional mask, Tensor grad_x,
+                           Tensor table, Optional row, Optional mask, Tensor grad_x,
                            Tensor grad_model_output) {
     const Shape shape(x, "x");
     Job job = backward_job(shape, grad_out, grad_x_0, x, model_output, table, row, mask, grad_x,

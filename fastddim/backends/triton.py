@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from fastddim import derivatives, ops
+from fastddim.ops import LoopStep
 from fastddim.philox import Keys
 from fastddim.plan import Rescaling
 
 __all__ = [
     "PRIORITY",
     "advance",
+    "loop_step",
     "normal_out",
     "rescale_rows",
     "unavailable",
@@ -73,6 +75,17 @@ def rescale_rows(
 def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
     """See `fastddim.backends.Backend.advance`; the values of the counters are not checked."""
     _advance_op(counters, timesteps, t)
+
+
+def loop_step(*operands: Tensor | None, **others: Any) -> LoopStep:
+    """`update_out` and `advance` as launches whose arguments are held: see `Backend`.
+
+    For small states most of a step is the way of its arguments through operators and Triton.
+    """
+    from fastddim.kernels import loop_step
+
+    made: LoopStep = loop_step.loop_step(*operands, **others)
+    return made
 
 
 def _launchers() -> Any:
