@@ -634,6 +634,16 @@ class TestWhatIsWrittenAgain:
                 theirs.replay()
                 assert torch.equal(sampler(seed=2, **kind), expected)
 
+    def test_what_only_a_graph_of_the_callers_has_written(self, captures, outer):
+        """At its replays, of which there was none: a capture writes nothing."""
+        kind = {"mask": torch.ones(1, 1, 6, 6).tril(), "known": latents(seed=8), "seed": 4}
+        model = SmallNet()
+        sampler = Sampler(model, 4, shape=SHAPE, schedule=LINEAR, eta=1.0)
+        outer(lambda: sampler(**kind))
+        sampler._loop.step.inpainting.table.fill_(torch.nan)
+        sampler._loop.counters.now.keys.seed.fill_(-1)
+        assert torch.equal(sampler(**kind), sample(model, False, eta=1.0, **kind))
+
     @pytest.mark.parametrize("mode", ["auto", *CAPTURED])
     def test_tables(self, mode, captures):
         """Other coefficients, timesteps, and levels of known data reach the kept loop."""
