@@ -636,7 +636,7 @@ class TestWhatIsWrittenAgain:
 
     def test_what_only_a_graph_of_the_callers_has_written(self, captures, outer):
         """At its replays, of which there was none: a capture writes nothing."""
-        kind = {"mask": torch.ones(1, 1, 6, 6).tril(), "known": latents(seed=8), "seed": 4}
+        kind = {"mask": torch.ones(1, 1, 6, 6).tril() > 0, "known": latents(seed=8), "seed": 4}
         model = SmallNet()
         sampler = Sampler(model, 4, shape=SHAPE, schedule=LINEAR, eta=1.0)
         outer(lambda: sampler(**kind))
