@@ -11,7 +11,7 @@ from torch import Tensor
 from fastddim import philox, transfer
 from fastddim.adapter import warn_of_training
 from fastddim.loop.arguments import ModelArguments
-from fastddim.loop.buffers import Buffers, Inpainting
+from fastddim.loop.buffers import Buffers, Inpainting, row_major
 from fastddim.loop.capture import check_outer_capture
 from fastddim.loop.counters import Counters
 from fastddim.loop.inputs import Inputs
@@ -59,6 +59,7 @@ class Loop:
             dtype=setup.dtype,
             model_dtype=setup.model_dtype,
             device=device,
+            channels_last=setup.channels_last,
             with_x_0=True,
         )
         self.counters = Counters(plan, setup.shape[0], device)
@@ -199,7 +200,7 @@ class Loop:
                 trajectory = self._new_trajectory(first) if reporting.return_trajectory else None
                 end = self._walk(program, noise, reporting, trajectory, masked, first, bar)
             if trajectory is None:
-                return self.buffers.state.clone()
+                return row_major(self.buffers.state)
         # A part of the memory would keep all of it.
         return trajectory if end == self.plan.steps else trajectory[: end - first + 1].clone()
 
@@ -244,7 +245,7 @@ class Loop:
         """Tell of a step that was taken; True where the run is to end after it."""
         state, x_0, stopped = self.buffers.state, self.buffers.x_0, False
         if callback is not None and x_0 is not None:
-            stopped = callback(s, self._timesteps[s], state.clone(), x_0.clone()) is STOP
+            stopped = callback(s, self._timesteps[s], row_major(state), row_major(x_0)) is STOP
         if bar is not None:
             bar.update()
         return stopped
@@ -255,7 +256,7 @@ class Loop:
         if bar is not None:
             bar.update(self.plan.steps - first)
         made = self.buffers.state if program.trajectory is None else program.trajectory
-        return made.clone()
+        return row_major(made)
 
     def _begin(
         self,
