@@ -30,7 +30,7 @@ from .support.gpuless.fits import (
     gradients,
 )
 from .support.gpuless.toolchain import needs_nvcc
-from .support.updates import DTYPES, Case, make_case, poisoned_like, run
+from .support.updates import ALIGNED, DTYPES, Case, make_case, poisoned_like, run
 
 __all__ = ["device"]
 
@@ -328,6 +328,44 @@ def targets() -> list[Target]:
             for dims in (4, 5, 6, 7)
         ),
     ]
+    # Every tensor in every dtype and order.
+    interleaved = ("channels_last", "channels_last")
+    pixels = [
+        update_check(
+            (2, 4, 4, 6),
+            False,
+            dtype=dtype,
+            layout=layout,
+            model_layout=model_layout,
+            learned_variance=learned,
+            model_input=dtype,
+            per_sample=True,
+            frame=ALIGNED,
+            **everything,
+        )
+        for dtype, learned, (layout, model_layout) in itertools.product(
+            (torch.float32, torch.float16, bf16),
+            (False, True),
+            (interleaved, ("channels_last", "contiguous"), ("contiguous", "channels_last")),
+        )
+    ]
+    turned = {"layout": "contiguous", "model_layout": "channels_last", "noise": "keyed"}
+    pixels += [
+        update_check((40, 4, 2, 4), True, model_input=torch.float16, per_sample=True, **turned),
+        update_check((2, 4, 33, 36), True, dtype=bf16, guided=True, **turned),
+        case_check(
+            quiet(
+                make_case(
+                    generator(),
+                    (6, 4, 2, 4),
+                    layout="channels_last",
+                    noise="keyed",
+                    per_sample=True,
+                )
+            ),
+            True,
+        ),
+    ]
     normals = [
         normal_check(shape, dtype, layout)
         for dtype, layout, shape in itertools.product(
@@ -347,6 +385,7 @@ def targets() -> list[Target]:
         Target("updateIffLNS_4KindE0ELb1E", float_plain),
         Target("updateINS_8BFloat16ES1_LNS_4KindE1ELb1E", bfloat16_guided),
         Target("update_stridedIfLb1E", strided),
+        Target("update_pixelsILi4ELb1E", pixels),
         Target("normalENS_10NormalCall", normals),
         Target("advanceEPl", advances),
         *(

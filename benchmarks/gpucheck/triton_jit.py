@@ -143,5 +143,5 @@ def compiled_for(
 
 
 def _forget_launches(module: Any) -> None:
-    module._prepare_update.cache_clear()
-    module._prepare_normal.cache_clear()
+    for found in (module._found_update, module._prepare_normal, module._found_advance):
+        found.cache_clear()

@@ -288,11 +288,11 @@ int fit_rows(const Job& job, void* stream) {
   const int code = for_dtypes(job, [&](auto state, auto model) {
     using T = decltype(state);
     using M = decltype(model);
-    Collector collector{job};
+    Collector collector(job);
     collector.template of<T>(job.views[operand::x]);
     collector.template of<M>(job.views[operand::unconditional]);
     collector.template of<M>(job.views[operand::conditional]);
-    return collector.contiguous ? launch_fit<DenseSource<T, M>>(job, stream) : NOT_CONTIGUOUS;
+    return collector.fits() ? launch_fit<DenseSource<T, M>>(job, stream) : NOT_CONTIGUOUS;
   });
   if (code != NOT_CONTIGUOUS) return code;
   if (job.ndim > STRIDED_DIMS) return cudaErrorInvalidConfiguration;

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fastddim import derivatives, ops
-from fastddim.ops import rescale_rows
+from fastddim.ops import LoopStep, rescale_rows
 from fastddim.philox import Keys
 
 __all__ = [
     "PRIORITY",
     "advance",
+    "loop_step",
     "normal_out",
     "rescale_rows",
     "unavailable",
@@ -58,6 +59,17 @@ def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
 def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
     """See `fastddim.backends.Backend.advance`; the values of the counters are not checked."""
     _advance_op(counters, timesteps, t)
+
+
+def loop_step(*operands: Tensor | None, **others: Any) -> LoopStep:
+    """`update_out` and `advance` as launches whose arguments are held: see `Backend`.
+
+    For small states most of a step is the way of its arguments through operators and Triton.
+    """
+    from fastddim.kernels import loop_step
+
+    made: LoopStep = loop_step.loop_step(*operands, **others)
+    return made
 
 
 def _launchers() -> Any:

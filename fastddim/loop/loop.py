@@ -13,7 +13,7 @@ from fastddim.adapter import warn_of_training
 from fastddim.loop import capture
 from fastddim.loop.alignment import aligned_rows
 from fastddim.loop.arguments import ModelArguments
-from fastddim.loop.buffers import Buffers, Inpainting
+from fastddim.loop.buffers import Buffers, Inpainting, row_major
 from fastddim.loop.capture import Graph, check_outer_capture
 from fastddim.loop.counters import Counters, Position
 from fastddim.loop.inputs import Inputs, StaticInputs
@@ -75,6 +75,7 @@ class Loop:
             dtype=setup.dtype,
             model_dtype=setup.model_dtype,
             device=device,
+            channels_last=setup.channels_last,
             with_x_0=True,
         )
         self.counters = Counters(plan, setup.shape[0], device, unrolled=self._whole)
@@ -194,7 +195,7 @@ class Loop:
                 else:
                     end = self._walk(program, noise, reporting, trajectory, masked, first, bar)
             if trajectory is None:
-                return self.buffers.state.clone()
+                return row_major(self.buffers.state)
         # A part of the memory would keep all of it.
         return trajectory if end == self.plan.steps else trajectory[: end - first + 1].clone()
 
@@ -239,7 +240,7 @@ class Loop:
         """Tell of a step that was taken; True where the run is to end after it."""
         state, x_0, stopped = self.buffers.state, self.buffers.x_0, False
         if callback is not None and x_0 is not None:
-            stopped = callback(s, self._timesteps[s], state.clone(), x_0.clone()) is STOP
+            stopped = callback(s, self._timesteps[s], row_major(state), row_major(x_0)) is STOP
         if bar is not None:
             bar.update()
         return stopped

@@ -71,9 +71,9 @@ def huge_tiles() -> Iterator[None]:
         return tiles._replace(size=65536, per_sample=-(-layout.elements // 65536))
 
     with mock.patch.object(launch, "cut", cut):
-        launch._prepare_update.cache_clear()
+        launch._found_update.cache_clear()
         yield
-    launch._prepare_update.cache_clear()
+    launch._found_update.cache_clear()
 
 
 @pytest.mark.deep
