@@ -161,11 +161,11 @@ def backward_arguments() -> Iterator[tuple[str, Backward]]:
     for dtype, model_dtype in itertools.product(DTYPES, DTYPES):
         kind = {"dtype": dtype, "model_dtype": model_dtype, "guided": True, "mask": True}
         yield f"{dtype}-{model_dtype}", Backward((2, 3, 8), kind, next(grads))
-        kind |= {"layout": "sliced", "per_sample": True}
-        yield f"sliced-{dtype}-{model_dtype}", Backward((3, 2, 3, 5), kind, "both")
+        sliced = kind | {"layout": "sliced", "per_sample": True, "clip": 0.7}
+        yield f"sliced-{dtype}-{model_dtype}", Backward((3, 2, 3, 5), sliced, "both")
     # A tail of every length.
     for dtype, sizes in ((torch.float32, range(5, 8)), (torch.bfloat16, range(9, 16))):
-        kind = {"dtype": dtype, "guided": True, "mask": True, "per_sample": True}
+        kind = {"dtype": dtype, "guided": True, "mask": True, "per_sample": True, "clip": 0.7}
         for size in sizes:
             yield f"tail-{dtype}-{size}", Backward((3, size), kind, "both")
     for layout, guided in itertools.product(LAYOUTS[1:], (False, True)):
