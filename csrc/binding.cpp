@@ -1,4 +1,4 @@
-// The operators on the CPU: which instruction set, how many threads.
+// The operators on the CPU, and the functions of the module.
 //
 // The schemas are in fastddim/ops.py, the checks in call.h; the arithmetic is in formula.h.
 
@@ -15,56 +15,26 @@
 #include <vector>
 
 #include "call.h"
+#include "cpu/run.h"
 #include "cpu/select.h"
+#include "direct.h"
 #include "layout.h"
 
 namespace {
 
 using namespace fastddim;
 
-// A second thread costs about as much as this many elements.
-constexpr int64_t GRAIN = 32768, NOISY_GRAIN = 16384;
-
 // The passes over a sample that fitting its row takes.
 constexpr int64_t FIT_PASSES = 4;
 
-// Above this many bytes the output would only push the inputs out of the caches.
-constexpr int64_t STREAMING_BYTES = 16 << 20;
-
 std::atomic<const Kernels*> kernels{nullptr};
-
-const Kernels& current_kernels() {
-  const Kernels* chosen = kernels.load(std::memory_order_relaxed);
-  if (!chosen) {
-    chosen = supported_kernels(nullptr);
-    kernels.store(chosen, std::memory_order_relaxed);
-  }
-  return *chosen;
-}
-
-void run(const Job& job, Kernel kernel, bool noisy) {
-  const int64_t per_tile = std::max<int64_t>(std::min(job.count, job.tile), 1);
-  const int64_t grain = std::max<int64_t>((noisy ? NOISY_GRAIN : GRAIN) / per_tile, 1);
-  const int64_t tiles = job.batch * job.tiles_per_sample();
-  if (tiles <= grain) return kernel(job, 0, tiles);
-  torch::stable::parallel_for(0, tiles, grain,
-                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
-}
-
-void set_tile(Job& job, const JobLayout& layout) {
-  const Dtype computed = job.float64 ? Dtype::float64 : Dtype::float32;
-  if (!job.seed && layout.direct(computed)) job.tile = DIRECT_TILE;
-}
 
 void update_out(const UpdateArguments& given) {
   const Shape shape(given.x, "x");
   Job job = update_job(shape, given);
   const JobLayout layout(job, shape.sizes, (int)shape.dims, job.seed != nullptr,
                          job.row_stride == 0);
-  set_tile(job, layout);
-  const View& out = job.views[operand::out];
-  job.streaming = out.data != job.views[operand::x].data && !given.model_input &&
-                  job.batch * job.count * size_of(out.dtype) >= STREAMING_BYTES;
+  set_tiles(job, layout);
   run(job, current_kernels().update, job.seed != nullptr);
 }
 
@@ -164,7 +134,7 @@ class LoopStep {
     for (const Optional& tensor : {seed, step, sample, history, model_input}) {
       if (tensor) kept_.push_back(*tensor);
     }
-    set_tile(job_, layout_);
+    set_tiles(job_, layout_);
     const View& second = job_.views[operand::conditional];
     guided_ = second.data != nullptr;
     conditional_ = second.data - job_.views[operand::unconditional].data;
@@ -231,14 +201,30 @@ PyObject* take_loop_step(PyObject*, PyObject* made) {
   return function;
 }
 
-PyMethodDef methods[] = {{"take_loop_step", take_loop_step, METH_O,
-                          "What calls and owns the result of fastddim::make_loop_step."},
-                         {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {
+    {"take_loop_step", take_loop_step, METH_O,
+     "What calls and owns the result of fastddim::make_loop_step."},
+    {"connect", (PyCFunction)(void*)connect, METH_FASTCALL,
+     "Hand over what `step` and steppers ask Python for."},
+    {"step", (PyCFunction)(void*)direct_step, METH_FASTCALL,
+     "The result of a step of numbers; None where only the operators can take it."},
+    {"make_stepper", (PyCFunction)(void*)make_stepper, METH_FASTCALL,
+     "A function that takes the steps of a table of rows."},
+    {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
+
+const Kernels& fastddim::current_kernels() {
+  const Kernels* chosen = kernels.load(std::memory_order_relaxed);
+  if (!chosen) {
+    chosen = supported_kernels(nullptr);
+    kernels.store(chosen, std::memory_order_relaxed);
+  }
+  return *chosen;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastddim, CPU, m) {
   m.impl("update_out", TORCH_BOX(&update_operator<update_out>));

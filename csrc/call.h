@@ -40,10 +40,6 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-inline int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
-
 // The device that every tensor of a call must be on.
 struct Place {
   bool cuda;

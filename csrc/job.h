@@ -8,6 +8,11 @@ namespace fastddim {
 
 enum class Dtype : int32_t { float32, float64, float16, bfloat16 };
 
+// Inlined always: a copy of its own would be shared between instruction sets.
+__attribute__((always_inline)) inline int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
 constexpr int MAX_DIMS = 64;
 
 // Samples are cut into tiles. What has to be converted, gathered or drawn goes through buffers of

@@ -11,6 +11,7 @@ from fastddim.plan import select_timesteps
 from fastddim.runs import generate
 from fastddim.sampler import Sampler
 from fastddim.schedule import Schedule
+from fastddim.stepper import Stepper
 from fastddim.stopping import STOP
 from fastddim.stream import Stream
 from fastddim.tuned import TunedSteps, load_steps
@@ -20,6 +21,7 @@ __all__ = [
     "STOP",
     "Sampler",
     "Schedule",
+    "Stepper",
     "Stream",
     "TunedSteps",
     "generate",

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, overload
 
-import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from fastddim import philox
+from fastddim import direct
 from fastddim.choices import Impl, Prediction, PredictionSynonym, Variance, VarianceSynonym
-from fastddim.loop.noise import check_generators, draw
 from fastddim.loop.pool import POOL
 from fastddim.loop.setup import prepare_inversion, prepare_sampling
 from fastddim.options import Coefficient, InvertOptions, NoiseSource, SampleOptions, Seed
 from fastddim.signatures import takes
-from fastddim.single import prepared_step
-from fastddim.steptable import rescaled, rescaled_differentiably
+from fastddim.single import StepOptions, prepared_step
+from fastddim.stepping import take
 from fastddim.tracing import in_program
-from fastddim.transforms import check_unfollowed, tracked
 from fastddim.validation import (
     check_bool,
-    check_like,
-    check_model_output,
-    check_noise,
-    check_overlap,
-    check_same_dtype,
     check_state,
 )
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-GivenNoise: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator]
 
 
 @takes(SampleOptions)
@@ -121,8 +111,9 @@ def sample(options: SampleOptions) -> Tensor:
         graph: CUDA graph capture, which takes the host out of the loop: True captures one step and
             replays it S times, "loop" captures all steps and replays them once (without
             `callback`; the fastest around small models, see docs/gpu.md), False captures nothing.
-            "auto" is True on a CUDA device and False elsewhere; where the model cannot be captured,
-            or with `check_finite`, it runs without a graph, and warns of the former. Graphs are
+            "auto" captures on a CUDA device alone: all steps where they are few kernels and nothing
+            watches them (see docs/graph.md), else one; where the model cannot be captured, or with
+            `check_finite`, it runs without a graph, and warns of the former. Graphs are
             kept for later calls with the same model, shapes and kind of arguments, until
             `fastddim.graph.clear()`. What a captured model reads besides x, t, its parameters and
             the tensors in `model_kwargs` stays as it was at capture.
@@ -208,27 +199,6 @@ def invert(options: InvertOptions) -> Tensor:
 def _invert(options: InvertOptions) -> Tensor:
     with POOL.borrow(prepare_inversion(options)) as loop:
         return loop.run(options.x_0, options)
-
-
-class StepOptions(TypedDict, total=False):
-    """The options of `step` besides `return_x0`, which decides what it returns."""
-
-    eta: Coefficient
-    variance: Variance | VarianceSynonym
-    prediction: Prediction | PredictionSynonym
-    clip: float | None
-    rederive_eps: bool
-    guidance_scale: Coefficient | None
-    temperature: Coefficient
-    guidance_rescale: float
-    dynamic_thresholding_ratio: float | None
-    sample_max_value: float | None
-    seed: Seed | None
-    sample_offset: int
-    step_index: int | Tensor
-    noise: NoiseSource
-    out: Tensor | None
-    impl: Impl
 
 
 @overload
@@ -327,9 +297,34 @@ def step(
             it.
         RuntimeError: `out` is given where autograd or a transform follows the result.
     """
+    if not is_dynamo_compiling():
+        taken = direct.step(
+            x_t,
+            model_output,
+            alpha_t,
+            alpha_prev,
+            eta,
+            variance,
+            prediction,
+            clip,
+            rederive_eps,
+            guidance_scale,
+            temperature,
+            guidance_rescale,
+            dynamic_thresholding_ratio,
+            sample_max_value,
+            seed,
+            sample_offset,
+            step_index,
+            noise,
+            out,
+            return_x0,
+            impl,
+        )
+        if taken is not None:
+            return taken
     check_state("x_t", x_t)
     check_bool("return_x0", return_x0)
-    batch = x_t.shape[0]
     update = {
         "eta": eta,
         "variance": variance,
@@ -342,51 +337,14 @@ def step(
         "dynamic_thresholding_ratio": dynamic_thresholding_ratio,
         "sample_max_value": sample_max_value,
     }
-    backend, table, row, rescaling, noisy, guided, table_tracked, in_graph = prepared_step(
-        x_t, alpha_t, alpha_prev, impl, update
-    )
-    check_model_output("model_output", model_output, x_t, guided=guided)
-    keys = None
-    if noise is not None:
-        noise = _step_noise(noise, x_t) if noisy else None
-    elif noisy:
-        keys = philox.make_keys(
-            seed, batch, sample_offset=sample_offset, step_index=step_index, device=x_t.device
-        )
-    if out is not None:
-        check_unfollowed("out", x_t, model_output, noise, table)
-        check_like("out", out, "x_t", x_t)
-        check_same_dtype("out", out, x_t.dtype)
-        check_overlap("out", out, "x_t", x_t)
-        check_overlap("out", out, "model_output", model_output)
-    differentiable = out is None and (table_tracked or tracked(x_t, model_output, noise))
-    if rescaling is not None and differentiable:
-        backend, table, row = rescaled_differentiably(x_t, model_output, table, row, rescaling)
-    elif rescaling is not None:
-        table, row = rescaled(backend, x_t, model_output, table, row, rescaling)
-    # In a graph, an operator that returns its results is one that compilers can move.
-    if differentiable or (in_graph and out is None):
-        x_prev, x_0 = backend.update(x_t, model_output, table, row, noise=noise, keys=keys)
-        return (x_prev, x_0) if return_x0 else x_prev
-    x_prev = torch.empty_like(x_t) if out is None else out
-    predicted = torch.empty_like(x_t) if return_x0 else None
-    backend.update_out(
+    return take(
+        prepared_step(x_t, alpha_t, alpha_prev, impl, update),
         x_t,
         model_output,
-        table,
-        row,
+        seed=seed,
+        sample_offset=sample_offset,
+        step_index=step_index,
         noise=noise,
-        keys=keys,
-        out=x_prev,
-        x_0=predicted,
-        model_input=None,
+        out=out,
+        return_x0=return_x0,
     )
-    return x_prev if predicted is None else (x_prev, predicted)
-
-
-def _step_noise(noise: GivenNoise, x_t: Tensor) -> Tensor:
-    if isinstance(noise, Tensor):
-        return check_noise("noise", noise, x_t)
-    if not isinstance(noise, torch.Generator):
-        check_generators("noise", noise, x_t.shape[0])
-    return draw(noise, x_t)

@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -299,6 +299,15 @@ class SamplerOptions(Autoguidance, Conditioning, Placement, Batch, Hook, Update,
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
+class StepperOptions(Update, Visited):
+    """The arguments of `fastddim.Stepper`."""
+
+    schedule: Schedule = field(kw_only=False)
+    steps: Steps = field(kw_only=False)
+    impl: Impl = "auto"
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
 class CallOptions(Reporting, Conditioning, Drawing):
     """The arguments of a call of a `fastddim.Sampler`."""
 
@@ -383,12 +392,3 @@ class TuneOptions(Autoguidance, Conditioning, Direction, Thresholding, Reading):
     seed: int = 0
     teacher_steps: int | None = None
     progress: bool = True
-
-
-OptionsType = TypeVar("OptionsType")
-
-
-def shared(cls: type[OptionsType], options: Any, **others: Any) -> OptionsType:
-    """An object of `cls` with the fields that `options` has too, and `others`."""
-    names = [field.name for field in fields(cast(Any, cls)) if hasattr(options, field.name)]
-    return cls(**{name: getattr(options, name) for name in names} | others)

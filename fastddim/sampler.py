@@ -18,8 +18,8 @@ from fastddim.loop.first_weight import first_weights
 from fastddim.loop.loop import Loop
 from fastddim.loop.setup import prepare_sampling
 from fastddim.loop.walk import Walk
-from fastddim.options import CallOptions, SamplerOptions, Update, shared
-from fastddim.signatures import method_takes
+from fastddim.options import CallOptions, SamplerOptions, Update
+from fastddim.signatures import method_takes, shared
 from fastddim.tracing import in_program
 
 

@@ -1,16 +1,18 @@
-"""Functions of one object of options that are called with the options as their arguments."""
+"""Objects of options as the arguments of functions, and of one another."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from dataclasses import fields
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 Arguments = ParamSpec("Arguments")
 Options = TypeVar("Options")
 Owner = TypeVar("Owner")
 Result = TypeVar("Result")
+Shared = TypeVar("Shared")
 
 
 def takes(
@@ -68,3 +70,9 @@ def _show_arguments(
     call.__annotations__["return"] = result
     # The error of an argument that is missing or unknown names it.
     options.__init__.__qualname__ = function.__qualname__
+
+
+def shared(cls: type[Shared], options: Any, **others: Any) -> Shared:
+    """An object of `cls` with the fields that `options` has too, and `others`."""
+    names = [field.name for field in fields(cast(Any, cls)) if hasattr(options, field.name)]
+    return cls(**{name: getattr(options, name) for name in names} | others)

@@ -5,21 +5,43 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fastddim import backends, transfer
+from fastddim.choices import Impl, Prediction, PredictionSynonym, Variance, VarianceSynonym
 from fastddim.kept import ordinary
-from fastddim.options import PER_STEP, Coefficient, Rescaling, Update
+from fastddim.options import PER_STEP, Coefficient, NoiseSource, Rescaling, Seed, Update
 from fastddim.plan import coefficient_row, stack_row, to_table
 from fastddim.reference import compute_dtype
 from fastddim.steptable import backend_in_graph
 from fastddim.tracing import HELD, PLAIN, constant, is_constant
 from fastddim.transforms import bare
 from fastddim.validation import check_coefficient, with_derivatives
+
+
+class StepOptions(TypedDict, total=False):
+    """The options of `fastddim.step` besides `return_x0`, which decides what it returns."""
+
+    eta: Coefficient
+    variance: Variance | VarianceSynonym
+    prediction: Prediction | PredictionSynonym
+    clip: float | None
+    rederive_eps: bool
+    guidance_scale: Coefficient | None
+    temperature: Coefficient
+    guidance_rescale: float
+    dynamic_thresholding_ratio: float | None
+    sample_max_value: float | None
+    seed: Seed | None
+    sample_offset: int
+    step_index: int | Tensor
+    noise: NoiseSource
+    out: Tensor | None
+    impl: Impl
 
 
 class PreparedStep(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from fastddim import backends, ops, reference, transfer
+from fastddim import backends, direct, ops, reference, transfer
 from fastddim.backends import cpu
 from fastddim.cache import Cache
 from fastddim.kept import keep, ordinary
@@ -43,13 +43,15 @@ class _RowIndices(dict[int, Tensor]):
         return index
 
 
-class _Prepared(NamedTuple):
+class PreparedTable(NamedTuple):
     """A table for states of one dtype on one device."""
 
     backend: backends.Backend
     table: Tensor  # [R, K]
     indices: _RowIndices
     fast: bool  # whether `ops.step` takes the step
+    noiseless: Callable[..., direct.Result]  # steppers of `fastddim.direct`, this one without noise
+    noised: Callable[..., direct.Result]  # and this one with noise that is given
 
 
 class StepTable:
@@ -60,18 +62,25 @@ class StepTable:
     """
 
     def __init__(
-        self, rows: Tensor, *, rescaling: Rescaling | None = None, impl: str = "auto"
+        self,
+        rows: Tensor,
+        *,
+        rescaling: Rescaling | None = None,
+        impl: str = "auto",
+        checked: bool = False,
     ) -> None:
         """
         Args:
             rows: float64 `[R, K]`, from `plan.stack_row`.
             rescaling: how the rows depend on the data of a step, if they do.
             impl: the backend, as in `fastddim.sample`.
+            checked: whether rows that overflow the dtype of a state are refused.
         """
+        self._checked = checked
         self.rows = rows
         self._rescaling = rescaling
         self._impl = impl
-        self._prepared: Cache[_Prepared] = Cache(_KINDS_KEPT)
+        self._prepared: Cache[PreparedTable] = Cache(_KINDS_KEPT)
 
     def take(
         self,
@@ -100,10 +109,15 @@ class StepTable:
             RuntimeError: a tensor does not fit, or has gradients where there are none; the message
                 names it.
         """
-        prepared = self._prepared.get((x.device, x.dtype))
-        if prepared is None:
-            prepared = self._prepare(x.dtype, x.device)
-        backend, table, indices, fast = prepared
+        prepared = self.prepared(x.dtype, x.device)
+        backend, table, indices, fast, noiseless, noised = prepared
+        plain = type(x) in PLAIN
+        apart = keys is None and history is None and epsilon is None
+        if fast and plain and apart and type(row) is int and x.nbytes < LARGE:
+            stepper = noiseless if noise is None else noised
+            taken = stepper(x, model_output, row, noise, None, 0, 0, None, return_x0)
+            if taken is not None:
+                return taken if isinstance(taken, tuple) else (taken, None)
         # For an int, `isinstance` with Tensor costs ten times as much as its type.
         if type(row) is int or not isinstance(row, Tensor):
             row = indices[row]
@@ -124,7 +138,6 @@ class StepTable:
             )
         # The size of a tensor of another class, such as a fake one, may be unknown. Traced by
         # `torch.jit`, memory that is lent would become a constant.
-        plain = type(x) in PLAIN
         large = fast and plain and x.nbytes >= LARGE and not is_traced(x)
         if fast and plain and not large and keys is None and epsilon is None:
             results = ops.step(x, model_output, table, row, noise)
@@ -167,8 +180,7 @@ class StepTable:
     @constant
     def name_in_graph(self, dtype: torch.dtype, device: torch.device) -> str:
         """The name in `HELD` of the table for states of a dtype on a device."""
-        prepared = self._prepared.get((device, dtype)) or self._prepare(dtype, device)
-        return HELD.name_of(prepared.table, owner=self)
+        return HELD.name_of(self.prepared(dtype, device).table, owner=self)
 
     @staticmethod
     def position(count: int, row: int) -> int:
@@ -177,26 +189,34 @@ class StepTable:
             raise IndexError(f"row: expected an index in [{-count}, {count}), got {row}")
         return row % count
 
-    def _prepare(self, dtype: torch.dtype, device: torch.device) -> _Prepared:
+    def prepared(self, dtype: torch.dtype, device: torch.device) -> PreparedTable:
+        """The table for states of a dtype on a device."""
+        return self._prepared.get((device, dtype)) or self._prepare(dtype, device)
+
+    def _prepare(self, dtype: torch.dtype, device: torch.device) -> PreparedTable:
         """The table for states of a dtype on a device: the only place that puts coefficients on a
         device.
         """
         backend = backends.choose(self._impl, device)
 
-        def prepared() -> _Prepared:
+        def prepared() -> PreparedTable:
             # A view of the rows would be of inference mode where they are.
             rows = self.rows.clone()
-            table = to_table(rows, compute_dtype(dtype), rows.device, checked=False)
+            table = to_table(rows, compute_dtype(dtype), rows.device, checked=self._checked)
             table = transfer.upload(table, device)
             fast = self._rescaling is None and backend.__name__ == cpu.__name__
             indices = _RowIndices(len(table), device, self.position)
-            return _Prepared(backend, table, indices, fast)
+            steppers = [
+                direct.make_stepper(rows, noisy=noisy, guided=False) if fast else direct.declines
+                for noisy in (False, True)
+            ]
+            return PreparedTable(backend, table, indices, fast, *steppers)
 
         return keep(self._prepared, (device, dtype), prepared, device=device)
 
     def _differentiable(
         self,
-        prepared: _Prepared,
+        prepared: PreparedTable,
         x: Tensor,
         model_output: Tensor,
         row: Tensor,

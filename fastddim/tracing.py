@@ -21,6 +21,16 @@ TAKES_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
 PLAIN = (Tensor, nn.Parameter)
 """Classes of tensors whose values are at hand, as those of fake tensors are not."""
 
+WATCHERS: tuple[Callable[[], Any], ...] = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    _is_tracing,
+    torch._C._autograd._profiler_enabled,
+)
+"""Functions that are true where a mode, `torch.jit.trace` or a profiler watches the operators of
+this thread.
+"""
+
 is_jit_traced: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 Function = TypeVar("Function", bound=Callable[..., Any])

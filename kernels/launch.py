@@ -27,6 +27,9 @@ _tensors_of = operator.itemgetter(*map((*Inputs._fields, *Outputs._fields).index
 
 _ADVANCE_TILE = 128
 
+_THREE_QUARTERS = 40
+"""Registers with which a multiprocessor that has 64 K holds three quarters of its threads."""
+
 _MOST_PROGRAMS = 2**16 - 1
 """Along the second axis of a grid."""
 
@@ -139,12 +142,15 @@ def _warp_size(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).warp_size)
 
 
-def _options(*, capped: bool) -> dict[str, Any]:
-    """Options of the compiler."""
+def _options(registers: int | None) -> dict[str, Any]:
+    """Options of the compiler.
+
+    Args:
+        registers: the most of a thread, which NVIDIA's compiler can be told.
+    """
     options: dict[str, Any] = {"enable_fp_fusion": False}
-    if capped and torch.version.hip is None:
-        # Three quarters of the threads that a multiprocessor with 64 K registers holds.
-        options["maxnreg"] = 40
+    if registers is not None and torch.version.hip is None:
+        options["maxnreg"] = registers
     return options
 
 
@@ -211,7 +217,13 @@ def _prepare_update(
         conditional=_second_half(model_output, batch),
         second_input=_second_half(model_input, batch),
         PER_SAMPLE=per_sample,
+        NVIDIA=_takes_instructions(),
     )
+
+
+def _takes_instructions() -> bool:
+    """Whether kernels may hold instructions of NVIDIA's, which Triton's interpreter knows not."""
+    return torch.version.hip is None and not triton.knobs.runtime.interpret
 
 
 def _second_half(tensor: Meta | None, batch: int) -> int | None:
@@ -228,13 +240,14 @@ def _prepare_normal(keys: Keys, out: Meta, aligned: bool) -> _Launch | None:
     if 0 in out.shape:
         return None
     layout = lay_out(out.shape, [out.strides], ordered_by=None, one_row=False)
-    return _launch(layout, [out], capped=True, aligned=aligned)
+    return _launch(layout, [out], capped=True, aligned=aligned, NVIDIA=_takes_instructions())
 
 
 def _launch(
     layout: SampleLayout, tensors: list[Meta], *, capped: bool, aligned: bool, **constants: Any
 ) -> _Launch:
-    distances = [v for v in (constants.get("conditional"), constants.get("second_input")) if v]
+    halves = ("conditional", "second_input", "second_gradient")
+    distances = [distance for distance in map(constants.get, halves) if distance]
     itemsize = max(tensor.dtype.itemsize for tensor in tensors)
     tiles = cut(
         layout,
@@ -254,10 +267,8 @@ def _launch(
         "VECTOR": tiles.vector,
         "WIDE": layout.wide,
         "SAMPLES": None if layout.batch == 1 else 0 if samples_first else 1,
-        # Triton's interpreter knows no instructions.
-        "NVIDIA": torch.version.hip is None and not triton.knobs.runtime.interpret,
         "num_warps": tiles.num_warps,
-        **_options(capped=capped and itemsize < 8),
+        **_options(_THREE_QUARTERS if capped and itemsize < 8 else None),
     }
     grid = (tiles.per_sample, layout.batch)
     return _Launch(grid[::-1] if samples_first else grid, layout.strides, constants)

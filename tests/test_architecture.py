@@ -219,7 +219,7 @@ PRIVATE = {
     "fastddim/processor.py": "what the CPU has",
     "fastddim/runs/memory.py": "which storage a tensor has",
     "fastddim/steptable.py": "the level of forward-mode differentiation, without a call",
-    "fastddim/tracing.py": "whether torch.jit traces, and whether any mode watches operators",
+    "fastddim/tracing.py": "what watches operators: torch.jit, modes, a profiler",
     "fastddim/transforms.py": "which transforms are at work, and a kernel below that of autograd",
 }
 

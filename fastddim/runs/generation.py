@@ -29,7 +29,6 @@ from fastddim.options import (
     SamplerOptions,
     Steps,
     Update,
-    shared,
 )
 from fastddim.runs.archives import Labels
 from fastddim.runs.arguments import (
@@ -58,6 +57,7 @@ from fastddim.runs.shards import (
     check_format,
     write_batch,
 )
+from fastddim.signatures import shared
 from fastddim.validation import check_int
 
 

@@ -23,11 +23,11 @@ from fastddim.options import (
     Thresholding,
     Update,
     Visited,
-    shared,
 )
 from fastddim.plan import StepKind, make_plan, to_table
 from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
+from fastddim.signatures import shared
 from fastddim.stream.conditions import copied, copied_conditions
 from fastddim.stream.tickets import Ticket
 from fastddim.tuned import TunedSteps

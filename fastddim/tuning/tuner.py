@@ -26,8 +26,9 @@ from fastddim.loop.setup import (
     resolve_schedule,
     resolve_shape,
 )
-from fastddim.options import TuneOptions, Update, shared
+from fastddim.options import TuneOptions, Update
 from fastddim.plan import select_timesteps
+from fastddim.signatures import shared
 from fastddim.tuned import TunedFor, TunedSteps
 from fastddim.tuning.candidate import Candidate, Course, Numbers, resampled
 from fastddim.tuning.network import Network

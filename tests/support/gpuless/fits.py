@@ -37,11 +37,13 @@ class Fit(NamedTuple):
 def fit_arguments() -> Iterator[tuple[str, Fit]]:
     guided = {"guided": True}
     for size, kind in zip(
-        (1, 2, 3, 7, 8, 255, 256, 257, 511, 513, 1023, 1025, 2049, 4999),
+        (1, 2, 3, 7, 8, 255, 256, 257, 511, 513, 1023, 1025, 2049, 3333),
         itertools.cycle(("both", "rescale", "threshold", "largest")),
         strict=False,
     ):
         yield f"{size}-{kind}", Fit((2, size), guided, kind)
+    for size in (1800, 5001):
+        yield f"{size}-both", Fit((3, size), {"per_sample": True, **guided}, "both")
     for (dtype, layout), kind in zip(
         itertools.product(DTYPES, LAYOUTS), itertools.cycle(FITS), strict=False
     ):
@@ -54,7 +56,10 @@ def fit_arguments() -> Iterator[tuple[str, Fit]]:
             yield f"{dtype}-{model_dtype}", Fit((2, 3, 111), arguments, "both")
     yield "not-guided", Fit((2, 3, 300), {"learned_variance": True}, "threshold")
     yield "not-guided-sliced", Fit((2, 3, 5, 9), {"layout": "sliced"}, "limited")
-    yield "six-dimensions", Fit((2, 3, 1, 4, 3, 2), {"layout": "sliced", **guided}, "both")
+    for dtype in (torch.float32, torch.float64):
+        sliced = {"dtype": dtype, "layout": "sliced", "per_sample": True}
+        yield f"{dtype}-sliced-dimensions", Fit((3, 3, 1, 4, 3, 2), sliced | guided, "both")
+        yield f"{dtype}-sliced-not-guided", Fit((3, 2, 31, 5), sliced, "threshold")
     yield "no-samples", Fit((0, 4), guided, "both")
     yield "no-elements", Fit((3, 0), guided, "both")
     for name, edit in EDITS.items():
@@ -153,6 +158,13 @@ def backward_arguments() -> Iterator[tuple[str, Backward]]:
     for dtype, model_dtype in itertools.product(DTYPES, DTYPES):
         kind = {"dtype": dtype, "model_dtype": model_dtype, "guided": True, "mask": True}
         yield f"{dtype}-{model_dtype}", Backward((2, 3, 8), kind, next(grads))
+        kind |= {"layout": "sliced", "per_sample": True}
+        yield f"sliced-{dtype}-{model_dtype}", Backward((3, 2, 3, 5), kind, "both")
+    # A tail of every length.
+    for dtype, sizes in ((torch.float32, range(5, 8)), (torch.bfloat16, range(9, 16))):
+        kind = {"dtype": dtype, "guided": True, "mask": True, "per_sample": True}
+        for size in sizes:
+            yield f"tail-{dtype}-{size}", Backward((3, size), kind, "both")
     for layout, guided in itertools.product(LAYOUTS[1:], (False, True)):
         kind = {"layout": layout, "guided": guided, "mask": True, "clip": 0.5}
         yield f"{layout}-{guided}", Backward((2, 3, 5, 8), kind, "both")
@@ -173,12 +185,12 @@ def backward_case(name: str) -> tuple[Case, Tensor | None, Tensor | None]:
     given: list[Tensor | None] = []
     for of in ("x_prev", "x_0"):
         values = torch.randn(shape, generator=generator, dtype=torch.float64).to(case.x.dtype)
-        if values.numel() > 20:
+        if values.numel() > 60:
             values.view(-1)[[3, 11, 17]] = torch.tensor(
                 [math.nan, math.inf, -0.0], dtype=values.dtype
             )
         given.append(values if grads in (of, "both") else None)
-    if case.x.numel() > 20:
+    if case.x.numel() > 60:
         case.x[-1].reshape(-1)[0] = math.nan
     return case, given[0], given[1]
 
