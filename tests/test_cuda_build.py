@@ -257,11 +257,7 @@ def test_ptxas_contracts_nothing(functions: dict[int, dict[str, Function]], arch
     compared = 0
     for name, function in functions[arch].items():
         # float64 conversions and 64-bit division have sequences of their own.
-<<<<<<< HEAD
-        if not name.startswith(("update<", "update_pixels<")) or "double" in name:
-=======
-        if not name.startswith(("update<", "backward<")) or "double" in name:
->>>>>>> main
+        if not name.startswith(("update<", "update_pixels<", "backward<")) or "double" in name:
             continue
         body = bodies[name]
         assert not re.search(r"\b(?:fma|mul|add|sub)\.f32", body), "an operation may be contracted"
@@ -276,17 +272,13 @@ def test_ptxas_contracts_nothing(functions: dict[int, dict[str, Function]], arch
             found = count(function.sass, opcode) + 2 * count(function.sass, opcode + "2")
             assert found == expected, f"{name}: {opcode}"
             compared += 1
-<<<<<<< HEAD
-    assert compared == (5 * 3 * 2 + len(LONG) + len(PIXELS)) * 3
+    assert compared == (5 * 3 * 2 + len(LONG) + len(PIXELS) + 5) * 3
 
 
 def drawn(name: str) -> int:
     """Normals that a thread of a kernel draws."""
     size = int(name.rpartition(" ")[2].removesuffix(">")) if name.startswith("update<") else 0
     return size or PIXELS[name]
-=======
-    assert compared == (5 * 3 * 2 + len(LONG) + 5) * 3
->>>>>>> main
 
 
 def packed(body: str, opcode: str) -> int:

@@ -153,8 +153,7 @@ class Inpainting(NamedTuple):
 
     def load_rows(self, alphas_cumprod: Tensor, rows: slice) -> None:
         """Take over the noise levels of a plan, as rows of the table."""
-        mixing = known_rows(alphas_cumprod)
-        self.table[rows].copy_(transfer.upload(mixing, self.table.device))
+        transfer.write(known_rows(alphas_cumprod), self.table[rows])
 
 
 def row_major(tensor: Tensor) -> Tensor:
