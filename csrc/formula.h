@@ -122,11 +122,13 @@ struct Key {
   uint32_t step, sample, stream;
 };
 
-// The words of N quads from `first` on, in step: they share the keys of the rounds.
+// The words of N quads from `first` on, `apart` from each other, in step: they share the keys of
+// the rounds.
 template <int N>
-FASTDDIM_FN void philox(const Key& key, uint32_t first, uint32_t (&counters)[N][4]) {
+FASTDDIM_FN void philox(const Key& key, uint32_t first, uint32_t (&counters)[N][4],
+                        uint32_t apart = 1) {
   for (int i = 0; i < N; ++i) {
-    counters[i][0] = first + (uint32_t)i;
+    counters[i][0] = first + (uint32_t)i * apart;
     counters[i][1] = key.step;
     counters[i][2] = key.sample;
     counters[i][3] = key.stream;

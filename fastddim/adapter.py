@@ -13,7 +13,15 @@ from torch.types import Device
 from fastddim.notices import warn_once
 from fastddim.schedule import Schedule
 from fastddim.validation import STATE_DTYPES
-from fastddim.wrappers import hooks, layers, modules, reachable, tensors
+from fastddim.wrappers import (
+    held_modules,
+    hooks,
+    layers,
+    modules,
+    reachable,
+    tensors,
+    weights,
+)
 
 Model: TypeAlias = Callable[..., Any]
 
@@ -106,6 +114,31 @@ def own_dtype(model: Model) -> torch.dtype | None:
 def _state_dtype(owner: Any, name: str) -> torch.dtype | None:
     value = getattr(owner, name, None)
     return value if isinstance(value, torch.dtype) and value in STATE_DTYPES else None
+
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""By the number of dimensions of a batch."""
+
+
+def is_channels_last(model: Model, dims: int) -> bool:
+    """True where the model reads and writes samples of so many dimensions, batch first, in
+    channels_last: its first and its last weight are convolutions that lie so, as after
+    `model.to(memory_format=torch.channels_last)`.
+    """
+    if dims not in CHANNELS_LAST:
+        return False
+    for root in held_modules(model):
+        ends = [next(weights(root, last=last), None) for last in (False, True)]
+        if _lie_channels_last([end for end in ends if end is not None], dims):
+            return True
+    return False
+
+
+def _lie_channels_last(ends: list[Tensor], dims: int) -> bool:
+    """True for weights of convolutions; those of one pixel lie both ways."""
+    return not all(end.is_contiguous() for end in ends) and all(
+        end.ndim == dims and end.is_contiguous(memory_format=CHANNELS_LAST[dims]) for end in ends
+    )
 
 
 def own_device(model: Model) -> Device:

@@ -111,8 +111,9 @@ def sample(options: SampleOptions) -> Tensor:
         graph: CUDA graph capture, which takes the host out of the loop: True captures one step and
             replays it S times, "loop" captures all steps and replays them once (without
             `callback`; the fastest around small models, see docs/gpu.md), False captures nothing.
-            "auto" is True on a CUDA device and False elsewhere; where the model cannot be captured,
-            or with `check_finite`, it runs without a graph, and warns of the former. Graphs are
+            "auto" captures on a CUDA device alone: all steps where they are few kernels and nothing
+            watches them (see docs/graph.md), else one; where the model cannot be captured, or with
+            `check_finite`, it runs without a graph, and warns of the former. Graphs are
             kept for later calls with the same model, shapes and kind of arguments, until
             `fastddim.graph.clear()`. What a captured model reads besides x, t, its parameters and
             the tensors in `model_kwargs` stays as it was at capture.

@@ -1,10 +1,10 @@
 """The derivatives of the update: gradients by a kernel, all else by PyTorch's own operators.
 
 The update is affine in all its tensors where the clip does not act. Its gradients take one pass, in
-the operator `fastddim::backward`. Where a gradient is itself differentiated, it is worked out by
-`reference.gradients`, and where a transform of `torch.func` or forward-mode differentiation is at
-work, or the table or the mask has a gradient, the update is that of `reference.updated`: PyTorch
-knows every derivative of the operators that they are made of.
+`fastddim::backward` or an operator like it. Where a gradient is itself differentiated, it is worked
+out by `reference.gradients`, and where a transform of `torch.func` or forward-mode differentiation
+is at work, or the table or the mask has a gradient, the update is that of `reference.updated`:
+PyTorch knows every derivative of the operators that they are made of.
 
 `torch.vmap` makes one batch of all samples, which the kernel takes at once.
 """
@@ -40,28 +40,29 @@ def composed(inputs: Inputs) -> reference.Updated:
 
 
 class _Fused(torch.autograd.Function):
-    """An operator with the schema of `fastddim::update`, and its gradients."""
+    """An operator with the schema of `fastddim::update`, and one for its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Any, keys: Any, *inputs: Any) -> Any:
+    def forward(ctx: Any, operator: Any, backward: Any, keys: Any, *inputs: Any) -> Any:
         given = Inputs(*inputs)
         ctx.save_for_backward(given.x, given.model_output, given.table, given.row, given.mask)
         added = {name: getattr(given, name) for name in _ADDED}
         ctx.dtypes = {name: tensor.dtype for name, tensor in added.items() if tensor is not None}
+        ctx.operator = backward
         ctx.set_materialize_grads(False)
         return below_autograd(operator, keys, *inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return None, None, *_gradients(ctx, *grads)
+        return None, None, None, *_gradients(ctx, *grads)
 
 
 def _gradients(ctx: Any, grad_x_prev: Tensor | None, grad_x_0: Tensor | None) -> tuple[Any, ...]:
     x, model_output, table, row, mask = ctx.saved_tensors
     grads: dict[str, Tensor | None] = {}
-    if any(ctx.needs_input_grad[2:4]):
+    if any(ctx.needs_input_grad[3:5]):
         grads["x"], grads["model_output"] = _state_gradients(
-            grad_x_prev, grad_x_0, x, model_output, table, row, mask
+            ctx.operator, grad_x_prev, grad_x_0, x, model_output, table, row, mask
         )
     if grad_x_prev is not None:
         rows = reference.rows_in(table, row)
@@ -77,6 +78,7 @@ def _gradients(ctx: Any, grad_x_prev: Tensor | None, grad_x_0: Tensor | None) ->
 
 
 def _state_gradients(
+    operator: Any,
     grad_x_prev: Tensor | None,
     grad_x_0: Tensor | None,
     x: Tensor,
@@ -90,7 +92,7 @@ def _state_gradients(
     if is_grad_enabled() or transformed():
         rows = reference.rows_in(table, row)
         return reference.gradients(grad_x_prev, grad_x_0, x, model_output, rows, mask)
-    results: tuple[Tensor, Tensor] = torch.ops.fastddim.backward(
+    results: tuple[Tensor, Tensor] = operator(
         grad_x_prev, grad_x_0, x, model_output, table, row, mask
     )
     return results
@@ -122,11 +124,13 @@ def _one_batch(count: int, dims: tuple[int | None, ...], inputs: tuple[Any, ...]
     return Inputs(**one)
 
 
-def register(library: torch.library.Library, name: str) -> None:
+def register(library: torch.library.Library, name: str, backward_name: str) -> None:
     """Give derivatives and a rule of `torch.vmap` to an operator with the schema of
-    `fastddim::update`.
+    `fastddim::update`; its gradients are those of one with the schema of `fastddim::backward`.
     """
-    operator = getattr(torch.ops.fastddim, name).default
+    operator, backward = (
+        getattr(torch.ops.fastddim, found).default for found in (name, backward_name)
+    )
 
     def differentiate(keys: Any, *inputs: Any) -> Any:
         given = Inputs(*inputs)
@@ -136,7 +140,7 @@ def register(library: torch.library.Library, name: str) -> None:
             return below_autograd(operator, keys, *inputs)
         if given.table.requires_grad or (given.mask is not None and given.mask.requires_grad):
             return composed(given)[:2]
-        return _Fused.apply(operator, keys, *inputs)  # type: ignore[no-untyped-call]
+        return _Fused.apply(operator, backward, keys, *inputs)  # type: ignore[no-untyped-call]
 
     def batch(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> Any:
         count = info.batch_size
@@ -149,7 +153,7 @@ def register(library: torch.library.Library, name: str) -> None:
 
 
 _library = torch.library.Library("fastddim", "IMPL")
-register(_library, "update")
+register(_library, "update", "backward")
 
 
 @torch.library.impl(_library, "step", "FuncTorchDynamicLayerFrontMode")

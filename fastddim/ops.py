@@ -274,12 +274,19 @@ def _step(
 def _backward(
     grad_x_prev: Tensor | None, grad_x_0: Tensor | None, x: Tensor, model_output: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    # Channels that are not read (learned variance) have no gradient and are not written.
-    grad_x, grad_model_output = torch.empty_like(x), torch.zeros_like(model_output)
-    torch.ops.fastddim.backward_out(
-        grad_x_prev, grad_x_0, x, model_output, *rest, grad_x, grad_model_output
-    )
-    return grad_x, grad_model_output
+    grads = new_gradients(x, model_output)
+    torch.ops.fastddim.backward_out(grad_x_prev, grad_x_0, x, model_output, *rest, *grads)
+    return grads
+
+
+def new_gradients(x: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
+    """Tensors for the gradients of x and of the model output.
+
+    Channels that are not read (learned variance) have a gradient of 0 that no kernel writes.
+    """
+    all_read = model_output.shape[1:] == x.shape[1:]
+    new_like = torch.empty_like if all_read else torch.zeros_like
+    return torch.empty_like(x), new_like(model_output)
 
 
 def _fake_out(*inputs: Any) -> None:

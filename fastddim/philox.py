@@ -224,13 +224,18 @@ def check_samples(
     return Samples(seeds, None if per_sample else int(sample_offset))
 
 
-def write_keys(samples: Samples, keys: Keys) -> None:
-    """Write seeds and sample indices into keys, without waiting for their device."""
-    seed, first = samples
-    if isinstance(seed, Tensor):
+def write_seed(seed: int | Tensor, keys: Keys) -> None:
+    """Write the seed or seeds of `Samples` into keys, without waiting for their device."""
+    if not isinstance(seed, Tensor):
+        keys.seed.fill_(seed)
+    elif seed.ndim == 0:
         keys.seed.copy_(_on_device(seed, len(keys.seed), keys.seed.device))
     else:
-        keys.seed.fill_(seed)
+        transfer.write(seed.contiguous(), keys.seed)
+
+
+def write_sample_indices(first: int | None, keys: Keys) -> None:
+    """Write the sample indices of `Samples` into keys."""
     if first is None:
         keys.sample.zero_()
     else:

@@ -128,6 +128,9 @@ def rescaled_rows(x: Tensor, model_output: Tensor, rows: Tensor, rescaling: Resc
     section 3.4). `ratio` and `limit` are dynamic thresholding (arXiv 2205.11487, section 2.3): with
     s that quantile of |x_0| of a sample, but at least 1 and at most `limit`, x_0 is clamped to
     [−s, s] and divided by s. Both are factors of coefficients, so that the update takes one pass.
+
+    The compiled kernels work the deviations out in float64, in an order of sums that csrc/fitting.h
+    specifies, and so give one another's bits; torch's own sums are close to theirs.
     """
     row = _columns(rows, x)
     state, m = x.to(row.cx.dtype), _model_output(x, model_output, row)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch._C import _is_tracing
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 TAKES_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
 """Whether a function that is `constant` takes other objects than its own: not in torch 2.11."""
@@ -55,6 +57,19 @@ def in_program() -> bool:
         or is_jit_traced()
         # To ask for a mode takes longer than to ask whether there is any.
         or (torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None)
+    )
+
+
+def operators_are_seen() -> bool:
+    """Whether a mode or a profiler sees which operators are called."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+        # A default device is a mode too.
+        or (
+            torch._C._len_torch_function_stack() > 0
+            and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+        )
     )
 
 

@@ -35,6 +35,18 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
+def write(values: Tensor, out: Tensor) -> None:
+    """Write `values` into a tensor of their shape, for what is launched on the current stream from
+    now on: by one copy, where an `upload` takes a second one.
+    """
+    if out.device.type != "cuda" or not values.is_cpu:
+        out.copy_(values)
+    elif captured(out.device):
+        out.copy_(_by_arguments(values, out.device))
+    else:
+        out.copy_(values.to(out.dtype).pin_memory(), non_blocking=True)
+
+
 def wait(device: torch.device) -> None:
     """Let all work of the current stream be done, so that any stream may use its results."""
     if device.type == "cuda":

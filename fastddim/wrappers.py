@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 # Parallel and averaging wrappers, what torch.compile makes, and decorated functions.
 _INNER = ("module", "_orig_mod", "__wrapped__")
@@ -105,6 +106,20 @@ def tensors(parts: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
         found = [value for value in held if value is not None]
         if found:
             yield found
+
+
+def weights(root: nn.Module, *, last: bool = False) -> Iterator[Tensor]:
+    """The matrices among the parameters, in the order in which the modules were set.
+
+    Args:
+        last: whether the order is reversed.
+    """
+    own = [p for p in root._parameters.values() if p is not None and not is_lazy(p) and p.ndim > 1]
+    children = [child for child in root._modules.values() if child is not None]
+    if last:
+        own, children = own[::-1], children[::-1]
+    inner = chain.from_iterable(weights(child, last=last) for child in children)
+    yield from chain(inner, own) if last else chain(own, inner)
 
 
 def hooks(parts: Sequence[nn.Module]) -> Iterator[Any]:

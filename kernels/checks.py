@@ -11,6 +11,8 @@ from torch import Tensor
 from fastddim.philox import Keys
 from fastddim.plan import Row
 
+from . import backward
+from .rescaling import Data
 from .update import Tensors
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -59,6 +61,63 @@ def check_update(tensors: Tensors, table: Meta, row: Meta | None, keys: Keys | N
     check_rows(table, row, x)
     if keys is not None:
         check_keys(keys, x)
+
+
+def check_gradients(tensors: backward.Tensors, table: Meta, row: Meta | None) -> None:
+    """Check the tensors of a backward pass.
+
+    Args:
+        tensors: a `Meta` for each tensor, None where it is absent.
+        table: coefficient rows.
+        row: the row of each sample, or None where all have the first.
+
+    Raises:
+        TypeError, ValueError: a tensor does not fit.
+    """
+    x = tensors.x
+    check_state("x", x)
+    for name in ("grad_x_prev", "grad_x_0", "mask", "grad_x"):
+        check_like(name, getattr(tensors, name), x)
+    for name in ("model_output", "grad_model_output"):
+        check_stacked(name, getattr(tensors, name), x, learned_variance=True)
+    batch, expected = tensors.grad_model_output.shape[0], tensors.model_output.shape[0]
+    if batch != expected:
+        raise ValueError(
+            f"grad_model_output: expected the batch of model_output, {expected}, got {batch}"
+        )
+    check_rows(table, row, x)
+
+
+def check_rescaling(
+    data: Data, table: Meta, row: Meta | None, out: Meta, *, rescales: bool
+) -> None:
+    """Check the tensors that rows are made from, and those that they go into.
+
+    Args:
+        data: a `Meta` for each tensor.
+        table: coefficient rows.
+        row: the row of each sample, or None where all have the first.
+        out: new rows.
+        rescales: whether the model output is rescaled, which has to be guided.
+
+    Raises:
+        TypeError, ValueError: a tensor does not fit.
+    """
+    x, model_output = data
+    check_state("x", x)
+    check_stacked("model_output", model_output, x, learned_variance=True)
+    check_rows(table, row, x)
+    check_device("out", out, x.device)
+    batch, fields = x.shape[0], len(Row._fields)
+    if out.dtype != table.dtype:
+        raise TypeError(f"out: expected the dtype of table, {table.dtype}, got {out.dtype}")
+    if out.shape != (batch, fields) or out.strides != (fields if batch > 1 else out.strides[0], 1):
+        raise ValueError(
+            f"out: expected a contiguous tensor [B, {fields}] = [{batch}, {fields}], got shape "
+            f"{tuple(out.shape)} with strides {out.strides}"
+        )
+    if rescales and model_output.shape[0] == batch and batch > 0:
+        raise ValueError("rescale: expected 0 where the model output is not guided")
 
 
 def check_state(name: str, meta: Meta) -> None:

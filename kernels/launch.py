@@ -14,10 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
-from fastddim.ops import Inputs, Outputs, split_operands
+from fastddim.ops import Inputs, Outputs
 from fastddim.philox import Keys
 
 from .checks import Meta, check_integers, check_keys, check_state, check_update, meta_of
+from .repeated import Repeated
 from .update import Tensors, advance_kernel, normal_kernel, update_kernel
 from .views import SampleLayout, View, cut, lay_out
 
@@ -25,6 +26,9 @@ _tensors_of = operator.itemgetter(*map((*Inputs._fields, *Outputs._fields).index
 """`Tensors` from the operands of an update."""
 
 _ADVANCE_TILE = 128
+
+_THREE_QUARTERS = 40
+"""Registers with which a multiprocessor that has 64 K holds three quarters of its threads."""
 
 _MOST_PROGRAMS = 2**16 - 1
 """Along the second axis of a grid."""
@@ -52,28 +56,17 @@ def update_out(*operands: Any) -> None:
     Raises:
         TypeError, ValueError: a tensor does not fit; the message names it.
     """
-    inputs, _ = split_operands(operands)
-    keys = inputs.keys
-    if keys is None and inputs.seed is not None:
+    _, _, table, row, _, seed, step, sample, *_ = operands
+    if seed is not None and (step is None or sample is None):
         raise ValueError("step, sample: expected both beside seed, got None")
+    keys = None if seed is None else Keys(seed, step, sample)
     tensors = _tensors_of(operands)
-    launch = _prepare_update(
-        Tensors(*map(meta_of, tensors)),
-        meta_of(inputs.table),
-        meta_of(inputs.row),
-        None if keys is None else Keys(*map(meta_of, keys)),
-        _aligned(tensors),
-    )
-    if launch is None:
+    found = find_update(tensors, table, row, keys)
+    if found is None:
         return
-    with _device_of(inputs.x):
-        update_kernel[launch.grid](
-            Tensors(*launch.view(tensors)),
-            keys=keys,
-            table=inputs.table,
-            row=inputs.row,
-            **launch.constants,
-        )
+    launch, repeated = found
+    with _device_of(tensors[0]):
+        repeated(tensors=Tensors(*launch.view(tensors)), keys=keys, table=table, row=row)
 
 
 def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
@@ -102,22 +95,37 @@ def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
     Raises:
         TypeError, ValueError: a tensor does not fit; the message names it.
     """
-    for name, tensor in (("counters", counters), ("timesteps", timesteps), ("t", t)):
-        check_integers(name, meta_of(tensor), counters.device)
-    if t.shape[0] > counters.shape[0]:
-        raise ValueError(
-            f"t: expected at most one value a counter, {counters.shape[0]}, got {t.shape[0]}"
-        )
+    launch = find_advance(counters, timesteps, t)
     with _device_of(counters):
-        advance_kernel[(1,)](
-            counters,
-            timesteps,
-            t,
-            counters.shape[0],
-            t.shape[0],
-            TILE=_ADVANCE_TILE,
-            num_warps=_ADVANCE_TILE // 32,
-        )
+        launch(counters=counters, timesteps=timesteps, t=t)
+
+
+def find_advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> Repeated:
+    """The checked launch of `advance` with such tensors."""
+    return _found_advance(_likeness(counters), _likeness(timesteps), _likeness(t))
+
+
+def find_update(
+    tensors: tuple[Tensor | None, ...], table: Tensor, row: Tensor | None, keys: Keys | None
+) -> tuple[_Launch, Repeated] | None:
+    """The checked launch of an update of such tensors, or None where there is nothing to do."""
+    return _found_update(
+        *map(_likeness, tensors),
+        *map(_likeness, (table, row)),
+        *((None, None, None) if keys is None else map(_likeness, keys)),
+    )
+
+
+def _likeness(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """All that a launch depends on in a tensor, and what kernels are specialised for in its
+    address.
+    """
+    if tensor is None:
+        return None
+    aligned = tensor.data_ptr() % 16 == 0
+    # For AMD's GPUs Triton asks whether 32 bits reach all of the memory.
+    near = torch.version.hip is None or tensor.untyped_storage().nbytes() < 2**31
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, aligned, near
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -134,12 +142,15 @@ def _warp_size(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).warp_size)
 
 
-def _options(*, capped: bool) -> dict[str, Any]:
-    """Options of the compiler."""
+def _options(registers: int | None) -> dict[str, Any]:
+    """Options of the compiler.
+
+    Args:
+        registers: the most of a thread, which NVIDIA's compiler can be told.
+    """
     options: dict[str, Any] = {"enable_fp_fusion": False}
-    if capped and torch.version.hip is None:
-        # Three quarters of the threads that a multiprocessor with 64 K registers holds.
-        options["maxnreg"] = 40
+    if registers is not None and torch.version.hip is None:
+        options["maxnreg"] = registers
     return options
 
 
@@ -151,6 +162,32 @@ def _aligned(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
+def _found_update(*likenesses: tuple[Any, ...] | None) -> tuple[_Launch, Repeated] | None:
+    """See `find_update`; the likenesses are those of its tensors, in their order."""
+    metas: list[Any] = [
+        None if likeness is None else Meta(*likeness[:4]) for likeness in likenesses
+    ]
+    *tensors, table, row, seed, step, sample = metas
+    keys = None if seed is None else Keys(seed, step, sample)
+    aligned = all(likeness is None or likeness[4] for likeness in likenesses[: len(tensors)])
+    launch = _prepare_update(Tensors(*tensors), table, row, keys, aligned)
+    if launch is None:
+        return None
+    return launch, Repeated(update_kernel, launch.grid, launch.constants)
+
+
+@functools.lru_cache(maxsize=1024)
+def _found_advance(*likenesses: tuple[Any, ...]) -> Repeated:
+    counters, timesteps, t = (Meta(*likeness[:4]) for likeness in likenesses)
+    for name, meta in (("counters", counters), ("timesteps", timesteps), ("t", t)):
+        check_integers(name, meta, counters.device)
+    count, t_count = counters.shape[0], t.shape[0]
+    if t_count > count:
+        raise ValueError(f"t: expected at most one value a counter, {count}, got {t_count}")
+    constants = {"count": count, "t_count": t_count, "TILE": _ADVANCE_TILE}
+    return Repeated(advance_kernel, (1,), {**constants, "num_warps": _ADVANCE_TILE // 32})
+
+
 def _prepare_update(
     tensors: Tensors, table: Meta, row: Meta | None, keys: Keys | None, aligned: bool
 ) -> _Launch | None:
@@ -180,7 +217,13 @@ def _prepare_update(
         conditional=_second_half(model_output, batch),
         second_input=_second_half(model_input, batch),
         PER_SAMPLE=per_sample,
+        NVIDIA=_takes_instructions(),
     )
+
+
+def _takes_instructions() -> bool:
+    """Whether kernels may hold instructions of NVIDIA's, which Triton's interpreter knows not."""
+    return torch.version.hip is None and not triton.knobs.runtime.interpret
 
 
 def _second_half(tensor: Meta | None, batch: int) -> int | None:
@@ -197,13 +240,14 @@ def _prepare_normal(keys: Keys, out: Meta, aligned: bool) -> _Launch | None:
     if 0 in out.shape:
         return None
     layout = lay_out(out.shape, [out.strides], ordered_by=None, one_row=False)
-    return _launch(layout, [out], capped=True, aligned=aligned)
+    return _launch(layout, [out], capped=True, aligned=aligned, NVIDIA=_takes_instructions())
 
 
 def _launch(
     layout: SampleLayout, tensors: list[Meta], *, capped: bool, aligned: bool, **constants: Any
 ) -> _Launch:
-    distances = [v for v in (constants.get("conditional"), constants.get("second_input")) if v]
+    halves = ("conditional", "second_input", "second_gradient")
+    distances = [distance for distance in map(constants.get, halves) if distance]
     itemsize = max(tensor.dtype.itemsize for tensor in tensors)
     tiles = cut(
         layout,
@@ -223,10 +267,8 @@ def _launch(
         "VECTOR": tiles.vector,
         "WIDE": layout.wide,
         "SAMPLES": None if layout.batch == 1 else 0 if samples_first else 1,
-        # Triton's interpreter knows no instructions.
-        "NVIDIA": torch.version.hip is None and not triton.knobs.runtime.interpret,
         "num_warps": tiles.num_warps,
-        **_options(capped=capped and itemsize < 8),
+        **_options(_THREE_QUARTERS if capped and itemsize < 8 else None),
     }
     grid = (tiles.per_sample, layout.batch)
     return _Launch(grid[::-1] if samples_first else grid, layout.strides, constants)

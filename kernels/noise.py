@@ -48,6 +48,8 @@ _COS = tl.constexpr(
         )
     )
 )
+_MULTIPLIER_0, _MULTIPLIER_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
+_WEYL_0, _WEYL_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 
 
 @triton.jit
@@ -110,17 +112,47 @@ def box_muller(word_0, word_1, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def words(keys, position, quad, stream: tl.constexpr):
+def product(multiplier: tl.constexpr, word, NVIDIA: tl.constexpr):
+    """Both words of a product of two, the upper one first."""
+    if NVIDIA and word.type.is_block():
+        # One instruction, which Triton's two operations are two of.
+        return tl.inline_asm_elementwise(
+            "{.reg .b64 both; mul.wide.u32 both, $2, $3; mov.b64 {$1, $0}, both;}",
+            "=r,=r,r,r",
+            [word, multiplier],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.umulhi(word, multiplier), tl.mul(word, multiplier, sanitize_overflow=False)
+
+
+@triton.jit
+def philox(seed, c_0, c_1, c_2, c_3, NVIDIA: tl.constexpr):
+    k_0, k_1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high_0, low_0 = product(_MULTIPLIER_0, c_0, NVIDIA)
+        high_1, low_1 = product(_MULTIPLIER_1, c_2, NVIDIA)
+        c_0, c_1 = high_1 ^ c_1 ^ k_0, low_1
+        c_2, c_3 = high_0 ^ c_3 ^ k_1, low_0
+        k_0 = tl.add(k_0, _WEYL_0, sanitize_overflow=False)
+        k_1 = tl.add(k_1, _WEYL_1, sanitize_overflow=False)
+    return c_0, c_1, c_2, c_3
+
+
+@triton.jit
+def words(keys, position, quad, stream: tl.constexpr, NVIDIA: tl.constexpr):
     """Four random words for each quad of elements of the sample that `position` keys."""
     seed = tl.load(keys.seed + position)
     step = tl.load(keys.step + position).to(tl.uint32)
     sample = tl.load(keys.sample + position).to(tl.uint32)
-    return tl.philox(seed, quad, step, sample, stream)
+    return philox(seed, quad, step, sample, tl.full([], stream, tl.uint32), NVIDIA)
 
 
 @triton.jit
 def normals_of_quads(keys, position, quad, stream: tl.constexpr, NVIDIA: tl.constexpr):
-    r_0, r_1, r_2, r_3 = words(keys, position, quad, stream)
+    r_0, r_1, r_2, r_3 = words(keys, position, quad, stream, NVIDIA)
     z_0, z_1 = box_muller(r_0, r_1, NVIDIA)
     z_2, z_3 = box_muller(r_2, r_3, NVIDIA)
     return z_0, z_1, z_2, z_3
@@ -149,7 +181,8 @@ def normals(
     first_quad = (first // 4).to(tl.uint32)
     lane = tl.arange(0, TILE // VECTOR).to(tl.uint32)
     if VECTOR == 2:
-        r_0, r_1, r_2, r_3 = words(keys, position, first_quad + (lane >> 1), stream)
+        quad = first_quad + (lane >> 1)
+        r_0, r_1, r_2, r_3 = words(keys, position, quad, stream, NVIDIA)
         second = (lane & 1) != 0
         word_0, word_1 = tl.where(second, r_2, r_0), tl.where(second, r_3, r_1)
         z = tl.join(*box_muller(word_0, word_1, NVIDIA))

@@ -82,14 +82,27 @@ def read_step(tensors, conditional, span, WIDE: tl.constexpr):
 
 
 @triton.jit
-def write_step(inputs, z, tensors, second_input, row, span, WIDE: tl.constexpr):
-    """The update of csrc/formula.h; `z` is the noise that was drawn, or None."""
+def in_compute_precision(inputs, row):
+    """State and guided model output in the dtype of the row, from what `read_step` has read."""
     compute: tl.constexpr = row.cx.dtype
     x = inputs[0].to(compute)
     m = inputs[1].to(compute)
     if len(inputs) == 3:
         m = tl.fma(row.g, inputs[2].to(compute) - m, m)
-    x_0 = tl.fma(row.cx, x, row.cm * m)
+    return x, m
+
+
+@triton.jit
+def unclipped_x_0(row, x, m):
+    return tl.fma(row.cx, x, row.cm * m)
+
+
+@triton.jit
+def write_step(inputs, z, tensors, second_input, row, span, WIDE: tl.constexpr):
+    """The update of csrc/formula.h; `z` is the noise that was drawn, or None."""
+    compute: tl.constexpr = row.cx.dtype
+    x, m = in_compute_precision(inputs, row)
+    x_0 = unclipped_x_0(row, x, m)
     # NaN stays, and a limit that is NaN limits nothing. Triton's unary minus would be 0 - limit.
     limit = tl.where(row.r == row.r, row.r, float("inf"))
     x_0 = tl.maximum(x_0, limit * -1.0, propagate_nan=tl.PropagateNan.ALL)

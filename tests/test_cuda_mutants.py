@@ -21,8 +21,16 @@ from .support.environment import needs_compiler, needs_extension
 from .support.gpuless import ptx
 from .support.gpuless.cases import run_bare, same_bits
 from .support.gpuless.cuda_on_ptx import Device, device, ptx_of
+from .support.gpuless.fits import (
+    BACKWARD_CASES,
+    FIT_CASES,
+    backward_case,
+    fit_case,
+    fitted,
+    gradients,
+)
 from .support.gpuless.toolchain import needs_nvcc
-from .support.updates import DTYPES, Case, make_case, poisoned_like, run
+from .support.updates import ALIGNED, DTYPES, Case, make_case, poisoned_like, run
 
 __all__ = ["device"]
 
@@ -76,6 +84,16 @@ EXCHANGED = {
     "mul.wide.u32": "mul.wide.s32",
     "cvt.rn.f32.u32": "cvt.rn.f32.s32",
     "cvt.rzi.s32.f32": "cvt.rni.s32.f32",
+    "add.rn.f64": "sub.rn.f64",
+    "sub.rn.f64": "add.rn.f64",
+    "mul.rn.f64": "add.rn.f64",
+    "div.rn.f64": "mul.rn.f64",
+    "div.rn.f32": "mul.rn.f32",
+    "sqrt.rn.f64": "neg.f64",
+    "setp.gt.f64": "setp.lt.f64",
+    "setp.lt.f64": "setp.gt.f64",
+    "setp.le.u32": "setp.lt.u32",
+    "setp.gt.u64": "setp.ge.u64",
 }
 
 
@@ -108,6 +126,8 @@ def mutants(lines: list[str]) -> Iterator[Mutant]:
         if guard:
             turned = guard.replace("@", "@!") if "!" not in guard else guard.replace("!", "")
             yield Mutant("guard", number, line, f"{space}{turned}{opcode} {rest};")
+        if opcode == "bar.sync":
+            yield Mutant("barrier", number, line, f"{space}// No barrier.")
         index = opcode == "mul.wide.u32" and re.fullmatch(r"\d{1,2}", operands[-1])
         if opcode in EXCHANGED and not index:
             yield Mutant(opcode, number, line, f"{space}{guard}{EXCHANGED[opcode]} {rest};")
@@ -211,6 +231,26 @@ def advance_check(count: int, more: int) -> Callable[[Device], bool]:
     return right
 
 
+def fit_check(name: str) -> Callable[[Device], bool]:
+    case, rescaling = fit_case(name)
+    expected = fitted(backends.BACKENDS["cpu"].rescale_rows, case, rescaling)
+
+    def right(on: Device) -> bool:
+        return same_bits(fitted(on.rescale_rows, case, rescaling), expected)
+
+    return right
+
+
+def backward_check(name: str) -> Callable[[Device], bool]:
+    arguments = backward_case(name)
+    expected = gradients(torch.ops.fastddim.backward_out, *arguments)
+
+    def right(on: Device) -> bool:
+        return all(map(same_bits, gradients(on.backward_out, *arguments), expected))
+
+    return right
+
+
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(10)
 
@@ -288,6 +328,44 @@ def targets() -> list[Target]:
             for dims in (4, 5, 6, 7)
         ),
     ]
+    # Every tensor in every dtype and order.
+    interleaved = ("channels_last", "channels_last")
+    pixels = [
+        update_check(
+            (2, 4, 4, 6),
+            False,
+            dtype=dtype,
+            layout=layout,
+            model_layout=model_layout,
+            learned_variance=learned,
+            model_input=dtype,
+            per_sample=True,
+            frame=ALIGNED,
+            **everything,
+        )
+        for dtype, learned, (layout, model_layout) in itertools.product(
+            (torch.float32, torch.float16, bf16),
+            (False, True),
+            (interleaved, ("channels_last", "contiguous"), ("contiguous", "channels_last")),
+        )
+    ]
+    turned = {"layout": "contiguous", "model_layout": "channels_last", "noise": "keyed"}
+    pixels += [
+        update_check((40, 4, 2, 4), True, model_input=torch.float16, per_sample=True, **turned),
+        update_check((2, 4, 33, 36), True, dtype=bf16, guided=True, **turned),
+        case_check(
+            quiet(
+                make_case(
+                    generator(),
+                    (6, 4, 2, 4),
+                    layout="channels_last",
+                    noise="keyed",
+                    per_sample=True,
+                )
+            ),
+            True,
+        ),
+    ]
     normals = [
         normal_check(shape, dtype, layout)
         for dtype, layout, shape in itertools.product(
@@ -307,8 +385,24 @@ def targets() -> list[Target]:
         Target("updateIffLNS_4KindE0ELb1E", float_plain),
         Target("updateINS_8BFloat16ES1_LNS_4KindE1ELb1E", bfloat16_guided),
         Target("update_stridedIfLb1E", strided),
+        Target("update_pixelsILi4ELb1E", pixels),
         Target("normalENS_10NormalCall", normals),
         Target("advanceEPl", advances),
+        *(
+            Target(kernel, [fit_check(name) for name in FIT_CASES if re.fullmatch(names, name)])
+            for kernel, names in (
+                ("fitINS_11DenseSourceIff", r"\d+-\w+|no-\w+|[a-z-]+-torch.float32"),
+                ("fitINS_13StridedSourceId", r"torch.float64-(?!c|o|torch.float64).*"),
+            )
+        ),
+        *(
+            Target(kernel, [backward_check(n) for n in BACKWARD_CASES if re.fullmatch(names, n)])
+            for kernel, names in (
+                ("backwardIffLi4", r"\(.*|(tail-)?torch.float32-(\d|T|F).*"),
+                ("backwardINS_8BFloat16", r"(tail-)?torch.bfloat16-(\d|T|F).*"),
+                ("backward_stridedIf", r"(permuted|sliced-torch.b?float(16|32)|six).*"),
+            )
+        ),
     ]
 
 

@@ -209,6 +209,31 @@ def test_bytes_moved_are_the_floor(
     assert launch.stats.executed[f"ld.global.cs.v{wide}.u32"] > 0
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_pixels_move_the_floor(device: Device, channels: int, dtype: torch.dtype) -> None:
+    """Each element once, in the largest words that a quad of pixels has in either order."""
+    case = make_case(
+        torch.Generator().manual_seed(4),
+        (2, channels, 16, 16),
+        dtype=dtype,
+        layout="channels_last",
+        model_layout="contiguous",
+        noise="keyed",
+    )
+    run_bare(device.update_out, case)
+    (launch,) = device.gpu.launches
+    assert "update_pixels" in launch.name
+    stats, size = launch.stats, case.x.nbytes
+    assert (stats.bytes_read["x"], stats.bytes_read["model_output"]) == (size, size)
+    assert list(stats.bytes_written.values()) == [size]
+    interleaved, plane = 4 * channels * case.x.itemsize, 4 * case.x.itemsize
+    word = 8 if interleaved % 16 else 16
+    expected = size // word + size // min(plane, 16)
+    loads = sum(n for name, n in stats.executed.items() if name.startswith("ld.global.cs.v"))
+    assert loads == expected
+
+
 def test_an_update_beyond_the_end_is_caught(device: Device) -> None:
     """A tensor registered one element short stands for one that is: the check is exact."""
     case = make_case(torch.Generator().manual_seed(5), (1, 1024))
@@ -261,6 +286,14 @@ BROKEN = {
         "return SIZE;",
     ),
     "no bounds check": ("chunk.sample < grid.batch && ", ""),
+    "the channels of another pixel": (
+        "values[p * CHANNELS + c] = plane[p];",
+        "values[c * PIXELS<CHANNELS> + p] = plane[p];",
+    ),
+    "noise keyed pixel by pixel": (
+        "philox(key, chunk.index * QUADS + quad, words, (uint32_t)(grid.count / 4));",
+        "philox(key, chunk.index * QUADS + quad, words);",
+    ),
     "coefficients swapped": ("at[3], at[4], at[5]", "at[4], at[3], at[5]"),
     "the noise of the next quad": (
         "philox(key, chunk.index * QUADS, words);",
@@ -270,6 +303,7 @@ BROKEN = {
         "chunk.wide = chunk.index < grid.wide;",
         "chunk.wide = chunk.index < grid.count / SIZE;",
     ),
+    "an index where there is none": ("rows.row_stride != NO_INDEX", "true"),
     "the row of the first sample": (
         "low_word(rows.row + sample * rows.row_stride)",
         "low_word(rows.row)",
@@ -295,7 +329,11 @@ def test_a_broken_kernel_is_caught(device: Device, tmp_path: Path, fault: str) -
     device.gpu.module = ptx.parse(ptx_of("sm_90", source))
     try:
         caught = not aligned_right(device) or any(
-            not right_bits(device, update_case(name)) for name in list(UPDATES)[:90]
+            not right_bits(device, update_case(name))
+            for name in [
+                *list(UPDATES)[:90],
+                *(name for name in UPDATES if name.startswith("turned")),
+            ]
         )
     finally:
         device.gpu.module = before

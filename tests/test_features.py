@@ -467,6 +467,8 @@ class TestDenoisedFn:
             {"clip": 0.5, "rederive_eps": True},
             {"dynamic_thresholding_ratio": 0.8},
             {"guidance_scale": 2.0, "guidance_rescale": 0.7, "dynamic_thresholding_ratio": 0.8},
+            {"guidance_scale": torch.tensor([1.0, 3.0])},
+            {} if order == 2 else {"eta": torch.tensor([0.0, 1.0]), "seed": 4},
         ):
             hooked = fastddim.sample(
                 SmallNet().double(), S, denoised_fn=lambda x_0, t: x_0, **kind, **extra

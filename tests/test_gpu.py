@@ -71,32 +71,24 @@ def test_long_chunks(impl: str, name: str) -> None:
     assert_bare_bits_of_cpu(on_gpu(backends.BACKENDS[impl].update_out), update_case(name))
 
 
-@pytest.fixture
-def cuda() -> backends.Backend:
-    """The CUDA kernels, which are a failure where they cannot be used on NVIDIA's GPUs."""
-    if torch.version.hip is not None:
-        pytest.skip("cuda: it runs on NVIDIA GPUs only")
-    reason = backends.BACKENDS["cuda"].unavailable(torch.device("cuda"))
-    assert reason is None, reason
-    return backends.BACKENDS["cuda"]
-
-
 @pytest.mark.parametrize("name", FIT_CASES)
-def test_fits(cuda: backends.Backend, name: str) -> None:
-    assert_fit_of_cpu(on_gpu(cuda.rescale_rows), *fit_case(name))
+def test_fits(impl: str, name: str) -> None:
+    assert_fit_of_cpu(on_gpu(backends.BACKENDS[impl].rescale_rows), *fit_case(name))
 
 
-def test_fits_of_large_samples(cuda: backends.Backend) -> None:
+def test_fits_of_large_samples(impl: str) -> None:
     for dtype in (torch.float32, torch.float64):
         generator = torch.Generator().manual_seed(5)
         case = make_case(generator, (3, 3, 512, 511), dtype=dtype, guided=True)
-        assert_fit_of_cpu(on_gpu(cuda.rescale_rows), case, FITS["both"])
+        assert_fit_of_cpu(on_gpu(backends.BACKENDS[impl].rescale_rows), case, FITS["both"])
 
 
-@pytest.mark.usefixtures("cuda")
+BACKWARD = {"cuda": "backward_out", "triton": "triton_backward_out"}
+
+
 @pytest.mark.parametrize("name", BACKWARD_CASES)
-def test_gradients(name: str) -> None:
-    backward_out = on_gpu(torch.ops.fastddim.backward_out)
+def test_gradients(impl: str, name: str) -> None:
+    backward_out = on_gpu(getattr(torch.ops.fastddim, BACKWARD[impl]))
     assert_backward_of_cpu(backward_out, *backward_case(name))
 
 

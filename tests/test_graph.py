@@ -12,6 +12,7 @@ import gc
 import json
 import re
 import shutil
+import subprocess
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +22,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastddim
 from fastddim import Sampler, Schedule, graph, ops, philox, transfer
-from fastddim.loop import capture, cuda, model_state, pool, programs, stream_order
+from fastddim.loop import capture, cuda, model_state, pool, program, programs, stream_order
+from fastddim.loop import driver as driver_module
 from fastddim.loop.counters import Counters
 from fastddim.loop.cuda import CaptureError
 
@@ -143,7 +146,8 @@ class TestReplay:
             impl=impl,
             eta=1.0,
         )
-        assert len(captures) == 1
+        # The graph of all steps draws the latents too, unless they are given.
+        assert len(captures) == (2 if mode == "loop" else 1)
 
     def test_without_noise(self, mode, impl, captures):
         follows(mode, SmallNet(), [{}, {"spacing": "uniform"}, {"seed": 9}], impl=impl)
@@ -458,18 +462,16 @@ def same(x, t, **kwargs):
 )
 def test_operators_of_a_step(kind, steps, captures):
     """Beside the model: one update, which writes the next input as well, and one advance, where the
-    steps are not known.
+    steps are not known. Where all are, the latents are drawn before them, unless they are given.
     """
     step = ["fastddim::update_out", "fastddim::advance"]
     inputs = 2 if "guidance_scale" in kind else 0
     sample(same, True, steps, callback=lambda *_: None, **kind)
     sample(same, True, steps, **kind)
     sample(same, "loop", steps, **kind)
-    assert [launched(g) for g in captures] == [
-        step,
-        step,
-        ["aten::copy_"] * inputs + step[:1] * steps,
-    ]
+    sample(same, "loop", steps, x_T=latents(dtype=kind.get("dtype", torch.float32)), **kind)
+    whole = ["aten::copy_"] * inputs + step[:1] * steps
+    assert [g.launched for g in captures] == [step, step, ["fastddim::normal_out", *whole], whole]
 
 
 @pytest.mark.parametrize("mode", [True, "loop"])
@@ -487,22 +489,220 @@ def test_a_known_row_is_read_without_an_index(mode, captures):
 
 
 def test_given_noise_adds_no_work_to_the_graph(captures):
-    sample(same, "loop", 2, eta=1.0, noise=latents((2, *SHAPE)))
-    assert launched(captures[0]) == ["fastddim::update_out"] * 2
+    sample(same, "loop", 2, eta=1.0, noise=latents((2, *SHAPE)), x_T=latents())
+    assert captures[0].launched == ["fastddim::update_out"] * 2
 
 
 def test_a_trajectory_adds_a_copy_a_step(captures):
-    sample(same, "loop", 2, return_trajectory=True)
-    assert launched(captures[0]) == ["fastddim::update_out", "aten::copy_"] * 2
+    sample(same, "loop", 2, return_trajectory=True, x_T=latents())
+    assert captures[0].launched == ["aten::copy_", *["fastddim::update_out", "aten::copy_"] * 2]
 
 
-def launched(recorded):
-    """Operators of a graph but those that only make views."""
-    return [
-        name
-        for name in recorded.operators
-        if name not in ("aten::select", "aten::slice", "aten::split", "aten::chunk")
-    ]
+OF_A_STEP = ["fastddim::update_out", "fastddim::advance"]
+OF_ALL_STEPS = ["fastddim::normal_out", *["fastddim::update_out"] * 4]
+
+
+class TestAuto:
+    """One graph for all steps where nothing watches and its nodes are few, else one for a step."""
+
+    def test_a_small_model(self, captures):
+        sampler = Sampler(same, 4, shape=SHAPE, schedule=LINEAR, eta=1.0)
+        for seed in (1, 2, 1):
+            assert torch.equal(sampler(seed=seed), sample(same, False, seed=seed, eta=1.0))
+        assert [g.launched for g in captures] == [OF_A_STEP, OF_ALL_STEPS]
+        x_T = latents()
+        assert torch.equal(sampler(x_T=x_T, seed=3), sample(same, False, x_T=x_T, seed=3, eta=1.0))
+        assert [g.launched for g in captures] == [OF_A_STEP, OF_ALL_STEPS, OF_ALL_STEPS[1:]]
+
+    @pytest.mark.parametrize(
+        "watch",
+        [{"progress": True}, {"return_trajectory": True}, {"callback": lambda *_: None}],
+        ids=lambda watch: next(iter(watch)),
+    )
+    def test_what_watches(self, watch, captures, capsys):
+        """A bar moves at every step, and a callback and a trajectory see each."""
+        sample(same, "auto", **watch)
+        assert [g.launched for g in captures] == [OF_A_STEP]
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            {"noise": latents((4, *SHAPE)), "eta": 1.0},
+            {"noise": generator(1), "eta": 1.0},
+            {"x_T": latents(), "first_step": 2},
+        ],
+        ids=["a tensor of noise", "a generator on the host", "the middle of a run"],
+    )
+    def test_what_takes_a_graph_a_step(self, call, captures):
+        sample(same, "auto", **call)
+        assert [g.launched for g in captures] == [OF_A_STEP]
+
+    def test_a_generator_whose_draws_a_graph_holds(self, captures, monkeypatch):
+        monkeypatch.setattr(capture, "draws_inside", lambda generators, device: True)
+        follows("auto", SmallNet(), [{"noise": lambda: generator(5), "eta": 1.0}])
+        assert len(captures) == 2
+
+    @pytest.mark.parametrize("over", [False, True])
+    def test_the_bound(self, over, captures, monkeypatch):
+        """A step here has two nodes: the update and the advance."""
+        monkeypatch.setattr(program, "MOST_NODES", 2 * 4 - over)
+        follows("auto", same, [{"eta": 1.0}, {"eta": 1.0, "seed": 1}])
+        assert len(captures) == (1 if over else 2)
+
+    def test_more_steps_may_be_too_many(self, captures):
+        most = program.MOST_NODES // 2
+        sample(same, "auto", most + 1, schedule=Schedule.linear(1000))
+        assert [len(g.launched) for g in captures] == [2]
+        sample(same, "auto", most, schedule=Schedule.linear(1000))
+        assert [len(g.launched) for g in captures] == [2, 2, most + 1]
+
+    def test_nodes_that_cannot_be_counted(self, captures, monkeypatch):
+        monkeypatch.setattr(RecordedGraph, "nodes", None)
+        follows("auto", same, [{"eta": 1.0}])
+        assert len(captures) == 1
+
+    def test_all_steps_that_cannot_be_captured(self, captures, monkeypatch):
+        """Such as for want of memory: the graph of a step goes on serving, and it is not tried
+        again.
+        """
+        record, tried = captures.record, []
+
+        def once(*args):
+            tried.append(None)
+            if len(tried) > 1:
+                raise CaptureError("out of memory")
+            return record(*args)
+
+        monkeypatch.setattr(cuda, "record", once)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            follows("auto", SmallNet(), [{}, {"seed": 1}])
+        assert len(tried) == 2
+
+    def test_both_serve_one_loop(self, captures):
+        """Calls that are watched and calls that are not take turns in the same buffers."""
+        model = SmallNet()
+        sampler, expected = (
+            Sampler(model, 4, shape=SHAPE, eta=1.0, graph=mode) for mode in ("auto", False)
+        )
+        for seed in (1, 2, 3):
+            own = sampler(seed=seed)
+            trajectory = sampler(seed=seed, return_trajectory=True)
+            assert torch.equal(trajectory, expected(seed=seed, return_trajectory=True))
+            assert torch.equal(own, trajectory[-1])
+        assert len(captures) == 2
+
+    def test_programs_of_all_steps_go_with_that_of_a_step(self, captures):
+        model = Scaled()
+        sampler = Sampler(model, 4, shape=SHAPE)
+        sampler()
+        refs = [weakref.ref(captures.pop()) for _ in range(2)]
+        model.net.weight = nn.Parameter(model.net.weight.detach() * 0.5)
+        sampler()
+        assert [ref() for ref in refs] == [None, None]
+
+
+class TestWhatIsWrittenAgain:
+    """Numbers that lie on the device are not written again; others are."""
+
+    @pytest.mark.parametrize("mode", CAPTURED)
+    def test_keys(self, mode, captures):
+        sampler = Sampler(SmallNet(), 4, shape=SHAPE, schedule=LINEAR, eta=1.0, graph=mode)
+        x_T = latents()
+        seeds = torch.tensor([1, 2])
+        calls = [
+            *({"seed": 0}, {"seed": 0}, {"seed": 5}, {"seed": 5, "sample_offset": 3}),
+            *({"seed": 5}, {"seed": seeds}, {"seed": 5}, {"seed": [5, 5]}, {"seed": 0}),
+        ]
+        for call in calls:
+            expected = sample(sampler._setup.model, False, x_T=x_T, eta=1.0, **call)
+            assert torch.equal(sampler(x_T=x_T, **call), expected), call
+        seeds.add_(1)
+        expected = sample(sampler._setup.model, False, x_T=x_T, eta=1.0, seed=seeds)
+        assert torch.equal(sampler(x_T=x_T, seed=seeds), expected)
+
+    def test_after_a_graph_of_the_callers_wrote_them(self, captures, outer):
+        model = SmallNet()
+        sampler, results = Sampler(model, 4, shape=SHAPE, schedule=LINEAR, eta=1.0), []
+        mask, known = torch.ones(1, 1, 6, 6).tril(), latents(seed=8)
+        kinds = [{}, {"mask": mask, "known": known}]
+        sampler(seed=2)
+        theirs = outer(lambda: results.append(sampler(seed=4, sample_offset=7)))
+        for kind in kinds:
+            expected = sample(model, False, eta=1.0, seed=2, **kind)
+            for _ in range(2):
+                theirs.replay()
+                assert torch.equal(sampler(seed=2, **kind), expected)
+
+    def test_what_only_a_graph_of_the_callers_has_written(self, captures, outer):
+        """At its replays, of which there was none: a capture writes nothing."""
+        known, model = {"mask": torch.ones(1, 1, 6, 6).tril(), "known": latents(seed=8)}, SmallNet()
+        sampler = Sampler(model, 4, shape=SHAPE, schedule=LINEAR, eta=1.0)
+        # Of the run alone: on the host, a call looks at the values of its mask.
+        outer(lambda: sampler._loop.run(None, samples=philox.check_samples(4, 2), **known))
+        sampler._loop.step.inpainting.table.fill_(torch.nan)
+        sampler._loop.counters.now.keys.seed.fill_(-1)
+        expected = sample(model, False, eta=1.0, seed=4, **known)
+        assert torch.equal(sampler(seed=4, **known), expected)
+
+    @pytest.mark.parametrize("mode", ["auto", *CAPTURED])
+    def test_tables(self, mode, captures):
+        """Other coefficients, timesteps, and levels of known data reach the kept loop."""
+        model, mask = SmallNet(), torch.ones(1, 1, 6, 6).tril()
+        calls = [
+            *({}, {}, {"clip": 0.5}, {"spacing": "uniform"}, {"schedule": Schedule.cosine()}),
+            *({"spacing": "uniform"}, {"clip": 0.5}, {}),
+        ]
+        for kind in ({}, {"mask": mask, "known": latents(seed=8)}):
+            for call in calls:
+                expected = sample(model, False, eta=1.0, **kind, **call)
+                assert torch.equal(sample(model, mode, eta=1.0, **kind, **call), expected)
+
+
+class Launches(TorchDispatchMode):
+    """The operators that run within, except those that only make views or memory."""
+
+    QUIET = ("select", "slice", "split", "chunk", "view", "expand", "unsqueeze", "empty")
+
+    def __init__(self):
+        super().__init__()
+        self.ran = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        if not name.startswith(self.QUIET):
+            self.ran.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+REWOUND, TAKEN, RESULT = ["copy_"], ["copy_"], ["clone"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "call", "expected"),
+    [
+        ("loop", {"seed": 1}, RESULT),
+        ("loop", {"seed": 2}, ["fill_", *RESULT]),
+        ("loop", {"seed": 1, "sample_offset": 2}, ["arange", *RESULT]),
+        ("loop", {"seed": 1, "x_T": latents()}, [*TAKEN, *RESULT]),
+        ("loop", {"seed": 1, "return_trajectory": True}, RESULT),
+        (True, {"seed": 1}, [*REWOUND, "normal_out", *RESULT]),
+        (True, {"seed": 2}, [*REWOUND, "fill_", "normal_out", *RESULT]),
+        (True, {"seed": 1, "x_T": latents()}, [*REWOUND, *TAKEN, *RESULT]),
+    ],
+)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_launches_beside_the_graph(mode, call, expected, eta, captures, monkeypatch):
+    """All that a call launches besides its graphs, for a seed that it had before or has not."""
+    sampler = Sampler(same, 4, shape=SHAPE, schedule=LINEAR, eta=eta, graph=mode)
+    sampler(**call)
+    sampler(seed=1)
+    monkeypatch.setattr(RecordedGraph, "replay", lambda self: None)
+    with Launches() as mode:
+        sampler(**call)
+    if eta == 0 and "x_T" in call:
+        expected = [name for name in expected if name != "fill_"]
+    assert mode.ran == expected
 
 
 class Name(str):
@@ -532,7 +732,7 @@ class TestKey:
             {"dtype": torch.float64},
             {"steps": 5},
             {"mode": "loop"},
-            {"mode": "auto"},
+            {"mode": "auto", "progress": True},
             {"impl": "reference"},
             {"eta": 1.0},
             {"eta": torch.tensor([0.0, 1.0])},
@@ -988,11 +1188,12 @@ class TestSamplerObject:
         for call in ({"seed": 1}, {"x_T": latents(), "seed": 2}, {"seed": [1, 2]}):
             assert torch.equal(sampler(**call), eager(**call))
             scale.mul_(0.75)
-        assert len(captures) == 1
+        count = 2 if mode == "loop" else 1  # with the latents in it, and without
+        assert len(captures) == count
         assert len(pool.POOL) == 0
         model.net.weight = nn.Parameter(model.net.weight.detach() * 0.5)
         assert torch.equal(sampler(seed=0), eager(seed=0))
-        assert len(captures) == 2
+        assert len(captures) == count + 1
 
     def test_graphs_of_moved_parameters_go(self, captures):
         model = Scaled()
@@ -1110,7 +1311,7 @@ class TestInACaptureOfTheCallers:
             assert torch.equal(inverted, fastddim.invert(model, expected, 4, graph=False))
         (left,) = pool.POOL._entries.values()
         assert left is kept
-        assert len(captures) == 1
+        assert len(captures) == 2
 
     def test_a_stream(self, captures, monkeypatch):
         stream = fastddim.Stream(elementwise_model, shape=(2, *SHAPE[1:]))
@@ -1250,7 +1451,8 @@ class TestAlignment:
     @pytest.mark.parametrize("kind", ODD)
     def test_loops(self, kind, inner, dtype, specialized):
         draw_odd(ODD[kind], inner, dtype, "triton")
-        self.check(*specialized, {"update_kernel"})
+        latents = set() if "mask" in ODD[kind] else {"normal_kernel"}
+        self.check(*specialized, {*latents, "update_kernel"})
 
     @pytest.mark.parametrize("guided", [False, True])
     def test_streams(self, guided, inner, dtype, specialized):
@@ -1373,7 +1575,7 @@ class TestFallback:
         assert len(captures) == 0
         kwargs["model_kwargs"]["extra"] = torch.ones(1)
         sample(model, "auto", **kwargs)
-        assert len(captures) == 1
+        assert len(captures) == 2
 
     def test_check_finite(self, captures):
         def untouched(x, t):
@@ -1467,6 +1669,9 @@ class Driver:
                 if failing:
                     raise RuntimeError("invalidated")
 
+            def replay(self):
+                log.append("replay")
+
         @contextmanager
         def stream(entered):
             driver.streams.append(entered.name)
@@ -1508,6 +1713,8 @@ class Driver:
             raising=False,
         )
         monkeypatch.setattr(cuda, "_side_streams", {})
+        nodes = {hash("side"): 7}
+        monkeypatch.setattr(driver_module, "captured_nodes", nodes.__getitem__)
         self.captured = False
         monkeypatch.setattr(transfer, "captured", lambda device: self.captured)
 
@@ -1531,8 +1738,11 @@ class TestDriver:
 
     def test_capture(self, monkeypatch):
         driver = Driver(monkeypatch)
-        assert isinstance(driver.record(), torch.cuda.CUDAGraph)
+        recorded = driver.record()
         assert driver.log == [*BEFORE, *BEGIN, "body", "end", *AFTER, "off"]
+        recorded.replay()
+        assert driver.log.pop() == "replay"
+        assert recorded.nodes == 7
 
     def test_generators_are_registered_before(self, monkeypatch):
         driver = Driver(monkeypatch)
@@ -1634,6 +1844,60 @@ class TestDriver:
         assert driver.log == ["other waits for the event on current", "work", "event on other"]
 
 
+DRIVER = """
+#include <stddef.h>
+#include <stdint.h>
+
+/* As CUDA's driver answers: a capture of five nodes on stream 7, one that failed on 8. */
+int cuStreamGetCaptureInfo_v3(void *stream, int *status, uint64_t *id, void **graph,
+                              const void ***nodes, const void **edges, size_t *count) {
+  if (stream == (void *)9) return 400;
+  *status = stream == (void *)7 ? 1 : stream == (void *)8 ? 2 : 0;
+  *id = 1;
+  *graph = (void *)0x123456789abcdef0;
+  *nodes = NULL;
+  *edges = NULL;
+  *count = 1;
+  return 0;
+}
+
+int cuGraphGetNodes(void *graph, void **nodes, size_t *count) {
+  if (graph != (void *)0x123456789abcdef0 || nodes) return 1;
+  *count = 5;
+  return 0;
+}
+"""
+
+
+@pytest.fixture
+def fresh_driver():
+    driver_module._library.cache_clear()
+    yield
+    driver_module._library.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_driver")
+class TestNodes:
+    """How many nodes a capture has so far, by the driver."""
+
+    def test_are_counted(self, tmp_path, monkeypatch):
+        compiler = shutil.which("gcc")
+        if compiler is None:
+            pytest.skip("needs gcc for a library in the driver's place")
+        source, library = tmp_path / "driver.c", tmp_path / "driver.so"
+        source.write_text(DRIVER)
+        subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+        monkeypatch.setattr(driver_module, "_LIBRARY", str(library))
+        assert driver_module.captured_nodes(7) == 5
+        # Nothing is captured there, the capture has failed, and the stream is none.
+        assert [driver_module.captured_nodes(stream) for stream in (0, 8, 9)] == [None] * 3
+
+    @pytest.mark.parametrize("library", ["libno-such-driver.so", "libm.so.6"])
+    def test_no_such_driver(self, library, monkeypatch):
+        monkeypatch.setattr(driver_module, "_LIBRARY", library)
+        assert driver_module.captured_nodes(7) is None
+
+
 def test_auto_is_eager_on_the_cpu():
     graph.clear()
     model = Scaled()
@@ -1699,8 +1963,6 @@ def probed(run_python, tmp_path_factory):
 
 
 def build_guard(compiler, target):
-    import subprocess
-
     root = Path(torch.__file__).parent
     command = [compiler, "-std=c++20", "-fPIC", "-shared", GPULESS / "guard.cpp", "-o", target]
     command += [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10"]
@@ -1752,19 +2014,19 @@ class TestFakeCuda:
         for it.
         """
         said = {k: v for k, v in probed.items() if k.startswith(f"whole/{mode}/")}
-        assert len(said) == (7 if mode == "loop" else 9)
+        assert len(said) == (9 if mode == "loop" else 11)
         assert not any(said.values()), said
 
     def test_nothing_of_the_host_goes_into_a_graph_of_the_callers(self, probed):
         """A replay would find other values there. Nor is anything captured, or waited for."""
         said = {k: v for k, v in probed.items() if k.startswith("captured/")}
-        assert len(said) == 9
+        assert len(said) == 10
         assert not any(said.values()), said
 
     def test_the_probe_catches_copies_that_wait(self, probed):
         for kind in ("from memory of the host", "without a stream's order"):
             assert probed[f"waiting/{kind}"] == (
-                "waits for the device: aten._to_copy.default from memory of the host"
+                "waits for the device: aten.copy_.default from memory of the host"
             )
 
     @pytest.mark.parametrize("mode", CAPTURED)
@@ -1819,6 +2081,23 @@ class TestOnCuda:
                 assert torch.equal(own, sample(model, False, 10, **kwargs))
                 assert not any(torch.equal(own, before) for before in results)
                 results.append(own)
+
+    def test_nodes(self, device):
+        x = torch.zeros(4, device=device)
+
+        def body():
+            for _ in range(3):
+                x.add_(1)
+            x.copy_(x * 2)
+
+        recorded = cuda.record(body, body, device, ())
+        assert recorded.nodes == (5 if torch.version.cuda else None)
+
+    def test_auto_takes_one_graph_for_all_steps(self, device):
+        sampler = Sampler(self.net(device), 10, shape=SHAPE, eta=1.0, device=device)
+        sampler(seed=1)
+        (of_a_step,) = sampler._loop._programs.values()
+        assert of_a_step.all_steps[True].graph.nodes == 1 + 10 * (of_a_step.graph.nodes - 1)
 
     @pytest.mark.parametrize("mode", CAPTURED)
     def test_equals_the_cpu(self, device, mode):

@@ -284,7 +284,7 @@ def test_shuffles(module: ptx.Module) -> None:
         assert torch.equal(got, warps[:, source])
     with pytest.raises(ptx.PtxError, match="divergent warp"):
         start(module, "shuffles_of_some", values, out)
-    with pytest.raises(ptx.PtxError, match="shuffle of all threads"):
+    with pytest.raises(ptx.PtxError, match="all threads of the warp"):
         start(module, "shuffles_by_mask", values, out)
 
 

@@ -16,17 +16,12 @@ import fastddim
 from fastddim import backends, ops, reference
 from fastddim.plan import Rescaling, Row, Update, coefficient_row, stack_row
 
+from .support.gpuless.cases import same_bits
+from .support.gpuless.fits import FIT_CASES, FITS, fit_case
+from .support.specified_rows import specified_rows
 from .support.updates import DTYPES, INSTRUCTION_SETS, LAYOUTS, Case, backend, make_case
 
 __all__ = ["backend"]
-
-FITS = {
-    "rescale": Rescaling(0.7, 0.0, math.inf),
-    "threshold": Rescaling(0.0, 0.9, math.inf),
-    "limited": Rescaling(0.0, 0.995, 1.5),
-    "largest": Rescaling(0.0, 1.0, math.inf),
-    "both": Rescaling(0.35, 0.75, 8.0),
-}
 
 
 def rescaled(backend: Any, case: Case, rescaling: Rescaling) -> Tensor:
@@ -144,6 +139,15 @@ def test_rescale_without_guidance_is_refused() -> None:
     case = make_case(torch.Generator().manual_seed(0), (2, 5))
     with pytest.raises(RuntimeError, match="rescale: expected 0 where the model output is not"):
         rescaled(backends.BACKENDS["cpu"], case, Rescaling(0.5, 0.0, math.inf))
+
+
+@pytest.mark.parametrize("name", FIT_CASES)
+def test_bits_are_those_of_the_specified_order(name: str) -> None:
+    if ops.EXTENSION_ERROR is not None:
+        pytest.skip(ops.EXTENSION_ERROR)
+    case, rescaling = fit_case(name)
+    got = rescaled(backends.BACKENDS["cpu"], case, rescaling)
+    assert same_bits(got, specified_rows(case, rescaling))
 
 
 def test_bits_do_not_depend_on_instruction_set_threads_or_batch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from gpucheck.machine_code import count, output_of, sass_of, tool
+
+from fastddim.plan import Rescaling
 
 from .support.gpuless.cases import run_bare
 from .support.updates import make_case, run
@@ -165,14 +168,104 @@ def test_nvidia(target: Any, variant: str, tmp_path: Path) -> None:
 def test_amd(target: Any, variant: str) -> None:
     """No spills and no scratch memory; vectors where the tensors are contiguous."""
     assembly = built(target, variant).kernel.asm["amdgcn"]
-    for name in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
-        values = re.findall(rf"\.{name}:\s+(\d+)", assembly)
-        assert values
-        assert set(values) == {"0"}, name
+    assert_no_spills(assembly)
     loads, stores = WIDE.get(variant, (0, 0))
     assert len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", assembly)) == loads
     assert len(re.findall(r"(?:global|buffer)_store_(?:dwordx4|b128)", assembly)) == stores
     assert not re.search(r"v_(?:log|sin|cos)_f32", assembly), "approximate"
+
+
+OF_DATA: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{kind}, {name}": (kind, {**arguments, "guided": True, "mask": kind == "gradients"})
+    for kind in ("rows", "gradients")
+    for name, arguments in {
+        "float32": {},
+        "bfloat16": {"dtype": BF16},
+        "float64": {"dtype": torch.float64},
+        "strided": {"layout": "sliced"},
+    }.items()
+}
+"""Rows that take factors from data, and gradients."""
+
+QUICK = (
+    ("cuda", "rows, float32"),
+    ("cuda", "gradients, bfloat16"),
+    ("hip", "rows, float32"),
+)
+"""Of the first target of a kind."""
+
+REGISTERS = {"rows": 96, "gradients": 64}
+
+
+def targets_and_variants(first: Any, targets: tuple[Any, ...]) -> list[Any]:
+    return [
+        pytest.param(
+            *(target, variant),
+            id=f"{target.arch}-{variant}",
+            marks=[]
+            if target == first and (target.backend, variant) in QUICK
+            else pytest.mark.deep,
+        )
+        for target, variant in itertools.product(targets, OF_DATA)
+    ]
+
+
+def built_of_data(target: Any, variant: str) -> triton_jit.Binary:
+    binaries: list[triton_jit.Binary] = []
+    kind, arguments = OF_DATA[variant]
+    case = make_case(torch.Generator().manual_seed(1), (2, 4, 64, 64), **arguments)
+    inputs = (case.x, case.model_output, case.table, case.row)
+    with triton_jit.compiled_for(target, binaries.append):
+        if kind == "rows":
+            triton_jit.LAUNCHERS.rescale_rows(
+                *inputs, Rescaling(0.7, 0.995, 2.0), torch.empty(2, 12).to(case.table.dtype)
+            )
+        else:
+            grads = (torch.empty_like(case.x), torch.empty_like(case.model_output))
+            triton_jit.LAUNCHERS.backward_out(case.x, case.x, *inputs, case.mask, *grads)
+    (binary,) = binaries
+    return binary
+
+
+@pytest.mark.skipif(
+    tool("cuobjdump") is None or tool("nvdisasm") is None, reason="no cuobjdump or nvdisasm"
+)
+@pytest.mark.parametrize(
+    ("target", "variant"), targets_and_variants(triton_jit.SM_90, triton_jit.CUDA_TARGETS)
+)
+def test_rows_and_gradients_on_nvidia(target: Any, variant: str, tmp_path: Path) -> None:
+    """No stack, no spills, and nothing that is not rounded to nearest."""
+    binary = built_of_data(target, variant)
+    ptx = binary.kernel.asm["ptx"]
+    assert not re.search(r"\b(?:fma|mul|add|sub|div|sqrt|rcp)\.f(?:32|64)\b", ptx)
+    assert not re.search(r"approx|\.full\b|\.ftz", ptx)
+    sass = machine_code(binary, tmp_path)
+    usage = output_of([tool("cuobjdump"), "-res-usage", "kernel.cubin"], tmp_path)
+    resources = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert resources is not None
+    registers, stack, local = map(int, resources.groups())
+    assert (stack, local, count(sass, "LDL"), count(sass, "STL")) == (0, 0, 0, 0)
+    kind = OF_DATA[variant][0]
+    assert registers <= REGISTERS[kind]
+    if kind == "gradients":
+        assert binary.kernel.metadata.shared == 0
+        wide = [name for name in sass.elements() if ".128" in name]
+        loads, stores = (sum(name.startswith(of) for name in wide) for of in ("LDG", "STG"))
+        assert (loads, stores) == ((0, 0) if "strided" in variant else (6, 3))
+
+
+@pytest.mark.parametrize(
+    ("target", "variant"), targets_and_variants(triton_jit.HIP_TARGETS[0], triton_jit.HIP_TARGETS)
+)
+def test_rows_and_gradients_on_amd(target: Any, variant: str) -> None:
+    assert_no_spills(built_of_data(target, variant).kernel.asm["amdgcn"])
+
+
+def assert_no_spills(assembly: str) -> None:
+    for name in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
+        values = re.findall(rf"\.{name}:\s+(\d+)", assembly)
+        assert values
+        assert set(values) == {"0"}, name
 
 
 def test_other_sizes_need_no_other_kernel() -> None:

@@ -24,15 +24,28 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from gpucheck import triton_jit
 
+from .support.gpuless.fits import assert_fit_of_cpu, fit_case
 from .support.gpuless.triton_on_ptx import Interpreter
 
 TRITON = backends.BACKENDS["triton"]
 
 
 @pytest.fixture
-def _on_ptx() -> Iterator[None]:
-    with triton_jit.compiled_for(triton_jit.SM_90, Interpreter()):
-        yield
+def launched() -> Iterator[list[str]]:
+    """The names of the kernels that are launched, and executed."""
+    interpreter, names = Interpreter(), []
+
+    def execute(binary: triton_jit.Binary) -> None:
+        names.append(binary.name)
+        interpreter(binary)
+
+    with triton_jit.compiled_for(triton_jit.SM_90, execute):
+        yield names
+
+
+@pytest.fixture
+def _on_ptx(launched: list[str]) -> None:
+    """Launches are executed."""
 
 
 def a_case(**arguments: Any) -> Case:
@@ -103,8 +116,14 @@ def test_writing_into_a_tensor_has_no_gradient() -> None:
 
 
 @needs_extension
-@pytest.mark.usefixtures("_on_ptx")
-def test_values_and_gradients() -> None:
+def test_rows_from_data(launched: list[str]) -> None:
+    case, rescaling = fit_case("2049-both")
+    assert_fit_of_cpu(TRITON.rescale_rows, case, rescaling)
+    assert launched == ["rescaling_kernel"]
+
+
+@needs_extension
+def test_values_and_gradients(launched: list[str]) -> None:
     """Those of the operator that the C++ kernel implements."""
     case = a_case()
     names = ("x", "model_output", "noise", "history", "known")
@@ -118,6 +137,7 @@ def test_values_and_gradients() -> None:
         )
         (outputs[0].square().sum() + outputs[1].sum()).backward()
         results.append((outputs, [leaf.grad for leaf in leaves.values()]))
+    assert launched == ["update_kernel", "backward_kernel"]
     (got, got_grads), (expected, expected_grads) = results
     assert all(map(same_bits, got, expected))
     for a, b in zip(got_grads, expected_grads, strict=True):
@@ -138,18 +158,35 @@ def test_the_operators_are_registered_as_they_should_be() -> None:
     counters = torch.tensor([1, 2, 7])
     advanced = (counters, torch.tensor([9, 5, 3, 1]), torch.zeros(2, dtype=torch.int64))
     torch.library.opcheck(torch.ops.fastddim.triton_advance.default, advanced)
+    state = (case.x.detach(), *inputs[1:4])
+    rows, grads = torch.empty(len(case.x), 12), (torch.empty_like(v) for v in state[:2])
+    given = (torch.ones_like(state[0]), None, *state, case.mask)
+    # They have no gradients of their own, and compiled graphs take them as they take the others.
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    ops_of_triton = torch.ops.fastddim
+    torch.library.opcheck(
+        ops_of_triton.triton_fit_rows.default, (*state, 0.5, 0.9, 2.0, rows), **checks
+    )
+    torch.library.opcheck(ops_of_triton.triton_backward_out.default, (*given, *grads), **checks)
+    torch.library.opcheck(ops_of_triton.triton_backward.default, given, **checks)
 
 
 @needs_extension
 @pytest.mark.usefixtures("_on_ptx")
 def test_torch_compile_without_a_graph_break() -> None:
+    """Forwards and backwards."""
     case = a_case()
 
     def step(x: Tensor, m: Tensor) -> Tensor:
         return 2 * TRITON.update(x, m, case.table, case.row, noise=case.noise, keys=None)[0]
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(case.x, case.model_output), step(case.x, case.model_output))
+    results = []
+    for function in (compiled, step):
+        leaves = [tensor.clone().requires_grad_() for tensor in (case.x, case.model_output)]
+        result = function(*leaves)
+        results.append((result.detach(), *torch.autograd.grad(result.square().sum(), leaves)))
+    assert all(map(torch.equal, *results))
 
 
 def test_another_device_becomes_current_for_the_launch() -> None:

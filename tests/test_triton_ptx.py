@@ -4,16 +4,13 @@ the interpreter of PTX, bit for bit against the C++ kernel on the CPU.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +20,7 @@ import fastddim
 from fastddim import backends, philox
 from fastddim.plan import Row
 
-from .support.environment import ROOT, needs_extension
+from .support.environment import needs_extension
 from .support.special_values import FACTS
 from .support.updates import (
     DTYPES,
@@ -52,7 +49,7 @@ from .support.gpuless.cases import (
     same_bits,
     update_case,
 )
-from .support.gpuless.triton_on_ptx import Interpreter
+from .support.gpuless.triton_on_ptx import Interpreter, changed_kernels
 
 pytestmark = needs_extension
 OTHER_TARGETS = [target for target in triton_jit.CUDA_TARGETS if target != triton_jit.SM_90]
@@ -277,21 +274,6 @@ BROKEN = {
         "write(tensors.model_input, state, span, WIDE)",
     ),
 }
-
-
-def changed_kernels(folder: Path, module: str, right: str, wrong: str) -> Any:
-    """A copy of the kernels, as a package of its own, with another text."""
-    package = folder / f"kernels_{abs(hash((module, right)))}"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    for source in (ROOT / "kernels").glob("[a-z]*.py"):
-        text = source.read_text()
-        if source.stem == module:
-            assert right in text
-            text = text.replace(right, wrong)
-        (package / source.name).write_text(text)
-    with mock.patch.object(sys, "path", [str(folder), *sys.path]):
-        return importlib.import_module(f"{package.name}.launch")
 
 
 def revealing_cases() -> Iterator[Case]:

@@ -141,6 +141,24 @@ def test_launches(backend: Any) -> Iterator[Launch]:
         yield partial(updates.run, update_out, case, in_place=True)
     for case in map(cases.update_case, cases.LONG):
         yield partial(cases.run_bare, update_out, case)
+    yield from launches_of_fits(backend)
+
+
+def launches_of_fits(backend: Any) -> Iterator[Launch]:
+    """Those of tests/test_gpu.py that make rows from data, and gradients."""
+    fits = importlib.import_module("tests.support.gpuless.fits")
+    updates = importlib.import_module("tests.support.updates")
+    cpu = torch.device("cpu")
+    rescale_rows = on_device(backend.rescale_rows, cpu)
+    backward_out = on_device(torch.ops.fastddim.triton_backward_out, cpu)
+    for name in fits.FIT_CASES:
+        yield partial(fits.fitted, rescale_rows, *fits.fit_case(name))
+    for dtype in (torch.float32, torch.float64):
+        generator = torch.Generator().manual_seed(5)
+        case = updates.make_case(generator, (3, 3, 512, 511), dtype=dtype, guided=True)
+        yield partial(fits.fitted, rescale_rows, case, fits.FITS["both"])
+    for name in fits.BACKWARD_CASES:
+        yield partial(fits.gradients, backward_out, *fits.backward_case(name))
 
 
 def main() -> None:

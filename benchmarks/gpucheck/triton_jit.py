@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,17 +21,35 @@ from fastddim import ops
 
 
 def backend(module: Any) -> SimpleNamespace:
-    """The launchers of `module` as functions of a backend."""
+    """The launchers of `module` and of those beside it as functions of a backend."""
+    fit_rows = sibling(module, "launch_rescaling").fit_rows
+
+    def rescale_rows(*operands: Any) -> None:
+        *given, rescaling, out = operands
+        fit_rows(*given, *rescaling, out)
+
     return SimpleNamespace(
         update_out=ops.update_out_through(module.update_out),
         normal_out=module.normal_out,
         advance=module.advance,
+        backward_out=sibling(module, "launch_backward").backward_out,
+        rescale_rows=rescale_rows,
     )
+
+
+def sibling(module: Any, name: str) -> Any:
+    """Another module of the package that `module` is in."""
+    return importlib.import_module(f"{module.__package__}.{name}")
 
 
 LAUNCHERS = backend(launch)
 
-KERNELS = ("update_kernel", "normal_kernel", "advance_kernel")
+KERNELS = {
+    "launch": ("update_kernel", "normal_kernel", "advance_kernel"),
+    "launch_backward": ("backward_kernel",),
+    "launch_rescaling": ("rescaling_kernel",),
+}
+"""The kernels that each module of `fastddim.kernels` launches."""
 SM_90 = GPUTarget("cuda", 90, 32)
 CUDA_TARGETS = tuple(GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120))
 HIP_TARGETS = (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32))
@@ -122,26 +141,31 @@ def compiled_for(
     module: Any = launch,
     stand_in: type[Compiler] = Compiler,
 ) -> Iterator[None]:
-    """Launches from `fastddim.kernels.launch`, or a copy of it, are compiled for `target`, then
-    handed to `then`.
+    """Launches from `fastddim.kernels`, or from the copy that `module` is in, are compiled for
+    `target`, then handed to `then`.
     """
-    stand_ins: dict[str, Any] = {
-        name: stand_in(getattr(module, name), target, then) for name in KERNELS
-    }
+    launching = {sibling(module, name): kernels for name, kernels in KERNELS.items()}
     hip = "7.0" if target.backend == "hip" else None
     properties = SimpleNamespace(warp_size=target.warp_size)
     _forget_launches(module)
     try:
         with (
-            mock.patch.multiple(module, **stand_ins),
+            ExitStack() as stack,
             mock.patch.object(torch.version, "hip", hip),
             mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
         ):
+            for launcher, names in launching.items():
+                for name in names:
+                    kernel = stand_in(getattr(launcher, name), target, then)
+                    stack.enter_context(mock.patch.object(launcher, name, kernel))
             yield
     finally:
         _forget_launches(module)
 
 
 def _forget_launches(module: Any) -> None:
-    module._prepare_update.cache_clear()
-    module._prepare_normal.cache_clear()
+    for found in (
+        *(module._found_update, module._prepare_normal, module._found_advance),
+        *(sibling(module, name)._prepare for name in ("launch_backward", "launch_rescaling")),
+    ):
+        found.cache_clear()

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(BLOCK)
 template <class T, class M>
 int backward_contiguous(const Job& job, void* stream) {
   constexpr int SIZE = SIZE_OF_CHUNK<T>;
-  Collector collector{job};
+  Collector collector(job);
   BackwardCall call;
   for (int v = 0; v < slot::COUNT; ++v) {
     const View& view = job.views[OPERANDS[v]];
@@ -137,12 +137,12 @@ int backward_contiguous(const Job& job, void* stream) {
                           v == slot::grad_unconditional || v == slot::grad_conditional;
     call.views[v] = of_model ? collector.template of<M>(view) : collector.template of<T>(view);
   }
-  if (!collector.contiguous) return NOT_CONTIGUOUS;
+  if (!collector.fits()) return NOT_CONTIGUOUS;
   Extent extent;
   if (!make_grid(call.grid, extent, job.batch, job.count, SIZE)) {
     return cudaErrorInvalidConfiguration;
   }
-  if (collector.words) call.grid.wide = (uint32_t)(job.count / SIZE);
+  if (collector.aligned(ALIGNMENT<T, SIZE>)) call.grid.wide = (uint32_t)(job.count / SIZE);
   call.rows = rows_of(job);
   FASTDDIM_LAUNCH((backward<T, M, SIZE>), extent, stream, call);
   return cudaGetLastError();

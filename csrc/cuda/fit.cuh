@@ -96,11 +96,12 @@ FASTDDIM_DEVICE void for_each_element(const FitCall<Source>& call, const Row<C>&
     FASTDDIM_UNROLL
     for (int k = 0; k < AT_ONCE; ++k) {
       const int64_t i = first + k * BLOCK;
-      if (i < call.count) call.source.template read_at<STATE>(blockIdx.x, i, x[k], u[k], c[k]);
+      if (k == 0 || i < call.count)
+        call.source.template read_at<STATE>(blockIdx.x, i, x[k], u[k], c[k]);
     }
     FASTDDIM_UNROLL
     for (int k = 0; k < AT_ONCE; ++k) {
-      if (first + k * BLOCK < call.count) {
+      if (k == 0 || first + k * BLOCK < call.count) {
         visit(x[k], guided_here ? guided<C>(row, u[k], c[k]) : u[k], c[k]);
       }
     }
@@ -151,8 +152,8 @@ FASTDDIM_DEVICE C rescaling(const FitCall<Source>& call, const Row<C>& row) {
 struct Histogram {
   static constexpr int PER_THREAD = (1 << DIGIT) / BLOCK;
   uint32_t counts[1 << DIGIT];
-  // A binary tree of sums of counts: its root is 1, the children of node n are 2n and 2n + 1, and
-  // its leaves, from BLOCK on, are the counts of PER_THREAD digits each.
+  // A binary tree of sums of counts: the children of node n are 2n and 2n + 1, and the leaves, from
+  // BLOCK on, are the counts of PER_THREAD digits each. The root, 1, is not needed.
   uint32_t nodes[2 * BLOCK];
 
   FASTDDIM_DEVICE void clear() {
@@ -170,7 +171,7 @@ struct Histogram {
     for (int k = 0; k < PER_THREAD; ++k) sum += counts[threadIdx.x * PER_THREAD + k];
     nodes[BLOCK + threadIdx.x] = sum;
     FASTDDIM_NO_UNROLL
-    for (unsigned width = BLOCK / 2; width > 0; width /= 2) {
+    for (unsigned width = BLOCK / 2; width > 1; width /= 2) {
       __syncthreads();
       const unsigned node = width + threadIdx.x;
       if (threadIdx.x < width) nodes[node] = nodes[2 * node] + nodes[2 * node + 1];
@@ -198,14 +199,13 @@ FASTDDIM_DEVICE void for_each_magnitude(const FitCall<Source>& call, const Row<C
                          [&](C x, C m, C) { visit(magnitude_of(unclipped_x_0<C>(row, x, m))); });
 }
 
+// Of all threads. Each kind of combination has words of its own and occurs once in a sample.
 template <class Word, class Combine>
 FASTDDIM_DEVICE Word reduced(Word mine, Combine combine) {
   __shared__ Word words[1][BLOCK];
   words[0][threadIdx.x] = mine;
   reduce(words, combine);
-  const Word result = words[0][0];
-  __syncthreads();
-  return result;
+  return words[0][0];
 }
 
 // Order statistic `rank` (from 0) of |x_0| and the next one. False where any value is NaN.
@@ -288,11 +288,11 @@ int fit_rows(const Job& job, void* stream) {
   const int code = for_dtypes(job, [&](auto state, auto model) {
     using T = decltype(state);
     using M = decltype(model);
-    Collector collector{job};
+    Collector collector(job);
     collector.template of<T>(job.views[operand::x]);
     collector.template of<M>(job.views[operand::unconditional]);
     collector.template of<M>(job.views[operand::conditional]);
-    return collector.contiguous ? launch_fit<DenseSource<T, M>>(job, stream) : NOT_CONTIGUOUS;
+    return collector.fits() ? launch_fit<DenseSource<T, M>>(job, stream) : NOT_CONTIGUOUS;
   });
   if (code != NOT_CONTIGUOUS) return code;
   if (job.ndim > STRIDED_DIMS) return cudaErrorInvalidConfiguration;

@@ -104,7 +104,8 @@ FASTDDIM_FN void store_word(uint4* to, uint4 word) {
 // The elements of one chunk as they lie in memory, in registers.
 template <class T, int SIZE>
 struct Pack {
-  static constexpr int BYTES = SIZE * (int)sizeof(T), WORD_BYTES = BYTES < WIDEST ? BYTES : WIDEST;
+  static constexpr int BYTES = SIZE * (int)sizeof(T);
+  static constexpr int WORD_BYTES = BYTES % WIDEST == 0 ? WIDEST : BYTES % 16 == 0 ? 16 : 8;
   using Word = typename Word<WORD_BYTES>::type;
   static constexpr int WORDS = BYTES / WORD_BYTES;
   uint32_t words[BYTES / 4];

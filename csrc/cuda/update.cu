@@ -2,16 +2,17 @@
 //
 // A thread takes a chunk of one sample: whole quads of normals and whole 16-byte words of the
 // state. Tensors that are contiguous within a sample and have the dtypes of an ordinary step go to
-// contiguous.cuh, in 16-byte accesses where they allow it; every other layout and mix of dtypes
-// goes to strided.cuh, element by element. Either way an update is one pass over memory, and noise
-// is drawn in registers. Both compute by formula.h, built with -fmad=false, so their bits are those
-// of the CPU kernel.
+// contiguous.cuh, in 16-byte accesses where they allow it; other dtypes, and pixels of few channels
+// in either order, to pixels.cuh; every other layout to strided.cuh, element by element. Either way
+// an update is one pass over memory, and noise is drawn in registers. Both compute by formula.h,
+// built with -fmad=false, so their bits are those of the CPU kernel.
 
 #include "backward.cuh"
 #include "contiguous.cuh"
 #include "counters.cuh"
 #include "fit.cuh"
 #include "launch.h"
+#include "pixels.cuh"
 #include "strided.cuh"
 
 using namespace FASTDDIM_NAMESPACE;
@@ -20,6 +21,8 @@ int fastddim_cuda_update(const fastddim::Job* job, void* stream) {
   if (job->batch == 0 || job->count == 0) return 0;
   const int code = update_contiguous(*job, stream);
   if (code != NOT_CONTIGUOUS) return code;
+  const int code_of_pixels = update_pixels(*job, stream);
+  if (code_of_pixels != NO_PIXELS) return code_of_pixels;
   return job->float64 ? update_strided<double>(*job, stream) : update_strided<float>(*job, stream);
 }
 

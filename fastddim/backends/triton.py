@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from fastddim import derivatives, ops
-from fastddim.ops import rescale_rows
+from fastddim.ops import LoopStep
 from fastddim.philox import Keys
+from fastddim.plan import Rescaling
 
 __all__ = [
     "PRIORITY",
     "advance",
+    "loop_step",
     "normal_out",
     "rescale_rows",
     "unavailable",
@@ -28,9 +30,12 @@ __all__ = [
 PRIORITY = 15
 
 _library = torch.library.Library("fastddim", "FRAGMENT")
-for _name in ("update_out", "update", "normal_out", "advance"):
+for _name in (
+    *("update_out", "update", "backward_out", "backward"),
+    *("normal_out", "fit_rows", "advance"),
+):
     ops.define_like(_library, f"triton_{_name}", _name)
-derivatives.register(_library, "triton_update")
+derivatives.register(_library, "triton_update", "triton_backward")
 
 _advance_op = torch.ops.fastddim.triton_advance.default
 
@@ -45,7 +50,7 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-# The values of `row` are not checked. The backward pass is that of `fastddim::update`.
+# The values of `row` are not checked.
 update_out = ops.update_out_through(torch.ops.fastddim.triton_update_out.default)
 update = ops.update_through(torch.ops.fastddim.triton_update.default)
 
@@ -55,9 +60,32 @@ def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
     torch.ops.fastddim.triton_normal_out(*keys, stream, out)
 
 
+def rescale_rows(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: Tensor | None,
+    rescaling: Rescaling,
+    out: Tensor,
+) -> None:
+    """See `fastddim.backends.Backend.rescale_rows`; the values of `row` are not checked."""
+    torch.ops.fastddim.triton_fit_rows(x, model_output, table, row, *rescaling, out)
+
+
 def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
     """See `fastddim.backends.Backend.advance`; the values of the counters are not checked."""
     _advance_op(counters, timesteps, t)
+
+
+def loop_step(*operands: Tensor | None, **others: Any) -> LoopStep:
+    """`update_out` and `advance` as launches whose arguments are held: see `Backend`.
+
+    For small states most of a step is the way of its arguments through operators and Triton.
+    """
+    from fastddim.kernels import loop_step
+
+    made: LoopStep = loop_step.loop_step(*operands, **others)
+    return made
 
 
 def _launchers() -> Any:
@@ -77,6 +105,29 @@ def _update(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     x_prev, x_0 = torch.empty_like(x), torch.empty_like(x)
     torch.ops.fastddim.triton_update_out(x, *inputs, *ops.Outputs(x_prev, x_0))
     return x_prev, x_0
+
+
+@torch.library.impl(_library, "triton_backward_out", "CompositeExplicitAutograd")
+def _backward_out(*operands: Any) -> None:
+    from fastddim.kernels import launch_backward
+
+    launch_backward.backward_out(*operands)
+
+
+@torch.library.impl(_library, "triton_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad_x_prev: Tensor | None, grad_x_0: Tensor | None, x: Tensor, model_output: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    grads = ops.new_gradients(x, model_output)
+    torch.ops.fastddim.triton_backward_out(grad_x_prev, grad_x_0, x, model_output, *rest, *grads)
+    return grads
+
+
+@torch.library.impl(_library, "triton_fit_rows", "CompositeExplicitAutograd")
+def _fit_rows(*operands: Any) -> None:
+    from fastddim.kernels import launch_rescaling
+
+    launch_rescaling.fit_rows(*operands)
 
 
 @torch.library.impl(_library, "triton_normal_out", "CompositeExplicitAutograd")

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from fastddim import transfer
+from fastddim.adapter import CHANNELS_LAST
 from fastddim.plan import Row, StepKind, known_rows
 from fastddim.reference import compute_dtype
 
 
 class Buffers(NamedTuple):
     """The tensors that the steps of a batch read and write, besides the counters.
+
+    Those that are like the state lie in the order of the model's output, so that an update finds
+    all of them in one. Only `denoised_fn`, which is the user's as
+    the model is, gets its x_0 row-major.
 
     Attributes:
         state: x_t `[B, …]`.
@@ -50,20 +55,30 @@ class Buffers(NamedTuple):
         dtype: torch.dtype,
         model_dtype: torch.dtype,
         device: torch.device,
+        channels_last: bool,
         with_x_0: bool,
     ) -> Buffers:
         """Zeros for steps of a kind, with tables of so many rows."""
+        memory_format = CHANNELS_LAST[len(shape)] if channels_last else torch.contiguous_format
+
+        def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            made = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+            return made.zero_()
+
         batch = shape[0]
-        state = torch.zeros(shape, dtype=dtype, device=device)
+        state = zeros(shape, dtype)
+        x_0_format = torch.contiguous_format if kind.split else torch.preserve_format
         table = state.new_zeros((rows, len(Row._fields)), dtype=compute_dtype(dtype))
         own_input = kind.parts > 1 or model_dtype != dtype
         input_shape = (kind.parts * batch, *shape[1:])
         return cls(
             state=state,
-            x_0=torch.zeros_like(state) if with_x_0 or kind.split else None,
+            x_0=torch.zeros_like(state, memory_format=x_0_format)
+            if with_x_0 or kind.split
+            else None,
             table=table,
             own_row=torch.arange(batch, device=device),
-            next_input=state.new_zeros(input_shape, dtype=model_dtype) if own_input else None,
+            next_input=zeros(input_shape, model_dtype) if own_input else None,
             history=torch.zeros_like(state, dtype=model_dtype) if kind.history else None,
             start=torch.zeros_like(state) if kind.refine else None,
             first_half=torch.zeros_like(table) if kind.split else None,
@@ -138,5 +153,9 @@ class Inpainting(NamedTuple):
 
     def load_rows(self, alphas_cumprod: Tensor, rows: slice) -> None:
         """Take over the noise levels of a plan, as rows of the table."""
-        mixing = known_rows(alphas_cumprod)
-        self.table[rows].copy_(transfer.upload(mixing, self.table.device))
+        transfer.write(known_rows(alphas_cumprod), self.table[rows])
+
+
+def row_major(tensor: Tensor) -> Tensor:
+    """A copy as callers get it, whatever order a loop keeps it in."""
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -27,7 +27,12 @@ Value = TypeVar("Value")
 
 
 class Graph(Protocol):
-    def replay(self) -> None: ...
+    @property
+    def nodes(self) -> int | None:
+        """How many kernels, copies and fills it launches; None where that cannot be told."""
+
+    @property
+    def replay(self) -> Callable[[], None]: ...
 
 
 def check_graph(graph: Any, device: torch.device, check_finite: bool) -> None:

@@ -68,11 +68,12 @@ class Counters(Counting):
 
     Attributes:
         now: the position that `rewind` and `advance` write.
-        each: where `unrolled`, a position for every step, written by `load` alone. A loop that is
+        each: after `unroll`, a position for every step, written by `load` alone. A loop that is
             captured as a whole knows its steps: nothing has to count between two of them.
+        steps: how many there are.
     """
 
-    def __init__(self, plan: Plan, batch: int, device: torch.device, *, unrolled: bool) -> None:
+    def __init__(self, plan: Plan, batch: int, device: torch.device) -> None:
         model_batch = plan.kind.parts * batch
         own_rows = plan.table.ndim == 3
         seed, sample = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
@@ -97,15 +98,30 @@ class Counters(Counting):
         )
         super().__init__(now, counting, timesteps)
 
-        count = plan.steps if unrolled else 0
+        self.steps = plan.steps
+        self.each: Sequence[Position] = ()
+        self._tables: tuple[Tensor, ...] = ()
+        self._own_rows, self._first_rows = own_rows, first_rows
+        # What lies in the keys as the host knows it: one seed, and the first sample index, from
+        # which the others follow; None where they are all 0.
+        self._seed: int | None = 0
+        self._first_sample: int | None = None
+
+    def unroll(self) -> None:
+        """Make the positions of all steps, once."""
+        if self.each:
+            return
+        device, (seed, step, sample) = self.timesteps.device, self.now.keys
+        own_rows, batch, model_batch = self._own_rows, len(step), len(self.now.t)
+        count = self.steps
         steps, rows, self._t = (
             aligned_rows(count, (width,), torch.int64, device)
-            for width in (batch, len(first_rows), model_batch)
+            for width in (batch, len(self._first_rows), model_batch)
         )
         index = torch.arange(count, device=device)[:, None]
         steps.copy_(index.expand_as(steps))
-        rows.copy_(index + first_rows)
-        self.each: Sequence[Position] = [
+        rows.copy_(index + self._first_rows)
+        self.each = [
             Position(
                 steps[s, :1],
                 rows[s] if own_rows else None,
@@ -115,18 +131,33 @@ class Counters(Counting):
             )
             for s in range(count)
         ]
-        self._tables = (steps, rows)
+        self._tables = (steps, rows, self._t)
+        self._load_each()
 
     def load(self, timesteps: Tensor) -> None:
         """Take over the timesteps `[S]` of a plan, on the CPU."""
-        visited = transfer.upload(torch.cat([timesteps, timesteps[-1:]]), self.timesteps.device)
-        self.timesteps.copy_(visited)
-        self._first[: len(self.now.t)] = visited[0]
-        self._t.copy_(visited[: len(self.each), None].expand_as(self._t))
+        transfer.write(torch.cat([timesteps, timesteps[-1:]]), self.timesteps)
+        self._first[: len(self.now.t)] = self.timesteps[0]
+        if self.each:
+            self._load_each()
 
-    def load_samples(self, samples: Samples) -> None:
-        """Take over which noise the samples get."""
-        philox.write_keys(samples, self.now.keys)
+    def _load_each(self) -> None:
+        self._t.copy_(self.timesteps[: len(self.each), None].expand_as(self._t))
+
+    def load_samples(self, samples: Samples, *, known: bool) -> None:
+        """Take over which noise the samples get.
+
+        Args:
+            known: whether nothing but this method writes the keys. Then what is there already is
+                not written again.
+        """
+        (seed, first), keys = samples, self.now.keys
+        number = seed if isinstance(seed, int) else None
+        if not known or number is None or number != self._seed:
+            philox.write_seed(seed, keys)
+        if not known or first != self._first_sample:
+            philox.write_sample_indices(first, keys)
+        self._seed, self._first_sample = number, first
 
     def rewind(self) -> None:
         """Move to the first step."""
@@ -139,5 +170,5 @@ class Counters(Counting):
             self.now.t.copy_(self.timesteps[step].expand_as(self.now.t))
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (self.timesteps, self._first, self._numbers, self._t, *self._tables)
+        yield from (self.timesteps, self._first, self._numbers, *self._tables)
         yield from (self.now.keys.seed, self.now.keys.sample)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fastddim.loop import driver
+
 # The first call compiles and chooses kernels; the second finds them chosen.
 WARM_UPS = 2
 
@@ -20,6 +22,20 @@ def available(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+class CapturedGraph:
+    """A graph that was captured.
+
+    Attributes:
+        replay: launches it.
+        nodes: how many it has; None where that cannot be told.
+    """
+
+    __slots__ = ("nodes", "replay")
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, nodes: int | None) -> None:
+        self.replay, self.nodes = graph.replay, nodes
+
+
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -28,7 +44,7 @@ def record(
     warm_up: Callable[[], None],
     device: torch.device,
     generators: Sequence[torch.Generator],
-) -> torch.cuda.CUDAGraph:
+) -> CapturedGraph:
     """`capture` on CUDA, without what it keeps in order around it."""
     with torch.cuda.device(device):
         current = torch.cuda.current_stream()
@@ -51,7 +67,7 @@ def record(
 
 def _captured(
     body: Callable[[], None], device: torch.device, generators: Sequence[torch.Generator]
-) -> torch.cuda.CUDAGraph:
+) -> CapturedGraph:
     pool = torch.cuda.graph_pool_handle()
     graph = _begun(pool, generators)
     try:
@@ -62,10 +78,11 @@ def _captured(
             with suppress(RuntimeError):
                 _end(graph, device, pool, generators)
             raise
+        nodes = driver.captured_nodes(stream_handle(device))
         _end(graph, device, pool, generators)
     except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {error}") from error
-    return graph
+    return CapturedGraph(graph, nodes)
 
 
 def _begun(pool: Any, generators: Sequence[torch.Generator]) -> torch.cuda.CUDAGraph:

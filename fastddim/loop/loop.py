@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastddim import philox, transfer
 from fastddim.adapter import warn_of_training
-from fastddim.loop import capture
-from fastddim.loop.alignment import aligned_rows
 from fastddim.loop.arguments import ModelArguments
-from fastddim.loop.buffers import Buffers, Inpainting
-from fastddim.loop.capture import Graph, check_outer_capture
-from fastddim.loop.counters import Counters, Position
-from fastddim.loop.inputs import Inputs, StaticInputs
+from fastddim.loop.buffers import Buffers, Inpainting, row_major
+from fastddim.loop.capture import check_outer_capture
+from fastddim.loop.counters import Counters
+from fastddim.loop.inputs import Inputs
 from fastddim.loop.masks import check_known
 from fastddim.loop.modes import OneAtATime, without_autograd
-from fastddim.loop.noise import check_noise_source, draw, listed, noise_at
-from fastddim.loop.programs import Programs
+from fastddim.loop.noise import check_noise_source, draw, noise_at
+from fastddim.loop.program import LoopPrograms, Program, Run
 from fastddim.loop.reports import check_progress, progress_bar
 from fastddim.loop.setup import Setup
 from fastddim.loop.start import check_first_step, seed_of
@@ -28,30 +26,17 @@ from fastddim.loop.step import Step
 from fastddim.loop.stream_order import StreamOrder
 from fastddim.options import Callback, CallOptions, NoiseSource, Reporting
 from fastddim.philox import Samples
+from fastddim.plan import Plan
 from fastddim.stopping import STOP
 from fastddim.transforms import check_no_tangent, transformed
 from fastddim.validation import (
     check_bool,
     check_finite_output,
     check_initial,
+    readable,
 )
 
 _SILENT = Reporting()
-
-
-class Program(NamedTuple):
-    """A captured part of the loop, one step or all, and what it reads and writes besides the loop's
-    buffers.
-    """
-
-    graph: Graph
-    inputs: StaticInputs
-    noise: Tensor | None  # [steps, B, …], of its own steps
-    trajectory: Tensor | None  # [steps, B, …], the states after each of them
-
-    def tensors(self) -> list[Tensor]:
-        own = [t for t in (self.noise, self.trajectory) if t is not None]
-        return [*self.inputs.tensors(), *own]
 
 
 class Loop:
@@ -64,7 +49,6 @@ class Loop:
         self._backend = setup.backend
         self._graph = setup.graph
         self._captures = setup.captures
-        self._whole = setup.captures and setup.graph == "loop"
         self._alone = OneAtATime(
             "Sampler: expected one call at a time, got another from a callback or a thread"
         )
@@ -75,14 +59,24 @@ class Loop:
             dtype=setup.dtype,
             model_dtype=setup.model_dtype,
             device=device,
+            channels_last=setup.channels_last,
             with_x_0=True,
         )
-        self.counters = Counters(plan, setup.shape[0], device, unrolled=self._whole)
+        self.counters = Counters(plan, setup.shape[0], device)
         self.step = Step(
             plan.kind, setup.backend, self.buffers, self.counters, captured=self._captures
         )
-        self._programs: Programs[Program] = Programs(setup.graph, device)
+        self._programs = LoopPrograms(
+            setup.graph, setup.backend, self.buffers, self.counters, self.step
+        )
         self._order = StreamOrder(device)
+        # Values of the host that need not be written again: of the table, the timesteps, and the
+        # plan whose rows known data are mixed by.
+        self._table: Hashable = None
+        self._timesteps: list[int] = []
+        self._mixed_by: Plan | None = None
+        # Whether a graph of the caller's writes the buffers too, whenever it is replayed.
+        self._lent = False
         self.load(setup)
 
     @torch.inference_mode(False)
@@ -97,18 +91,26 @@ class Loop:
         self._check_finite = setup.check_finite
         self._late_start = setup.late_start
         self._programs.follow(setup.model, setup.uncond_model, setup.denoised_fn)
-        timesteps = setup.plan.timesteps
-        self._timesteps = timesteps.tolist()
-        buffers, device = self.buffers, setup.device
         with self._order.use(self._tensors):
-            buffers.table.copy_(transfer.upload(setup.table, device))
+            self._load_numbers(setup)
+
+    def _load_numbers(self, setup: Setup) -> None:
+        """Write tables and timesteps, unless they are those of the loop's last setup."""
+        table, buffers = (setup.table, setup.first_half), self.buffers
+        values = _values(table) if self._captures else None
+        if values is None or values != self._table:
+            transfer.write(setup.table, buffers.table)
             if buffers.first_half is not None and setup.first_half is not None:
-                buffers.first_half.copy_(transfer.upload(setup.first_half, device))
-            self.counters.load(timesteps)
+                transfer.write(setup.first_half, buffers.first_half)
+        timesteps = setup.plan.timesteps.tolist()
+        if timesteps != self._timesteps:
+            self.counters.load(setup.plan.timesteps)
+        self._table, self._timesteps = values, timesteps
 
     def unload(self) -> None:
         """Let go of what is the caller's; `load` comes before the next run."""
         del self.plan, self._arguments, self._inputs
+        self._mixed_by = None
         del self.step.model, self.step.uncond_model, self.step.denoised_fn, self.step.check
         self._programs.unfollow()
 
@@ -182,19 +184,23 @@ class Loop:
             masked = mask is not None
             if masked and self.step.inpainting is None:
                 self.step.inpainting = Inpainting.allocate(self.buffers, self.plan.steps)
-            program = self._program(noise, reporting, masked, first)
+            latents = x is None and not masked
+            joins = transfer.captured(self.buffers.state.device)
+            self._lent |= joins
+            program = None
+            # What is asked for while the caller captures a graph was refused before.
+            if self._captures and not joins:
+                program = self._program(noise, reporting, masked, first, latents)
             inputs = self._inputs if program is None else program.inputs
             inputs.load(self._arguments if arguments is None else arguments)
-            self._begin(x, samples, mask, known, first)
-            trajectory = self._new_trajectory(first) if reporting.return_trajectory else None
+            self._begin(program, x, samples, mask, known, first)
             with progress_bar(reporting.progress, first, self.plan.steps) as bar:
-                if program is not None and self._whole:
-                    self._replay_whole(program, noise, trajectory, first, bar)
-                    end = self.plan.steps
-                else:
-                    end = self._walk(program, noise, reporting, trajectory, masked, first, bar)
+                if program is not None and program.whole:
+                    return self._replay_whole(program, noise, first, bar)
+                trajectory = self._new_trajectory(first) if reporting.return_trajectory else None
+                end = self._walk(program, noise, reporting, trajectory, masked, first, bar)
             if trajectory is None:
-                return self.buffers.state.clone()
+                return row_major(self.buffers.state)
         # A part of the memory would keep all of it.
         return trajectory if end == self.plan.steps else trajectory[: end - first + 1].clone()
 
@@ -239,44 +245,41 @@ class Loop:
         """Tell of a step that was taken; True where the run is to end after it."""
         state, x_0, stopped = self.buffers.state, self.buffers.x_0, False
         if callback is not None and x_0 is not None:
-            stopped = callback(s, self._timesteps[s], state.clone(), x_0.clone()) is STOP
+            stopped = callback(s, self._timesteps[s], row_major(state), row_major(x_0)) is STOP
         if bar is not None:
             bar.update()
         return stopped
 
-    def _replay_whole(
-        self,
-        program: Program,
-        noise: NoiseSource,
-        trajectory: Tensor | None,
-        first: int,
-        bar: Any,
-    ) -> None:
+    def _replay_whole(self, program: Program, noise: NoiseSource, first: int, bar: Any) -> Tensor:
         """Replay the graph of all steps; its progress is told at the end."""
         self._replay(program, noise, first)
-        if trajectory is not None and program.trajectory is not None:
-            trajectory[1:].copy_(program.trajectory)
         if bar is not None:
             bar.update(self.plan.steps - first)
+        made = self.buffers.state if program.trajectory is None else program.trajectory
+        return row_major(made)
 
     def _begin(
         self,
+        program: Program | None,
         x: Tensor | None,
         samples: Samples | None,
         mask: Tensor | None,
         known: Tensor | None,
         first: int,
     ) -> None:
-        """Write what a run begins with and the graph of the whole loop does not write."""
+        """Write what a run begins with and a graph of the whole loop does not write."""
         counters, state = self.counters, self.buffers.state
+        whole = program is not None and program.whole
         # In the middle, the state is no longer the latents that known data are mixed with.
         resumed = x is not None and first > 0 and mask is not None
-        if not self._whole:
+        if not whole:
             counters.rewind()
         if samples is not None and (x is None or resumed or self.plan.kind.noisy):
-            counters.load_samples(samples)
+            counters.load_samples(samples, known=not self._lent)
+        if program is not None and program.latents:
+            return
         if x is None or resumed:
-            keys = (counters.each[0] if self._whole else counters.now).keys
+            keys = (counters.each[0] if whole else counters.now).keys
             self._backend.normal_out(keys, philox.LATENTS, state)
         else:
             state.copy_(x)
@@ -284,7 +287,7 @@ class Loop:
             self._load_known(mask, known)
         if x is not None and resumed:
             state.copy_(x)
-        if not self._whole:
+        if not whole:
             counters.skip_to(first)
             self.buffers.follow_state()
 
@@ -292,7 +295,9 @@ class Loop:
         inpainting = self.step.inpainting
         assert inpainting is not None
         inpainting.load(mask, known, self.buffers.state)
-        inpainting.load_rows(self.plan.alphas_cumprod, slice(None))
+        if self._lent or self._mixed_by is not self.plan:
+            inpainting.load_rows(self.plan.alphas_cumprod, slice(None))
+            self._mixed_by = self.plan
 
     def _new_trajectory(self, first: int) -> Tensor:
         state = self.buffers.state
@@ -320,64 +325,14 @@ class Loop:
         check_finite_output(output, where)
 
     def _program(
-        self, noise: NoiseSource, reporting: Reporting, masked: bool, first: int
+        self, noise: NoiseSource, reporting: Reporting, masked: bool, first: int, latents: bool
     ) -> Program | None:
-        """The graph for this run; None where the run is eager."""
-        joins = self._graph == "auto" and transfer.captured(self.buffers.state.device)
-        if not self._captures or joins:
-            return None
+        """The graph for this run; None where it cannot be captured."""
         with_x_0 = reporting.callback is not None
-        with_trajectory = reporting.return_trajectory and self._whole
-        first = first if self._whole else 0
-        return self._programs.find(
-            (
-                self._arguments.key,
-                noise.dtype if isinstance(noise, Tensor) else listed(noise),
-                with_x_0,
-                with_trajectory,
-                masked,
-                first,
-            ),
-            lambda: self._capture(noise, with_x_0, with_trajectory, masked, first),
+        run = Run(
+            noise, with_x_0, reporting.return_trajectory, masked, first, latents, reporting.progress
         )
-
-    def _capture(
-        self, noise: NoiseSource, with_x_0: bool, with_trajectory: bool, masked: bool, first: int
-    ) -> Program:
-        state = self.buffers.state
-        device, shape = state.device, tuple(state.shape)
-        positions = self.counters.each[first:] if self._whole else [self.counters.now]
-        steps = len(positions)
-        inputs = StaticInputs(self._arguments, device)
-        generators = [] if isinstance(noise, Tensor) else listed(noise)
-        staged = None
-        if noise is not None and not (generators and capture.draws_inside(generators, device)):
-            dtype = noise.dtype if isinstance(noise, Tensor) else state.dtype
-            staged = aligned_rows(steps, shape, dtype, device)
-            noise, generators = staged, []
-        trajectory = None
-        if with_trajectory:
-            trajectory = torch.zeros((steps, *shape), dtype=state.dtype, device=device)
-
-        def take_steps(positions: Sequence[Position]) -> None:
-            if self._whole:
-                self.buffers.follow_state()
-            for s, at in enumerate(positions):
-                z = noise_at(noise, s, state)
-                self.step.take(at, z, arguments=inputs.arguments, with_x_0=with_x_0, masked=masked)
-                if trajectory is not None:
-                    trajectory[s].copy_(state)
-
-        def warm_up() -> None:
-            take_steps(positions[:1])
-            self.counters.rewind()
-
-        def body() -> None:
-            take_steps(positions)
-
-        self.counters.rewind()
-        graph = capture.capture(body, warm_up=warm_up, device=device, generators=generators)
-        return Program(graph, inputs, staged, trajectory)
+        return self._programs.choose(run, self._arguments)
 
     def _replay(self, program: Program, noise: NoiseSource, first: int) -> None:
         if program.noise is not None:
@@ -394,3 +349,9 @@ class Loop:
         yield from self._inputs.tensors()
         for program in self._programs.values():
             yield from program.tensors()
+
+
+def _values(tensors: Iterable[Tensor | None]) -> Hashable:
+    """The bits of tensors; None where some cannot be read, or not without waiting for a device."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return tuple(t.numpy().tobytes() for t in given) if all(map(readable, given)) else None

@@ -35,7 +35,7 @@ def _randn(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Te
     drawn = torch.randn(
         tuple(shape), generator=generator, dtype=like.dtype, device=generator.device
     )
-    return drawn.to(like.device)
+    return transfer.upload(drawn, like.device)
 
 
 def listed(

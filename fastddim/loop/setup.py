@@ -59,6 +59,7 @@ class Setup:
     check_finite: bool
     arguments: ModelArguments
     uncond_model: Model | None
+    channels_last: bool
     late_start: LateStart | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,6 +85,7 @@ class Setup:
             self.device,
             self.dtype,
             self.model_dtype,
+            self.channels_last,
             self.backend.__name__,
             self.graph,
         )
@@ -208,6 +210,7 @@ def make_setup(
         check_finite=options.check_finite,
         arguments=arguments,
         uncond_model=options.uncond_model,
+        channels_last=adapter.is_channels_last(options.model, len(shape)),
         late_start=late_start,
     )
 

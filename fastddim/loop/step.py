@@ -216,7 +216,7 @@ class Step:
         if self._loop_step is None:
             assert self._make_loop_step is not None
             like = self._checked(output)
-            if not like.is_contiguous() or not like.data_ptr():
+            if not like.data_ptr() or like.is_neg():
                 like = torch.empty(like.shape, dtype=like.dtype, device=like.device)
             buffers, counting = self._buffers, self._counting
             self._loop_step = self._make_loop_step(

@@ -132,11 +132,15 @@ def make_plan(
             first_half.append(first_half_row(row))
             row = second_half_row(a, p, each, row, weights[s])
         rows.append(row)
+    table, first_halves = stack_rows(rows), stack_rows(first_half) if split else None
+    if first_halves is not None:
+        # One index finds the rows of both, also where only one differs between samples.
+        table, first_halves = torch.broadcast_tensors(table, first_halves)
     return Plan(
         timesteps=timesteps,
         alphas_cumprod=torch.tensor(alphas, dtype=torch.float64, device="cpu"),
-        table=stack_rows(rows),
-        first_half=stack_rows(first_half) if split else None,
+        table=table,
+        first_half=first_halves,
         kind=StepKind(
             rescaling=update.rescaling,
             noisy=update.noisy,

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastddim import philox, transfer
 from fastddim.backends import Backend
 from fastddim.loop import capture
-from fastddim.loop.buffers import Buffers, Inpainting
+from fastddim.loop.buffers import Buffers, Inpainting, row_major
 from fastddim.loop.capture import Graph
 from fastddim.loop.counters import Counting, Position
 from fastddim.loop.step import Step
@@ -44,6 +44,10 @@ class Batch(NamedTuple):
             arguments=self.arguments,
             masked=self.step.inpainting is not None,
         )
+
+    def sample(self, slot: int) -> Tensor:
+        """A copy of the state of one slot, as a batch of its own."""
+        return row_major(self.buffers.state[slot : slot + 1])
 
     def capture(self) -> Graph:
         """The step as a graph; the batch is left as it was."""
@@ -89,6 +93,7 @@ class Slots:
         dtype: torch.dtype,
         model_dtype: torch.dtype,
         device: torch.device,
+        channels_last: bool,
         masked: bool,
         whole: bool,
         prepare: Callable[[Step], None],
@@ -114,6 +119,7 @@ class Slots:
             dtype=dtype,
             model_dtype=model_dtype,
             device=device,
+            channels_last=channels_last,
             with_x_0=False,
         )
         idle = transfer.upload(stack_row(mixing_row(1.0, 0.0)), device)

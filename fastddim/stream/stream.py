@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastddim import backends, transfer
-from fastddim.adapter import check_model, warn_of_training
+from fastddim.adapter import check_model, is_channels_last, warn_of_training
 from fastddim.loop.capture import Graph, check_outer_capture
 from fastddim.loop.copying import Rebuilt
 from fastddim.loop.describing import described_model, described_placement
@@ -117,11 +117,8 @@ class Stream(Rebuilt):
         schedule = resolve_schedule(options.model, options.schedule)
         most = schedule.T if options.max_steps is None else options.max_steps
         self.max_steps = check_int("max_steps", most, 1, schedule.T)
-        self.max_pending = (
-            None
-            if options.max_pending is None
-            else check_int("max_pending", options.max_pending, 1, 2**62)
-        )
+        pending = options.max_pending
+        self.max_pending = None if pending is None else check_int("max_pending", pending, 1, 2**62)
         guidance_scale = 1.0 if options.guided else None
         update = shared(Update, options, guidance_scale=guidance_scale).checked(1)
         check_choice("order", options.order, ORDERS)
@@ -129,6 +126,7 @@ class Stream(Rebuilt):
         self._options = options
         self._schedule = schedule
         self._model_dtype = resolve_model_dtype(options.model, options.model_dtype, self.dtype)
+        self._channels_last = is_channels_last(options.model, len(self.shape))
         if options.uncond_model is not None:
             check_uncond_model(
                 options.uncond_model, options, options.guided, self._model_dtype, self.device
@@ -167,6 +165,7 @@ class Stream(Rebuilt):
             dtype=self.dtype,
             model_dtype=self._model_dtype,
             device=self.device,
+            channels_last=self._channels_last,
             masked=options.masked,
             whole=self._static,
             prepare=self._prepare,
@@ -362,7 +361,7 @@ class Stream(Rebuilt):
         if broken:
             settle(ticket, request.nonfinite_error())
         elif last:
-            settle(ticket, batch.buffers.state[slot : slot + 1].clone())
+            settle(ticket, batch.sample(slot))
         ticket.taken += 1
         return broken or last
 

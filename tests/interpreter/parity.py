@@ -24,6 +24,14 @@ from fastddim import Schedule, backends, philox
 from fastddim.plan import Update, make_plan, to_table
 
 from ..support.gpuless.cases import UPDATES, assert_bits_of_cpu, update_case
+from ..support.gpuless.fits import (
+    BACKWARD_CASES,
+    FIT_CASES,
+    assert_backward_of_cpu,
+    assert_fit_of_cpu,
+    backward_case,
+    fit_case,
+)
 from ..support.models import elementwise_model
 from ..support.tuned import random_steps
 from ..support.updates import DTYPES, any_case, make_case, poisoned_like, written_only_inside
@@ -71,9 +79,9 @@ def huge_tiles() -> Iterator[None]:
         return tiles._replace(size=65536, per_sample=-(-layout.elements // 65536))
 
     with mock.patch.object(launch, "cut", cut):
-        launch._prepare_update.cache_clear()
+        launch._found_update.cache_clear()
         yield
-    launch._prepare_update.cache_clear()
+    launch._found_update.cache_clear()
 
 
 @pytest.mark.deep
@@ -93,6 +101,30 @@ def test_random_cases(data: st.DataObject) -> None:
     """Any combination of features."""
     case = any_case(data, largest_batch=4)
     assert_bits_of_cpu(LAUNCHERS.update_out, case, in_place=data.draw(st.booleans()))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if i % 20 == 0 else pytest.mark.deep)
+        for i, n in enumerate(FIT_CASES)
+    ],
+)
+def test_rows_from_data(name: str) -> None:
+    assert_fit_of_cpu(LAUNCHERS.rescale_rows, *fit_case(name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if i % 14 == 0 else pytest.mark.deep)
+        for i, name in enumerate(BACKWARD_CASES)
+        # Many programs.
+        if name != "(300, 8)"
+    ],
+)
+def test_gradients(name: str) -> None:
+    assert_backward_of_cpu(LAUNCHERS.backward_out, *backward_case(name))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

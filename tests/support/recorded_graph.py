@@ -16,6 +16,10 @@ from fastddim.loop import cuda
 
 from .probes import NoSync
 
+_VIEWS = frozenset(
+    f"aten::{name}" for name in ("select", "slice", "split", "chunk", "view", "expand", "unsqueeze")
+)
+
 
 class RecordedGraph(NoSync):
     """A captured graph as it would be on CUDA, on any device: the operators of `body` and the very
@@ -46,6 +50,15 @@ class RecordedGraph(NoSync):
     @property
     def operators(self) -> list[str]:
         return [func._schema.name for func, *_ in self._recorded]
+
+    @property
+    def launched(self) -> list[str]:
+        """The operators except those that only make views."""
+        return [name for name in self.operators if name not in _VIEWS]
+
+    @property
+    def nodes(self) -> int:
+        return len(self.launched)
 
     def arguments_of(self, name: str) -> list[tuple[Any, ...]]:
         """The positional arguments of each call of an operator."""

@@ -21,6 +21,9 @@ LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced", "offset", "expan
 INSTRUCTION_SETS = ("plain", "avx2", "avx512")
 SENTINEL = 12345.0
 
+# Elements around an output: those that leave it at no whole word of 16 bytes, and those that do.
+UNALIGNED, ALIGNED = 37, 48
+
 
 @dataclass
 class Case:
@@ -38,6 +41,7 @@ class Case:
     epsilon: torch.dtype | None = None
     model_input: torch.dtype | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
+    frame: int = UNALIGNED
 
     @property
     def table(self) -> Tensor:
@@ -91,6 +95,7 @@ def make_case(
     mask: bool = False,
     epsilon: bool = False,
     model_input: torch.dtype | None = None,
+    frame: int = UNALIGNED,
 ) -> Case:
     batch = shape[0]
 
@@ -139,6 +144,7 @@ def make_case(
         known=draw(shape) if mask else None,
         epsilon=(model_dtype or dtype) if history or epsilon else None,
         model_input=model_input,
+        frame=frame,
     )
 
 
@@ -154,11 +160,10 @@ class Result:
         return [t for t in all_of_them if t is not None]
 
 
-def poisoned_like(values: Tensor) -> tuple[Tensor, Tensor]:
+def poisoned_like(values: Tensor, frame: int = UNALIGNED) -> tuple[Tensor, Tensor]:
     """(a NaN tensor with the strides of `values`, the sentinel-framed buffer that it lies in)."""
     strides = values.stride()
     extent = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True))
-    frame = 37
     buffer = torch.full((max(extent, 0) + 2 * frame,), SENTINEL, dtype=values.dtype)
     view = buffer.as_strided(values.shape, strides, frame)
     view.fill_(float("nan"))
@@ -178,13 +183,16 @@ def run(
     """One call into poisoned outputs. In place, x_prev goes over x and epsilon over the history."""
     x = torch.empty_strided(case.x.shape, case.x.stride(), dtype=case.x.dtype)
     x.copy_(case.x)
-    framed = {"out": poisoned_like(case.x), "x_0": poisoned_like(case.x)}
+    framed = {name: poisoned_like(case.x, case.frame) for name in ("out", "x_0")}
     if case.epsilon is not None:
-        framed["epsilon"] = poisoned_like(torch.empty_like(case.x, dtype=case.epsilon))
+        like = torch.empty_like(case.x, dtype=case.epsilon)
+        framed["epsilon"] = poisoned_like(like, case.frame)
     if case.model_input is not None:
         copies = 2 if case.model_output.shape[0] != x.shape[0] else 1
         target = torch.zeros((copies * x.shape[0], *x.shape[1:]), dtype=case.model_input)
-        framed["model_input"] = poisoned_like(target)
+        if target.shape == case.model_output.shape:
+            target = torch.empty_like(case.model_output, dtype=case.model_input)
+        framed["model_input"] = poisoned_like(target, case.frame)
     views = {name: view for name, (view, _) in framed.items()}
     history = case.history
     if in_place:

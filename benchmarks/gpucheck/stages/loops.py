@@ -48,7 +48,8 @@ def one_loop(record: Record, settings: Settings, name: str, eta: float) -> None:
     x_T = philox.initial_latents(shape, 0, device=settings.device)
     about: dict[str, Any] = {"model": name, "eta": eta}
     prepare = {
-        f"graph={mode}": partial(sampler, model, x_T, steps, eta, mode) for mode in settings.modes
+        f"graph={mode}": partial(sampler, model, x_T, steps, eta, mode)
+        for mode in (*settings.modes, "auto")
     }
     prepare["diffusers"] = partial(diffusers_loop, model, x_T, steps, eta)
     contenders = {}

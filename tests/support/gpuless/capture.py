@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 import fastddim
-from fastddim import Schedule, api, backends, philox, transfer
+from fastddim import Schedule, api, backends, transfer
 from fastddim.loop import capture as capturing
 from fastddim.loop import loop as loop_module
 from fastddim.loop.arguments import ModelArguments
@@ -88,16 +88,18 @@ class Unwaiting(TorchDispatchMode):
         if func.overloadpacket in probes.NoSync._FORBIDDEN and CUDA in devices:
             raise AssertionError(f"waits for the device: {func}")
         if len(devices) > 1 and func.overloadpacket not in self._SHAPE_ALONE:
-            self._check_copy(func, given, kwargs or {})
+            self._check_copy(func, given, args, kwargs or {})
             self.uploads += 1
         self.launched += CUDA in devices
         return result
 
-    def _check_copy(self, func: Any, given: list[Tensor], kwargs: dict[str, Any]) -> None:
+    def _check_copy(
+        self, func: Any, given: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         source = given[-1]
         if func.overloadpacket not in self._COPIES or source.device == CUDA:
             raise AssertionError(f"waits for the device: {func}")
-        if source not in _pinned or not kwargs.get("non_blocking"):
+        if source not in _pinned or not (kwargs.get("non_blocking") or args[2:3] == (True,)):
             raise AssertionError(f"waits for the device: {func} from memory of the host")
 
 
@@ -119,6 +121,8 @@ class Net(nn.Module):
 
 class Probed:
     """A graph whose capture runs under the probe; a replay runs the body once more."""
+
+    nodes = None
 
     def __init__(self, body: Callable[[], None]) -> None:
         self.replay = body
@@ -336,6 +340,41 @@ def a_call(mode: bool | str, keys: dict[str, Any]) -> Any:
     return made_loop(mode, eta=1.0), lambda loop: loop.sample(options)
 
 
+def a_call_with_conditions(mode: bool | str) -> Any:
+    """Numbers, tensors and lists as arguments, a strength a step, and two halves of guidance."""
+    update: dict[str, Any] = {"guidance_scale": [1.0, 2.0, 3.0, 2.0], "eta": [1.0, 0.5, 0.0, 1.0]}
+    prepared = setup(None, mode, **update)
+
+    class Conditioned(Net):
+        def forward(self, x: Tensor, t: Tensor, *, scale: Tensor, others: Any) -> Tensor:
+            return super().forward(x, t, scale) * others["factor"] + others["shifts"][0]
+
+    def arguments(value: float) -> ModelArguments:
+        shifts = [torch.full((), value, device=CUDA), torch.ones((), device=CUDA)]
+        kwargs = {
+            "scale": torch.full((1, 1, 1, 1), value, device=CUDA),
+            "others": {"factor": 0.5, "shifts": shifts, "name": "a"},
+        }
+        uncond = {"scale": 0.25}
+        return ModelArguments.of(kwargs, uncond, batch=SHAPE[0], guided=True, apart=False)
+
+    def make() -> Loop:
+        given = {"model": Conditioned(), "arguments": arguments(1.0)}
+        return Loop(Setup(**{**vars(prepared), **given}))
+
+    def call(loop: Loop) -> None:
+        for value in (1.0, 2.0):
+            loop.sample(CallOptions(**KEYS), arguments(value))
+
+    return make, call
+
+
+def a_call_with_generators(mode: bool | str) -> Any:
+    """On the host, where they draw x_T and the noise of each step."""
+    options = CallOptions(noise=[torch.Generator(), torch.Generator()])
+    return made_loop(mode, eta=1.0), lambda loop: loop.sample(options)
+
+
 def a_masked_run(mode: bool | str) -> Any:
     def call(loop: Loop) -> None:
         mask, known = torch.ones(1, 1, 8, 8, device=CUDA), torch.ones(SHAPE, device=CUDA)
@@ -389,6 +428,8 @@ def a_new_loop(mode: bool | str) -> Any:
 CALLS: dict[str, Callable[[bool | str], Any]] = {
     "a call": lambda mode: a_call(mode, KEYS),
     "a call, seeds": lambda mode: a_call(mode, SEEDS),
+    "a call with conditions": a_call_with_conditions,
+    "a call with generators": a_call_with_generators,
     "a masked run": a_masked_run,
     "a new loop": a_new_loop,
     "a loop taken over": a_loop_taken_over,
@@ -420,8 +461,8 @@ def whole(case: Callable[[bool | str], Any], mode: bool | str) -> str:
 
 
 WAITING: dict[str, Callable[..., Tensor]] = {
-    "from memory of the host": lambda values, device: values.to(device),
-    "without a stream's order": lambda values, device: pin_memory(values).to(device),
+    "from memory of the host": lambda values, out: out.copy_(values),
+    "without a stream's order": lambda values, out: out.copy_(pin_memory(values)),
 }
 
 
@@ -450,6 +491,7 @@ def main() -> None:
     transfer._by_arguments = lambda values, device: torch.ones(
         values.shape, dtype=values.dtype, device=device
     )
+    loop_module._values = lambda tensors: None
     api.to_table = lambda *rows: to_table(*rows, checked=False)
     results: dict[str, str] = {}
     for mode in (False, True, "loop"):
@@ -464,10 +506,11 @@ def main() -> None:
                 results[f"whole/{mode}/{name}"] = whole(case, mode)
     transfer.captured = lambda device: True
     for name, case in CALLS.items():
-        results[f"captured/{name}"] = whole(case, "auto")
+        if "generators" not in name:  # of the host, which are refused
+            results[f"captured/{name}"] = whole(case, "auto")
     transfer.captured = lambda device: False
-    for name, upload in WAITING.items():
-        philox.upload = upload
+    for name, write in WAITING.items():
+        transfer.write = write
         results[f"waiting/{name}"] = whole(CALLS["a call, seeds"], False)
     print(json.dumps(results))
 

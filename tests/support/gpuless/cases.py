@@ -15,6 +15,7 @@ from fastddim import backends, philox
 from fastddim.plan import PREDICTIONS
 
 from ..updates import (
+    ALIGNED,
     DTYPES,
     LAYOUTS,
     Case,
@@ -90,6 +91,28 @@ def update_arguments() -> Iterator[tuple[str, Arguments]]:
             yield f"everything-{dtype}-{noise}", ((3, 2, 24), {**kind, "per_sample": True})
         kind = {"dtype": dtype, "epsilon": True, "rederive_eps": True, "clip": 0.5}
         yield f"epsilon-{dtype}", ((2, 3, 8), {**kind, "prediction": "v_prediction"})
+    for channels, dtype in itertools.product(
+        (3, 4), (torch.float32, torch.float16, torch.bfloat16)
+    ):
+        for i, noise in enumerate(("none", "given", "keyed")):
+            kind = {"dtype": dtype, "layout": "channels_last", "per_sample": True, "clip": 0.9}
+            kind |= {
+                "frame": ALIGNED,
+                "noise": noise,
+                "guided": i == channels - 2,
+                "history": i > 0,
+                "mask": i < 2,
+            }
+            kind |= {"learned_variance": i == 1, "model_input": (dtype, torch.float16)[i % 2]}
+            yield f"pixels-{channels}-{dtype}-{noise}", ((3, channels, 4, 6), kind)
+            # One of the state and the model output in planes; runs of pixels that threads share.
+            layouts = ("contiguous", "channels_last")[:: 1 if channels == 3 else -1]
+            kind |= {
+                "layout": layouts[0],
+                "model_layout": layouts[1],
+                "model_dtype": torch.bfloat16,
+            }
+            yield f"turned-{channels}-{dtype}-{noise}", ((1, channels, 36, 32), kind)
     yield "no-samples", ((0, 3, 4), {"noise": "keyed"})
     yield "no-elements", ((2, 0, 4), {"noise": "none"})
     yield "six-dimensions", ((2, 3, 1, 4, 3, 2), {"layout": "sliced", "noise": "keyed"})

@@ -37,11 +37,13 @@ class Fit(NamedTuple):
 def fit_arguments() -> Iterator[tuple[str, Fit]]:
     guided = {"guided": True}
     for size, kind in zip(
-        (1, 2, 3, 7, 8, 255, 256, 257, 511, 513, 1023, 1025, 2049, 4999),
+        (1, 2, 3, 7, 8, 255, 256, 257, 511, 513, 1023, 1025, 2049, 3333),
         itertools.cycle(("both", "rescale", "threshold", "largest")),
         strict=False,
     ):
         yield f"{size}-{kind}", Fit((2, size), guided, kind)
+    for size in (1800, 5001):
+        yield f"{size}-both", Fit((3, size), {"per_sample": True, **guided}, "both")
     for (dtype, layout), kind in zip(
         itertools.product(DTYPES, LAYOUTS), itertools.cycle(FITS), strict=False
     ):
@@ -54,7 +56,10 @@ def fit_arguments() -> Iterator[tuple[str, Fit]]:
             yield f"{dtype}-{model_dtype}", Fit((2, 3, 111), arguments, "both")
     yield "not-guided", Fit((2, 3, 300), {"learned_variance": True}, "threshold")
     yield "not-guided-sliced", Fit((2, 3, 5, 9), {"layout": "sliced"}, "limited")
-    yield "six-dimensions", Fit((2, 3, 1, 4, 3, 2), {"layout": "sliced", **guided}, "both")
+    for dtype in (torch.float32, torch.float64):
+        sliced = {"dtype": dtype, "layout": "sliced", "per_sample": True}
+        yield f"{dtype}-sliced-dimensions", Fit((3, 3, 1, 4, 3, 2), sliced | guided, "both")
+        yield f"{dtype}-sliced-not-guided", Fit((3, 2, 31, 5), sliced, "threshold")
     yield "no-samples", Fit((0, 4), guided, "both")
     yield "no-elements", Fit((3, 0), guided, "both")
     for name, edit in EDITS.items():
@@ -116,19 +121,22 @@ def fit_case(name: str) -> tuple[Case, Rescaling]:
     return case, FITS[kind]
 
 
-def fitted(rescale_rows: Any, case: Case, rescaling: Rescaling) -> Tensor:
+def fitted(
+    rescale_rows: Any, case: Case, rescaling: Rescaling, table: Tensor, row: Tensor | None
+) -> Tensor:
     """The rows, written into poisoned memory and nowhere else."""
-    table = case.table
     frame = torch.full((len(case.x) + 2, table.shape[1]), 7.0, dtype=table.dtype)
     out = frame[1:-1].fill_(math.nan)
-    rescale_rows(case.x, case.model_output, table, case.row, rescaling, out)
+    rescale_rows(case.x, case.model_output, table, row, rescaling, out)
     assert (frame[[0, -1]] == 7.0).all(), "written outside of the rows"
     return out
 
 
 def assert_fit_of_cpu(rescale_rows: Any, case: Case, rescaling: Rescaling) -> None:
-    expected = fitted(backends.BACKENDS["cpu"].rescale_rows, case, rescaling)
-    got = fitted(rescale_rows, case, rescaling)
+    """`rescale_rows` gives the bits of the CPU; it gets no index where the samples share a row."""
+    cpu = backends.BACKENDS["cpu"].rescale_rows
+    expected = fitted(cpu, case, rescaling, case.table, case.row)
+    got = fitted(rescale_rows, case, rescaling, *case.alone)
     assert same_bits(got, expected), f"{got}\n{expected}"
 
 
@@ -153,6 +161,13 @@ def backward_arguments() -> Iterator[tuple[str, Backward]]:
     for dtype, model_dtype in itertools.product(DTYPES, DTYPES):
         kind = {"dtype": dtype, "model_dtype": model_dtype, "guided": True, "mask": True}
         yield f"{dtype}-{model_dtype}", Backward((2, 3, 8), kind, next(grads))
+        sliced = kind | {"layout": "sliced", "per_sample": True, "clip": 0.7}
+        yield f"sliced-{dtype}-{model_dtype}", Backward((3, 2, 3, 5), sliced, "both")
+    # A tail of every length.
+    for dtype, sizes in ((torch.float32, range(5, 8)), (torch.bfloat16, range(9, 16))):
+        kind = {"dtype": dtype, "guided": True, "mask": True, "per_sample": True, "clip": 0.7}
+        for size in sizes:
+            yield f"tail-{dtype}-{size}", Backward((3, size), kind, "both")
     for layout, guided in itertools.product(LAYOUTS[1:], (False, True)):
         kind = {"layout": layout, "guided": guided, "mask": True, "clip": 0.5}
         yield f"{layout}-{guided}", Backward((2, 3, 5, 8), kind, "both")
@@ -173,23 +188,27 @@ def backward_case(name: str) -> tuple[Case, Tensor | None, Tensor | None]:
     given: list[Tensor | None] = []
     for of in ("x_prev", "x_0"):
         values = torch.randn(shape, generator=generator, dtype=torch.float64).to(case.x.dtype)
-        if values.numel() > 20:
+        if values.numel() > 60:
             values.view(-1)[[3, 11, 17]] = torch.tensor(
                 [math.nan, math.inf, -0.0], dtype=values.dtype
             )
         given.append(values if grads in (of, "both") else None)
-    if case.x.numel() > 20:
+    if case.x.numel() > 60:
         case.x[-1].reshape(-1)[0] = math.nan
     return case, given[0], given[1]
 
 
 def gradients(
-    backward_out: Any, case: Case, grad_out: Tensor | None, grad_x_0: Tensor | None
+    backward_out: Any,
+    case: Case,
+    rows: tuple[Tensor, Tensor | None],
+    grad_out: Tensor | None,
+    grad_x_0: Tensor | None,
 ) -> list[Tensor]:
     """The gradients, written into poisoned memory and nowhere else."""
     framed = [poisoned_like(torch.empty_like(of)) for of in (case.x, case.model_output)]
     grads = [view for view, _ in framed]
-    given = (grad_out, grad_x_0, case.x, case.model_output, case.table, case.row, case.mask)
+    given = (grad_out, grad_x_0, case.x, case.model_output, *rows, case.mask)
     backward_out(*given, *grads)
     assert all(written_only_inside(*pair) for pair in framed), "written outside of the gradients"
     return grads
@@ -198,6 +217,9 @@ def gradients(
 def assert_backward_of_cpu(
     backward_out: Any, case: Case, grad_out: Tensor | None, grad_x_0: Tensor | None
 ) -> None:
-    expected = gradients(torch.ops.fastddim.backward_out, case, grad_out, grad_x_0)
-    for a, b in zip(gradients(backward_out, case, grad_out, grad_x_0), expected, strict=True):
+    """`backward_out` gives the bits of the CPU; it gets no index where the samples share a row."""
+    cpu, indexed = torch.ops.fastddim.backward_out, (case.table, case.row)
+    expected = gradients(cpu, case, indexed, grad_out, grad_x_0)
+    got = gradients(backward_out, case, case.alone, grad_out, grad_x_0)
+    for a, b in zip(got, expected, strict=True):
         assert same_bits(a, b), f"differs in {int((a != b).sum())} of {a.numel()}"

@@ -926,8 +926,7 @@ def _shuffle(i: Instruction) -> Step:
     read_mask = i.reader(i.operands[4], "u32")
 
     def step(wave: Wave, lanes: Lanes) -> None:
-        if (read_mask(wave, lanes) != np.uint32(2**32 - 1)).any():
-            raise PtxError("expected a shuffle of all threads of the warp")
+        _require_all_members(read_mask(wave, lanes))
         warps = wave.warps(lanes)
         value, b, c = (
             np.broadcast_to(read(wave, lanes), warps.size).reshape(warps.shape) for read in reads
@@ -938,6 +937,11 @@ def _shuffle(i: Instruction) -> Step:
             write(wave, lanes, outcome.reshape(-1))
 
     return step
+
+
+def _require_all_members(mask: Array) -> None:
+    if (mask != np.uint32(2**32 - 1)).any():
+        raise PtxError("expected all threads of the warp to take part")
 
 
 def _shuffled(mode: str, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -953,6 +957,24 @@ def _shuffled(mode: str, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.n
     }[mode]
     inside = source >= last if mode == "up" else source <= last
     return np.where(inside, source, lane), inside
+
+
+@opcode("redux")
+def _reduce(i: Instruction) -> Step:
+    type = i.type("u32", "s32")
+    i.required("sync")
+    extremum = {"min": np.min, "max": np.max}[i.required("min", "max")]
+    i.arity(3)
+    write, read = i.writer(i.operands[0], type), i.reader(i.operands[1], type)
+    read_mask = i.reader(i.operands[2], "u32")
+
+    def step(wave: Wave, lanes: Lanes) -> None:
+        _require_all_members(read_mask(wave, lanes))
+        warps = wave.warps(lanes)
+        values = np.broadcast_to(read(wave, lanes), warps.size).reshape(warps.shape)
+        write(wave, lanes, np.repeat(extremum(values, axis=1), WARP))
+
+    return step
 
 
 @opcode("ldmatrix", "stmatrix")

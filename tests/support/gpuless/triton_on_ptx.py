@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from gpucheck.triton_jit import Binary
 
+from ..environment import ROOT
 from . import ptx
 
-OUTPUTS = ("out", "x_0", "model_input", "epsilon", "counters", "t")
+OUTPUTS = (
+    *("out", "x_0", "model_input", "epsilon", "counters", "t"),
+    *("grad_x", "grad_model_output"),
+)
 
 
 @dataclass
@@ -26,12 +36,12 @@ class Interpreter:
         text = self.edit(binary.kernel.asm["ptx"])
         if text not in self._modules:
             self._modules[text] = ptx.parse(text)
-        arguments: list[int] = []
+        arguments: list[bytes | int] = []
         memory = ptx.Memory()
         tensors: dict[int, tuple[torch.Tensor, list[str]]] = {}
         for name, kind, value in binary.parameters():
             if not kind.startswith("*"):
-                arguments.append(value)
+                arguments.append(struct.pack("<d", value) if kind == "fp64" else value)
                 continue
             arguments.append(value.data_ptr())
             # The row and the steps of a loop may begin at one address: the longer counts.
@@ -55,3 +65,18 @@ class Interpreter:
                 shared_bytes=binary.kernel.metadata.shared,
             )
         )
+
+
+def changed_kernels(folder: Path, module: str, right: str, wrong: str) -> Any:
+    """A copy of the kernels, as a package of its own, with another text."""
+    package = folder / f"kernels_{abs(hash((module, right)))}"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for source in (ROOT / "kernels").glob("[a-z]*.py"):
+        text = source.read_text()
+        if source.stem == module:
+            assert right in text
+            text = text.replace(right, wrong)
+        (package / source.name).write_text(text)
+    with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+        return importlib.import_module(f"{package.name}.launch")
