@@ -18,24 +18,17 @@ CONTENDERS = (
     "eager",
     "torch.compile",
 )
-    "fastddim.step",
-    "Stepper",
-    "fastddim",
-    "fastddim in place",
-    "diffusers",
-    "eager",
-    "torch.compile",
-)
 LOOP_CONTENDERS = ("diffusers", "official", "fastddim, compiled model", "torch.compile")
 
 
 def steps_as_markdown(result: dict[str, Any]) -> str:
     """Time of one step as a multiple of the floor, `torch.add(x, e, out=o)`."""
-    header = ["case", "floor", *CONTENDERS]
+    timed = [name for name in CONTENDERS if any(name in row["timings"] for row in result["rows"])]
+    header = ["case", "floor", *timed]
     rows = []
     for row in result["rows"]:
         cells = [row["case"], duration(row["timings"]["floor"]["seconds"])]
-        cells += [ratio(row["timings"].get(name)) for name in CONTENDERS]
+        cells += [ratio(row["timings"].get(name)) for name in timed]
         rows.append(cells)
     return f"{table(header, rows)}\n\n{paired(result['machine'])}"
 

@@ -85,10 +85,12 @@ def test_the_bits_of_the_operators(trial: int, watched: Watched) -> None:
     got = fastddim.step(x, m, a, p, **options)
     assert watched.taken
     want = watched.otherwise(x, m, a, p, **options)
-    assert all(torch.equal(g, w) and g.stride() == w.stride() for g, w in zip(got, want, strict=True))
+    assert all(
+        torch.equal(g, w) and g.stride() == w.stride() for g, w in zip(got, want, strict=True)
+    )
     out = torch.full_like(x, torch.nan)
     options["return_x0"] = False
-    assert fastddim.step(x, m, torch.tensor(a).double(), p, **options, out=out) is out
+    assert fastddim.step(x, m, torch.tensor(a, dtype=torch.float64), p, **options, out=out) is out
     assert watched.taken
     assert torch.equal(out, want[0])
 
