@@ -121,19 +121,22 @@ def fit_case(name: str) -> tuple[Case, Rescaling]:
     return case, FITS[kind]
 
 
-def fitted(rescale_rows: Any, case: Case, rescaling: Rescaling) -> Tensor:
+def fitted(
+    rescale_rows: Any, case: Case, rescaling: Rescaling, table: Tensor, row: Tensor | None
+) -> Tensor:
     """The rows, written into poisoned memory and nowhere else."""
-    table = case.table
     frame = torch.full((len(case.x) + 2, table.shape[1]), 7.0, dtype=table.dtype)
     out = frame[1:-1].fill_(math.nan)
-    rescale_rows(case.x, case.model_output, table, case.row, rescaling, out)
+    rescale_rows(case.x, case.model_output, table, row, rescaling, out)
     assert (frame[[0, -1]] == 7.0).all(), "written outside of the rows"
     return out
 
 
 def assert_fit_of_cpu(rescale_rows: Any, case: Case, rescaling: Rescaling) -> None:
-    expected = fitted(backends.BACKENDS["cpu"].rescale_rows, case, rescaling)
-    got = fitted(rescale_rows, case, rescaling)
+    """`rescale_rows` gives the bits of the CPU; it gets no index where the samples share a row."""
+    cpu = backends.BACKENDS["cpu"].rescale_rows
+    expected = fitted(cpu, case, rescaling, case.table, case.row)
+    got = fitted(rescale_rows, case, rescaling, *case.alone)
     assert same_bits(got, expected), f"{got}\n{expected}"
 
 
@@ -158,11 +161,11 @@ def backward_arguments() -> Iterator[tuple[str, Backward]]:
     for dtype, model_dtype in itertools.product(DTYPES, DTYPES):
         kind = {"dtype": dtype, "model_dtype": model_dtype, "guided": True, "mask": True}
         yield f"{dtype}-{model_dtype}", Backward((2, 3, 8), kind, next(grads))
-        kind |= {"layout": "sliced", "per_sample": True}
-        yield f"sliced-{dtype}-{model_dtype}", Backward((3, 2, 3, 5), kind, "both")
+        sliced = kind | {"layout": "sliced", "per_sample": True, "clip": 0.7}
+        yield f"sliced-{dtype}-{model_dtype}", Backward((3, 2, 3, 5), sliced, "both")
     # A tail of every length.
     for dtype, sizes in ((torch.float32, range(5, 8)), (torch.bfloat16, range(9, 16))):
-        kind = {"dtype": dtype, "guided": True, "mask": True, "per_sample": True}
+        kind = {"dtype": dtype, "guided": True, "mask": True, "per_sample": True, "clip": 0.7}
         for size in sizes:
             yield f"tail-{dtype}-{size}", Backward((3, size), kind, "both")
     for layout, guided in itertools.product(LAYOUTS[1:], (False, True)):
@@ -196,12 +199,16 @@ def backward_case(name: str) -> tuple[Case, Tensor | None, Tensor | None]:
 
 
 def gradients(
-    backward_out: Any, case: Case, grad_out: Tensor | None, grad_x_0: Tensor | None
+    backward_out: Any,
+    case: Case,
+    rows: tuple[Tensor, Tensor | None],
+    grad_out: Tensor | None,
+    grad_x_0: Tensor | None,
 ) -> list[Tensor]:
     """The gradients, written into poisoned memory and nowhere else."""
     framed = [poisoned_like(torch.empty_like(of)) for of in (case.x, case.model_output)]
     grads = [view for view, _ in framed]
-    given = (grad_out, grad_x_0, case.x, case.model_output, case.table, case.row, case.mask)
+    given = (grad_out, grad_x_0, case.x, case.model_output, *rows, case.mask)
     backward_out(*given, *grads)
     assert all(written_only_inside(*pair) for pair in framed), "written outside of the gradients"
     return grads
@@ -210,6 +217,9 @@ def gradients(
 def assert_backward_of_cpu(
     backward_out: Any, case: Case, grad_out: Tensor | None, grad_x_0: Tensor | None
 ) -> None:
-    expected = gradients(torch.ops.fastddim.backward_out, case, grad_out, grad_x_0)
-    for a, b in zip(gradients(backward_out, case, grad_out, grad_x_0), expected, strict=True):
+    """`backward_out` gives the bits of the CPU; it gets no index where the samples share a row."""
+    cpu, indexed = torch.ops.fastddim.backward_out, (case.table, case.row)
+    expected = gradients(cpu, case, indexed, grad_out, grad_x_0)
+    got = gradients(backward_out, case, case.alone, grad_out, grad_x_0)
+    for a, b in zip(got, expected, strict=True):
         assert same_bits(a, b), f"differs in {int((a != b).sum())} of {a.numel()}"
