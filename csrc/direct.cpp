@@ -11,6 +11,7 @@
 #include <exception>
 #include <iterator>
 #include <limits>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -171,7 +172,11 @@ PyObject* take(const Operands& given, const Coefficients& coefficients) {
       seed = PyLong_AsUnsignedLongLong(drawn.get());
       if (PyErr_Occurred()) return nullptr;
     }
-    keys.set(job, seed, step, first);
+    try {
+      keys.set(job, seed, step, first);
+    } catch (const std::bad_alloc&) {
+      return PyErr_NoMemory();
+    }
   }
   Owned x_prev(made ? PyObject_CallFunctionObjArgs(connected.empty_like, given.x, nullptr)
                     : Py_NewRef(given.out));
