@@ -86,7 +86,7 @@ def test_alignments(device: Device, dtype: torch.dtype) -> None:
     """Gradients in views that begin at any element of a buffer."""
     case = make_case(torch.Generator().manual_seed(3), (2, 3, 16), dtype=dtype, clip=0.7)
     grad = torch.randn(case.x.shape).to(dtype)
-    expected = gradients(torch.ops.fastddim.backward_out, case, grad, None)
+    expected = gradients(torch.ops.fastddim.backward_out, case, grad, None)[:2]
     for offset in range(9):
         buffers = [torch.full((112,), 7.0, dtype=dtype) for _ in range(3)]
         views = [b[offset : offset + 96].view(2, 3, 16) for b in buffers]
