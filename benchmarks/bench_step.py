@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler
 from harness import case_id, compare
 from torch import Tensor
 
+import fastddim
 from fastddim import ops, philox
 from fastddim.plan import Update, coefficient_row, stack_row
 
@@ -92,6 +93,10 @@ class Setup:
         self.g = 3.0 if case.guided else None
         row = coefficient_row(self.a, self.p, Update(eta=case.eta, guidance_scale=self.g))
         self.direction, self.sigma = float(row.km), float(row.pn)
+        schedule = fastddim.Schedule(self.scheduler.alphas_cumprod)
+        # Its step 3 is this step.
+        visited = [T + 3, T + 2, T + 1, T, T_PREV]
+        self.stepper = fastddim.Stepper(schedule, visited, eta=case.eta, guidance_scale=self.g)
         self.table = stack_row(row).float()[None]
         self.row = torch.zeros(1, dtype=torch.int64)
         self.keys = philox.make_keys(7, batch, step_index=3) if case.eta else None
@@ -109,6 +114,23 @@ class Setup:
             model_input=None,
         )
         return out
+
+    def public(self, out: Tensor) -> Tensor:
+        """The call that users make."""
+        keys = {"seed": 7, "step_index": 3} if self.case.eta else {}
+        return fastddim.step(
+            self.x,
+            self.m,
+            self.a,
+            self.p,
+            eta=self.case.eta,
+            guidance_scale=self.g,
+            out=out,
+            **keys,
+        )
+
+    def prepared(self, out: Tensor) -> Tensor:
+        return self.stepper(self.x, self.m, 3, seed=7, out=out)
 
     def in_place(self) -> None:
         ops.update_out(
@@ -173,6 +195,8 @@ def assert_parity(setup: Setup) -> None:
     compiled = setup.compiled()()
     if not setup.case.eta:
         torch.testing.assert_close(ours, compiled, rtol=tolerance, atol=tolerance)
+    for call in (setup.public, setup.prepared):
+        assert torch.equal(call(torch.full_like(setup.x, float("nan"))), ours)
     setup.out.copy_(setup.x)
     setup.in_place()
     assert torch.equal(setup.out, ours)
@@ -186,6 +210,8 @@ def test_step(case: Case, rows: list[dict[str, Any]], benchmark: Any) -> None:
     floor_input = setup.m[: case.shape[0]]
     contenders = {
         "floor": lambda: torch.add(setup.x, floor_input, out=setup.out),
+        "fastddim.step": lambda: setup.public(setup.out),
+        "Stepper": lambda: setup.prepared(setup.out),
         "fastddim": lambda: setup.fastddim(setup.out),
         "fastddim in place": setup.in_place,
         "diffusers": setup.diffusers,

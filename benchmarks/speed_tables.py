@@ -9,7 +9,23 @@ from cpu_results import paired, provenance, ratio
 from markdown_cells import duration, gain, table, three
 from quality_tables import baseline_of, distance_of, quality_cell, quality_of
 
-CONTENDERS = ("fastddim", "fastddim in place", "diffusers", "eager", "torch.compile")
+CONTENDERS = (
+    "fastddim.step",
+    "Stepper",
+    "fastddim",
+    "fastddim in place",
+    "diffusers",
+    "eager",
+    "torch.compile",
+)
+    "fastddim.step",
+    "Stepper",
+    "fastddim",
+    "fastddim in place",
+    "diffusers",
+    "eager",
+    "torch.compile",
+)
 LOOP_CONTENDERS = ("diffusers", "official", "fastddim, compiled model", "torch.compile")
 
 

@@ -135,8 +135,6 @@ PyObject* take(const Operands& given, const Coefficients& coefficients) {
   job.tile = TILE;
   job.batch = x.sizes[0];
   job.float64 = x.dtype == Dtype::float64;
-  static const int64_t first_row = 0;
-  job.row = &first_row;
   job.table = job.float64 ? (const void*)coefficients.exact : coefficients.rounded;
   View* const views = job.views;
   views[operand::x] = x.view(0, job.batch);

@@ -13,7 +13,7 @@ from .launch import _device_of, _Launch, _options, _second_half, _warp_size
 from .rescaling import THREADS, Data, rescaling_kernel
 from .views import lay_out
 
-_REGISTERS = 80
+_REGISTERS = 96
 """Of a thread: enough for none to be spilled, as there are few programs in any case."""
 
 

@@ -303,6 +303,7 @@ BROKEN = {
         "chunk.wide = chunk.index < grid.wide;",
         "chunk.wide = chunk.index < grid.count / SIZE;",
     ),
+    "an index where there is none": ("rows.row_stride != NO_INDEX", "true"),
     "the row of the first sample": (
         "low_word(rows.row + sample * rows.row_stride)",
         "low_word(rows.row)",

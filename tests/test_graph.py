@@ -634,6 +634,17 @@ class TestWhatIsWrittenAgain:
                 theirs.replay()
                 assert torch.equal(sampler(seed=2, **kind), expected)
 
+    def test_what_only_a_graph_of_the_callers_has_written(self, captures, outer):
+        """At its replays, of which there was none: a capture writes nothing."""
+        known, model = {"mask": torch.ones(1, 1, 6, 6).tril(), "known": latents(seed=8)}, SmallNet()
+        sampler = Sampler(model, 4, shape=SHAPE, schedule=LINEAR, eta=1.0)
+        # Of the run alone: on the host, a call looks at the values of its mask.
+        outer(lambda: sampler._loop.run(None, samples=philox.check_samples(4, 2), **known))
+        sampler._loop.step.inpainting.table.fill_(torch.nan)
+        sampler._loop.counters.now.keys.seed.fill_(-1)
+        expected = sample(model, False, eta=1.0, seed=4, **known)
+        assert torch.equal(sampler(seed=4, **known), expected)
+
     @pytest.mark.parametrize("mode", ["auto", *CAPTURED])
     def test_tables(self, mode, captures):
         """Other coefficients, timesteps, and levels of known data reach the kept loop."""

@@ -176,3 +176,22 @@ def test_predicated_lanes_keep_their_value(count: int) -> None:
     assert out.tolist() == [7 + i if i % 4 == 2 else i + i + 1 for i in range(count)]
     assert launch.executed["mov.b32"] == count // 4
     assert launch.executed["st.global.b32"] == count
+
+
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+def test_extrema_of_a_warp(kind: str) -> None:
+    a = np.random.default_rng(3).integers(0, 2**32, 512, "u4")
+    signed = a.view("i4" if kind == "s32" else "u4").reshape(-1, 32)
+    for name, extremum in (("min", signed.min), ("max", signed.max)):
+        out = evaluate(f"redux.sync.{name}.{kind} d, a, 0xffffffff;", {"a": a}, "b32")
+        assert (out.view(signed.dtype).reshape(-1, 32) == extremum(axis=1)[:, None]).all()
+
+
+def test_threads_that_store_the_same() -> None:
+    """Equal words may be stored together, unequal ones are a race."""
+    body = "st.shared.b32 [place], {};\n mov.b32 d, a;"
+    shared = ".shared .align 4 .b32 place;"
+    a = np.arange(64, dtype="u4")
+    assert (evaluate(body.format(7), {"a": a}, "b32", shared) == a).all()
+    with pytest.raises(ptx.PtxError, match="race"):
+        evaluate(body.format("a"), {"a": a}, "b32", shared)

@@ -194,7 +194,7 @@ QUICK = (
 )
 """Of the first target of a kind."""
 
-REGISTERS = {"rows": 80, "gradients": 64}
+REGISTERS = {"rows": 96, "gradients": 64}
 
 
 def targets_and_variants(first: Any, targets: tuple[Any, ...]) -> list[Any]:

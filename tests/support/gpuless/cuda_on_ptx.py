@@ -45,14 +45,16 @@ class Device:
         x: Tensor,
         model_output: Tensor,
         table: Tensor,
-        row: Tensor,
+        row: Tensor | None,
         rescaling: Rescaling,
         out: Tensor,
     ) -> None:
-        names = ("x", "model_output", "table", "row", "out")
         given = (x, model_output, table, row)
+        tensors = {"x": x, "model_output": model_output, "table": table, "out": out}
+        if row is not None:
+            tensors["row"] = row
         self._call(
-            dict(zip(names, (*given, out), strict=True)),
+            tensors,
             {"out"},
             lambda: self._backend.rescale_rows(*given, rescaling, out),
         )

@@ -121,19 +121,22 @@ def fit_case(name: str) -> tuple[Case, Rescaling]:
     return case, FITS[kind]
 
 
-def fitted(rescale_rows: Any, case: Case, rescaling: Rescaling) -> Tensor:
+def fitted(
+    rescale_rows: Any, case: Case, rescaling: Rescaling, table: Tensor, row: Tensor | None
+) -> Tensor:
     """The rows, written into poisoned memory and nowhere else."""
-    table = case.table
     frame = torch.full((len(case.x) + 2, table.shape[1]), 7.0, dtype=table.dtype)
     out = frame[1:-1].fill_(math.nan)
-    rescale_rows(case.x, case.model_output, table, case.row, rescaling, out)
+    rescale_rows(case.x, case.model_output, table, row, rescaling, out)
     assert (frame[[0, -1]] == 7.0).all(), "written outside of the rows"
     return out
 
 
 def assert_fit_of_cpu(rescale_rows: Any, case: Case, rescaling: Rescaling) -> None:
-    expected = fitted(backends.BACKENDS["cpu"].rescale_rows, case, rescaling)
-    got = fitted(rescale_rows, case, rescaling)
+    """`rescale_rows` gives the bits of the CPU; it gets no index where the samples share a row."""
+    cpu = backends.BACKENDS["cpu"].rescale_rows
+    expected = fitted(cpu, case, rescaling, case.table, case.row)
+    got = fitted(rescale_rows, case, rescaling, *case.alone)
     assert same_bits(got, expected), f"{got}\n{expected}"
 
 
@@ -196,16 +199,20 @@ def backward_case(name: str) -> tuple[Case, Tensor | None, Tensor | None]:
 
 
 def gradients(
-    backward_out: Any, case: Case, grad_out: Tensor | None, grad_x_0: Tensor | None
+    backward_out: Any,
+    case: Case,
+    rows: tuple[Tensor, Tensor | None],
+    grad_out: Tensor | None,
+    grad_x_0: Tensor | None,
 ) -> list[Tensor]:
-    """The gradients, written into poisoned memory and nowhere else: in views that are not aligned to
-    words, and in tensors that are.
+    """The gradients, written into poisoned memory and nowhere else: into views that are not aligned
+    to words, and into tensors that are.
     """
     outputs = (case.x, case.model_output)
     framed = [poisoned_like(torch.empty_like(of)) for of in outputs]
     grads = [view for view, _ in framed]
     aligned = [torch.full_like(of, math.nan) for of in outputs]
-    given = (grad_out, grad_x_0, case.x, case.model_output, case.table, case.row, case.mask)
+    given = (grad_out, grad_x_0, case.x, case.model_output, *rows, case.mask)
     backward_out(*given, *grads)
     backward_out(*given, *aligned)
     assert all(written_only_inside(*pair) for pair in framed), "written outside of the gradients"
@@ -215,6 +222,9 @@ def gradients(
 def assert_backward_of_cpu(
     backward_out: Any, case: Case, grad_out: Tensor | None, grad_x_0: Tensor | None
 ) -> None:
-    expected = gradients(torch.ops.fastddim.backward_out, case, grad_out, grad_x_0)
-    for a, b in zip(gradients(backward_out, case, grad_out, grad_x_0), expected, strict=True):
+    """`backward_out` gives the bits of the CPU; it gets no index where the samples share a row."""
+    cpu, indexed = torch.ops.fastddim.backward_out, (case.table, case.row)
+    expected = gradients(cpu, case, indexed, grad_out, grad_x_0)
+    got = gradients(backward_out, case, case.alone, grad_out, grad_x_0)
+    for a, b in zip(got, expected, strict=True):
         assert same_bits(a, b), f"differs in {int((a != b).sum())} of {a.numel()}"

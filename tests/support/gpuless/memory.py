@@ -270,6 +270,15 @@ class GlobalMemory:
         raise PtxError(message)
 
 
+def _one_of_equal(offset: np.ndarray, words: np.ndarray) -> Any:
+    """One thread for each place where all threads of a store put the same words, else all of them.
+
+    Triton lets all threads that hold a number store it: whichever is the last, memory is the same.
+    """
+    _, first, place = np.unique(offset, return_index=True, return_inverse=True)
+    return first if (words == words[first][place]).all() else ...
+
+
 class RowMemory:
     """Memory with one row for each owner: shared memory of blocks, local memory of threads."""
 
@@ -290,7 +299,8 @@ class RowMemory:
         size = words.dtype.itemsize * words.shape[-1]
         offset = self._offset(address, size, row)
         if self.shadow:
-            self.shadow.write(offset, size, thread)
+            one = _one_of_equal(offset, words)
+            self.shadow.write(offset[one], size, thread[one])
         self.block.store(offset, words)
 
     def add(self, address: Array, values: np.ndarray, row: np.ndarray, thread: np.ndarray) -> None:
