@@ -46,10 +46,10 @@ def test_one_launch_of_each_kernel(idle: Device) -> None:
     for fit, name in (*((True, n) for n in FIT_CASES), *((False, n) for n in BACKWARD_CASES)):
         if fit:
             case, rescaling = fit_case(name)
-            fitted(idle.rescale_rows, case, rescaling)
+            fitted(idle.rescale_rows, case, rescaling, case.table, case.row)
         else:
             case, *given = backward_case(name)
-            gradients(idle.backward_out, case, *given)
+            gradients(idle.backward_out, case, (case.table, case.row), *given)
         expected = len(case.x) > 0 if fit else case.x.numel() > 0
         assert len(idle.gpu.launches) == expected, name
         for launch in idle.gpu.launches:
@@ -86,7 +86,8 @@ def test_alignments(device: Device, dtype: torch.dtype) -> None:
     """Gradients in views that begin at any element of a buffer."""
     case = make_case(torch.Generator().manual_seed(3), (2, 3, 16), dtype=dtype, clip=0.7)
     grad = torch.randn(case.x.shape).to(dtype)
-    expected = gradients(torch.ops.fastddim.backward_out, case, grad, None)
+    rows = (case.table, case.row)
+    expected = gradients(torch.ops.fastddim.backward_out, case, rows, grad, None)[:2]
     for offset in range(9):
         buffers = [torch.full((112,), 7.0, dtype=dtype) for _ in range(3)]
         views = [b[offset : offset + 96].view(2, 3, 16) for b in buffers]

@@ -233,16 +233,17 @@ def advance_check(count: int, more: int) -> Callable[[Device], bool]:
 
 def fit_check(name: str) -> Callable[[Device], bool]:
     case, rescaling = fit_case(name)
-    expected = fitted(backends.BACKENDS["cpu"].rescale_rows, case, rescaling)
+    expected = fitted(backends.BACKENDS["cpu"].rescale_rows, case, rescaling, case.table, case.row)
 
     def right(on: Device) -> bool:
-        return same_bits(fitted(on.rescale_rows, case, rescaling), expected)
+        return same_bits(fitted(on.rescale_rows, case, rescaling, case.table, case.row), expected)
 
     return right
 
 
 def backward_check(name: str) -> Callable[[Device], bool]:
-    arguments = backward_case(name)
+    case, *grads = backward_case(name)
+    arguments = (case, (case.table, case.row), *grads)
     expected = gradients(torch.ops.fastddim.backward_out, *arguments)
 
     def right(on: Device) -> bool:

@@ -205,13 +205,18 @@ def gradients(
     grad_out: Tensor | None,
     grad_x_0: Tensor | None,
 ) -> list[Tensor]:
-    """The gradients, written into poisoned memory and nowhere else."""
-    framed = [poisoned_like(torch.empty_like(of)) for of in (case.x, case.model_output)]
+    """The gradients, written into poisoned memory and nowhere else: into views that are not aligned
+    to words, and into tensors that are.
+    """
+    outputs = (case.x, case.model_output)
+    framed = [poisoned_like(torch.empty_like(of)) for of in outputs]
     grads = [view for view, _ in framed]
+    aligned = [torch.full_like(of, math.nan) for of in outputs]
     given = (grad_out, grad_x_0, case.x, case.model_output, *rows, case.mask)
     backward_out(*given, *grads)
+    backward_out(*given, *aligned)
     assert all(written_only_inside(*pair) for pair in framed), "written outside of the gradients"
-    return grads
+    return [*grads, *aligned]
 
 
 def assert_backward_of_cpu(
