@@ -25,7 +25,7 @@ constexpr int BLOCK = 256;
 struct Grid {
   int64_t count;
   uint32_t batch, chunks;
-  uint32_t wide;  // chunks of a sample, the first ones, that are moved in 16-byte words
+  uint32_t wide;  // chunks of a sample, the first ones, that are moved in words
 };
 
 // One thread's chunk: elements from `element` on of `sample`.
