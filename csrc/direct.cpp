@@ -355,7 +355,7 @@ PyObject* make_stepper(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   bool noisy, guided;
   if (!read_memory(arguments[0], rows) || rows.dtype != Dtype::float64 || rows.dims != 2 ||
       rows.sizes[0] == 0 || rows.sizes[1] != ROW_FIELDS || rows.strides[1] != 1 ||
-      rows.strides[0] != ROW_FIELDS || !read_bool(arguments[1], noisy) ||
+      (rows.sizes[0] > 1 && rows.strides[0] != ROW_FIELDS) || !read_bool(arguments[1], noisy) ||
       !read_bool(arguments[2], guided)) {
     PyErr_SetString(PyExc_TypeError,
                     "make_stepper: expected contiguous float64 rows and two booleans");

@@ -113,14 +113,14 @@ class StepTable:
         backend, table, indices, fast, noiseless, noised = prepared
         plain = type(x) in PLAIN
         apart = keys is None and history is None and epsilon is None
-        if fast and plain and apart and type(row) is int and x.nbytes < LARGE:
-            stepper = noiseless if noise is None else noised
-            taken = stepper(x, model_output, row, noise, None, 0, 0, None, return_x0)
-            if taken is not None:
-                return taken if isinstance(taken, tuple) else (taken, None)
         # For an int, `isinstance` with Tensor costs ten times as much as its type.
         if type(row) is int or not isinstance(row, Tensor):
-            row = indices[row]
+            number, row = row, indices[row]
+            if fast and plain and apart and x.nbytes < LARGE:
+                stepper = noiseless if noise is None else noised
+                taken = stepper(x, model_output, number, noise, None, 0, 0, None, return_x0)
+                if taken is not None:
+                    return taken if isinstance(taken, tuple) else (taken, None)
         # Levels are those of all threads, and `tracked` would take a hundredth of a step.
         if (
             forward_ad._current_level >= 0

@@ -26,6 +26,7 @@ TORCH_NAMES = {
     "aoti_torch_empty_strided",
     "aoti_torch_get_current_cuda_stream",
     "aoti_torch_get_dtype",
+    "aoti_torch_grad_mode_is_enabled",
     "torch::headeronly::ScalarType",
     "torch::headeronly::toString",
     "torch::stable::Tensor",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import fastddim
-from fastddim import api, options
+from fastddim import api, options, signatures
 
 from .support.environment import ROOT, RunPython
 from .support.models import elementwise_model
@@ -79,7 +79,7 @@ def test_a_sampler_takes_keywords_alone() -> None:
 
 def test_shared_fields_are_taken_and_others_given() -> None:
     given = options.SampleOptions(elementwise_model, 5, eta=0.5, shape=(1, 2), seed=3)
-    taken = options.shared(options.SamplerOptions, given, order=2)
+    taken = signatures.shared(options.SamplerOptions, given, order=2)
     assert (taken.model, taken.steps, taken.eta, taken.order) == (elementwise_model, 5, 0.5, 2)
     assert not hasattr(taken, "seed")
 
