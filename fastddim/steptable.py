@@ -207,7 +207,9 @@ class StepTable:
             fast = self._rescaling is None and backend.__name__ == cpu.__name__
             indices = _RowIndices(len(table), device, self.position)
             steppers = [
-                direct.make_stepper(rows, noisy=noisy, guided=False) if fast else direct.declines
+                direct.make_stepper(rows.view(table.shape), noisy=noisy, guided=False)
+                if fast
+                else direct.declines
                 for noisy in (False, True)
             ]
             return PreparedTable(backend, table, indices, fast, *steppers)

