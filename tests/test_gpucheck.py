@@ -739,7 +739,8 @@ class TestDryRun:
         assert measured["update, cpu, float32, eta 0, 1 MiB"]["copy_bytes_per_second"] > 0
         with_call = {name for name, row in measured.items() if "host_seconds" in row}
         assert with_call == {
-            measures.loop(model, eta, "graph=False")
+            measures.loop(model, eta, mode)
+            for mode in ("graph=False", "graph=auto")
             for model, etas in measures.LOOP_ETAS.items()
             for eta in etas
         }

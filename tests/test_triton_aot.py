@@ -60,12 +60,11 @@ FULL, THREE_QUARTERS = 32, 40
 UNBOUNDED = ("everything", "float64, noise")
 FULLY_OCCUPIED = ("float32", "guided", "float32, bfloat16")
 HALF_PRECISION = ("bfloat16", "float16")
-# On Blackwell the ptxas of Triton 3.6 has not enough registers, which costs time there.
-SPILLED = (
-    {(100, "bfloat16, noise"), (100, "guided, bfloat16, noise")}
-    if triton.__version__.startswith("3.6.")
-    else set()
-)
+# For 40 registers ptxas keeps 8 bytes of this kernel on the stack on Blackwell; that of Triton 3.6
+# has not enough of them for the other one, too.
+SPILLED = {(100, "guided, bfloat16, noise")}
+if triton.__version__.startswith("3.6."):
+    SPILLED |= {(100, "bfloat16, noise")}
 
 
 def built(target: Any, variant: str) -> triton_jit.Binary:
