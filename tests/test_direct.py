@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import re
 import threading
 from typing import Any
 
@@ -93,6 +94,41 @@ def test_the_bits_of_the_operators(trial: int, watched: Watched) -> None:
     assert fastddim.step(x, m, torch.tensor(a, dtype=torch.float64), p, **options, out=out) is out
     assert watched.taken
     assert torch.equal(out, want[0])
+
+
+EDGES = (0.0, 5e-324, 1e-300, 1e-16, 0.5, 1 - 2**-53, 1.0)
+
+
+def test_the_coefficients_are_those_of_the_plan(watched: Watched) -> None:
+    """To the last bit of float64, at the ends of their ranges too; what is refused stays so."""
+    draw, generator = random.Random(0), torch.Generator().manual_seed(0)
+    x, m, z = torch.randn(3, 8, generator=generator, dtype=torch.float64)
+    taken = refused = 0
+    for _ in range(1500):
+        a, p = (draw.choice(EDGES) if draw.random() < 0.2 else draw.random() for _ in range(2))
+        options: dict[str, Any] = {
+            "eta": draw.choice([0, 1.0, 2 * draw.random()]),
+            "variance": draw.choice(["small", "large"]),
+            "prediction": draw.choice(PREDICTIONS),
+            "clip": draw.choice([None, draw.random() + 0.1]),
+            "rederive_eps": draw.random() < 0.3,
+            "temperature": draw.choice([1.0, draw.random()]),
+            "noise": z,
+            "return_x0": True,
+        }
+        try:
+            want = watched.otherwise(x, m, a, p, **options)
+        except ValueError as error:
+            with pytest.raises(ValueError, match=re.escape(str(error))):
+                fastddim.step(x, m, a, p, **options)
+            refused += 1
+            continue
+        got = fastddim.step(x, m, a, p, **options)
+        taken += watched.taken
+        for one, other in zip(got, want, strict=True):
+            assert torch.equal(one.view(torch.int64), other.view(torch.int64)), (a, p, options)
+    assert taken > 700
+    assert refused > 200
 
 
 def test_in_place_and_a_fresh_seed(watched: Watched) -> None:
