@@ -5,7 +5,6 @@ them, on an interpreter, bit for bit against the C++ kernels on the CPU.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import torch
 from .support.environment import needs_compiler, needs_extension
 from .support.gpuless import ptx
 from .support.gpuless.cases import same_bits
-from .support.gpuless.cuda_on_ptx import Device, device, ptx_of
+from .support.gpuless.cuda_on_ptx import Device, device, idle, ptx_of
 from .support.gpuless.fits import (
     BACKWARD_CASES,
     FIT_CASES,
@@ -27,17 +26,9 @@ from .support.gpuless.fits import (
 from .support.gpuless.toolchain import needs_nvcc
 from .support.updates import DTYPES, make_case
 
-__all__ = ["device"]
+__all__ = ["device", "idle"]
 
 pytestmark = [needs_compiler, needs_extension, needs_nvcc]
-
-
-@pytest.fixture
-def idle(device: Device) -> Iterator[Device]:
-    """Told of launches, and executes none."""
-    device.gpu.executes = False
-    yield device
-    device.gpu.executes = True
 
 
 def test_one_launch_of_each_kernel(idle: Device) -> None:

@@ -4,7 +4,6 @@ on an interpreter, bit for bit against the C++ kernel on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,11 +29,11 @@ from .support.gpuless.cases import (
     same_bits,
     update_case,
 )
-from .support.gpuless.cuda_on_ptx import NAMESPACE, Device, device, ptx_of
+from .support.gpuless.cuda_on_ptx import NAMESPACE, Device, device, idle, ptx_of
 from .support.gpuless.toolchain import changed_cuda_source, needs_nvcc
 from .support.updates import DTYPES, Case, make_case, run, written_only_inside
 
-__all__ = ["device"]
+__all__ = ["device", "idle"]
 
 pytestmark = [needs_compiler, needs_extension, needs_nvcc]
 
@@ -42,14 +41,6 @@ pytestmark = [needs_compiler, needs_extension, needs_nvcc]
 @pytest.mark.parametrize(("name", "in_place"), EACH_WAY)
 def test_updates(device: Device, name: str, in_place: bool) -> None:
     assert_bits_of_cpu(device.update_out, update_case(name), in_place=in_place)
-
-
-@pytest.fixture
-def idle(device: Device) -> Iterator[Device]:
-    """Told of launches, and executes none."""
-    device.gpu.executes = False
-    yield device
-    device.gpu.executes = True
 
 
 def test_every_kernel_was_launched(idle: Device) -> None:

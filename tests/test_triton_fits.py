@@ -34,18 +34,13 @@ from .support.gpuless.fits import (
     backward_case,
     fit_case,
 )
-from .support.gpuless.triton_on_ptx import Interpreter, changed_kernels
+from .support.gpuless.triton_on_ptx import Interpreter, changed_kernels, interpreter
+
+__all__ = ["interpreter"]
 
 pytestmark = needs_extension
 LAUNCHERS = triton_jit.LAUNCHERS
 OTHER_TARGETS = [target for target in triton_jit.CUDA_TARGETS if target != triton_jit.SM_90]
-
-
-@pytest.fixture
-def interpreter() -> Iterator[Interpreter]:
-    interpreter = Interpreter()
-    with triton_jit.compiled_for(triton_jit.SM_90, interpreter):
-        yield interpreter
 
 
 def some(names: Any, every: int) -> list[Any]:

@@ -49,17 +49,12 @@ from .support.gpuless.cases import (
     same_bits,
     update_case,
 )
-from .support.gpuless.triton_on_ptx import Interpreter, changed_kernels
+from .support.gpuless.triton_on_ptx import Interpreter, changed_kernels, interpreter
+
+__all__ = ["interpreter"]
 
 pytestmark = needs_extension
 OTHER_TARGETS = [target for target in triton_jit.CUDA_TARGETS if target != triton_jit.SM_90]
-
-
-@pytest.fixture
-def interpreter() -> Iterator[Interpreter]:
-    interpreter = Interpreter()
-    with triton_jit.compiled_for(triton_jit.SM_90, interpreter):
-        yield interpreter
 
 
 # Triton compiles a kernel for each kind of update, which takes longer than to run it.

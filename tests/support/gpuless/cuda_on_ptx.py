@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,14 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
     library = launcher.build_library(NAMESPACE, folder, [str(built)], gpu.link_flags)
     gpu.load(library, ptx_of("sm_90"))
     return Device(gpu)
+
+
+@pytest.fixture
+def idle(device: Device) -> Iterator[Device]:
+    """Told of launches, and executes none."""
+    device.gpu.executes = False
+    yield device
+    device.gpu.executes = True
 
 
 def ptx_of(arch: str, source: Path = SOURCE) -> str:

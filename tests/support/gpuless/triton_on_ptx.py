@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+from gpucheck import triton_jit
 from gpucheck.triton_jit import Binary
 
 from ..environment import ROOT
@@ -65,6 +67,14 @@ class Interpreter:
                 shared_bytes=binary.kernel.metadata.shared,
             )
         )
+
+
+@pytest.fixture
+def interpreter() -> Iterator[Interpreter]:
+    """Executes what is launched for sm_90."""
+    interpreter = Interpreter()
+    with triton_jit.compiled_for(triton_jit.SM_90, interpreter):
+        yield interpreter
 
 
 def changed_kernels(folder: Path, module: str, right: str, wrong: str) -> Any:
