@@ -17,9 +17,8 @@ from fastddim.reference import compute_dtype
 class Buffers(NamedTuple):
     """The tensors that the steps of a batch read and write, besides the counters.
 
-    Those that are like the state lie in the order of the model's output, so that an update finds
-    all of them in one. Only `denoised_fn`, which is the user's as
-    the model is, gets its x_0 row-major.
+    Those that are like the state lie as the model's weights do, and so its outputs, for an update
+    to find all of them in one order. Only `denoised_fn` gets its x_0 row-major.
 
     Attributes:
         state: x_t `[B, …]`.

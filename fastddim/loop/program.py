@@ -102,11 +102,7 @@ class Program(NamedTuple):
 
 
 class LoopPrograms(Programs[Program]):
-    """The programs of a loop.
-
-    Attributes:
-        buffers: of the loop.
-    """
+    """The programs of a loop."""
 
     def __init__(
         self,
@@ -119,7 +115,7 @@ class LoopPrograms(Programs[Program]):
         device = buffers.state.device
         super().__init__(mode, device)
         self._backend, self._counters, self._step = backend, counters, step
-        self.buffers = buffers
+        self._buffers = buffers
 
     def choose(self, run: Run, arguments: ModelArguments) -> Program | None:
         """The program for a run; None where it is to be taken without one.
@@ -148,7 +144,7 @@ class LoopPrograms(Programs[Program]):
         return nodes * self._counters.steps <= MOST_NODES and run.drawn_inside(self._device)
 
     def _capture(self, run: Run, arguments: ModelArguments, *, whole: bool) -> Program:
-        state, counters = self.buffers.state, self._counters
+        state, counters = self._buffers.state, self._counters
         device, shape = state.device, tuple(state.shape)
         if whole:
             counters.unroll()
@@ -193,9 +189,9 @@ class LoopPrograms(Programs[Program]):
 
     def _begin(self, run: Run, trajectory: Tensor | None) -> None:
         """Write what the graph of all steps writes before the first."""
-        state = self.buffers.state
+        state = self._buffers.state
         if run.latents:
             self._backend.normal_out(self._counters.each[0].keys, philox.LATENTS, state)
         if trajectory is not None:
             trajectory[0].copy_(state)
-        self.buffers.follow_state()
+        self._buffers.follow_state()
