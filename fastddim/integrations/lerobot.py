@@ -64,7 +64,7 @@ def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Po
         ValueError: its `conditional_sample` is not LeRobot's, or an option is unknown.
     """
     diffusion = _diffusion_of(policy)
-    if not is_installed(diffusion):
+    if not _is_installed(diffusion):
         if _HOOKS.overridden(diffusion):
             raise ValueError(
                 f"policy: expected LeRobot's own {_METHOD}, got {type(diffusion).__qualname__} "
@@ -90,12 +90,12 @@ def uninstall(policy: Policy) -> Policy:
         TypeError: it is no diffusion policy of LeRobot.
     """
     diffusion = _diffusion_of(policy)
-    if is_installed(diffusion):
+    if _is_installed(diffusion):
         delattr(diffusion, _METHOD)
     return policy
 
 
-def is_installed(diffusion: Any) -> bool:
+def _is_installed(diffusion: Any) -> bool:
     return isinstance(vars(diffusion).get(_METHOD), ConditionalSample)
 
 

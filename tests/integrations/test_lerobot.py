@@ -285,7 +285,7 @@ class TestChanges:
 
     @pytest.mark.deep
     def test_compiled_network(self, policy):
-        policy.diffusion.unet = torch.compile(policy.diffusion.unet, backend="eager").eval()
+        policy.diffusion.unet = torch.compile(policy.diffusion.unet, backend="eager")
         same_actions(policy)
 
     def test_environments(self, policy):
@@ -304,7 +304,7 @@ class TestCopies:
                     parameter.add_(0.1)
             assert (same_actions(copied) - same_actions(policy)).abs().max() > 1e-3
         lerobot.uninstall(copied)
-        assert lerobot.is_installed(policy.diffusion)
+        assert "conditional_sample" in vars(policy.diffusion)
 
     def test_pickle(self, policy):
         expected, file = same_actions(policy), io.BytesIO()
@@ -367,8 +367,8 @@ class TestInstall:
         policy, other = make_policy(**DDIM), make_policy(**DDIM)
         before = dict(vars(policy.diffusion))
         assert lerobot.install(policy) is policy
-        assert lerobot.is_installed(policy.diffusion)
-        assert not lerobot.is_installed(other.diffusion)
+        assert vars(policy.diffusion).keys() - before == {"conditional_sample"}
+        assert vars(other.diffusion).keys() == before.keys()
         assert lerobot.uninstall(policy) is policy
         assert vars(policy.diffusion) == before
 

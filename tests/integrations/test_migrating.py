@@ -18,6 +18,7 @@ from ..support.dropins.guided_diffusion import Model as GuidedModel
 from ..support.dropins.guided_diffusion import make as make_guided
 from ..support.dropins.k_diffusion import LINEAR, denoiser, levels
 from ..support.dropins.latent_diffusion import Latent
+from ..support.dropins.lerobot import make_policy, observations
 from ..support.dropins.lucidrains import Model as LucidrainsModel
 from ..support.dropins.peers import (
     TOLERANCE,
@@ -103,6 +104,11 @@ def a_webui():
     return names | {"timesteps": timesteps}, modules | {"modules.sd_samplers_timesteps_impl": impl}
 
 
+def a_policy():
+    policy = make_policy(num_inference_steps=5)
+    return {"policy": policy, "observation": next(observations(policy, 2))}, {}
+
+
 def a_loop():
     model = fastddim.models.load("digits")
     return {
@@ -124,6 +130,7 @@ CASES = {
     "lucidrains' denoising-diffusion-pytorch": (a_diffusion_of_lucidrains, "images"),
     "k-diffusion": (a_denoiser, "x_0"),
     "AUTOMATIC1111's stable-diffusion-webui": (a_webui, "image"),
+    "LeRobot": (a_policy, "action"),
     "A loop of your own": (a_loop, "x"),
 }
 
