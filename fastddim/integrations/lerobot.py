@@ -27,7 +27,7 @@ the caller's.
 Different: in half precision and under autocast a step is computed in float32 and rounded once,
 where diffusers rounds every operation. The scheduler's own `timesteps` are not set.
 
-Compared with lerobot 0.4.4, whose `conditional_sample` is that of 0.3.3 and 0.4.0.
+Compared with lerobot 0.4.4, and by hand with 0.4.0 and 0.3.3.
 """
 
 from __future__ import annotations
@@ -155,7 +155,9 @@ class ConditionalSample(Rebuilt):
             if sampler is not None:
                 return sampler.draw(call.model_kwargs, generator, noise)
         own = getattr(type(diffusion), _METHOD)
-        actions: Tensor = own(diffusion, batch_size, global_cond, generator, noise)
+        # LeRobot 0.3.3 has no noise=.
+        given = {} if noise is None else {"noise": noise}
+        actions: Tensor = own(diffusion, batch_size, global_cond, generator, **given)
         return actions
 
     def _loop_call(

@@ -189,7 +189,7 @@ class TestModes:
         """It is drawn in the dtype of the network's output, as LeRobot draws it."""
         policy = lerobot.install(make_policy(num_inference_steps=5))
         with torch.autocast("cpu", torch.bfloat16):
-            same_actions(policy, 0.03)
+            same_actions(policy, 0.03, environments=3)
 
     def test_transforms(self, policy):
         noise, condition = torch.randn(2, 1, 4, 2), torch.randn(1, 14)
@@ -287,6 +287,7 @@ class TestChanges:
     def test_compiled_network(self, policy):
         policy.diffusion.unet = torch.compile(policy.diffusion.unet, backend="eager")
         same_actions(policy)
+        assert len(prepared(policy)) == 1
 
     def test_environments(self, policy):
         for environments in (1, 2, 1):
