@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from fastddim.choices import Graph, Impl
 from fastddim.integrations._scheduler_steps import SchedulerSteps, Uncovered
 from fastddim.integrations._tables import version
 from fastddim.kept import elsewhere
+from fastddim.loop.capture import GRAPH_MODES
 from fastddim.loop.setup import make_setup, resolve_placement
 from fastddim.notices import warn_once
 from fastddim.options import SamplerOptions
@@ -32,6 +33,7 @@ from fastddim.plan import Plan
 from fastddim.sampler import Sampler
 from fastddim.tracing import PLAIN, in_program
 from fastddim.transforms import transformed
+from fastddim.validation import check_choice
 
 _KEPT = 4
 """The number of samplers that are kept for one policy."""
@@ -99,7 +101,12 @@ class Samplers:
         Args:
             peer: the code base whose loop it is, as warnings name it.
             graph, impl: as in `fastddim.Sampler`.
+
+        Raises:
+            ValueError: one of them is unknown.
         """
+        check_choice("graph", graph, GRAPH_MODES)
+        check_choice("impl", impl, get_args(Impl))
         self._peer, self._graph, self._impl = peer, graph, impl
         # A string is the reason for which there is no sampler.
         self._kept: Cache[PolicySampler | str] = Cache(_KEPT)

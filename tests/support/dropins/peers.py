@@ -84,7 +84,9 @@ class _Registry:
 
 @functools.cache
 def lerobot() -> types.SimpleNamespace:
-    """LeRobot's diffusion policy: modules `modeling`, `configuration` and `types`."""
+    """LeRobot's diffusion policy: modules `modeling`, `configuration` and `types`, and all of its
+    `modules` by name.
+    """
     root = _require("lerobot")
     for needed in ("diffusers.schedulers", "einops"):  # which look for some of the stand-ins
         pytest.importorskip(needed)
@@ -95,13 +97,15 @@ def lerobot() -> types.SimpleNamespace:
     draccus = types.ModuleType("draccus")
     draccus.ChoiceRegistry = _Registry
     with modules_named({"draccus": draccus, **packages, **stand_ins}):
-        return types.SimpleNamespace(
+        found = types.SimpleNamespace(
             modeling=importlib.import_module("lerobot.policies.diffusion.modeling_diffusion"),
             configuration=importlib.import_module(
                 "lerobot.policies.diffusion.configuration_diffusion"
             ),
             types=importlib.import_module("lerobot.configs.types"),
         )
+        found.modules = {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "lerobot"}
+        return found
 
 
 # Imported for their modules, without what their `__init__` imports.
