@@ -19,20 +19,22 @@ from the original:
 - the steps are those of diffusers' `DDIMScheduler` or `DDPMScheduler`, its deviations from the
   paper included.
 
-Different: the network gets a timestep for each sample, `[B]`, where the original gives it one; the
-scheduler's own timesteps are left as they were.
+Different: the network gets a timestep for each sample, `[B]`, where the original gives it one; in
+half precision and under autocast a step is computed in float32 and rounded once; the scheduler's
+own `timesteps` are not set.
 
-The policy's own loop is taken, with a warning, for another scheduler, a network in training mode,
-dynamic thresholding, whose threshold known data have a part in, a mask that has not the shape of
-the data, and arguments of the scheduler's `step` other than `eta` and `use_clipped_model_output`;
-and without a warning where gradients are asked for.
+The policy's own loop is taken, with a warning that says why, for a network in training mode, a
+scheduler that is neither DDPM's nor DDIM's or learns its variance, dynamic thresholding, whose
+threshold depends on known data, a mask that has not the shape of the data, and arguments of the
+scheduler's `step` other than `eta` and `use_clipped_model_output`. So it is, without one, where
+gradients are asked for, and in programs of `torch.compile` and CUDA graphs of the caller's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,7 +42,10 @@ from torch import Tensor
 from fastddim.choices import Graph, Impl
 from fastddim.integrations._hooks import Hooks
 from fastddim.integrations._policies import LoopCall, Samplers
+from fastddim.integrations._scheduler_steps import SCHEDULERS, scheduler_kind
 from fastddim.loop.copying import Rebuilt
+
+Policy = TypeVar("Policy")
 
 _UNETS = (
     "DiffusionUnetLowdimPolicy",
@@ -50,57 +55,76 @@ _UNETS = (
 )
 _TRANSFORMERS = ("DiffusionTransformerLowdimPolicy", "DiffusionTransformerHybridImagePolicy")
 
-_HOOKS = Hooks("conditional_sample", of=(*_UNETS, *_TRANSFORMERS))
+_METHOD = "conditional_sample"
+_HOOKS = Hooks(_METHOD, of=(*_UNETS, *_TRANSFORMERS))
 
 
-def install(policy: Any, *, graph: Graph = "auto", impl: Impl = "auto") -> Any:
-    """Let a policy sample through a prepared `fastddim.Sampler`.
+def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Policy:
+    """Let a policy sample through prepared samplers; again, to change the options.
 
     Copies and pickles of the policy, such as averaged ones, do so too, each with its own network.
     The network may be trained, replaced, converted or moved later, and the scheduler and
     `num_inference_steps` set anew.
 
     Args:
-        policy: a policy of one of the repository's six diffusion classes, or of a subclass that
-            does not override `conditional_sample`.
+        policy: of one of the repository's six diffusion policies, or of a subclass that does not
+            override `conditional_sample`. Its class and other policies stay as they are.
         graph, impl: as in `fastddim.Sampler`.
 
     Returns:
         The policy.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is no such policy, or its scheduler neither DDPM's nor DDIM's.
+        ValueError: its `conditional_sample` is not the repository's, or an option is unknown.
     """
-    names = {base.__name__ for base in type(policy).__mro__}
-    if names.isdisjoint((*_UNETS, *_TRANSFORMERS)):
-        known = ", ".join((*_UNETS, *_TRANSFORMERS))
-        raise TypeError(f"policy: expected one of {known}, got {type(policy).__name__}")
-    if not _installed(policy) and _HOOKS.overridden(policy) is not None:
-        raise TypeError(
-            "policy: expected the repository's own conditional_sample, got the one of "
-            f"{type(policy).__name__}, which may sample in another way"
-        )
-    kind = _OfTransformer if names.isdisjoint(_UNETS) else _OfUnet
-    policy.conditional_sample = kind(policy, graph, impl)
+    kind = _kind_of(policy)
+    if not _is_installed(policy):
+        if _HOOKS.overridden(policy):
+            raise ValueError(
+                f"policy: expected the repository's own {_METHOD}, got "
+                f"{type(policy).__qualname__} with another"
+            )
+        scheduler = getattr(policy, "noise_scheduler", None)
+        if scheduler_kind(scheduler) is None:
+            raise TypeError(
+                f"policy: expected a scheduler of {' or '.join(SCHEDULERS)}, "
+                f"got {type(scheduler).__qualname__}"
+            )
+    setattr(policy, _METHOD, kind(policy, graph, impl))
     return policy
 
 
-def uninstall(policy: Any) -> None:
-    """Let a policy sample by its own loop again.
+def uninstall(policy: Policy) -> Policy:
+    """Take back what `install` has done to a policy, or to what it is a copy of, if anything.
+
+    Returns:
+        The policy.
 
     Raises:
-        ValueError: `install` was not called with it, nor with what it is a copy of.
+        TypeError: it is none of the repository's diffusion policies.
     """
-    if not _installed(policy):
-        raise ValueError(
-            f"policy: expected one that install was called with, got {type(policy).__name__}"
-        )
-    del policy.conditional_sample
+    _kind_of(policy)
+    if _is_installed(policy):
+        delattr(policy, _METHOD)
+    return policy
 
 
-def _installed(policy: Any) -> bool:
-    own = getattr(policy, "__dict__", {}).get("conditional_sample")
-    return isinstance(own, _ConditionalSample)
+def _is_installed(policy: Any) -> bool:
+    return isinstance(vars(policy).get(_METHOD), _ConditionalSample)
+
+
+def _kind_of(policy: Any) -> type[_OfUnet] | type[_OfTransformer]:
+    """How a policy calls its network, told by the names of its classes: nothing of the repository
+    is imported.
+    """
+    names = {base.__name__ for base in type(policy).__mro__}
+    if not names.isdisjoint(_UNETS):
+        return _OfUnet
+    if not names.isdisjoint(_TRANSFORMERS):
+        return _OfTransformer
+    known = ", ".join((*_UNETS, *_TRANSFORMERS))
+    raise TypeError(f"policy: expected one of {known}, got {type(policy).__qualname__}")
 
 
 class _ConditionalSample(Rebuilt):
@@ -118,7 +142,7 @@ class _ConditionalSample(Rebuilt):
         self._model: Any = None
 
     def _functions(self) -> tuple[Any, ...]:
-        return ()
+        return (self._policy,)
 
     def _sample(
         self,
@@ -147,10 +171,9 @@ class _ConditionalSample(Rebuilt):
             sampler = self._samplers.find(call)
             if sampler is not None:
                 return torch.where(mask, data, sampler.draw(given, generator))
-        own: Tensor = type(self._policy).conditional_sample(
-            self._policy, data, mask, **conditions, generator=generator, **kwargs
-        )
-        return own
+        own = getattr(type(self._policy), _METHOD)
+        samples: Tensor = own(self._policy, data, mask, **conditions, generator=generator, **kwargs)
+        return samples
 
     def _takes(self, data: Tensor, mask: Tensor, *conditions: Tensor) -> bool:
         """Whether a sampler may stand for the loop, as far as that does not depend on the steps."""

@@ -409,15 +409,15 @@ def test_a_tick_does_not_wait_for_the_device() -> None:
 def test_uninstall() -> None:
     own, theirs = policies("inpainting", scheduler())
     ticks(own)
-    fast.uninstall(own)
-    assert "conditional_sample" not in vars(own)
+    copied = copy.deepcopy(own)
+    assert fast.uninstall(own) is own
     assert vars(own).keys() == vars(theirs).keys()
     torch.manual_seed(2)
     answers = ticks(own)
     torch.manual_seed(2)
     assert_same(answers, ticks(theirs), 0)
-    with pytest.raises(ValueError, match="policy: expected one that install was called with"):
-        fast.uninstall(own)
+    assert fast.uninstall(own) is own
+    assert "conditional_sample" in vars(copied)
     fast.install(own)
     compare(own, theirs)
 
@@ -443,12 +443,19 @@ def test_options_of_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_no_such_policy_is_refused() -> None:
     for other in (nn.Linear(2, 2), None, "policy", make):
-        with pytest.raises(TypeError, match=r"policy: expected .*DiffusionUnetLowdimPolicy"):
-            fast.install(other)
-    guided = make("inpainting", scheduler())
-    guided.__class__ = Guided
-    with pytest.raises(TypeError, match=r"conditional_sample.*Guided"):
-        fast.install(guided)
+        for function in (fast.install, fast.uninstall):
+            with pytest.raises(TypeError, match=r"policy: expected .*DiffusionUnetLowdimPolicy"):
+                function(other)
+    policy = make("inpainting", scheduler())
+    with pytest.raises(ValueError, match="graph: expected"):
+        fast.install(policy, graph="sometimes")
+    policy.noise_scheduler = diffusers.DDIMInverseScheduler()
+    with pytest.raises(TypeError, match=r"policy: expected a scheduler .* got DDIMInverse"):
+        fast.install(policy)
+    policy.__class__ = Guided
+    with pytest.raises(ValueError, match=r"policy: expected .* conditional_sample, got Guided"):
+        fast.install(policy)
+    assert "conditional_sample" not in vars(policy)
 
 
 def test_example() -> None:
