@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastddim import options
+from fastddim.runs.options import GenerateOptions
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
@@ -182,7 +183,7 @@ def test_an_option_is_declared_in_three_places_at_most() -> None:
             options.InvertOptions,
             options.StreamOptions,
             options.RequestOptions,
-            options.GenerateOptions,
+            GenerateOptions,
         )
         for field in fields(cls)
     }

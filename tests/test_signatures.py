@@ -14,6 +14,7 @@ import pytest
 
 import fastddim
 from fastddim import api, options, signatures
+from fastddim.runs.options import GenerateOptions
 
 from .support.environment import ROOT, RunPython
 from .support.models import elementwise_model
@@ -21,9 +22,9 @@ from .support.models import elementwise_model
 FUNCTIONS: dict[Any, Any] = {
     fastddim.sample: options.SampleOptions,
     fastddim.invert: options.InvertOptions,
-    fastddim.generate: options.GenerateOptions,
+    fastddim.generate: GenerateOptions,
     fastddim.Sampler.__init__: options.SamplerOptions,
-    fastddim.Sampler.__call__: options.CallOptions,
+    fastddim.Sampler.__call__: options.DrawOptions,
     fastddim.Stream.__init__: options.StreamOptions,
     fastddim.Stream.submit: options.RequestOptions,
 }

@@ -226,6 +226,9 @@ def _unfit(options: Any, check_finite: bool) -> tuple[str, Any] | None:
         return "progress", options.progress
     if check_finite:
         return "check_finite", check_finite
+    out = getattr(options, "out", None)
+    if out is not None:
+        return "out", out
     noise = getattr(options, "noise", None)
     if noise is not None and not isinstance(noise, Tensor):
         return "noise", noise
@@ -282,9 +285,9 @@ def call_of_stream(
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
-    reason="fastddim: callback, progress, check_finite, generators as noise, tensors as steps, "
-    "eta, guidance_scale or temperature, a Stream, and arguments that are refused, are for outside "
-    "of programs"
+    reason="fastddim: callback, progress, check_finite, out, generators as noise, tensors as "
+    "steps, eta, guidance_scale or temperature, a Stream, and arguments that are refused, are for "
+    "outside of programs"
 )
 def _run_eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return call(*args, **kwargs)
