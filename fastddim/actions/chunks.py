@@ -1,0 +1,129 @@
+"""The last chunk of actions, and what the next one takes over from it, in memory that stays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastddim import transfer
+from fastddim.actions.options import Actions
+from fastddim.reference import compute_dtype
+from fastddim.validation import check_int
+
+Counts: TypeAlias = int | npt.NDArray[np.int64]
+"""A number of actions, or one for each environment."""
+
+
+class Chunks:
+    """The last chunk, shifted to the time at which the next one begins.
+
+    All work is done by operators that write into these tensors, so that a tick allocates nothing
+    and does not wait for the device. Indices and weights follow from how many actions are executed
+    and frozen, and are worked out again only when these numbers change.
+
+    Attributes:
+        last: the last chunk `[B, horizon, action_dim]`.
+        shifted: the same after `shift`: without what is executed, its last action repeated.
+        mask: bool `[B, horizon, 1]`, True for actions that are frozen.
+        weights: `[B, horizon, 1]`, how much each action of `shifted` counts in the new chunk: the
+            soft mask of arXiv 2506.07339, equation 5.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        batch, horizon, _ = shape
+        self._horizon = horizon
+        self.last, self.shifted = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.mask = torch.zeros((batch, horizon, 1), dtype=torch.bool, device=device)
+
+        # How many actions are executed and how many frozen: as asked for, on the host as they are
+        # on the device, and there. None are, until they are loaded.
+        self._asked = np.zeros((2, batch), np.int64)
+        self._host = torch.full((2, batch), -1, dtype=torch.int64, device="cpu")
+        self._on_host = self._host.numpy()
+        self._counts = torch.zeros((2, batch), dtype=torch.int64, device=device)
+        self._executed, self._frozen = self._counts[:, :, None, None]
+        self._place = torch.arange(horizon, device=device)[None, :, None]
+        self._index = torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.weights = torch.zeros((batch, horizon, 1), dtype=compute_dtype(dtype), device=device)
+        self._share = torch.zeros_like(self.weights)
+        self._places = self._place.to(self.weights.dtype)
+        self._left, self._span = (self.weights.new_zeros((batch, 1, 1)) for _ in range(2))
+
+    def shift(self, executed: Counts, frozen: Counts) -> None:
+        """Write `shifted`, `mask` and `weights` from the last chunk and these numbers."""
+        self._asked[0], self._asked[1] = executed, frozen
+        if not np.array_equal(self._asked, self._on_host):
+            self._on_host[:] = self._asked
+            transfer.write(self._host, self._counts)
+            self._follow_counts()
+        torch.gather(self.last, 1, self._index, out=self.shifted)
+
+    def _follow_counts(self) -> None:
+        torch.add(self._place.expand(self._index.shape), self._executed, out=self._index)
+        self._index.clamp_(max=self._horizon - 1)
+        torch.lt(self._place, self._frozen, out=self.mask)
+        self._weigh()
+
+    def _weigh(self) -> None:
+        """Write the weights: with H' old actions left and d of them frozen, c·(e^c - 1)/(e - 1)
+        where c = (H' - i)/(H' - d + 1) within [0, 1], which is 1 for i < d and 0 from H' on.
+        """
+        self._left.copy_(self._executed).neg_().add_(self._horizon)
+        self._span.copy_(self._frozen).neg_().add_(self._left).add_(1)
+        torch.sub(self._left, self._places, out=self._share)
+        self._share.div_(self._span).clamp_(0, 1)
+        torch.expm1(self._share, out=self.weights)
+        self.weights.mul_(self._share).div_(math.e - 1)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.last, self.shifted, self.mask, self.weights, self._counts, self._index)
+        yield from (self._place, self._places, self._share, self._left, self._span)
+
+
+def checked_counts(
+    executed: Actions, frozen: Actions, batch: int, horizon: int
+) -> tuple[Counts, Counts]:
+    """How many actions of the last chunk are executed, and how many of the new one frozen.
+
+    Raises:
+        TypeError, ValueError: a number is no integer, or not in [0, horizon], or more are frozen
+            than the last chunk has left; the message names it.
+    """
+    done = _checked("executed", executed, batch, horizon)
+    return done, _checked("frozen", frozen, batch, horizon - done)
+
+
+def _checked(name: str, value: Any, batch: int, most: Counts) -> Counts:
+    if type(value) is int or not hasattr(value, "__len__") or isinstance(value, str | bytes):
+        return check_int(name, value, 0, int(np.min(most)))
+    numbers = _integers(name, value)
+    if numbers.shape != (batch,):
+        raise ValueError(
+            f"{name}: expected an integer or one for each environment, {batch}, got shape "
+            f"{numbers.shape}"
+        )
+    wrong = (numbers < 0) | (numbers > most)
+    if wrong.any():
+        i = int(wrong.argmax())
+        check_int(f"{name}[{i}]", numbers[i], 0, int(np.broadcast_to(most, batch)[i]))
+    return numbers
+
+
+def _integers(name: str, value: Any) -> npt.NDArray[np.int64]:
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"{name}: expected an int64 tensor, got dtype {value.dtype}")
+        if not value.is_cpu:
+            raise ValueError(f"{name}: expected a tensor on cpu, got one on {value.device}")
+        return value.numpy()
+    numbers = np.array(value)
+    if numbers.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got {value!r}")
+    return numbers
