@@ -46,45 +46,48 @@ class Chunks:
         self._asked = np.zeros((2, batch), np.int64)
         self._host = torch.full((2, batch), -1, dtype=torch.int64, device="cpu")
         self._on_host = self._host.numpy()
-        self._counts = torch.zeros((2, batch), dtype=torch.int64, device=device)
-        self._executed, self._frozen = self._counts[:, :, None, None]
+        self._counts = torch.zeros((2, batch, 1, 1), dtype=torch.int64, device=device)
         self._place = torch.arange(horizon, device=device)[None, :, None]
         self._index = torch.zeros(shape, dtype=torch.int64, device=device)
 
+        # Constants are tensors: the CPU allocates one for every number that an operator is given.
         self.weights = torch.zeros((batch, horizon, 1), dtype=compute_dtype(dtype), device=device)
         self._share = torch.zeros_like(self.weights)
-        self._places = self._place.to(self.weights.dtype)
-        self._left, self._span = (self.weights.new_zeros((batch, 1, 1)) for _ in range(2))
+        self._spent = self.weights.new_zeros(self._counts.shape)
+        self._from_end = (horizon - self._place).to(self.weights.dtype)
+        self._span = self.weights.new_zeros((batch, 1, 1))
+        self._most = self.weights.new_full((), horizon + 1)
+        self._e_less_1 = self.weights.new_full((), math.e - 1)
 
     def shift(self, executed: Counts, frozen: Counts) -> None:
         """Write `shifted`, `mask` and `weights` from the last chunk and these numbers."""
         self._asked[0], self._asked[1] = executed, frozen
         if not np.array_equal(self._asked, self._on_host):
             self._on_host[:] = self._asked
-            transfer.write(self._host, self._counts)
+            transfer.write(self._host.view(self._counts.shape), self._counts)
             self._follow_counts()
         torch.gather(self.last, 1, self._index, out=self.shifted)
 
     def _follow_counts(self) -> None:
-        torch.add(self._place.expand(self._index.shape), self._executed, out=self._index)
+        executed, frozen = self._counts
+        torch.add(self._place.expand(self._index.shape), executed, out=self._index)
         self._index.clamp_(max=self._horizon - 1)
-        torch.lt(self._place, self._frozen, out=self.mask)
+        torch.lt(self._place, frozen, out=self.mask)
         self._weigh()
 
     def _weigh(self) -> None:
         """Write the weights: with H' old actions left and d of them frozen, c·(e^c - 1)/(e - 1)
         where c = (H' - i)/(H' - d + 1) within [0, 1], which is 1 for i < d and 0 from H' on.
         """
-        self._left.copy_(self._executed).neg_().add_(self._horizon)
-        self._span.copy_(self._frozen).neg_().add_(self._left).add_(1)
-        torch.sub(self._left, self._places, out=self._share)
+        executed, frozen = self._spent.copy_(self._counts)
+        torch.sub(self._most, executed, out=self._span).sub_(frozen)
+        torch.sub(self._from_end, executed, out=self._share)
         self._share.div_(self._span).clamp_(0, 1)
         torch.expm1(self._share, out=self.weights)
-        self.weights.mul_(self._share).div_(math.e - 1)
+        self.weights.mul_(self._share).div_(self._e_less_1)
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (self.last, self.shifted, self.mask, self.weights, self._counts, self._index)
-        yield from (self._place, self._places, self._share, self._left, self._span)
+        yield from (value for value in vars(self).values() if isinstance(value, Tensor))
 
 
 def checked_counts(
