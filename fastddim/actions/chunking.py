@@ -22,68 +22,39 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastddim import transfer
-from fastddim.actions.chunks import Chunks
 from fastddim.adapter import Model, output_tensor
+from fastddim.choices import Prediction
 from fastddim.elementary import sqrt
 from fastddim.plan import prediction_coefficients
 from fastddim.schedule import Schedule
 from fastddim.wrappers import held_modules
 
-
-class Guidance:
-    """The numbers by which a model is guided at each timestep, and the chunk that it is guided to.
-
-    Copies hold the numbers alone: `follow` comes before the next use.
-    """
-
-    def __init__(self, schedule: Schedule, prediction: Any, max_weight: float) -> None:
-        """
-        Args:
-            schedule: of the model.
-            prediction: what the model predicts, no synonym.
-            max_weight: β.
-        """
-        a = schedule.alphas_cumprod
-        signal, sigma = sqrt(a), sqrt(1 - a)
-        of_state, of_output, *_ = prediction_coefficients(signal, sigma, prediction)
-        strength = torch.minimum(max_weight * sigma, 1 / signal)
-        columns = (of_state, of_output, strength / of_output)
-        self._numbers = torch.stack(
-            [torch.as_tensor(c, dtype=a.dtype).expand_as(a) for c in columns]
-        )
-
-    def follow(self, chunks: Chunks) -> None:
-        """Guide to this chunk from now on, wherever it is shifted."""
-        weights = chunks.weights
-        self._chunks = chunks
-        self._table = transfer.upload(self._numbers.to(weights.dtype), weights.device)
-
-    def output(self, network: Model, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The network's output for states `[B, …]` at timesteps `[B]`, changed so that x_0 is x̂_0'.
-
-        Autograd follows the network from x alone, outside of inference mode.
-        """
-        of_state, of_output, gain = self._table.index_select(1, t)[:, :, None, None]
-        with torch.inference_mode(False), torch.enable_grad():
-            start = x.detach().requires_grad_()
-            followed = output_tensor(network(start, t, **_ordinary(kwargs)))
-            _check_followed(followed, x)
-            output = followed.detach()
-            x_0 = of_state * x + of_output * output
-            error = (self._chunks.shifted - x_0).mul_(self._chunks.weights)
-            (pulled,) = torch.autograd.grad(followed, start, (of_output * error).to(output.dtype))
-        changed: Tensor = output + gain * (of_state * error + pulled)
-        return changed.to(output.dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_numbers": self._numbers}
+LAST = "fastddim_last_chunk"
+"""The argument of a guided model with the last chunk, shifted, and the weights of its actions."""
 
 
-def guided(network: Model, guidance: Guidance) -> Callable[..., Tensor]:
-    """The network as a model that is guided.
+def guided(
+    network: Model,
+    schedule: Schedule,
+    prediction: Prediction,
+    max_weight: float,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Callable[..., Tensor]:
+    """A network as a model that is guided, by an argument `LAST` besides its own.
+
+    Args:
+        network: of the user.
+        schedule: that it was trained with.
+        prediction: what it predicts, no synonym.
+        max_weight: β.
+        dtype: that is computed in.
+        device: of the state.
 
     Raises:
-        ValueError: it has parameters or buffers of inference mode, which autograd cannot use.
+        ValueError: the network has parameters or buffers of inference mode, which autograd cannot
+            use.
     """
     for root in held_modules(network):
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
@@ -92,13 +63,39 @@ def guided(network: Model, guidance: Guidance) -> Callable[..., Tensor]:
                     "model: expected parameters and buffers made outside of torch.inference_mode() "
                     f"with chunking='guide', which needs gradients in x, got {name} made inside"
                 )
-    return partial(_guided_output, network, guidance)
+    numbers = _numbers(schedule.alphas_cumprod, prediction, max_weight)
+    return partial(_guided_output, network, transfer.upload(numbers.to(dtype), device))
+
+
+def _numbers(a: Tensor, prediction: Prediction, max_weight: float) -> Tensor:
+    """The numbers of each timestep, float64 `[3, T]`: x_0 is the first times the state and the
+    second times the network's output, which changes by the third times Jᵀ(w·(Y − x̂_0)).
+    """
+    signal, sigma = sqrt(a), sqrt(1 - a)
+    of_state, of_output, *_ = prediction_coefficients(signal, sigma, prediction)
+    strength = torch.minimum(max_weight * sigma, 1 / signal)
+    rows = (of_state, of_output, strength / of_output)
+    return torch.stack([torch.as_tensor(v, dtype=a.dtype).expand_as(a) for v in rows])
 
 
 def _guided_output(
-    network: Model, guidance: Guidance, x: Tensor, t: Tensor, /, **kwargs: Any
+    network: Model, numbers: Tensor, x: Tensor, t: Tensor, /, **kwargs: Any
 ) -> Tensor:
-    return guidance.output(network, x, t, kwargs)
+    """The network's output for states `[B, …]` at timesteps `[B]`, changed so that x_0 is x̂_0'.
+
+    Autograd follows the network from x alone, outside of inference mode.
+    """
+    last, weights = kwargs.pop(LAST)
+    of_state, of_output, gain = numbers.index_select(1, t)[:, :, None, None]
+    with torch.inference_mode(False), torch.enable_grad():
+        start = x.detach().requires_grad_()
+        followed = output_tensor(network(start, t, **_ordinary(kwargs)))
+        _check_followed(followed, x)
+        output = followed.detach()
+        error = (last - (of_state * x + of_output * output)).mul_(weights)
+        (pulled,) = torch.autograd.grad(followed, start, (of_output * error).to(output.dtype))
+    changed: Tensor = output + gain * (of_state * error + pulled)
+    return changed.to(output.dtype)
 
 
 def _ordinary(kwargs: dict[str, Any]) -> dict[str, Any]:

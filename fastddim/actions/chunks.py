@@ -43,9 +43,9 @@ class Chunks:
 
         # How many actions are executed and how many frozen: as asked for, on the host as they are
         # on the device, and there. None are, until they are loaded.
-        self._asked = np.zeros((2, batch), np.int64)
-        self._host = torch.full((2, batch), -1, dtype=torch.int64, device="cpu")
-        self._on_host = self._host.numpy()
+        self._asked = np.zeros((2, batch, 1, 1), np.int64)
+        self._on_host = np.full((2, batch, 1, 1), -1, np.int64)
+        self._host = torch.from_numpy(self._on_host)
         self._counts = torch.zeros((2, batch, 1, 1), dtype=torch.int64, device=device)
         self._place = torch.arange(horizon, device=device)[None, :, None]
         self._index = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -59,14 +59,25 @@ class Chunks:
         self._most = self.weights.new_full((), horizon + 1)
         self._e_less_1 = self.weights.new_full((), math.e - 1)
 
+    @property
+    def guide(self) -> tuple[Tensor, Tensor]:
+        """The last chunk, shifted, and its weights."""
+        return self.shifted, self.weights
+
     def shift(self, executed: Counts, frozen: Counts) -> None:
         """Write `shifted`, `mask` and `weights` from the last chunk and these numbers."""
-        self._asked[0], self._asked[1] = executed, frozen
+        self._asked[0, :, 0, 0], self._asked[1, :, 0, 0] = executed, frozen
         if not np.array_equal(self._asked, self._on_host):
             self._on_host[:] = self._asked
-            transfer.write(self._host.view(self._counts.shape), self._counts)
+            transfer.write(self._host, self._counts)
             self._follow_counts()
         torch.gather(self.last, 1, self._index, out=self.shifted)
+
+    def keep_frozen(self) -> None:
+        """Write the frozen actions over those of a new chunk in `last`, which a sum of the state
+        and the known data may have rounded.
+        """
+        torch.where(self.mask, self.shifted, self.last, out=self.last)
 
     def _follow_counts(self) -> None:
         executed, frozen = self._counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastddim import backends, transfer
-from fastddim.actions.chunking import Guidance, guided
+from fastddim.actions.chunking import LAST, guided
 from fastddim.actions.chunks import Chunks, checked_counts
 from fastddim.actions.options import ActionOptions, TickOptions
 from fastddim.actions.warm import WarmStart
@@ -19,10 +20,11 @@ from fastddim.loop.copying import Rebuilt
 from fastddim.loop.modes import OneAtATime, without_autograd
 from fastddim.loop.output import check_written, own_copy
 from fastddim.loop.outside import outside_of_programs
-from fastddim.loop.setup import resolve_model_dtype, resolve_schedule
+from fastddim.loop.setup import resolve_model_dtype, resolve_schedule, resolve_shape
 from fastddim.loop.stream_order import StreamOrder
 from fastddim.options import SamplerOptions
 from fastddim.plan import Plan
+from fastddim.reference import compute_dtype
 from fastddim.sampler import Sampler
 from fastddim.signatures import method_takes, shared
 from fastddim.validation import check_choice, check_initial, check_int, check_number, signed_bits
@@ -81,43 +83,49 @@ class ActionSampler(Rebuilt):
     @torch.inference_mode(False)
     def __init__(self, options: ActionOptions) -> None:
         given = shared(SamplerOptions, options)
+        _check_shape(resolve_shape(options.model, options.shape, options.batch_size))
         self._sampler = Sampler(**vars(given))
         self.plan: Plan = self._sampler.plan
         self.shape, self.dtype = self._sampler.shape, self._sampler.dtype
         self.device = self._sampler.device
-        _check_shape(self.shape)
         self._impl = options.impl
         self.seed = check_int("seed", options.seed, 0, 2**64 - 1)
         self._first = _first_step(options.warm_start, self.plan)
         self._chunking = check_choice("chunking", options.chunking, CHUNKINGS)
         weight = check_number("max_guidance_weight", options.max_guidance_weight, 0.0)
-        self._guidance, self._guided = None, self._sampler
-        if self._chunking == "guide":
-            self._guidance, self._guided = self._with_guidance(given, weight)
+        self._guided = self._with_guidance(given, weight) if self._chunking == "guide" else None
         self.tick = 0
         self._continues = False
         self._rebuild()
 
-    def _with_guidance(self, given: SamplerOptions, weight: float) -> tuple[Guidance, Sampler]:
-        """What guides the network, and a sampler of the network with it."""
+    def _with_guidance(self, given: SamplerOptions, max_weight: float) -> Sampler:
+        """A sampler of the network that is guided to the last chunk."""
         if given.guidance_scale is not None:
             raise ValueError(
                 "guidance_scale: expected None with chunking='guide', which follows the network "
                 f"from one input, got {given.guidance_scale!r}"
             )
         schedule = resolve_schedule(given.model, given.schedule)
-        prediction = check_choice("prediction", given.prediction, PREDICTIONS, PREDICTION_SYNONYMS)
-        guidance = Guidance(schedule, prediction, weight)
+        model = guided(
+            given.model,
+            schedule,
+            check_choice("prediction", given.prediction, PREDICTIONS, PREDICTION_SYNONYMS),
+            max_weight,
+            dtype=compute_dtype(self.dtype),
+            device=self.device,
+        )
+        nothing = Chunks(self.shape, self.dtype, self.device).guide
         # A wrapped network does not tell what it is made for.
         options = replace(
             given,
-            model=guided(given.model, guidance),
+            model=model,
             schedule=schedule,
             shape=self.shape,
             device=self.device,
             model_dtype=resolve_model_dtype(given.model, given.model_dtype, self.dtype),
+            model_kwargs={**(given.model_kwargs or {}), LAST: nothing},
         )
-        return guidance, Sampler(**vars(options))
+        return Sampler(**vars(options))
 
     def __repr__(self) -> str:
         prepared = repr(self._sampler).removeprefix("Sampler(").removesuffix(")")
@@ -171,31 +179,35 @@ class ActionSampler(Rebuilt):
             if out is not None:
                 check_written("out", out, last)
             offset = self._sample_offset()
-            taken_over, sampler = {}, self._sampler
+            call = {
+                "model_kwargs": options.model_kwargs,
+                "uncond_kwargs": options.uncond_kwargs,
+                "seed": self.seed,
+                "sample_offset": offset,
+                "out": last,
+            }
             if self._continues and (self._warm is not None or self._chunking is not None):
                 self._chunks.shift(executed, frozen)
-                taken_over, sampler = self._taken_over(offset), self._guided
-            sampler(
-                model_kwargs=options.model_kwargs,
-                uncond_kwargs=options.uncond_kwargs,
-                seed=self.seed,
-                sample_offset=offset,
-                out=last,
-                **taken_over,
-            )
+                self._draw_on(call)
+            else:
+                self._sampler(**call)
             self.tick += 1
             self._continues = True
             return own_copy(last, out)
 
-    def _taken_over(self, offset: int) -> dict[str, Any]:
-        """What a call of the sampler takes over from the last chunk."""
-        taken: dict[str, Any] = {}
-        shifted = self._chunks.shifted
+    def _draw_on(self, call: dict[str, Any]) -> None:
+        """Draw the next chunk from the last one, once it is shifted."""
+        chunks = self._chunks
         if self._warm is not None:
-            taken |= {"x_T": self._warm.state(shifted, offset), "first_step": self._first}
+            call["x_T"] = self._warm.state(chunks.shifted, call["sample_offset"])
+            call["first_step"] = self._first
         if self._chunking is not None:
-            taken |= {"mask": self._chunks.mask, "known": shifted}
-        return taken
+            call |= {"mask": chunks.mask, "known": chunks.shifted}
+        if self._guided is not None:
+            call["model_kwargs"] = {**(call["model_kwargs"] or {}), LAST: chunks.guide}
+        (self._guided or self._sampler)(**call)
+        if self._chunking is not None:
+            chunks.keep_frozen()
 
     def _sample_offset(self) -> int:
         """The sample index of the first environment."""
@@ -250,8 +262,6 @@ class ActionSampler(Rebuilt):
             "network itself"
         )
         self._chunks = Chunks(self.shape, self.dtype, self.device)
-        if self._guidance is not None:
-            self._guidance.follow(self._chunks)
         self._warm = None
         if self._first is not None:
             self._warm = WarmStart(
@@ -267,6 +277,12 @@ class ActionSampler(Rebuilt):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         return state | {"_last": self._chunks.last.clone()} if self._continues else state
+
+    def __copy__(self) -> ActionSampler:
+        samplers = {"_sampler": copy.copy(self._sampler), "_guided": copy.copy(self._guided)}
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(self.__getstate__() | samplers)
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         last = state.get("_last")
