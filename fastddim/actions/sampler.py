@@ -179,7 +179,7 @@ class ActionSampler(Rebuilt):
             if out is not None:
                 check_written("out", out, last)
             offset = self._sample_offset()
-            call = {
+            call: dict[str, Any] = {
                 "model_kwargs": options.model_kwargs,
                 "uncond_kwargs": options.uncond_kwargs,
                 "seed": self.seed,
