@@ -2028,6 +2028,9 @@ class TestFakeCuda:
         assert len(said) == (9 if mode == "loop" else 11)
         assert not any(said.values()), said
 
+    def test_ticks_of_a_robot_do_not_wait(self, probed):
+        assert probed["ticks"] == ""
+
     def test_nothing_of_the_host_goes_into_a_graph_of_the_callers(self, probed):
         """A replay would find other values there. Nor is anything captured, or waited for."""
         said = {k: v for k, v in probed.items() if k.startswith("captured/")}
