@@ -1167,8 +1167,9 @@ class TestOut:
             (latents(), ValueError, "out: expected dtype torch.float32, got torch.float64"),
             (latents().float().to("meta"), ValueError, "out: expected the device of the state"),
             (np.zeros(SHAPE), TypeError, "out: expected a tensor, got"),
+            (torch.zeros(1, 3, 6, 6).expand(SHAPE), ValueError, "out: expected memory for each"),
         ],
-        ids=["shape", "dtype", "device", "type"],
+        ids=["shape", "dtype", "device", "type", "expanded"],
     )
     def test_what_samples_cannot_be_written_into(self, out, error, match):
         with pytest.raises(error, match=match):

@@ -50,8 +50,9 @@ class ActionSampler(Rebuilt):
       actions, the less the later they are: real-time chunking (arXiv 2506.07339), with a forward
       and a backward pass of the network in each step.
 
-    A tick allocates no memory and does not wait for the device, except for what the network does,
-    and autograd with `"guide"`; where steps are captured, it is one launch of a graph.
+    With `out` a tick allocates no memory and does not wait for the device, except for what the
+    network does, and autograd with `"guide"`. Where steps are captured, all of them are one launch
+    of a graph, and a tick allocates nothing at all.
 
     Copies and pickles go on from the same tick and the same chunk, with memory of their own.
 
@@ -61,7 +62,7 @@ class ActionSampler(Rebuilt):
         warm_start: how many of the last steps a tick takes that has a chunk before it, in
             [1, S − 1]; None for all of them. At order 1 only, and not with tuned steps.
         chunking: how the new chunk agrees with the last one; see above. `"guide"` is without
-            `guidance_scale`.
+            `guidance_scale`, and `clip` and `denoised_fn` come after the pull.
         max_guidance_weight: β of `"guide"`, which bounds the pull.
 
     The other arguments are those of `fastddim.Sampler`, with `shape` `(B, horizon, action_dim)`.

@@ -23,6 +23,8 @@ def check_written(name: str, out: Tensor, state: Tensor) -> None:
     check_unfollowed(name, out)
     check_like(name, out, "the state", state)
     check_same_dtype(name, out, state.dtype)
+    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"{name}: expected memory for each element, got an expanded tensor")
 
 
 def own_copy(made: Tensor, out: Tensor | None) -> Tensor:
