@@ -318,7 +318,7 @@ class TestSignatures:
             (
                 Sampler.__call__,
                 ["self"],
-                NOISE | GIVEN | WATCH | MASK | {"x_T": None, "first_step": 0},
+                NOISE | GIVEN | WATCH | MASK | {"x_T": None, "first_step": 0, "out": None},
             ),
             (
                 fastddim.invert,
