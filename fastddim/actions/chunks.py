@@ -116,7 +116,7 @@ def checked_counts(
 
 def _checked(name: str, value: Any, batch: int, most: Counts) -> Counts:
     if type(value) is int or not hasattr(value, "__len__") or isinstance(value, str | bytes):
-        return check_int(name, value, 0, int(np.min(most)))
+        return check_int(name, value, 0, most if isinstance(most, int) else int(most.min()))
     numbers = _integers(name, value)
     if numbers.shape != (batch,):
         raise ValueError(

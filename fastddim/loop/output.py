@@ -23,7 +23,8 @@ def check_written(name: str, out: Tensor, state: Tensor) -> None:
     check_unfollowed(name, out)
     check_like(name, out, "the state", state)
     check_same_dtype(name, out, state.dtype)
-    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride(), strict=True)):
+    strides = out.stride()
+    if 0 in strides and any(n > 1 for n, s in zip(out.shape, strides, strict=True) if s == 0):
         raise ValueError(f"{name}: expected memory for each element, got an expanded tensor")
 
 
