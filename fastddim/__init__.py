@@ -5,6 +5,7 @@
 
 from fastddim import graph, images, models, philox, process, runs
 from fastddim._version import __version__ as __version__
+from fastddim.actions import ActionSampler
 from fastddim.api import invert, sample, step
 from fastddim.interpolation import slerp
 from fastddim.plan import select_timesteps
@@ -19,6 +20,7 @@ from fastddim.tuning import tune
 
 __all__ = [
     "STOP",
+    "ActionSampler",
     "Sampler",
     "Schedule",
     "Stepper",

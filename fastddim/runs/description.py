@@ -10,12 +10,13 @@ import torch
 
 from fastddim._version import __version__
 from fastddim.loop.setup import Setup
-from fastddim.options import GenerateOptions, Update
+from fastddim.options import Update
 from fastddim.runs.conditions import Conditions
 from fastddim.runs.decoding import Decoder
 from fastddim.runs.differences import Manifest
 from fastddim.runs.fingerprints import digest_of, weights_of
 from fastddim.runs.manifest import VERSION
+from fastddim.runs.options import GenerateOptions
 from fastddim.runs.shards import Sharding
 
 
