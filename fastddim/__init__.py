@@ -3,7 +3,7 @@
 `fastddim.sample(model, steps)` draws samples; `step` is one update for loops of your own.
 """
 
-from fastddim import graph, images, models, philox, process, runs
+from fastddim import actions, graph, images, models, philox, process, runs
 from fastddim._version import __version__ as __version__
 from fastddim.actions import ActionSampler
 from fastddim.api import invert, sample, step
@@ -26,6 +26,7 @@ __all__ = [
     "Stepper",
     "Stream",
     "TunedSteps",
+    "actions",
     "generate",
     "graph",
     "images",
