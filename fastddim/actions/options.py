@@ -52,6 +52,16 @@ class ActionOptions(
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
+class ActionStreamOptions(Planning, Autoguidance, Placement, Batch, Hook, Update, Visited, Solver):
+    """The arguments of `fastddim.ActionStream`."""
+
+    model: Model = field(kw_only=False)
+    steps: Steps = field(kw_only=False)
+    environments: int | None = None
+    max_pending: int | None = None
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
 class TickOptions(Conditioning):
     """The arguments of a call of a `fastddim.ActionSampler`."""
 
