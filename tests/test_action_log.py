@@ -169,6 +169,21 @@ class TestDigest:
         )
 
 
+def test_conditions_of_both_halves(path: Path) -> None:
+    unconditional = {"state": {"place": torch.zeros(2, 3)}}
+    given = {"guidance_scale": 2.0, "uncond_kwargs": unconditional}
+    sampler = sampler_of(log=path, **given)
+    calls = [
+        ({"state": {"gain": torch.rand(2)}}, {"state": {"place": torch.rand(2, 3)}})
+        for _ in range(2)
+    ]
+    for model_kwargs, uncond_kwargs in calls:
+        sampler(model_kwargs=model_kwargs, uncond_kwargs=uncond_kwargs)
+    assert len(list(replay(path, sampler_of(**given), calls))) == 2
+    with pytest.raises(ValueError, match="observations: expected that of tick 0, with digest"):
+        next(replay(path, sampler_of(**given), [calls[0][0]]))
+
+
 class TestRefusals:
     def test_of_another_observation(self, path: Path) -> None:
         run(sampler_of(log=path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from fastddim.validation import check_bool, check_int
 
 # They may differ from log to sampler: the actions tell whether it matters.
 _CIRCUMSTANCES = ("versions", "computation")
+
+
+Arguments: TypeAlias = Mapping[str, Any] | None
+Observation: TypeAlias = Arguments | tuple[Arguments, Arguments]
 
 
 class Replayed(NamedTuple):
@@ -34,7 +38,7 @@ class Replayed(NamedTuple):
 def replay(
     log: Path | ActionLog,
     sampler: ActionSampler,
-    observations: Iterable[Mapping[str, Any] | None],
+    observations: Iterable[Observation],
     *,
     first_tick: int = 0,
     exact: bool = True,
@@ -52,7 +56,8 @@ def replay(
         log: a file that an `ActionSampler` with `log=` has written, or an `ActionLog` of it.
         sampler: made as that one was, with the same weights, and without a log.
         observations: the `model_kwargs` of each call from `first_tick` on, in order; None where a
-            call had none. What is left over is not looked at.
+            call had none, and `(model_kwargs, uncond_kwargs)` where it had both. What is left over
+            is not looked at.
         first_tick: number of the tick to begin with.
         exact: whether other actions than the logged ones are an error. False is for comparisons
             with another machine.
@@ -71,7 +76,7 @@ def replay(
         raise TypeError(f"sampler: expected an ActionSampler, got {type(sampler).__name__}")
     check_bool("exact", exact)
     first = check_int("first_tick", first_tick, 0, 2**62)
-    sampler.check_unlogged()
+    sampler._check_unlogged()
     refuse_other(_compared(found.header), _compared(sampler.header()), found.path)
     if first and not any(entry.tick == first for entry in found):
         raise ValueError(f"first_tick: expected a tick of {found.path!r}, got {first}")
@@ -81,7 +86,7 @@ def replay(
 def _replayed(
     log: ActionLog,
     sampler: ActionSampler,
-    observations: Iterator[Mapping[str, Any] | None],
+    observations: Iterator[Observation],
     first: int,
     exact: bool,
 ) -> Iterator[Replayed]:
@@ -99,14 +104,15 @@ def _drawn_again(
     entry: LoggedTick,
     last: Tensor | None,
     logged: Tensor,
-    observations: Iterator[Mapping[str, Any] | None],
+    observations: Iterator[Observation],
     exact: bool,
 ) -> Replayed:
     try:
-        observation = next(observations)
+        given = next(observations)
     except StopIteration:
         raise ValueError(f"observations: expected one of tick {entry.tick}, got no more") from None
-    digest = sampler.observed(observation)
+    model_kwargs, uncond_kwargs = given if isinstance(given, tuple) else (given, None)
+    digest = sampler.observed(model_kwargs, uncond_kwargs)
     if digest != entry.observation:
         raise ValueError(
             f"observations: expected that of tick {entry.tick}, with digest {entry.observation}, "
@@ -118,7 +124,12 @@ def _drawn_again(
             raise ValueError(f"log: expected the tick before tick {entry.tick}, got none")
         before = last.to(sampler.device)
     sampler.restore(entry.tick, before)
-    actions = sampler(model_kwargs=observation, executed=entry.executed, frozen=entry.frozen)
+    actions = sampler(
+        model_kwargs=model_kwargs,
+        uncond_kwargs=uncond_kwargs,
+        executed=entry.executed,
+        frozen=entry.frozen,
+    )
     if exact:
         _check_actions(actions.cpu(), logged, entry.tick, log)
     return Replayed(entry.tick, actions, logged)

@@ -262,7 +262,7 @@ class ActionSampler(Rebuilt):
             max_guidance_weight=self._max_guidance_weight,
         )
 
-    def check_unlogged(self) -> None:
+    def _check_unlogged(self) -> None:
         """Refuse to do what a log could not tell.
 
         Raises:
@@ -293,7 +293,7 @@ class ActionSampler(Rebuilt):
         """
         number = check_int("tick", tick, 0, 2**32 - 1)
         if chunk is not None:
-            self.check_unlogged()
+            self._check_unlogged()
             check_initial("chunk", chunk, self.shape, self.dtype, self.device)
         with self._alone, self._order.use(self._tensors), without_autograd():
             self.tick, self._continues = number, chunk is not None
@@ -320,7 +320,7 @@ class ActionSampler(Rebuilt):
         self._order = StreamOrder(self.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        self.check_unlogged()
+        self._check_unlogged()
         state = super().__getstate__()
         return state | {"_last": self._chunks.last.clone()} if self._continues else state
 
