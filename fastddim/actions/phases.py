@@ -312,7 +312,7 @@ class ActionStream(Rebuilt):
             if ticket._frozen is not None:
                 # A sum of the state and the known data may have rounded them.
                 chunk[0, : len(ticket._frozen)].copy_(ticket._frozen)
-            # After a reset it is nobody's last chunk.
+            # Unless it was forgotten by a reset meanwhile.
             if self._asked[at] is ticket:
                 self._last[at : at + 1].copy_(chunk)
                 self._continues[at] = True
