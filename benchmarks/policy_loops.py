@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -74,7 +75,8 @@ class Policy:
         self.features = list(features.to(device))
 
     def condition(self, tick: int) -> Tensor:
-        return self.features[tick % len(self.features)]
+        found: Tensor = self.features[tick % len(self.features)]
+        return found
 
     def noise(self) -> torch.Generator | None:
         """The generator of the noise of DDPM's steps, anew."""
@@ -171,8 +173,12 @@ def assert_parity(policy: Policy, contenders: dict[str, Contender]) -> None:
                 expected,
                 rtol=0,
                 atol=contender.agreement,
-                msg=lambda details, name=name: f"{policy.case.name}, {name}: {details}",
+                msg=partial(_said, f"{policy.case.name}, {name}"),
             )
+
+
+def _said(where: str, details: str) -> str:
+    return f"{where}: {details}"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +77,14 @@ class FilmBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         scale, shift = self.cond_encoder(condition)[:, :, None].chunk(2, dim=1)
-        output: Tensor = self.conv2(scale * self.conv1(x) + shift)
-        return output + self.residual_conv(x)
+        changed = self.conv2(scale * self.conv1(x) + shift)
+        output: Tensor = changed + self.residual_conv(x)
+        return output
+
+
+def levels_of(modules: nn.ModuleList) -> Any:
+    """Two blocks and a change of resolution, for each level."""
+    return modules
 
 
 class ConditionalUnet(nn.Module):
@@ -126,13 +133,13 @@ class ConditionalUnet(nn.Module):
         condition = torch.cat([self.diffusion_step_encoder(t), global_cond], dim=1)
         x = x.transpose(1, 2)
         skipped = []
-        for first, second, resample in self.down_modules:
+        for first, second, resample in levels_of(self.down_modules):
             x = second(first(x, condition), condition)
             skipped.append(x)
             x = resample(x)
         for block in self.mid_modules:
             x = block(x, condition)
-        for first, second, resample in self.up_modules:
+        for first, second, resample in levels_of(self.up_modules):
             x = torch.cat([x, skipped.pop()], dim=1)
             x = resample(second(first(x, condition), condition))
         output: Tensor = self.final_conv(x)

@@ -149,9 +149,7 @@ class ModelArguments:
         Args:
             batch: B, which may be an open number of a program.
         """
-        joined: Trees = tree_map_only(
-            Rows, lambda rows: rows.joined(batch), self.trees
-        )
+        joined: Trees = tree_map_only(Rows, lambda rows: rows.joined(batch), self.trees)
         return joined
 
     def replaced(
