@@ -395,7 +395,7 @@ class TestInstall:
     def test_another_method(self):
         policy = make_policy()
         policy.diffusion.conditional_sample = lambda *_args, **_kwargs: None
-        with pytest.raises(ValueError, match="LeRobot's own conditional_sample, got Diff"):
+        with pytest.raises(ValueError, match="lerobot's own conditional_sample, got Diff"):
             lerobot.install(policy)
 
     @pytest.mark.parametrize("option", ["graph", "impl"])
