@@ -240,8 +240,9 @@ class PolicySampler:
             return None
         shape = (self._steps.plan.steps, *self._sampler.shape)
         noise = torch.empty(shape, dtype=self._noise_dtype, device=self._sampler.device)
+        rows = noise.unbind()
         for s in self._steps.drawn:
-            _draw(noise[s], generator)
+            _draw(rows[s], generator)
         return noise
 
 
