@@ -16,7 +16,7 @@ from fastddim.loop.describing import (
 )
 from fastddim.loop.first_weight import first_weights
 from fastddim.loop.loop import Loop
-from fastddim.loop.setup import prepare_sampling
+from fastddim.loop.setup import Setup, prepare_sampling
 from fastddim.loop.walk import Walk
 from fastddim.options import DrawOptions, SamplerOptions, Update
 from fastddim.signatures import method_takes, shared
@@ -48,7 +48,10 @@ class Sampler(Rebuilt):
     @method_takes(SamplerOptions)
     @torch.inference_mode(False)
     def __init__(self, options: SamplerOptions) -> None:
-        setup = prepare_sampling(options)
+        self._prepare(options, prepare_sampling(options))
+
+    def _prepare(self, options: SamplerOptions, setup: Setup) -> None:
+        """Hold what the options have led to, and make buffers for it."""
         self.plan = setup.plan
         self.shape = setup.shape
         self.dtype = setup.dtype

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastddim import options
-from fastddim.actions.options import ActionOptions, TickOptions
+from fastddim.actions.options import ActionOptions, ActionStreamOptions, TickOptions
 from fastddim.runs.options import GenerateOptions
 
 ROOT = Path(__file__).parents[1]
@@ -186,6 +186,7 @@ def test_an_option_is_declared_in_three_places_at_most() -> None:
             options.RequestOptions,
             GenerateOptions,
             ActionOptions,
+            ActionStreamOptions,
             TickOptions,
         )
         for field in fields(cls)

@@ -28,6 +28,7 @@ FUNCTIONS: dict[Any, Any] = {
     fastddim.Sampler.__call__: options.DrawOptions,
     fastddim.ActionSampler.__init__: action_options.ActionOptions,
     fastddim.ActionSampler.__call__: action_options.TickOptions,
+    fastddim.ActionStream.__init__: action_options.ActionStreamOptions,
     fastddim.Stream.__init__: options.StreamOptions,
     fastddim.Stream.submit: options.RequestOptions,
 }

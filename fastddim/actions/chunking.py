@@ -13,7 +13,7 @@ What the model predicts follows from x_t and x̂_0', for every prediction type.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastddim import transfer
+from fastddim.actions.chunks import Chunks
 from fastddim.adapter import Model, output_tensor
-from fastddim.choices import Prediction
+from fastddim.choices import PREDICTION_SYNONYMS, PREDICTIONS, Prediction
 from fastddim.elementary import sqrt
+from fastddim.loop.setup import Setup, resolve_schedule
+from fastddim.options import SamplerOptions
 from fastddim.plan import prediction_coefficients
+from fastddim.reference import compute_dtype
 from fastddim.schedule import Schedule
+from fastddim.validation import check_choice
 from fastddim.wrappers import held_modules
 
 LAST = "fastddim_last_chunk"
@@ -65,6 +70,56 @@ def guided(
                 )
     numbers = _numbers(schedule.alphas_cumprod, prediction, max_weight)
     return partial(_guided_output, network, transfer.upload(numbers.to(dtype), device))
+
+
+def guided_options(options: SamplerOptions, setup: Setup, max_weight: float) -> dict[str, Any]:
+    """The guided network of some options, and arguments in place of what it does not tell.
+
+    Args:
+        options: with the network and what it was trained for.
+        setup: of these options.
+        max_weight: β.
+
+    Raises:
+        ValueError: there is guidance by `guidance_scale` too, or as `guided` does.
+    """
+    if options.guidance_scale is not None:
+        raise ValueError(
+            "guidance_scale: expected None with chunking='guide', which follows the network from "
+            f"one input, got {options.guidance_scale!r}"
+        )
+    schedule = resolve_schedule(options.model, options.schedule)
+    model = guided(
+        options.model,
+        schedule,
+        check_choice("prediction", options.prediction, PREDICTIONS, PREDICTION_SYNONYMS),
+        max_weight,
+        dtype=compute_dtype(setup.dtype),
+        device=setup.device,
+    )
+    return {
+        "model": model,
+        "schedule": schedule,
+        "shape": setup.shape,
+        "device": setup.device,
+        "model_dtype": setup.model_dtype,
+    }
+
+
+def guiding(model_kwargs: Any, chunks: Chunks) -> dict[str, Any]:
+    """The arguments of a guided model, with what they are guided to.
+
+    Args:
+        model_kwargs: of the network.
+        chunks: the last chunk, shifted, and its weights.
+
+    Raises:
+        TypeError: `model_kwargs` is no mapping.
+    """
+    given = {} if model_kwargs is None else model_kwargs
+    if not isinstance(given, Mapping):
+        raise TypeError(f"model_kwargs: expected a mapping of names to values, got {given!r}")
+    return {**given, LAST: chunks.guide}
 
 
 def _numbers(a: Tensor, prediction: Prediction, max_weight: float) -> Tensor:

@@ -101,6 +101,16 @@ class Chunks:
         yield from (value for value in vars(self).values() if isinstance(value, Tensor))
 
 
+def listed(counts: Counts) -> int | list[int]:
+    """The numbers as Python has them."""
+    return counts if isinstance(counts, int) else [int(count) for count in counts]
+
+
+def check_shape(shape: tuple[int, ...]) -> None:
+    if len(shape) != 3 or 0 in shape:
+        raise ValueError(f"shape: expected (B, horizon, action_dim), none of them 0, got {shape}")
+
+
 def checked_counts(
     executed: Actions, frozen: Actions, batch: int, horizon: int
 ) -> tuple[Counts, Counts]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,25 +11,23 @@ import torch
 from torch import Tensor
 
 from fastddim import backends, transfer
-from fastddim.actions.chunking import LAST, guided
-from fastddim.actions.chunks import Chunks, checked_counts
-from fastddim.actions.options import ActionOptions, TickOptions
-from fastddim.actions.warm import WarmStart
-from fastddim.choices import PREDICTION_SYNONYMS, PREDICTIONS
+from fastddim.actions.budget import within_budget
+from fastddim.actions.chunking import guided_options, guiding
+from fastddim.actions.chunks import Chunks, check_shape, checked_counts, listed
+from fastddim.actions.log import Header, LoggedTick, LogWriter, header_of, observation_digest
+from fastddim.actions.options import CHUNKINGS, ActionOptions, TickOptions
+from fastddim.actions.warm import WarmStart, first_step_of
 from fastddim.loop.copying import Rebuilt
 from fastddim.loop.modes import OneAtATime, without_autograd
 from fastddim.loop.output import check_written, own_copy
 from fastddim.loop.outside import outside_of_programs
-from fastddim.loop.setup import resolve_model_dtype, resolve_schedule, resolve_shape
+from fastddim.loop.setup import resolve_shape
 from fastddim.loop.stream_order import StreamOrder
-from fastddim.options import SamplerOptions
+from fastddim.options import SamplerOptions, Update
 from fastddim.plan import Plan
-from fastddim.reference import compute_dtype
 from fastddim.sampler import Sampler
 from fastddim.signatures import method_takes, shared
 from fastddim.validation import check_choice, check_initial, check_int, check_number, signed_bits
-
-CHUNKINGS = (None, "freeze", "guide")
 
 
 class ActionSampler(Rebuilt):
@@ -64,6 +62,14 @@ class ActionSampler(Rebuilt):
         chunking: how the new chunk agrees with the last one; see above. `"guide"` is without
             `guidance_scale`, and `clip` and `denoised_fn` come after the pull.
         max_guidance_weight: β of `"guide"`, which bounds the pull.
+        budget_ms: the time that a tick may take. With it, ticks are measured here, with the given
+            observation and of the kinds that will be taken, the first of an episode as well, and
+            `steps` is lowered until 95 % of them fit. `steps` may then also be a sequence to choose
+            from, of numbers and `fastddim.TunedSteps`.
+        log: a file to which each tick is appended: its number, `executed` and `frozen`, a digest of
+            the model's tensors, and the actions, from which `fastddim.actions.replay` draws it
+            again. A file of the same sampler goes on with the next number of a tick. Whoever logs
+            waits for the device at every tick.
 
     The other arguments are those of `fastddim.Sampler`, with `shape` `(B, horizon, action_dim)`.
 
@@ -73,60 +79,48 @@ class ActionSampler(Rebuilt):
         dtype: of the actions.
         device: of the actions.
         seed: of all ticks.
+        steps: S, how many steps a tick takes that has no chunk before it.
+        measured: with `budget_ms`, `{steps: milliseconds}` of what was measured; else empty.
         tick: the number of the next tick, from 0.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
-            it.
+            it. Or not even the fewest steps fit `budget_ms`, or `log` is one of another sampler.
+        OSError: the log cannot be written, or another sampler writes it.
     """
 
     @method_takes(ActionOptions)
     @torch.inference_mode(False)
     def __init__(self, options: ActionOptions) -> None:
+        self.measured: dict[int, float] = {}
+        if options.budget_ms is not None:
+            options, self.measured = within_budget(options, ActionSampler)
         given = shared(SamplerOptions, options)
-        _check_shape(resolve_shape(options.model, options.shape, options.batch_size))
+        check_shape(resolve_shape(options.model, options.shape, options.batch_size))
         self._sampler = Sampler(**vars(given))
         self.plan: Plan = self._sampler.plan
+        self.steps = self.plan.steps
         self.shape, self.dtype = self._sampler.shape, self._sampler.dtype
         self.device = self._sampler.device
         self._impl = options.impl
         self.seed = check_int("seed", options.seed, 0, 2**64 - 1)
-        self._first = _first_step(options.warm_start, self.plan)
+        self._first = first_step_of(options.warm_start, self.plan)
         self._chunking = check_choice("chunking", options.chunking, CHUNKINGS)
         weight = check_number("max_guidance_weight", options.max_guidance_weight, 0.0)
-        self._guided = self._with_guidance(given, weight) if self._chunking == "guide" else None
+        self._max_guidance_weight, self._update = weight, shared(Update, options)
+        self._guided: Sampler | None = None
+        if self._chunking == "guide":
+            told = guided_options(given, self._sampler._setup, weight)
+            nothing = Chunks(self.shape, self.dtype, self.device)
+            own = {**told, "model_kwargs": guiding(given.model_kwargs, nothing)}
+            self._guided = Sampler(**vars(replace(given, **own)))
         self.tick = 0
         self._continues = False
         self._rebuild()
-
-    def _with_guidance(self, given: SamplerOptions, max_weight: float) -> Sampler:
-        """A sampler of the network that is guided to the last chunk."""
-        if given.guidance_scale is not None:
-            raise ValueError(
-                "guidance_scale: expected None with chunking='guide', which follows the network "
-                f"from one input, got {given.guidance_scale!r}"
-            )
-        schedule = resolve_schedule(given.model, given.schedule)
-        model = guided(
-            given.model,
-            schedule,
-            check_choice("prediction", given.prediction, PREDICTIONS, PREDICTION_SYNONYMS),
-            max_weight,
-            dtype=compute_dtype(self.dtype),
-            device=self.device,
-        )
-        nothing = Chunks(self.shape, self.dtype, self.device).guide
-        # A wrapped network does not tell what it is made for.
-        options = replace(
-            given,
-            model=model,
-            schedule=schedule,
-            shape=self.shape,
-            device=self.device,
-            model_dtype=resolve_model_dtype(given.model, given.model_dtype, self.dtype),
-            model_kwargs={**(given.model_kwargs or {}), LAST: nothing},
-        )
-        return Sampler(**vars(options))
+        # The last of all, so that a sampler that is refused leaves no file.
+        self._log = None if options.log is None else LogWriter(options.log, self.header())
+        if self._log is not None:
+            self.tick = self._log.next_tick
 
     def __repr__(self) -> str:
         prepared = repr(self._sampler).removeprefix("Sampler(").removesuffix(")")
@@ -163,11 +157,12 @@ class ActionSampler(Rebuilt):
             TypeError, ValueError: an argument is of the wrong type, shape or range; the message
                 names it.
             RuntimeError: another call is running, or a CUDA graph is being captured.
+            OSError: the tick was taken, but could not be logged.
         """
-        return self._draw(options)
+        return self._draw(options, self._log)
 
     @outside_of_programs
-    def _draw(self, options: TickOptions) -> Tensor:
+    def _draw(self, options: TickOptions, log: LogWriter | None = None) -> Tensor:
         with self._alone, self._order.use(self._tensors), without_autograd():
             if transfer.captured(self.device):
                 raise RuntimeError(
@@ -192,9 +187,16 @@ class ActionSampler(Rebuilt):
                 self._draw_on(call)
             else:
                 self._sampler(**call)
+            before, self._continues = self._continues, True
             self.tick += 1
-            self._continues = True
-            return own_copy(last, out)
+            made = own_copy(last, out)
+            if log is not None:
+                observation = self.observed(options.model_kwargs, options.uncond_kwargs)
+                counts = listed(executed), listed(frozen)
+                log.write(
+                    LoggedTick(self.tick - 1, offset, *counts, before, observation, last.tolist())
+                )
+            return made
 
     def _draw_on(self, call: dict[str, Any]) -> None:
         """Draw the next chunk from the last one, once it is shifted."""
@@ -205,7 +207,7 @@ class ActionSampler(Rebuilt):
         if self._chunking is not None:
             call |= {"mask": chunks.mask, "known": chunks.shifted}
         if self._guided is not None:
-            call["model_kwargs"] = {**(call["model_kwargs"] or {}), LAST: chunks.guide}
+            call["model_kwargs"] = guiding(call["model_kwargs"], chunks)
         (self._guided or self._sampler)(**call)
         if self._chunking is not None:
             chunks.keep_frozen()
@@ -231,6 +233,47 @@ class ActionSampler(Rebuilt):
             self._draw(TickOptions())
         self.restore(tick)
 
+    def observed(
+        self,
+        model_kwargs: Mapping[str, Any] | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The digest by which a log knows the observation of a call with these arguments: SHA-256
+        over the names, dtypes, shapes and bytes of the tensors that the model gets.
+
+        Raises:
+            TypeError, ValueError: as a call does.
+        """
+        return observation_digest(
+            self._sampler._setup.arguments.replaced(model_kwargs, uncond_kwargs)
+        )
+
+    def header(self) -> Header:
+        """All that the actions depend on besides the observations, as a log begins with it.
+
+        The weights of a network that is a module are read once, for their SHA-256.
+        """
+        return header_of(
+            self._sampler._setup,
+            self._update,
+            seed=self.seed,
+            warm_start=None if self._first is None else self.steps - self._first,
+            chunking=self._chunking,
+            max_guidance_weight=self._max_guidance_weight,
+        )
+
+    def _check_unlogged(self) -> None:
+        """Refuse to do what a log could not tell.
+
+        Raises:
+            ValueError: the sampler has a log.
+        """
+        if self._log is not None:
+            raise ValueError(
+                "log: expected None to restore, replay, copy or pickle an ActionSampler, got "
+                f"{self._log.path!r}"
+            )
+
     def reset(self) -> None:
         """Forget the last chunk, where an episode ends; the number of the tick goes on."""
         with self._alone, self._order.use(self._tensors), without_autograd():
@@ -250,6 +293,7 @@ class ActionSampler(Rebuilt):
         """
         number = check_int("tick", tick, 0, 2**32 - 1)
         if chunk is not None:
+            self._check_unlogged()
             check_initial("chunk", chunk, self.shape, self.dtype, self.device)
         with self._alone, self._order.use(self._tensors), without_autograd():
             self.tick, self._continues = number, chunk is not None
@@ -276,6 +320,7 @@ class ActionSampler(Rebuilt):
         self._order = StreamOrder(self.device)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_unlogged()
         state = super().__getstate__()
         return state | {"_last": self._chunks.last.clone()} if self._continues else state
 
@@ -299,22 +344,3 @@ class ActionSampler(Rebuilt):
         yield from self._chunks.tensors()
         if self._warm is not None:
             yield from self._warm.tensors()
-
-
-def _check_shape(shape: tuple[int, ...]) -> None:
-    if len(shape) != 3 or 0 in shape:
-        raise ValueError(f"shape: expected (B, horizon, action_dim), none of them 0, got {shape}")
-
-
-def _first_step(warm_start: int | None, plan: Plan) -> int | None:
-    """The index of the step at which a tick begins that has a chunk before it."""
-    if warm_start is None:
-        return None
-    if plan.kind.history:
-        raise ValueError(
-            "warm_start: expected None at order 2 and with tuned steps, which read the epsilon of "
-            f"the step before, got {warm_start!r}"
-        )
-    if plan.steps == 1:
-        raise ValueError(f"warm_start: expected None with a single step, got {warm_start!r}")
-    return plan.steps - check_int("warm_start", warm_start, 1, plan.steps - 1)

@@ -11,8 +11,9 @@ from torch import Tensor
 from fastddim import philox, transfer
 from fastddim.backends import Backend
 from fastddim.philox import Keys
-from fastddim.plan import mixing_row, stack_row, to_table
+from fastddim.plan import Plan, mixing_row, stack_row, to_table
 from fastddim.reference import compute_dtype
+from fastddim.validation import check_int
 
 
 class WarmStart:
@@ -66,3 +67,17 @@ class WarmStart:
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (self._table, self._latents, self._state, *self._keys)
+
+
+def first_step_of(warm_start: int | None, plan: Plan) -> int | None:
+    """The index of the step at which a tick begins that has a chunk before it."""
+    if warm_start is None:
+        return None
+    if plan.kind.history:
+        raise ValueError(
+            "warm_start: expected None at order 2 and with tuned steps, which read the epsilon of "
+            f"the step before, got {warm_start!r}"
+        )
+    if plan.steps == 1:
+        raise ValueError(f"warm_start: expected None with a single step, got {warm_start!r}")
+    return plan.steps - check_int("warm_start", warm_start, 1, plan.steps - 1)
