@@ -130,6 +130,7 @@ class Samplers:
 
     def _prepared(self, call: LoopCall) -> PolicySampler | str:
         try:
+            # In none of the caller's modes, since the steps are kept.
             steps = elsewhere(
                 lambda: SchedulerSteps.of(call.scheduler, call.steps, call.step_kwargs)
             )
