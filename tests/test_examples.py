@@ -35,7 +35,7 @@ WITH_OPTIONS = {
     "trajectory_gif": "trajectory.gif",
     "resume": "half_way.safetensors",
 }
-WITHOUT = {"quickstart", "diffusers_unet", "warm_start", "train"}
+WITHOUT = {"quickstart", "diffusers_unet", "warm_start", "train", "navigation"}
 
 
 @pytest.fixture(autouse=True)
