@@ -264,7 +264,7 @@ def arrivals_plot(result: dict[str, Any]) -> Plot:
         )
         for way, color, marker, rows in _ways(result, "success")
     ]
-    own = next(row for row in result["rows"] if (row["way"], row["steps"]) == ("DDPM", 100))
+    own = next(row for row in result["rows"] if (row["way"], row["steps"]) == ("η = 1", 100))
     level = Level("DDPM, 100 steps", 100 * own["success"], below=True, error=100 * own["error"])
     title, ylabel = "episodes that arrive", "percent"
     return Plot(title, lines, "steps S", ylabel, [level], linear=True)
@@ -284,7 +284,7 @@ def _ways(
 ) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
     """The ways to take few steps of the trained policy, with their style and rows."""
     for way, color, marker in zip(
-        ("DDPM", "order 1, leading", "order 1", "order 2", "tuned"),
+        ("η = 1", "order 1, leading", "order 1", "order 2", "tuned"),
         (ORANGE, GREY, BLUE, GREEN, PURPLE),
         ("s", "x", "o", "^", "D"),
         strict=True,

@@ -59,7 +59,7 @@ class Way:
 
 
 WAYS = (
-    Way("DDPM", navigation.DDPM),
+    Way("η = 1", navigation.DDPM),
     Way("order 1, leading", {"spacing": "leading"}),
     Way("order 1"),
     Way("order 2", {"order": 2}),
