@@ -26,7 +26,20 @@ if __name__ == "__main__":
 
 from harness import machine
 from paper import experiments
-from paper.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Level, Line, Panel, Plot, plots, sheet
+from paper.plots import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    Level,
+    Line,
+    Panel,
+    Plot,
+    plots,
+    sheet,
+)
 from quality import data
 from quality.grid import fingerprint
 from quality_tables import FEW_KINDS, PAPER_RECONSTRUCTION, baseline_of
@@ -247,8 +260,8 @@ def plot_sampling(work: Work) -> None:
 
 def plot_policies(work: Work) -> None:
     """Arrivals of a trained policy, and what its chunks of actions miss, by steps."""
-    result = work.read("policies-success")
-    plots(work.figures / "policies-success.png", [arrivals_plot(result), actions_plot(result)])
+    result = work.read("policy-success")
+    plots(work.figures / "policy-success.png", [arrivals_plot(result), actions_plot(result)])
 
 
 def arrivals_plot(result: dict[str, Any]) -> Plot:
@@ -284,9 +297,9 @@ def _ways(
 ) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
     """The ways to take few steps of the trained policy, with their style and rows."""
     for way, color, marker in zip(
-        ("η = 1", "order 1, leading", "order 1", "order 2", "tuned"),
-        (ORANGE, GREY, BLUE, GREEN, PURPLE),
-        ("s", "x", "o", "^", "D"),
+        ("η = 1", "order 1, leading", "order 1", "order 2", "tuned", "warm start"),
+        (ORANGE, GREY, BLUE, GREEN, PURPLE, BLACK),
+        ("s", "x", "o", "^", "D", "v"),
         strict=True,
     ):
         own = [row for row in result["rows"] if (row["policy"], row["way"]) == ("trained", way)]

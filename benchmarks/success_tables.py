@@ -1,4 +1,4 @@
-"""The tables of docs/results/policies-success.md: a trained policy by its number of steps."""
+"""The tables of docs/results/policy-success.md: a trained policy by its number of steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from markdown_cells import table, two
 
 
 def blocks() -> dict[str, str]:
-    """Content of the marked places of docs/results/policies-success.md."""
-    result = result_of("policies-success")
+    """Content of the marked places of docs/results/policy-success.md."""
+    result = result_of("policy-success")
     return {
-        "policies-success": success_as_markdown(result),
-        "policies-actions": actions_as_markdown(result),
+        "policy-success": success_as_markdown(result),
+        "policy-actions": actions_as_markdown(result),
     }
 
 

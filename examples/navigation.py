@@ -323,25 +323,26 @@ def load(path: Path) -> Policy:
 DDPM: dict[str, Any] = {"eta": 1.0, "rederive_eps": True}
 
 
-def sampler_of(policy: nn.Module, count: int, steps: Any, **options: Any) -> fastddim.Sampler:
+def sampler_of(
+    policy: nn.Module, count: int, steps: Any, seed: int, **options: Any
+) -> fastddim.ActionSampler:
     """A sampler of the chunks of `count` robots."""
-    observation = torch.zeros(count, OBSERVED)
-    return fastddim.Sampler(
+    return fastddim.ActionSampler(
         policy,
         steps,
         shape=(count, HORIZON, 2),
         clip=1.0,
-        model_kwargs={"observation": observation},
+        model_kwargs={"observation": torch.zeros(count, OBSERVED)},
+        seed=seed,
         **options,
     )
 
 
-def drive(sampler: fastddim.Sampler, episodes: Episodes, seed: int) -> None:
+def drive(sampler: fastddim.ActionSampler, episodes: Episodes) -> None:
     """Drive until the time is up, `EXECUTED` ticks of each chunk."""
-    count = len(episodes.goal)
-    for chunk in range(LIMIT // EXECUTED):
-        observation = {"observation": episodes.observation()}
-        actions = sampler(model_kwargs=observation, seed=seed, sample_offset=chunk * count)
+    for _ in range(LIMIT // EXECUTED):
+        seen = {"observation": episodes.observation()}
+        actions = sampler(model_kwargs=seen, executed=EXECUTED)
         for velocity in actions[:, :EXECUTED].double().numpy().swapaxes(0, 1):
             episodes.tick(velocity)
 
@@ -366,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     policy = load(path)
     for name, steps, options in (("DDPM", 100, DDPM), ("DDIM", 10, {"order": 2})):
         episodes = Episodes.draw(args.episodes, args.seed + 1)
-        drive(sampler_of(policy, args.episodes, steps, **options), episodes, args.seed)
+        drive(sampler_of(policy, args.episodes, steps, args.seed, **options), episodes)
         print(f"{name}, {steps} steps: {episodes.arrived.mean():.1%} arrive")
 
 

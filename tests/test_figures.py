@@ -199,12 +199,12 @@ def test_pages_show_the_committed_pictures() -> None:
     for page, folder in (
         ("README.md", "docs/figures"),
         ("docs/third-party.md", "figures"),
-        ("docs/results/policies-success.md", "../figures"),
+        ("docs/results/policy-success.md", "../figures"),
     ):
         picture = rf"!\[[^\]]+\]\({folder}/([\w-]+)\.png\)"
         shown |= set(re.findall(picture, (ROOT / page).read_text()))
     there = {path.stem for path in (ROOT / "docs" / "figures").glob("*.png")}
-    assert shown == there == {*COMMITTED, "third-party", "policies-success"}
+    assert shown == there == {*COMMITTED, "third-party", "policy-success"}
     for name in there:
         path = ROOT / "docs" / "figures" / f"{name}.png"
         assert path.stat().st_size < 200_000

@@ -12,6 +12,8 @@ import safetensors
 import torch
 from policies.success import navigation
 
+import fastddim
+
 TINY = replace(navigation.QUICK, width=32, episodes=40, steps=60, warmup=10, batch=64, ema=0.9)
 
 
@@ -168,7 +170,7 @@ def test_minutes_of_training_bring_robots_to_the_goal():
     for steps in (0, recipe.steps):
         policy = navigation.trained(replace(recipe, steps=steps)).eval()
         episodes = navigation.Episodes.draw(300, 1)
-        navigation.drive(navigation.sampler_of(policy, 300, 10, order=2), episodes, 1)
+        navigation.drive(navigation.sampler_of(policy, 300, 10, 1, order=2), episodes)
         arrived.append(episodes.arrived.mean())
     assert arrived[0] < 0.02
     assert arrived[1] > 0.3
@@ -187,8 +189,8 @@ def test_ddpm_is_that_of_diffusers():
     for t in range(99, -1, -1):
         output = policy(x, torch.full((3,), t), seen)
         x = _their_step(scheduler, output, t, x, next(drawn))
-    sampler = navigation.sampler_of(policy, 3, 100, **navigation.DDPM)
-    ours = sampler(model_kwargs={"observation": seen}, x_T=x_T, noise=noise)
+    told = {"model_kwargs": {"observation": seen}, "clip": 1.0, **navigation.DDPM}
+    ours = fastddim.sample(policy, 100, x_T=x_T, noise=noise, **told)
     torch.testing.assert_close(ours, x, rtol=0, atol=2e-4)
 
 

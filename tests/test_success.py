@@ -21,7 +21,7 @@ from torch import nn
 import fastddim
 
 ROOT = Path(__file__).parents[1]
-PAGE = "docs/results/policies-success.md"
+PAGE = "docs/results/policy-success.md"
 
 
 class Planner(nn.Module):
@@ -74,7 +74,7 @@ def test_a_chunk_is_executed_by_half(monkeypatch):
     monkeypatch.setattr(Planner, "chunk", lambda self, seen: asked.append(seen) or _ahead(seen))
     episodes = navigation.Episodes.draw(count, 0)
     start = torch.from_numpy(episodes.position).float()
-    navigation.drive(navigation.sampler_of(Planner(1.0).eval(), count, 2), episodes, 0)
+    navigation.drive(navigation.sampler_of(Planner(1.0).eval(), count, 2, 0), episodes)
     assert len(asked) == 2 * navigation.LIMIT // navigation.EXECUTED
     places = torch.stack(asked[::2])[:, :, :2]
     assert torch.equal(places[0], start)
@@ -112,10 +112,10 @@ def test_every_way_is_measured_by_steps(policy, work, monkeypatch):
         (way.label, steps) for way, steps in work.cells()
     ]
     found = {(row["way"], row["steps"]): row for row in rows}
-    assert len(found) == len(rows) == 5 * 2 + 4
+    assert len(found) == len(rows) == 6 * 2 + 4
     for (way, steps), row in found.items():
         assert "success" in row
-        compared = way != "η = 1" and (way, steps) != ("order 2", success.ALL)
+        compared = way not in ("η = 1", "warm start") and (way, steps) != ("order 2", success.ALL)
         assert ("distance" in row) == compared
     for way in ("order 1", "order 2", "tuned"):
         assert found[way, 3]["distance"] < found[way, 2]["distance"]
@@ -149,7 +149,7 @@ def test_a_run_says_what_it_measured(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def committed():
-    return result_of("policies-success")
+    return result_of("policy-success")
 
 
 def test_the_committed_numbers_are_of_the_committed_weights(committed):
@@ -189,7 +189,7 @@ def test_tables_have_a_column_for_each_number_of_steps():
         {"policy": "trained", "way": "η = 1", "steps": 10, "success": 0.95, "error": 0.005},
         {"policy": "untrained", "way": "order 1", "steps": 2, "distance": 0.5, "median": 0.5},
     ]
-    result = {**result_of("policies-success"), "rows": rows}
+    result = {**result_of("policy-success"), "rows": rows}
     lines = success_tables.success_as_markdown(result).splitlines()
     assert lines[2:4] == [
         "| order 1 | 40.0 ± 1.1 | 91.2 ± 0.6 |",
@@ -209,10 +209,11 @@ def test_the_plot_shows_every_way_and_the_level_of_ddpm(committed, tmp_path):
     assert 85 < level.y < 97
     assert 0 < level.error < 1
     for line in plot.lines:
-        assert tuple(line.x) == success.STEPS
+        warm = line.label == "warm start"
+        assert list(line.x) == [s for s in success.STEPS if not warm or s < success.WARM_OF]
         assert line.error is not None
     actions = figures.actions_plot(committed)
-    assert [line.label for line in actions.lines] == [way.label for way in success.WAYS[1:]]
+    assert [line.label for line in actions.lines] == [way.label for way in success.WAYS[1:-1]]
     # Shares may be 0, which a logarithm may not.
     plots(tmp_path / "a.png", [plot, actions])
     assert (tmp_path / "a.png").stat().st_size > 10_000

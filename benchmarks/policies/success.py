@@ -2,7 +2,7 @@
 
     python benchmarks/policies/success.py
 
-writes `benchmarks/results/policies-success.json`: for each way to take S steps, the share of the
+writes `benchmarks/results/policy-success.json`: for each way to take S steps, the share of the
 same episodes that arrive, and what its chunks of actions miss of the exact solution. The second is
 measured on the same network without training too.
 """
@@ -35,7 +35,7 @@ from fastddim.files import atomic_file
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "navigation.safetensors"
-RESULTS = FOLDER.parent / "results" / "policies-success.json"
+RESULTS = FOLDER.parent / "results" / "policy-success.json"
 
 STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 16, 20)
 ALL = 100
@@ -46,24 +46,34 @@ SEED, TUNED_SEED, HELD_OUT_SEED = 2026, 2027, 2028
 
 @dataclass(frozen=True)
 class Way:
-    """A way to take steps: options of a `fastddim.Sampler`, or steps tuned for the policy."""
+    """A way to take steps.
+
+    Attributes:
+        label: its name in the results.
+        options: of `fastddim.ActionSampler`.
+        tuned: whether the steps are those tuned for the policy.
+        warm: whether chunks but an episode's first take only the last of `WARM_OF` steps.
+    """
 
     label: str
     options: Mapping[str, Any] = field(default_factory=dict)
     tuned: bool = False
+    warm: bool = False
 
     @property
-    def exact(self) -> bool:
-        """Whether it solves the ODE, so that its chunks may be compared with the solution."""
-        return not self.options.get("eta")
+    def solves(self) -> bool:
+        """Whether its chunks follow from their latents by the ODE, and have an exact solution."""
+        return not self.warm and not self.options.get("eta")
 
 
+WARM_OF = 10
 WAYS = (
     Way("η = 1", navigation.DDPM),
     Way("order 1, leading", {"spacing": "leading"}),
     Way("order 1"),
     Way("order 2", {"order": 2}),
     Way("tuned", tuned=True),
+    Way("warm start", warm=True),
 )
 
 
@@ -79,11 +89,11 @@ class Work:
     """More arguments for `fastddim.tune`."""
 
     def cells(self) -> Iterator[tuple[Way, int]]:
-        """Each way with each number of steps; the exact ones without tuning also with all."""
+        """Each way with its numbers of steps, which may be all unless they are tuned or warm."""
         for way in WAYS:
-            yield from ((way, steps) for steps in self.steps)
-            if not way.tuned:
-                yield way, ALL
+            few = [steps for steps in self.steps if not (way.warm and steps >= WARM_OF)]
+            numbers = few if way.tuned or way.warm else [*few, ALL]
+            yield from ((way, steps) for steps in numbers)
 
 
 def observations(count: int, seed: int) -> Tensor:
@@ -117,8 +127,7 @@ def arrivals(policy: torch.nn.Module, steps: Any, work: Work, **options: Any) ->
     Episodes and noise are the same for all.
     """
     episodes = navigation.Episodes.draw(work.episodes, SEED)
-    sampler = navigation.sampler_of(policy, work.episodes, steps, **options)
-    navigation.drive(sampler, episodes, SEED)
+    navigation.drive(navigation.sampler_of(policy, work.episodes, steps, SEED, **options), episodes)
     return share(int(episodes.arrived.sum()), work.episodes) | {
         "crashed": round(float(episodes.crashed.mean()), 4)
     }
@@ -143,8 +152,10 @@ class Held:
         self.solution = self.chunks(ALL, order=2)
 
     def chunks(self, steps: Any, **options: Any) -> Tensor:
-        sampler = navigation.sampler_of(self.policy, len(self.seen), steps, **options)
-        return sampler(model_kwargs={"observation": self.seen}, x_T=self.x_T)
+        seen = {"observation": self.seen}
+        return fastddim.sample(
+            self.policy, steps, x_T=self.x_T, clip=1.0, model_kwargs=seen, **options
+        )
 
     def missed(self, steps: Any, **options: Any) -> dict[str, float]:
         """Root mean square of the distance to the solution, in units of the greatest speed, and the
@@ -167,18 +178,21 @@ def measure(name: str, policy: torch.nn.Module, work: Work, *, drive: bool) -> I
     """
     tuned, held = tuned_steps(policy, work), Held(policy, work)
     for way, steps in work.cells():
-        if not (drive or way.exact):
+        if not (drive or way.solves):
             continue
         began = time.perf_counter()
-        taken = tuned[steps] if way.tuned else steps
         row: dict[str, Any] = {"policy": name, "way": way.label, "steps": steps}
+        taken, options = steps, dict(way.options)
         if way.tuned:
-            row |= {"chosen": tuned[steps].chosen, "timesteps": list(tuned[steps].timesteps)}
+            taken = tuned[steps]
+            row |= {"chosen": taken.chosen, "timesteps": list(taken.timesteps)}
+        if way.warm:
+            taken, options["warm_start"] = WARM_OF, steps
         if drive:
-            row |= arrivals(policy, taken, work, **way.options)
+            row |= arrivals(policy, taken, work, **options)
         # All steps of order 2 are the solution itself.
-        if way.exact and (way.label, steps) != ("order 2", ALL):
-            row |= held.missed(taken, **way.options)
+        if way.solves and (way.label, steps) != ("order 2", ALL):
+            row |= held.missed(taken, **options)
         yield row | {"seconds": round(time.perf_counter() - began, 1)}
 
 
