@@ -27,6 +27,7 @@ if __name__ == "__main__":
 from harness import machine
 from paper import experiments
 from paper.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Level, Line, Panel, Plot, plots, sheet
+from paper.timeline import DARK, LIGHT, timeline
 from quality import data
 from quality.grid import fingerprint
 from quality_tables import FEW_KINDS, PAPER_RECONSTRUCTION, baseline_of
@@ -245,6 +246,12 @@ def plot_sampling(work: Work) -> None:
     plots(work.figures / "sampling.png", panels, columns=3)
 
 
+def plot_timeline(work: Work) -> None:
+    """The loop of a robot in time, for light and dark pages; nothing in it is measured."""
+    for name, theme in (("timeline", LIGHT), ("timeline-dark", DARK)):
+        timeline(work.figures / f"{name}.png", theme)
+
+
 def quality_plot(result: dict[str, Any]) -> Plot:
     """One line for each kind of few steps that a model was measured with, and DDPM's level."""
     lines = []
@@ -273,6 +280,7 @@ PLOTS = {
     "reconstruction": plot_reconstruction,
     "quality": plot_quality,
     "sampling": plot_sampling,
+    "timeline": plot_timeline,
 }
 
 
