@@ -39,7 +39,7 @@ WITH_OPTIONS = {
     "trajectory_gif": "trajectory.gif",
     "resume": "half_way.safetensors",
 }
-WITHOUT = {"quickstart", "diffusers_unet", "warm_start", "control_loop", "train"}
+WITHOUT = {"quickstart", "diffusers_unet", "warm_start", "control_loop", "train", "navigation"}
 
 
 @pytest.fixture(autouse=True)
