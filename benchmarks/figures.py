@@ -40,6 +40,7 @@ from paper.plots import (
     plots,
     sheet,
 )
+from paper.timeline import DARK, LIGHT, timeline
 from quality import data
 from quality.grid import fingerprint
 from quality_tables import FEW_KINDS, PAPER_RECONSTRUCTION, baseline_of
@@ -258,6 +259,12 @@ def plot_sampling(work: Work) -> None:
     plots(work.figures / "sampling.png", panels, columns=3)
 
 
+def plot_timeline(work: Work) -> None:
+    """The loop of a robot in time, for light and dark pages; nothing in it is measured."""
+    for name, theme in (("timeline", LIGHT), ("timeline-dark", DARK)):
+        timeline(work.figures / f"{name}.png", theme)
+
+
 def plot_policies(work: Work) -> None:
     """Arrivals of a trained policy, and what its chunks of actions miss, by steps."""
     result = work.read("policy-success")
@@ -336,6 +343,7 @@ PLOTS = {
     "reconstruction": plot_reconstruction,
     "quality": plot_quality,
     "sampling": plot_sampling,
+    "timeline": plot_timeline,
     "policies": plot_policies,
 }
 
