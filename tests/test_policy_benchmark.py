@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bench_policies
+import policy_cases
 import policy_tables
 import pytest
 import tables
@@ -93,7 +93,7 @@ class TestLoops:
     def test_a_case(self, case: Case) -> None:
         """All loops make the same actions, and each is timed at every tick."""
         peers.lerobot()
-        row = bench_policies.measured(toy(case), seconds=0, most=2)
+        row = policy_cases.measured(toy(case), seconds=0, most=2)
         assert set(row["timings"]) == {FLOOR, OURS, INSTALLED, THEIRS}
         assert list(row["left_out"]) == [COMPILED]
         assert row["ticks"] == 2
@@ -156,7 +156,7 @@ class TestResults:
         machine = result["machine"]
         assert all(machine[key] for key in ("cpu", "instruction_set", "torch", "commit"))
         assert machine["modified"] is False, "measured on uncommitted code"
-        assert [row["case"] for row in result["rows"]] == [c.name for c in bench_policies.CASES]
+        assert [row["case"] for row in result["rows"]] == [c.name for c in policy_cases.CASES]
         for row in result["rows"]:
             timed = {*row["timings"], *row["left_out"]}
             assert timed == {FLOOR, OURS, INSTALLED, THEIRS, COMPILED}
