@@ -272,6 +272,7 @@ class Drawing:
     x_T: Tensor | None = None
     mask: Tensor | None = None
     known: Tensor | None = None
+    first_step: int = 0
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -311,7 +312,6 @@ class CallOptions(Reporting, Conditioning, Drawing):
     """The arguments that change from call to call."""
 
     noise: NoiseSource = None
-    first_step: int = 0
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

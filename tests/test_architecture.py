@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastddim import options
+from fastddim.actions.options import ActionOptions, ActionStreamOptions, TickOptions
 from fastddim.runs.options import GenerateOptions
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +185,9 @@ def test_an_option_is_declared_in_three_places_at_most() -> None:
             options.StreamOptions,
             options.RequestOptions,
             GenerateOptions,
+            ActionOptions,
+            ActionStreamOptions,
+            TickOptions,
         )
         for field in fields(cls)
     }

@@ -226,13 +226,7 @@ def test_warm_start_keeps_its_side(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("warm", [False, True])
 def test_warm_start_goes_round_the_obstacle(warm):
     example = load_example("warm_start")
-    sampler = fastddim.Sampler(
-        example.Policy().eval(),
-        example.STEPS,
-        shape=(1, example.HORIZON, 1),
-        model_kwargs={"observation": torch.zeros(1, 1)},
-    )
-    places, _ = example.drive(sampler, warm=warm)
+    places = example.drive(example.make_sampler(warm=warm))
     way = [np.sin(np.pi * example.PACE * tick) for tick in range(1, example.TICKS + 1)]
     # A maximum over 24 draws of a normal of this width.
     assert max(abs(abs(p) - w) for p, w in zip(places, way, strict=True)) < 4 * example.WIDTH

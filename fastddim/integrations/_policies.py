@@ -124,7 +124,7 @@ class Samplers:
             found = self._prepared(call)
             self._kept.put(key, found, call.sources)
         if isinstance(found, str):
-            self._warn(found)
+            self.warn(found)
             return None
         return found
 
@@ -148,7 +148,8 @@ class Samplers:
         )
         return PolicySampler(steps, options)
 
-    def _warn(self, reason: str) -> None:
+    def warn(self, reason: str) -> None:
+        """Warn, once in a process, of a reason for which the policy's own loop is taken."""
         warn_once(
             f"{self._peer}: the policy's own loop is taken, since {reason}", self._peer, reason
         )
@@ -167,7 +168,7 @@ class Samplers:
         if any(type(t) not in PLAIN or transfer.captured(t.device) for t in given):
             return False
         if network.training:
-            self._warn("its network is in training mode; call policy.eval()")
+            self.warn("its network is in training mode; call policy.eval()")
             return False
         return not torch.is_grad_enabled() or not any(
             t.requires_grad for t in (*given, *network.parameters())

@@ -134,7 +134,9 @@ class Loop:
         first = check_first_step(options, self.plan.steps, self.plan.kind)
         mask, known = options.mask, options.known
         if mask is not None or known is not None:
-            mask, known = check_known(mask, known, state, self.plan.alphas_cumprod[0] == 1)
+            # By NumPy, since torch would allocate the answer.
+            clean = bool(self.plan.alphas_cumprod.numpy()[0] == 1)
+            mask, known = check_known(mask, known, state, clean)
         if x_T is not None:
             check_initial("x_T", x_T, tuple(state.shape), state.dtype, state.device)
         samples = philox.check_samples(

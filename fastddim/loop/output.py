@@ -23,6 +23,9 @@ def check_written(name: str, out: Tensor, state: Tensor) -> None:
     check_unfollowed(name, out)
     check_like(name, out, "the state", state)
     check_same_dtype(name, out, state.dtype)
+    strides = out.stride()
+    if 0 in strides and any(n > 1 for n, s in zip(out.shape, strides, strict=True) if s == 0):
+        raise ValueError(f"{name}: expected memory for each element, got an expanded tensor")
 
 
 def own_copy(made: Tensor, out: Tensor | None) -> Tensor:
