@@ -7,7 +7,6 @@ is told that reading the weights from memory takes.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -21,16 +20,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESULTS = f"policies-{DEVICE.type}"
 as_markdown = policies_as_markdown
 
-SECONDS = float(os.environ.get("FASTDDIM_BENCH_SECONDS", "35"))
-"""Of a case, within which at most `policy_cases.TICKS` ticks of each loop are timed."""
-
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case_id(case.name))
 def test_policy(case: Case, rows: list[dict[str, Any]], benchmark: Any) -> None:
     # A robot's other cores have work of their own.
     torch.set_num_threads(1)
     policy = Policy(case, DEVICE)
-    row = measured(policy, seconds=SECONDS, compiled=case in COMPILED_CASES)
+    row = measured(policy, seconds=CASES[case], compiled=case in COMPILED_CASES)
     rows.append(row)
     benchmark.extra_info["of the floor"] = row["timings"][OURS]["ratio"]
     benchmark.pedantic(policy.floor(), args=(0,), rounds=1)

@@ -24,18 +24,20 @@ from policy_tables import FLOOR, OURS
 
 from fastddim.choices import Graph
 
-TICKS, LEAST, WARM_UP = 1000, 5, 2
+TICKS, LEAST, WARM_UP = 1000, 3, 1
 GRAPHS: tuple[Graph, ...] = (False, "loop")
 
-CASES = [
-    Case("MLP"),
-    Case("MLP", batch=16),
-    Case("small U-Net"),
-    Case("small U-Net", batch=16),
-    Case("small U-Net", ddpm=True),
-    Case("transformer"),
-    Case("default U-Net"),
-]
+CASES = {
+    Case("MLP"): 10,
+    Case("MLP", batch=16): 15,
+    Case("small U-Net"): 45,
+    Case("small U-Net", batch=16): 15,
+    Case("small U-Net", ddpm=True): 20,
+    Case("transformer"): 45,
+    Case("default U-Net"): 15,
+}
+"""The seconds within which ticks of a case are timed, `TICKS` of each loop at most."""
+
 COMPILED_CASES = [case for case in CASES if case.batch == 1 and not case.ddpm]
 """Compiling takes up to a minute each."""
 
@@ -60,7 +62,7 @@ def measured(
     ticks = {FLOOR: policy.floor()}
     ticks |= {name: contender.tick for name, contender in contenders.items()}
     with torch.inference_mode():
-        # The first ticks compile for the mode, capture and find algorithms.
+        # The first tick compiles for the mode, captures and finds algorithms.
         timed(ticks, policy.device, seconds=0, most=WARM_UP, least=WARM_UP)
         times = timed(ticks, policy.device, seconds=seconds, most=most, least=LEAST)
     case = policy.case
