@@ -97,11 +97,13 @@ class Robot:
             self.tick()
 
 
-def allocations(work: Callable[[], None]) -> list[str]:
-    """What torch's allocator on the CPU was asked for."""
+def allocations(work: Callable[[], None]) -> list[int]:
+    """The bytes that torch's allocator on the CPU was asked for, and was given back as negative
+    numbers.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    return [event.name for event in profiler.events() if event.self_cpu_memory_usage > 0]
+    return [e.self_cpu_memory_usage for e in profiler.events() if e.self_cpu_memory_usage != 0]
 
 
 @pytest.mark.skipif("cpu" not in CPU_IMPLS, reason="the reference makes temporaries")
@@ -117,16 +119,16 @@ class TestAllocations:
         robot = Robot(COUNTS["one number"], chunking="freeze")
         robot.live(2)
         robot.sampler._chunks.keep_frozen = robot.out.clone  # type: ignore[method-assign]
-        assert len(allocations(lambda: robot.live(3))) == 3
+        made = allocations(lambda: robot.live(3))
+        assert sum(size > 0 for size in made) == 3
 
     def test_those_of_autograd_go_again(self) -> None:
         """A guided network allocates what it keeps for its backward pass, in eager steps."""
         robot = Robot(COUNTS["changing"], chunking="guide")
         robot.live(3)
-        gc.collect()
-        before = live_tensors()
-        robot.live(30)
-        assert live_tensors() == before
+        made = allocations(lambda: robot.live(20))
+        assert sum(made) == 0
+        assert max(made) > 0
 
 
 def live_tensors() -> int:
@@ -171,22 +173,22 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RecordedGraph]]:
 
 
 @pytest.mark.parametrize("mode", ["auto", "loop"])
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("kind", (KINDS | GUIDED).values(), ids=KINDS | GUIDED)
 def test_one_launch_a_tick(
     kind: dict[str, Any],
-    counts: Any,
     mode: Any,
     recorded: list[RecordedGraph],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of a graph of all its steps, without memory that is made or a wait for the device."""
-    robot = Robot(counts, graph=mode, **kind)
+    robot = Robot(changing, graph=mode, **kind)
     robot.sampler.prepare()
     captured, launches = len(recorded), Launches(monkeypatch)
     with launches, NoSync():
         robot.live(20)
-    assert launches.replays == 20
+        robot.counts = COUNTS["one number"]
+        robot.live(10)
+    assert launches.replays == 30
     assert launches.made == []
     assert len(recorded) == captured
 
