@@ -28,6 +28,7 @@ def make_policy(*, cameras: int = 0, **config: Any) -> Any:
         inputs[ENVIRONMENT] = feature(kind.ENV, (4,))
     small = {
         "crop_shape": None,
+        "pretrained_backbone_weights": None,
         "down_dims": (8,),
         "n_groups": 4,
         "diffusion_step_embed_dim": 8,
