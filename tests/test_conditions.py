@@ -11,17 +11,21 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import fastddim
 from fastddim import Sampler, Schedule, Stream
+from fastddim.loop.arguments import ModelArguments
 from fastddim.loop.pool import POOL
+from fastddim.loop.rows import Rows
 
 from .support.models import SmallNet, elementwise_model
 from .support.paper import ddim_sample, guided, linear_alphas
@@ -938,3 +942,76 @@ class TestRuns:
         ):
             with pytest.raises(ValueError, match="uncond_"):
                 fastddim.generate(network, 3, tmp_path, **RUN, **other)
+
+
+class TestReplaced:
+    """Tensors just like those before take a shorter way, which a mapping that is no dict does not.
+
+    Both give the same, and refuse the same in the same words.
+    """
+
+    GIVEN: ClassVar[Arguments] = {
+        "y": torch.zeros(2, 3),
+        "one row": torch.zeros(1, 3),
+        "it's": torch.tensor(1.0),
+        "scale": 2.0,
+        "added": {"text": torch.zeros(2)},
+    }
+    TAKEN: ClassVar[dict[str, Arguments]] = {
+        "nothing": {},
+        "rows": {"y": torch.ones(2, 3)},
+        "none": {"it's": torch.tensor(3.0)},
+        "one row": {"one row": torch.ones(1, 3)},
+        "other rows": {"y": torch.ones(1, 3), "one row": torch.ones(2, 3)},
+        "a parameter": {"y": nn.Parameter(torch.ones(2, 3))},
+        "a number": {"y": torch.ones(2, 3), "scale": 2.0},
+        "nested": {"added": {"text": torch.ones(2)}},
+    }
+    REFUSED: ClassVar[dict[str, Arguments]] = {
+        "name": {"z": torch.ones(2, 3)},
+        "shape": {"y": torch.ones(2, 4)},
+        "dimensions": {"it's": torch.ones(1)},
+        "dtype": {"y": torch.ones(2, 3).double()},
+        "device": {"y": torch.ones(2, 3, device="meta")},
+        "number": {"y": torch.ones(2, 3), "scale": 3.0},
+        "no tensor": {"y": 1.0},
+        "no rows": {"added": torch.ones(2)},
+    }
+
+    @pytest.fixture
+    def before(self) -> ModelArguments:
+        return ModelArguments.of(self.GIVEN, None, batch=2, guided=False, apart=False)
+
+    @pytest.mark.parametrize("new", TAKEN)
+    def test_taken(self, new: str, before: ModelArguments) -> None:
+        given = self.TAKEN[new]
+        short, long = before.replaced(given, None), before.replaced(MappingProxyType(given), None)
+        assert short.key == long.key
+        for own, expected in ((short.model_kwargs, long.model_kwargs), (short.trees, long.trees)):
+            own_leaves, structure = tree_flatten_with_path(own)
+            leaves, expected_structure = tree_flatten_with_path(expected)
+            assert structure == expected_structure
+            for (path, leaf), (other_path, other) in zip(own_leaves, leaves, strict=True):
+                assert path == other_path
+                if isinstance(leaf, Rows):
+                    assert (leaf.parts, leaf.each, leaf.whole) == (
+                        *(other.parts, other.each, other.whole),
+                    )
+                else:
+                    assert leaf is other
+
+    @pytest.mark.parametrize("new", REFUSED)
+    def test_refused(self, new: str, before: ModelArguments) -> None:
+        given = self.REFUSED[new]
+        with pytest.raises((TypeError, ValueError)) as long:
+            before.replaced(MappingProxyType(given), None)
+        with pytest.raises(type(long.value), match=f"^{re.escape(str(long.value))}$"):
+            before.replaced(given, None)
+
+    def test_names(self) -> None:
+        """Those of tensors alone are those of a walk through the tree."""
+        given = {"y": torch.ones(1), "it's": torch.ones(1), 'a "b"': torch.ones(1)}
+        names = [keystr(path) for path, _ in tree_flatten_with_path(given)[0]]
+        arguments = ModelArguments.of(given, None, batch=1, guided=False, apart=False)
+        assert list(arguments.tensors) == names
+        assert list(arguments.replaced(MappingProxyType(given), None).tensors) == names

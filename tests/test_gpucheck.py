@@ -734,7 +734,7 @@ class TestDryRun:
             "ddpm, fashion U-Net, fastddim, 4",
             "compiled, policy head, torch.compile",
             "policy, MLP, network alone",
-            "policy, small U-Net, graph=False",
+            "policy, MLP, graph=False",
         }
         assert expected <= set(measured)
         for row in measured.values():

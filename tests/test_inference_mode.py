@@ -117,6 +117,15 @@ def test_any_order_of_modes(name: str, made: str, uses: tuple[str, ...]) -> None
                 result.requires_grad_().sum().backward()
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_modes_of_the_caller_are_back(gradients: bool) -> None:
+    own = fastddim.Sampler(SmallNet(), S, shape=SHAPE)
+    with torch.inference_mode(), torch.set_grad_enabled(gradients):
+        own(seed=1)
+        assert torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled() == gradients
+
+
 def test_a_run_into_files(tmp_path: Path) -> None:
     shards = []
     for name, mode in MODES.items():

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bench_policies
+import harness
+import policy_cases
 import policy_tables
 import pytest
 import tables
@@ -93,15 +94,13 @@ class TestLoops:
     def test_a_case(self, case: Case) -> None:
         """All loops make the same actions, and each is timed at every tick."""
         peers.lerobot()
-        row = bench_policies.measured(toy(case), seconds=0, most=2)
+        row = policy_cases.measured(toy(case), seconds=0, most=2)
         assert set(row["timings"]) == {FLOOR, OURS, INSTALLED, THEIRS}
         assert list(row["left_out"]) == [COMPILED]
         assert row["ticks"] == 2
         for timing in row["timings"].values():
             assert 0 < timing["returned_seconds"] <= timing["seconds"]
-        text = policy_tables.policies_as_markdown(
-            {"machine": result_of("policies-cpu")["machine"], "rows": [row]}
-        )
+        text = policy_tables.policies_as_markdown({"machine": harness.machine(), "rows": [row]})
         assert f"| {case.name} |" in text
 
     @pytest.mark.parametrize("ddpm", [False, True])
@@ -156,7 +155,7 @@ class TestResults:
         machine = result["machine"]
         assert all(machine[key] for key in ("cpu", "instruction_set", "torch", "commit"))
         assert machine["modified"] is False, "measured on uncommitted code"
-        assert [row["case"] for row in result["rows"]] == [c.name for c in bench_policies.CASES]
+        assert [row["case"] for row in result["rows"]] == [c.name for c in policy_cases.CASES]
         for row in result["rows"]:
             timed = {*row["timings"], *row["left_out"]}
             assert timed == {FLOOR, OURS, INSTALLED, THEIRS, COMPILED}

@@ -106,6 +106,16 @@ def guided_options(options: SamplerOptions, setup: Setup, max_weight: float) -> 
     }
 
 
+def rederives_eps(options: SamplerOptions) -> bool:
+    """Whether a guided step derives ε from x_0: where it is asked to, and where x_0 has a limit.
+
+    The output of the guided network has ε of x̂_0' before the limit. With x_0 after it, this would
+    push the state the other way by all that the limit takes off.
+    """
+    limited = options.clip is not None or options.dynamic_thresholding_ratio is not None
+    return options.rederive_eps or limited
+
+
 def guiding(model_kwargs: Any, chunks: Chunks) -> dict[str, Any]:
     """The arguments of a guided model, with what they are guided to.
 

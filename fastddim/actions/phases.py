@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastddim import backends
-from fastddim.actions.chunking import guided_options, guiding
+from fastddim.actions.chunking import guided_options, guiding, rederives_eps
 from fastddim.actions.chunks import Chunks, check_shape
 from fastddim.actions.options import CHUNKINGS, ActionStreamOptions
 from fastddim.actions.warm import WarmStart, first_step_of
@@ -162,6 +162,7 @@ class ActionStream(Rebuilt):
             )
         )
         self._request = shared(RequestOptions, options)
+        self._rederives_eps = rederives_eps(given)
         self._steps = described_steps(setup.plan, given)
         self.dtype, self.device = self._stream.dtype, self._stream.device
         count = self.shape[0] if options.environments is None else options.environments
@@ -291,6 +292,8 @@ class ActionStream(Rebuilt):
             taken |= {"mask": chunk.mask, "known": chunk.shifted}
         if self._chunking == "guide":
             taken["model_kwargs"] = guiding(model_kwargs, chunk)
+            if self._continues[at]:
+                taken["rederive_eps"] = self._rederives_eps
         return taken
 
     def _settle(self, ticket: ChunkTicket, request: Future[Tensor]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastddim import backends, transfer
 from fastddim.actions.budget import within_budget
-from fastddim.actions.chunking import guided_options, guiding
+from fastddim.actions.chunking import guided_options, guiding, rederives_eps
 from fastddim.actions.chunks import Chunks, check_shape, checked_counts, listed
 from fastddim.actions.log import Header, LoggedTick, LogWriter, header_of, observation_digest
 from fastddim.actions.options import CHUNKINGS, ActionOptions, TickOptions
@@ -60,7 +60,8 @@ class ActionSampler(Rebuilt):
         warm_start: how many of the last steps a tick takes that has a chunk before it, in
             [1, S − 1]; None for all of them. At order 1 only, and not with tuned steps.
         chunking: how the new chunk agrees with the last one; see above. `"guide"` is without
-            `guidance_scale`, and `clip` and `denoised_fn` come after the pull.
+            `guidance_scale`; `clip` and `denoised_fn` come after the pull, and ε is derived from an
+            x_0 that `clip` or thresholding limits.
         max_guidance_weight: β of `"guide"`, which bounds the pull.
         budget_ms: the time that a tick may take. With it, ticks are measured here, with the given
             observation and of the kinds that will be taken, the first of an episode as well, and
@@ -112,8 +113,11 @@ class ActionSampler(Rebuilt):
         if self._chunking == "guide":
             told = guided_options(given, self._sampler._setup, weight)
             nothing = Chunks(self.shape, self.dtype, self.device)
-            own = {**told, "model_kwargs": guiding(given.model_kwargs, nothing)}
-            self._guided = Sampler(**vars(replace(given, **own)))
+            told |= {
+                "model_kwargs": guiding(given.model_kwargs, nothing),
+                "rederive_eps": rederives_eps(given),
+            }
+            self._guided = Sampler(**vars(replace(given, **told)))
         self.tick = 0
         self._continues = False
         self._rebuild()
