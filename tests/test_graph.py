@@ -716,6 +716,16 @@ def test_launches_beside_the_graph(mode, call, expected, eta, captures, monkeypa
     assert mode.ran == expected
 
 
+def test_given_noise_of_all_steps_is_one_copy(captures, monkeypatch):
+    sampler = Sampler(same, 4, shape=SHAPE, schedule=LINEAR, eta=1.0, graph="loop")
+    call = {"x_T": latents(), "noise": latents((4, *SHAPE))}
+    sampler(**call)
+    monkeypatch.setattr(RecordedGraph, "replay", lambda self: None)
+    with Launches() as mode:
+        sampler(**call)
+    assert mode.ran == [*TAKEN, "copy_", *RESULT]
+
+
 class Name(str):
     """A string with ways of its own."""
 

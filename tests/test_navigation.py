@@ -164,7 +164,7 @@ def test_the_command_line_saves_what_it_trained(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.deep
-def test_minutes_of_training_bring_robots_to_the_goal():
+def test_half_a_minute_of_training_brings_robots_to_the_goal():
     recipe = replace(navigation.QUICK, width=96, blocks=2, episodes=8000, steps=2500, batch=256)
     arrived = []
     for steps in (0, recipe.steps):
@@ -173,7 +173,7 @@ def test_minutes_of_training_bring_robots_to_the_goal():
         navigation.drive(navigation.sampler_of(policy, 300, 10, 1, order=2), episodes)
         arrived.append(episodes.arrived.mean())
     assert arrived[0] < 0.02
-    assert arrived[1] > 0.3
+    assert arrived[1] > 0.15
 
 
 def test_ddpm_is_that_of_diffusers():

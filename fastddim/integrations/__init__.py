@@ -12,7 +12,8 @@ To add one:
    cover go to the peer's own code. Methods that the peer calls on its objects and the drop-in does
    not are named in a `_hooks.Hooks`, and called where they are overridden. Indices that users give
    go through `_indices`.
-3. Compute the coefficients by the peer's operations and in its dtype, as a `fastddim.plan.Row` with
+3. Prepare the loop of a policy, which walks a scheduler of diffusers, by `_policies`. Otherwise
+   compute the coefficients by the peer's operations and in its dtype, as a `fastddim.plan.Row` with
    one entry a step, and make the table by `_tables.step_table`. Where each step is a call of its
    own, keep the table in a cache as `_tables` describes.
 4. Add the peer to `tests/support/dropins`, a test that compares the two live, the module to

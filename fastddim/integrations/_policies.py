@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddim import transfer
-from fastddim.adapter import Model, output_tensor
+from fastddim.adapter import Model, check_eval, output_tensor
 from fastddim.cache import Cache
 from fastddim.choices import Graph, Impl
 from fastddim.integrations._scheduler_steps import SchedulerSteps, Uncovered
@@ -130,6 +130,7 @@ class Samplers:
 
     def _prepared(self, call: LoopCall) -> PolicySampler | str:
         try:
+            # In none of the caller's modes, since the steps are kept.
             steps = elsewhere(
                 lambda: SchedulerSteps.of(call.scheduler, call.steps, call.step_kwargs)
             )
@@ -167,7 +168,7 @@ class Samplers:
         given = [tensor for tensor in tensors if tensor is not None]
         if any(type(t) not in PLAIN or transfer.captured(t.device) for t in given):
             return False
-        if network.training:
+        if network.training and _trains(network):
             self.warn("its network is in training mode; call policy.eval()")
             return False
         return not torch.is_grad_enabled() or not any(
@@ -240,9 +241,19 @@ class PolicySampler:
             return None
         shape = (self._steps.plan.steps, *self._sampler.shape)
         noise = torch.empty(shape, dtype=self._noise_dtype, device=self._sampler.device)
+        rows = noise.unbind()
         for s in self._steps.drawn:
-            _draw(noise[s], generator)
+            _draw(rows[s], generator)
         return noise
+
+
+def _trains(network: nn.Module) -> bool:
+    """Whether a network is in training mode, and not only a wrapper around it."""
+    try:
+        check_eval(network)
+    except ValueError:
+        return True
+    return False
 
 
 def _output(options: SamplerOptions, sampler: Sampler, timestep: Tensor) -> Tensor:

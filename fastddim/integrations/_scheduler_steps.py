@@ -91,6 +91,8 @@ def _ancestral(scheduler: Any) -> SchedulerSteps:
     config, timesteps = scheduler.config, scheduler.timesteps
     if config["variance_type"] not in FIXED_VARIANCES:
         raise Uncovered(f"its scheduler has variance_type={config['variance_type']!r}")
+    if not hasattr(scheduler, "previous_timestep"):
+        raise Uncovered("its scheduler is of an old release of diffusers")
     before = torch.tensor([int(scheduler.previous_timestep(t)) for t in timesteps])
     a, p = _alphas(scheduler, before, torch.ones(()))
     row = ancestral_row(config, a, p)

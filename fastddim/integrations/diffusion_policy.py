@@ -40,10 +40,9 @@ import torch
 from torch import Tensor
 
 from fastddim.choices import Graph, Impl
+from fastddim.integrations._conditional_sample import METHOD, ConditionalSample
 from fastddim.integrations._hooks import Hooks
-from fastddim.integrations._policies import LoopCall, Samplers
-from fastddim.integrations._scheduler_steps import SCHEDULERS, scheduler_kind
-from fastddim.loop.copying import Rebuilt
+from fastddim.integrations._policies import LoopCall
 
 Policy = TypeVar("Policy")
 
@@ -54,9 +53,6 @@ _UNETS = (
     "DiffusionUnetVideoPolicy",
 )
 _TRANSFORMERS = ("DiffusionTransformerLowdimPolicy", "DiffusionTransformerHybridImagePolicy")
-
-_METHOD = "conditional_sample"
-_HOOKS = Hooks(_METHOD, of=(*_UNETS, *_TRANSFORMERS))
 
 
 def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Policy:
@@ -78,20 +74,7 @@ def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Po
         TypeError: it is no such policy, or its scheduler neither DDPM's nor DDIM's.
         ValueError: its `conditional_sample` is not the repository's, or an option is unknown.
     """
-    kind = _kind_of(policy)
-    if not _is_installed(policy):
-        if _HOOKS.overridden(policy):
-            raise ValueError(
-                f"policy: expected the repository's own {_METHOD}, got "
-                f"{type(policy).__qualname__} with another"
-            )
-        scheduler = getattr(policy, "noise_scheduler", None)
-        if scheduler_kind(scheduler) is None:
-            raise TypeError(
-                f"policy: expected a scheduler of {' or '.join(SCHEDULERS)}, "
-                f"got {type(scheduler).__qualname__}"
-            )
-    setattr(policy, _METHOD, kind(policy, graph, impl))
+    _kind_of(policy).install(policy, graph, impl)
     return policy
 
 
@@ -104,14 +87,8 @@ def uninstall(policy: Policy) -> Policy:
     Raises:
         TypeError: it is none of the repository's diffusion policies.
     """
-    _kind_of(policy)
-    if _is_installed(policy):
-        delattr(policy, _METHOD)
+    _kind_of(policy).uninstall(policy)
     return policy
-
-
-def _is_installed(policy: Any) -> bool:
-    return isinstance(vars(policy).get(_METHOD), _ConditionalSample)
 
 
 def _kind_of(policy: Any) -> type[_OfUnet] | type[_OfTransformer]:
@@ -127,22 +104,18 @@ def _kind_of(policy: Any) -> type[_OfUnet] | type[_OfTransformer]:
     raise TypeError(f"policy: expected one of {known}, got {type(policy).__qualname__}")
 
 
-class _ConditionalSample(Rebuilt):
-    """`conditional_sample` of one policy; a copy belongs to the policy's copy."""
+class _ConditionalSample(ConditionalSample):
+    """The method of a policy."""
+
+    peer = "diffusion_policy"
+    hooks = Hooks(METHOD, of=(*_UNETS, *_TRANSFORMERS))
 
     _evaluate: ClassVar[Callable[..., Any]]
     """`(network, x, t, *, data, mask, ...)`, where `...` are the conditions by name."""
 
-    def __init__(self, policy: Any, graph: Graph, impl: Impl) -> None:
-        self._policy, self._graph, self._impl = policy, graph, impl
-        self._rebuild()
-
     def _build(self) -> None:
-        self._samplers = Samplers("diffusion_policy", graph=self._graph, impl=self._impl)
+        super()._build()
         self._model: Any = None
-
-    def _functions(self) -> tuple[Any, ...]:
-        return (self._policy,)
 
     def _sample(
         self,
@@ -171,15 +144,13 @@ class _ConditionalSample(Rebuilt):
             sampler = self._samplers.find(call)
             if sampler is not None:
                 return torch.where(mask, data, sampler.draw(given, generator))
-        own = getattr(type(self._policy), _METHOD)
-        samples: Tensor = own(self._policy, data, mask, **conditions, generator=generator, **kwargs)
-        return samples
+        return self._own_loop(data, mask, **conditions, generator=generator, **kwargs)
 
     def _takes(self, data: Tensor, mask: Tensor, *conditions: Tensor) -> bool:
         """Whether a sampler may stand for the loop, as far as that does not depend on the steps."""
-        if not self._samplers.takes(self._policy.model, data, mask, *conditions):
+        if not self._samplers.takes(self._owner.model, data, mask, *conditions):
             return False
-        scheduler, reason = self._policy.noise_scheduler, None
+        scheduler, reason = self._owner.noise_scheduler, None
         if mask.dtype is not torch.bool or mask.shape != data.shape:
             reason = f"condition_mask is no bool tensor of shape {tuple(data.shape)}"
         elif getattr(scheduler.config, "thresholding", False):
@@ -193,9 +164,9 @@ class _ConditionalSample(Rebuilt):
         self, data: Tensor, given: Mapping[str, Tensor], kwargs: Mapping[str, Any]
     ) -> LoopCall:
         return LoopCall(
-            self._inpainting(self._policy.model),
-            self._policy.noise_scheduler,
-            self._policy.num_inference_steps,
+            self._inpainting(self._owner.model),
+            self._owner.noise_scheduler,
+            self._owner.num_inference_steps,
             tuple(data.shape),
             data.dtype,
             data.device,

@@ -27,7 +27,7 @@ the caller's.
 Different: in half precision and under autocast a step is computed in float32 and rounded once,
 where diffusers rounds every operation. The scheduler's own `timesteps` are not set.
 
-Compared with lerobot 0.4.4, whose `conditional_sample` is that of 0.3.3 and 0.4.0.
+Compared with lerobot 0.4.4, and by hand with 0.4.0 and 0.3.3.
 """
 
 from __future__ import annotations
@@ -38,15 +38,13 @@ import torch
 from torch import Tensor
 
 from fastddim.choices import Graph, Impl
+from fastddim.integrations._conditional_sample import METHOD, ConditionalSample
 from fastddim.integrations._hooks import Hooks
-from fastddim.integrations._policies import LoopCall, Samplers
-from fastddim.integrations._scheduler_steps import SCHEDULERS, scheduler_kind
-from fastddim.loop.copying import Rebuilt
+from fastddim.integrations._policies import LoopCall
 
 Policy = TypeVar("Policy")
 
-_METHOD = "conditional_sample"
-_HOOKS = Hooks(_METHOD, of=("DiffusionModel",))
+_CLASS = "DiffusionModel"
 
 
 def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Policy:
@@ -63,25 +61,12 @@ def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Po
         TypeError: it is no diffusion policy of LeRobot, or its scheduler neither DDPM's nor DDIM's.
         ValueError: its `conditional_sample` is not LeRobot's, or an option is unknown.
     """
-    diffusion = _diffusion_of(policy)
-    if not is_installed(diffusion):
-        if _HOOKS.overridden(diffusion):
-            raise ValueError(
-                f"policy: expected LeRobot's own {_METHOD}, got {type(diffusion).__qualname__} "
-                "with another"
-            )
-        scheduler = diffusion.noise_scheduler
-        if scheduler_kind(scheduler) is None:
-            raise TypeError(
-                f"policy: expected a scheduler of {' or '.join(SCHEDULERS)}, "
-                f"got {type(scheduler).__qualname__}"
-            )
-    setattr(diffusion, _METHOD, ConditionalSample(diffusion, graph, impl))
+    _ConditionalSample.install(_diffusion_of(policy), graph, impl)
     return policy
 
 
 def uninstall(policy: Policy) -> Policy:
-    """Take back what `install` has done to a policy, if anything.
+    """Take back what `install` has done to a policy, or to what it is a copy of, if anything.
 
     Returns:
         The policy.
@@ -89,46 +74,25 @@ def uninstall(policy: Policy) -> Policy:
     Raises:
         TypeError: it is no diffusion policy of LeRobot.
     """
-    diffusion = _diffusion_of(policy)
-    if is_installed(diffusion):
-        delattr(diffusion, _METHOD)
+    _ConditionalSample.uninstall(_diffusion_of(policy))
     return policy
-
-
-def is_installed(diffusion: Any) -> bool:
-    return isinstance(vars(diffusion).get(_METHOD), ConditionalSample)
 
 
 def _diffusion_of(policy: Any) -> Any:
     """The `DiffusionModel` of a policy, told by the name of its class: LeRobot is not imported."""
     diffusion = getattr(policy, "diffusion", None)
-    if all(base.__name__ != "DiffusionModel" for base in type(diffusion).__mro__):
+    if all(base.__name__ != _CLASS for base in type(diffusion).__mro__):
         raise TypeError(
             f"policy: expected a DiffusionPolicy of LeRobot, got {type(policy).__qualname__}"
         )
     return diffusion
 
 
-class ConditionalSample(Rebuilt):
-    """`DiffusionModel.conditional_sample` of one model, on the model itself.
+class _ConditionalSample(ConditionalSample):
+    """The method of a `DiffusionModel`."""
 
-    A copy of the model has one that samples with the copy.
-    """
-
-    def __init__(self, diffusion: Any, graph: Graph, impl: Impl) -> None:
-        """
-        Args:
-            diffusion: the `DiffusionModel`.
-            graph, impl: as in `install`.
-        """
-        self._diffusion, self._graph, self._impl = diffusion, graph, impl
-        self._rebuild()
-
-    def _build(self) -> None:
-        self._samplers = Samplers("lerobot", graph=self._graph, impl=self._impl)
-
-    def _functions(self) -> tuple[Any, ...]:
-        return (self._diffusion,)
+    peer = "lerobot"
+    hooks = Hooks(METHOD, of=(_CLASS,))
 
     def __call__(
         self,
@@ -148,20 +112,17 @@ class ConditionalSample(Rebuilt):
         Returns:
             Actions `[B, horizon, action_dim]`.
         """
-        diffusion = self._diffusion
-        if self._samplers.takes(diffusion.unet, global_cond, noise):
-            call = self._loop_call(batch_size, global_cond, noise)
+        if self._samplers.takes(self._owner.unet, global_cond, noise):
+            call = self._call(batch_size, global_cond, noise)
             sampler = self._samplers.find(call)
             if sampler is not None:
                 return sampler.draw(call.model_kwargs, generator, noise)
-        own = getattr(type(diffusion), _METHOD)
-        actions: Tensor = own(diffusion, batch_size, global_cond, generator, noise)
-        return actions
+        # LeRobot 0.3.3 has no noise=.
+        given = {} if noise is None else {"noise": noise}
+        return self._own_loop(batch_size, global_cond, generator, **given)
 
-    def _loop_call(
-        self, batch_size: int, global_cond: Tensor | None, noise: Tensor | None
-    ) -> LoopCall:
-        diffusion = self._diffusion
+    def _call(self, batch_size: int, global_cond: Tensor | None, noise: Tensor | None) -> LoopCall:
+        diffusion = self._owner
         shape: tuple[int, ...]
         if noise is None:
             like, config = next(diffusion.parameters()), diffusion.config

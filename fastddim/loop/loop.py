@@ -354,8 +354,12 @@ class Loop:
         return self._programs.choose(run, self._arguments)
 
     def _replay(self, program: Program, noise: NoiseSource, first: int) -> None:
-        if program.noise is not None:
-            for s, row in enumerate(program.noise, start=first):
+        staged = program.noise
+        if staged is not None and isinstance(noise, Tensor):
+            # In one copy: a launch for each step would take longer than the steps of a small model.
+            staged.copy_(noise[first : first + len(staged)])
+        elif staged is not None:
+            for s, row in enumerate(staged, start=first):
                 z = noise_at(noise, s, self.buffers.state)
                 assert z is not None
                 row.copy_(z)

@@ -189,7 +189,7 @@ class TestModes:
         """It is drawn in the dtype of the network's output, as LeRobot draws it."""
         policy = lerobot.install(make_policy(num_inference_steps=5))
         with torch.autocast("cpu", torch.bfloat16):
-            same_actions(policy, 0.03)
+            same_actions(policy, 0.03, environments=3)
 
     def test_transforms(self, policy):
         noise, condition = torch.randn(2, 1, 4, 2), torch.randn(1, 14)
@@ -285,8 +285,9 @@ class TestChanges:
 
     @pytest.mark.deep
     def test_compiled_network(self, policy):
-        policy.diffusion.unet = torch.compile(policy.diffusion.unet, backend="eager").eval()
+        policy.diffusion.unet = torch.compile(policy.diffusion.unet, backend="eager")
         same_actions(policy)
+        assert len(prepared(policy)) == 1
 
     def test_environments(self, policy):
         for environments in (1, 2, 1):
@@ -304,7 +305,7 @@ class TestCopies:
                     parameter.add_(0.1)
             assert (same_actions(copied) - same_actions(policy)).abs().max() > 1e-3
         lerobot.uninstall(copied)
-        assert lerobot.is_installed(policy.diffusion)
+        assert "conditional_sample" in vars(policy.diffusion)
 
     def test_pickle(self, policy):
         expected, file = same_actions(policy), io.BytesIO()
@@ -367,8 +368,8 @@ class TestInstall:
         policy, other = make_policy(**DDIM), make_policy(**DDIM)
         before = dict(vars(policy.diffusion))
         assert lerobot.install(policy) is policy
-        assert lerobot.is_installed(policy.diffusion)
-        assert not lerobot.is_installed(other.diffusion)
+        assert vars(policy.diffusion).keys() - before == {"conditional_sample"}
+        assert vars(other.diffusion).keys() == before.keys()
         assert lerobot.uninstall(policy) is policy
         assert vars(policy.diffusion) == before
 
@@ -394,7 +395,7 @@ class TestInstall:
     def test_another_method(self):
         policy = make_policy()
         policy.diffusion.conditional_sample = lambda *_args, **_kwargs: None
-        with pytest.raises(ValueError, match="LeRobot's own conditional_sample, got Diff"):
+        with pytest.raises(ValueError, match="lerobot's own conditional_sample, got Diff"):
             lerobot.install(policy)
 
     @pytest.mark.parametrize("option", ["graph", "impl"])

@@ -11,7 +11,7 @@ import torch
 
 import fastddim
 
-from ..support.dropins.diffusion_policy import make as make_policy
+from ..support.dropins.diffusion_policy import make as make_diffusion_policy
 from ..support.dropins.diffusion_policy import observation
 from ..support.dropins.ermongroup import LINEAR as BETAS
 from ..support.dropins.ermongroup import model as ermongroup_model
@@ -20,6 +20,8 @@ from ..support.dropins.guided_diffusion import Model as GuidedModel
 from ..support.dropins.guided_diffusion import make as make_guided
 from ..support.dropins.k_diffusion import LINEAR, denoiser, levels
 from ..support.dropins.latent_diffusion import Latent
+from ..support.dropins.lerobot import make_policy as make_lerobot_policy
+from ..support.dropins.lerobot import observations
 from ..support.dropins.lucidrains import Model as LucidrainsModel
 from ..support.dropins.peers import (
     TOLERANCE,
@@ -105,9 +107,14 @@ def a_webui():
     return names | {"timesteps": timesteps}, modules | {"modules.sd_samplers_timesteps_impl": impl}
 
 
-def a_policy():
+def a_policy_of_lerobot():
+    policy = make_lerobot_policy(num_inference_steps=5)
+    return {"policy": policy, "observation": next(observations(policy, 2))}, {}
+
+
+def a_diffusion_policy():
     scheduler = diffusers.DDPMScheduler(20, beta_schedule="squaredcos_cap_v2")
-    policy = make_policy("inpainting", scheduler).requires_grad_(False)
+    policy = make_diffusion_policy("inpainting", scheduler).requires_grad_(False)
     return {"policy": policy, "obs_dict": observation(0)}, {}
 
 
@@ -132,7 +139,8 @@ CASES = {
     "lucidrains' denoising-diffusion-pytorch": (a_diffusion_of_lucidrains, "images"),
     "k-diffusion": (a_denoiser, "x_0"),
     "AUTOMATIC1111's stable-diffusion-webui": (a_webui, "image"),
-    "real-stanford/diffusion_policy": (a_policy, "action"),
+    "LeRobot": (a_policy_of_lerobot, "action"),
+    "real-stanford/diffusion_policy": (a_diffusion_policy, "action"),
     "A loop of your own": (a_loop, "x"),
 }
 

@@ -26,7 +26,13 @@ def make_policy(*, cameras: int = 0, **config: Any) -> Any:
         inputs[f"observation.images.{camera}"] = feature(kind.VISUAL, IMAGE)
     if not cameras:
         inputs[ENVIRONMENT] = feature(kind.ENV, (4,))
-    small = {"down_dims": (8,), "n_groups": 4, "diffusion_step_embed_dim": 8, "horizon": 4}
+    small = {
+        "crop_shape": None,
+        "down_dims": (8,),
+        "n_groups": 4,
+        "diffusion_step_embed_dim": 8,
+        "horizon": 4,
+    }
     peer.modeling.torchvision = types.SimpleNamespace(models=types.SimpleNamespace(resnet18=_Eye))
     with torch.random.fork_rng():
         torch.manual_seed(0)
