@@ -77,7 +77,9 @@ def exact(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(x_prev, x_0, epsilon) in extended precision, on the coefficients that the kernel reads.
 
-    `z` is what `drawn` says, which takes longer than the sums. `absolute`: the same sums over the absolute values of their terms.
+    Args:
+        z: the noise, by `drawn`, which takes longer than the sums.
+        absolute: the same sums over the absolute values of their terms.
     """
 
     def wide(values: Tensor) -> np.ndarray:
