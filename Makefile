@@ -18,7 +18,8 @@ COMPILE := $(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
 RESULTS := benchmarks/results
 # The file that `make test` writes versions and counts into, if any.
 RECORD :=
-# As many workers as this process has cores, each with one thread. A file's tests share what it builds.
+# As many workers as this process has cores, each with one thread; in pytest, a file's tests share what
+# it builds.
 WORKERS ?= $(shell $(BIN)/python -c "import os; print(len(os.sched_getaffinity(0)))")
 RUN_TESTS = $(BIN)/pytest -n $(WORKERS) --dist loadfile $(if $(RECORD),--record=$(RECORD))
 # `make report` begins no cell of a quality table later than this; cells of earlier runs are kept.
@@ -89,7 +90,7 @@ test-faults: $(VENV)/.installed-dev ## Kill and break runs of many samples, and 
 lint: $(VENV)/.installed-dev ## Check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(WORKERS)
 ifneq ($(CXX_FILES),)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 endif
