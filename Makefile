@@ -19,9 +19,9 @@ RESULTS := benchmarks/results
 # The file that `make test` writes versions and counts into, if any.
 RECORD :=
 # As many workers as this process has cores, each with one thread; in pytest, a file's tests share what
-# it builds.
+# it builds, and files are in the order of tests/conftest.py.
 WORKERS ?= $(shell $(BIN)/python -c "import os; print(len(os.sched_getaffinity(0)))")
-RUN_TESTS = $(BIN)/pytest -n $(WORKERS) --dist loadfile $(if $(RECORD),--record=$(RECORD))
+RUN_TESTS = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(RECORD),--record=$(RECORD))
 # `make report` begins no cell of a quality table later than this; cells of earlier runs are kept.
 REPORT_SECONDS ?= 600
 
