@@ -125,6 +125,7 @@ report: $(VENV)/.installed-report ## Measure all that the README shows, and fill
 	$(BIN)/python benchmarks/quality/grid.py digits --count 10000 --long --seconds $(REPORT_SECONDS)
 	$(BIN)/python benchmarks/quality/grid.py fashion --count 2000 --long --seconds $(REPORT_SECONDS)
 	$(BIN)/python benchmarks/paper/few_steps.py
+	$(BIN)/python benchmarks/policies/success.py
 	$(BIN)/pytest benchmarks -s --results $(RESULTS)
 	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python benchmarks/tables.py

@@ -30,7 +30,8 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
         return
     result = {"machine": machine(), "rows": collected}
     name: str = request.module.RESULTS
-    print(f"\n\n{TABLES[name](result)}\n")
+    as_markdown = getattr(request.module, "as_markdown", None) or TABLES[name]
+    print(f"\n\n{as_markdown(result)}\n")
     folder: Path | None = request.config.getoption("--results")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

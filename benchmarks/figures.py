@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,21 @@ if __name__ == "__main__":
 
 from harness import machine
 from paper import experiments
-from paper.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Level, Line, Panel, Plot, plots, sheet
+from paper.plots import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    Level,
+    Line,
+    Panel,
+    Plot,
+    plots,
+    sheet,
+)
+from paper.timeline import DARK, LIGHT, timeline
 from quality import data
 from quality.grid import fingerprint
 from quality_tables import FEW_KINDS, PAPER_RECONSTRUCTION, baseline_of
@@ -245,6 +259,62 @@ def plot_sampling(work: Work) -> None:
     plots(work.figures / "sampling.png", panels, columns=3)
 
 
+def plot_timeline(work: Work) -> None:
+    """The loop of a robot in time, for light and dark pages; nothing in it is measured."""
+    for name, theme in (("timeline", LIGHT), ("timeline-dark", DARK)):
+        timeline(work.figures / f"{name}.png", theme)
+
+
+def plot_policies(work: Work) -> None:
+    """Arrivals of a trained policy, and what its chunks of actions miss, by steps."""
+    result = work.read("policy-success")
+    plots(work.figures / "policy-success.png", [arrivals_plot(result), actions_plot(result)])
+
+
+def arrivals_plot(result: dict[str, Any]) -> Plot:
+    """One line for each way to take few steps, and the level of all of DDPM's."""
+    lines = [
+        Line(
+            way,
+            [row["steps"] for row in rows],
+            [100 * row["success"] for row in rows],
+            color,
+            marker,
+            error=[100 * row["error"] for row in rows],
+        )
+        for way, color, marker, rows in _ways(result, "success")
+    ]
+    own = next(row for row in result["rows"] if (row["way"], row["steps"]) == ("η = 1", 100))
+    level = Level("DDPM, 100 steps", 100 * own["success"], below=True, error=100 * own["error"])
+    title, ylabel = "episodes that arrive", "percent"
+    return Plot(title, lines, "steps S", ylabel, [level], linear=True)
+
+
+def actions_plot(result: dict[str, Any]) -> Plot:
+    """One line for each way to solve the ODE in few steps."""
+    lines = [
+        Line(way, [row["steps"] for row in rows], [row["distance"] for row in rows], color, marker)
+        for way, color, marker, rows in _ways(result, "distance")
+    ]
+    return Plot("distance to the exact solution", lines, "steps S", "root mean square, speeds")
+
+
+def _ways(
+    result: dict[str, Any], value: str
+) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
+    """The ways to take few steps of the trained policy, with their style and rows."""
+    for way, color, marker in zip(
+        ("η = 1", "order 1, leading", "order 1", "order 2", "tuned", "warm start"),
+        (ORANGE, GREY, BLUE, GREEN, PURPLE, BLACK),
+        ("s", "x", "o", "^", "D", "v"),
+        strict=True,
+    ):
+        own = [row for row in result["rows"] if (row["policy"], row["way"]) == ("trained", way)]
+        rows = [row for row in own if value in row and row["steps"] < 100]
+        if rows:
+            yield way, color, marker, rows
+
+
 def quality_plot(result: dict[str, Any]) -> Plot:
     """One line for each kind of few steps that a model was measured with, and DDPM's level."""
     lines = []
@@ -273,6 +343,8 @@ PLOTS = {
     "reconstruction": plot_reconstruction,
     "quality": plot_quality,
     "sampling": plot_sampling,
+    "timeline": plot_timeline,
+    "policies": plot_policies,
 }
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import few_steps_tables
 import gpu_tables
+import policy_tables
+import success_tables
 import third_party_tables
 import version_tables
 from cpu_results import result_of
@@ -72,6 +74,8 @@ def blocks() -> dict[str, str]:
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
     "README.md": blocks,
     "docs/gpu.md": gpu_tables.blocks,
+    "docs/results/policy-success.md": success_tables.blocks,
+    "docs/results/policy-speed.md": policy_tables.blocks,
     "docs/third-party.md": third_party_tables.blocks,
     "docs/tune.md": few_steps_tables.blocks,
     "docs/versions.md": version_tables.blocks,

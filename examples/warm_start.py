@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fastddim
 
-STEPS, WARM = 10, 6  # a warm start goes on at this step
+STEPS, WARM = 10, 4  # all steps, and those of a warm start
 HORIZON, TICKS = 16, 24
 PACE = 1 / (TICKS + HORIZON)  # of the way to the goal, each tick
 WIDTH = 0.05  # how much demonstrations vary
@@ -48,24 +48,24 @@ class Policy(nn.Module):
         return (1 - a).sqrt() / variance * (plan - a.sqrt() * way)
 
 
-def drive(sampler: fastddim.Sampler, *, warm: bool) -> tuple[list[float], int]:
-    """Where the robot is after each tick, and how often the policy was evaluated."""
-    schedule = Policy.schedule
-    resumed_at = fastddim.select_timesteps(schedule.T, STEPS).tolist()[WARM]
-    places, evaluations = [], 0
-    plan = None
+def make_sampler(*, warm: bool) -> fastddim.ActionSampler:
+    return fastddim.ActionSampler(
+        Policy().eval(),
+        STEPS,
+        shape=(1, HORIZON, 1),
+        warm_start=WARM if warm else None,
+        model_kwargs={"observation": torch.zeros(1, 1)},
+    )
+
+
+def drive(sampler: fastddim.ActionSampler) -> list[float]:
+    """Where the robot is after each tick."""
+    places = []
     for tick in range(TICKS):
         now = {"observation": torch.full((1, 1), PACE * tick)}
-        if warm and plan is not None:
-            moved_on = torch.cat([plan[:, 1:], plan[:, -1:]], 1)
-            x_t = schedule.add_noise(moved_on, resumed_at, seed=tick)
-            plan = sampler(model_kwargs=now, x_T=x_t, first_step=WARM)
-            evaluations += STEPS - WARM
-        else:
-            plan = sampler(model_kwargs=now, seed=tick)
-            evaluations += STEPS
+        plan = sampler(model_kwargs=now, executed=1)
         places.append(plan[0, 0, 0].item())
-    return places, evaluations
+    return places
 
 
 def changes_of_side(places: list[float]) -> int:
@@ -73,15 +73,9 @@ def changes_of_side(places: list[float]) -> int:
 
 
 def main() -> None:
-    sampler = fastddim.Sampler(
-        Policy().eval(),
-        STEPS,
-        shape=(1, HORIZON, 1),
-        model_kwargs={"observation": torch.zeros(1, 1)},
-    )
-    for name, warm in (("from noise", False), ("warm start", True)):
-        places, evaluations = drive(sampler, warm=warm)
-        changes = changes_of_side(places)
+    for name, warm, taken in (("from noise", False, STEPS), ("warm start", True, WARM)):
+        places = drive(make_sampler(warm=warm))
+        evaluations, changes = STEPS + (TICKS - 1) * taken, changes_of_side(places)
         print(f"{name}: {evaluations} evaluations, {changes} changes of side in {TICKS} ticks")
 
 

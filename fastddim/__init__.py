@@ -3,8 +3,9 @@
 `fastddim.sample(model, steps)` draws samples; `step` is one update for loops of your own.
 """
 
-from fastddim import graph, images, models, philox, process, runs
+from fastddim import actions, graph, images, models, philox, process, runs
 from fastddim._version import __version__ as __version__
+from fastddim.actions import ActionSampler, ActionStream
 from fastddim.api import invert, sample, step
 from fastddim.interpolation import slerp
 from fastddim.plan import select_timesteps
@@ -19,11 +20,14 @@ from fastddim.tuning import tune
 
 __all__ = [
     "STOP",
+    "ActionSampler",
+    "ActionStream",
     "Sampler",
     "Schedule",
     "Stepper",
     "Stream",
     "TunedSteps",
+    "actions",
     "generate",
     "graph",
     "images",

@@ -114,6 +114,7 @@ _library.define(
 
 # Resolved once: looking an overload up costs a tenth of a small update.
 _advance_op = torch.ops.fastddim.advance.default
+_normal_op = torch.ops.fastddim.normal_out.default
 _step_op = torch.ops.fastddim.step.default
 
 EXTENSION_ERROR: str | None = None
@@ -233,7 +234,7 @@ def step(
 
 def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
     """See `fastddim.backends.Backend.normal_out`."""
-    torch.ops.fastddim.normal_out(*keys, stream, out)
+    _normal_op(*keys, stream, out)
 
 
 def rescale_rows(

@@ -2,9 +2,10 @@
 
 The arguments of `sample`, `Sampler`, `invert`, `Stream` and `generate` are the fields of one class
 each, put together from groups: an option that is added to a group belongs to every call that has
-the group. `fastddim.signatures.takes` gives the function their signature, and `fastddim.sample`
-says what each of them means. Only `fastddim.step`, whose call is shorter than the making of such an
-object, and the command line name theirs again.
+the group. Packages with calls of their own have such classes in an `options.py` of their own.
+`fastddim.signatures.takes` gives the function their signature, and `fastddim.sample` says what each
+of them means. Only `fastddim.step`, whose call is shorter than the making of such an object, and
+the command line name theirs again.
 
 Nothing changes an object of options once it is made. They are not frozen, since that makes them
 three times as slow to make, and each call of a `Sampler` makes one.
@@ -13,10 +14,9 @@ three times as slow to make, and each call of a `Sampler` makes one.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from fastddim.choices import (
     VARIANCE_SYNONYMS,
     VARIANCES,
     EffortName,
-    Format,
     Graph,
     Impl,
     Prediction,
@@ -273,6 +272,7 @@ class Drawing:
     x_T: Tensor | None = None
     mask: Tensor | None = None
     known: Tensor | None = None
+    first_step: int = 0
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -309,10 +309,16 @@ class StepperOptions(Update, Visited):
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class CallOptions(Reporting, Conditioning, Drawing):
-    """The arguments of a call of a `fastddim.Sampler`."""
+    """The arguments that change from call to call."""
 
     noise: NoiseSource = None
-    first_step: int = 0
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class DrawOptions(CallOptions):
+    """The arguments of a call of a `fastddim.Sampler`."""
+
+    out: Tensor | None = None
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -351,28 +357,6 @@ class RequestOptions(Conditioning, Drawing, Noising, Direction, Visited):
 
     steps: Steps = field(kw_only=False)
     seed: int | None = None
-
-
-@dataclass(kw_only=True, repr=False, eq=False)
-class GenerateOptions(
-    Progress, Autoguidance, Conditioning, Placement, Hook, Update, Visited, Solver
-):
-    """The arguments of `fastddim.generate`."""
-
-    model: Model = field(kw_only=False)
-    steps: Steps = field(kw_only=False)
-    out: str | os.PathLike[str] = field(kw_only=False)
-    stop: int
-    start: int = 0
-    seed: int = 0
-    batch_size: int | Literal["auto"] = "auto"
-    memory: int | None = None
-    format: Format = "npz"
-    merged: str | os.PathLike[str] | None = None
-    conditions: Conditions | None = None
-    decode: Any = None
-    shape: Sequence[int] | None = None
-    model_id: str | None = None
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

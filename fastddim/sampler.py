@@ -16,9 +16,9 @@ from fastddim.loop.describing import (
 )
 from fastddim.loop.first_weight import first_weights
 from fastddim.loop.loop import Loop
-from fastddim.loop.setup import prepare_sampling
+from fastddim.loop.setup import Setup, prepare_sampling
 from fastddim.loop.walk import Walk
-from fastddim.options import CallOptions, SamplerOptions, Update
+from fastddim.options import DrawOptions, SamplerOptions, Update
 from fastddim.signatures import method_takes, shared
 from fastddim.tracing import in_program
 
@@ -48,7 +48,10 @@ class Sampler(Rebuilt):
     @method_takes(SamplerOptions)
     @torch.inference_mode(False)
     def __init__(self, options: SamplerOptions) -> None:
-        setup = prepare_sampling(options)
+        self._prepare(options, prepare_sampling(options))
+
+    def _prepare(self, options: SamplerOptions, setup: Setup) -> None:
+        """Hold what the options have led to, and make buffers for it."""
         self.plan = setup.plan
         self.shape = setup.shape
         self.dtype = setup.dtype
@@ -76,8 +79,8 @@ class Sampler(Rebuilt):
         parts += described_placement(self.dtype, self.device, setup.backend, setup.graph)
         return f"Sampler({', '.join(parts)})"
 
-    @method_takes(CallOptions)
-    def __call__(self, options: CallOptions) -> Tensor:
+    @method_takes(DrawOptions)
+    def __call__(self, options: DrawOptions) -> Tensor:
         """Draw one batch, in tensors that are the caller's own.
 
         The arguments are those of `fastddim.sample` that may change from call to call.
@@ -87,9 +90,12 @@ class Sampler(Rebuilt):
                 made with, by their names: tensors of the same shape, dtype and device, of B rows or
                 one. Graphs are not captured anew. A tensor that the sampler was made with may also
                 be written in place.
+            out: where the samples are written, like the state; without a trajectory. Such a call
+                allocates no memory but what the model and a callback do.
 
         Returns:
-            The samples `[B, …]`, or the states `[S + 1, B, …]`, as `fastddim.sample` does.
+            The samples `[B, …]`, in `out` where that is given, or the states `[S + 1, B, …]`, as
+            `fastddim.sample` does.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type, shape or range, or the model
@@ -102,13 +108,13 @@ class Sampler(Rebuilt):
             return traced.draw(self._walk, self._setup, options, self._draw)
         return self._draw(options)
 
-    def _draw(self, options: CallOptions) -> Tensor:
+    def _draw(self, options: DrawOptions) -> Tensor:
         for weight in self._weights:
             weight.check()
         arguments = None
         if options.model_kwargs is not None or options.uncond_kwargs is not None:
             arguments = self._setup.arguments.replaced(options.model_kwargs, options.uncond_kwargs)
-        return self._loop.sample(options, arguments)
+        return self._loop.sample(options, arguments, options.out)
 
     @torch.inference_mode(False)
     def _build(self) -> None:

@@ -43,6 +43,9 @@ def _suggestion(value: Any, choices: Sequence[Any], synonyms: Mapping[Any, Any])
 
 def check_int(name: str, value: Any, low: int, high: int) -> int:
     """An integer in [low, high]; Python and NumPy integers are taken, booleans are not."""
+    # To ask for an abstract class takes longer than all of this.
+    if type(value) is int and low <= value <= high:
+        return value
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an integer, got {_described(value)}")
     number = int(value)
@@ -302,10 +305,10 @@ def check_seed(name: str, value: Any, batch: int) -> int | Tensor:
     """The seed's 64 bits, signed: an integer, or int64 `[batch]` where each sample has its own; or
     int64 `[]` under `torch.vmap` over seeds.
     """
-    if _mapped_integer(value):
-        return value
     if isinstance(value, int):
         return signed_bits(check_int(name, value, 0, 2**64 - 1))
+    if _mapped_integer(value):
+        return value
     if isinstance(value, Tensor) and value.ndim == 1:
         if value.dtype != torch.int64:
             raise TypeError(f"{name}: expected an int64 tensor, got dtype {value.dtype}")

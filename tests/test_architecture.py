@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from fastddim import options
+from fastddim.actions.options import ActionOptions, ActionStreamOptions, TickOptions
+from fastddim.runs.options import GenerateOptions
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
@@ -182,7 +184,10 @@ def test_an_option_is_declared_in_three_places_at_most() -> None:
             options.InvertOptions,
             options.StreamOptions,
             options.RequestOptions,
-            options.GenerateOptions,
+            GenerateOptions,
+            ActionOptions,
+            ActionStreamOptions,
+            TickOptions,
         )
         for field in fields(cls)
     }

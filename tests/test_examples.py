@@ -7,8 +7,12 @@ import importlib
 import importlib.util
 import re
 import sys
+import threading
 import warnings
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,7 +39,7 @@ WITH_OPTIONS = {
     "trajectory_gif": "trajectory.gif",
     "resume": "half_way.safetensors",
 }
-WITHOUT = {"quickstart", "diffusers_unet", "warm_start", "train"}
+WITHOUT = {"quickstart", "diffusers_unet", "warm_start", "control_loop", "train", "navigation"}
 
 
 @pytest.fixture(autouse=True)
@@ -226,16 +230,111 @@ def test_warm_start_keeps_its_side(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("warm", [False, True])
 def test_warm_start_goes_round_the_obstacle(warm):
     example = load_example("warm_start")
-    sampler = fastddim.Sampler(
-        example.Policy().eval(),
-        example.STEPS,
-        shape=(1, example.HORIZON, 1),
-        model_kwargs={"observation": torch.zeros(1, 1)},
-    )
-    places, _ = example.drive(sampler, warm=warm)
+    places = example.drive(example.make_sampler(warm=warm))
     way = [np.sin(np.pi * example.PACE * tick) for tick in range(1, example.TICKS + 1)]
     # A maximum over 24 draws of a normal of this width.
     assert max(abs(abs(p) - w) for p, w in zip(places, way, strict=True)) < 4 * example.WIDTH
+
+
+class SimulatedTime:
+    """Stands for `time` and for an executor of one thread: nothing passes but what is slept."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    @contextmanager
+    def executor(self, workers, name):
+        assert workers == 1
+        yield self
+
+    def submit(self, work, *args, **kwargs):
+        began = self.now
+        result = work(*args, **kwargs)
+        ready, self.now = self.now, began
+        return SimpleNamespace(done=lambda: self.now >= ready, result=lambda: result)
+
+
+@pytest.fixture
+def simulated_drive(monkeypatch):
+    """A function that drives for 24 ticks of 100 ms with chunks of a kind."""
+    example, simulated = load_example("control_loop"), SimulatedTime()
+    monkeypatch.setattr(example, "time", simulated)
+    monkeypatch.setattr(example, "ThreadPoolExecutor", simulated.executor)
+
+    def drive(name, seconds):
+        planner = example.Planner(example.Network(seconds), example.CHUNKS[name])
+        return example.drive(planner, rate=10.0, ticks=24)
+
+    return drive
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("independent", 1.5, 2.5),
+        ("frozen", 0.5, 2.5),
+        ("guided", 0.0, 0.4),
+        ("frozen, warm start", 0.0, 0.2),
+    ],
+)
+def test_control_loop_goes_on_from_what_it_executes(simulated_drive, name, least, most):
+    """A plan takes 250 ms, or 100 ms from a warm start: so many ticks, and a part of another."""
+    driven = simulated_drive(name, 0.025)
+    delay = 1 if "warm" in name else 3
+    assert driven.missed == 0
+    assert len(driven.actions) == 24
+    assert least < driven.largest_change() < most
+    borders = [chunk.first + delay for chunk in driven.chunks[1:]]
+    spans = pairwise([0, *borders, 24])
+    expected = [
+        chunk.actions[tick - chunk.first]
+        for chunk, (start, stop) in zip(driven.chunks, spans, strict=True)
+        for tick in range(start, stop)
+    ]
+    assert driven.actions == expected
+    for before, after in pairwise(driven.chunks) if name != "independent" else ():
+        executed = after.first - before.first
+        assert executed >= 4
+        assert after.actions[:delay] == before.actions[executed : executed + delay]
+
+
+def test_control_loop_counts_the_ticks_that_no_chunk_reaches(simulated_drive):
+    """A plan of 2 s is ready at tick 4 + 20, when chunks of 16 ticks have ended."""
+    driven = simulated_drive("guided", 0.2)
+    assert driven.missed == 24 - 16
+    assert driven.actions[16:] == [driven.chunks[0].actions[-1]] * 8
+
+
+def test_control_loop_raises_what_its_planner_raises():
+    example = load_example("control_loop")
+    planner = example.Planner(example.Network(0.0), {})
+    plan, ticks = planner.plan, []
+
+    def failing(tick, **counts):
+        ticks.append(tick)
+        if tick > 0:
+            raise RuntimeError("no camera")
+        return plan(tick, **counts)
+
+    planner.plan = failing
+    with pytest.raises(RuntimeError, match="no camera"):
+        example.drive(planner, rate=200.0, ticks=1000)
+    assert ticks == [0, example.REPLAN]
+    assert not any(thread.name.startswith("planner") for thread in threading.enumerate())
+
+
+def test_control_loop_reports_each_kind_of_chunks(capsys):
+    example = load_example("control_loop")
+    example.main(["--rate", "100", "--seconds", "0.12", "--call-ms", "0.5"])
+    lines = capsys.readouterr().out.splitlines()
+    pattern = r"(\D+): \d+ chunks, \d+ ms \(p99 \d+\); \d+ of 12 ticks missed; .* \d\.\d\d"
+    assert [re.fullmatch(pattern, line)[1] for line in lines] == list(example.CHUNKS)
 
 
 def test_trajectory_gif_ends_with_the_samples(capsys, monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import figures
 import numpy as np
 import pytest
 import torch
-from paper import experiments
+from paper import experiments, timeline
 from paper.plots import CELL, Line, Panel, Plot, plots, sheet
 from PIL import Image
 from quality import data
@@ -30,6 +31,8 @@ COMMITTED = (
     "reconstruction",
     "reconstruction-error",
     "sampling",
+    "timeline",
+    "timeline-dark",
 )
 STEPS = (5, 10, 20, 100)
 
@@ -55,7 +58,7 @@ def work(folder: Path) -> figures.Work:
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> figures.Work:
     """Everything but quality and sampling, whose numbers are not measured here."""
     small = work(tmp_path_factory.mktemp("figures"))
-    figures.draw(["consistency", "interpolation", "reconstruction"], small)
+    figures.draw(["consistency", "interpolation", "reconstruction", "timeline"], small)
     return small
 
 
@@ -135,7 +138,7 @@ def test_every_picture_shows_something(drawn: figures.Work) -> None:
 
 def test_the_same_numbers_give_the_same_pixels(drawn: figures.Work) -> None:
     before = {p.name: p.read_bytes() for p in drawn.figures.glob("*.png")}
-    figures.draw(["consistency", "reconstruction"], drawn, only_plots=True)
+    figures.draw(["consistency", "reconstruction", "timeline"], drawn, only_plots=True)
     figures.draw(["interpolation"], drawn)
     assert {p.name: p.read_bytes() for p in drawn.figures.glob("*.png")} == before
 
@@ -159,6 +162,21 @@ def test_the_plot_of_quality_shows_tuned_steps(drawn: figures.Work) -> None:
     assert (pictures[0].shape, pictures[0].tobytes()) != (pictures[1].shape, pictures[1].tobytes())
     for path in (drawn.results / "quality-digits.json", drawn.figures / "quality.png"):
         path.unlink()
+
+
+def test_the_timeline_is_that_of_an_action_sampler(drawn: figures.Work) -> None:
+    """Chunks take over where their loops end, and weigh the one before as guidance does."""
+    actions = [timeline.executed_chunk(tick) for tick in range(timeline.TICKS)]
+    assert actions == [0] * 11 + [1] * 8 + [2] * 13
+    weights = timeline.soft_mask()
+    ratio = 5 / 6  # 5 old actions from this one on, of 8 - 3 + 1
+    assert weights[:3] == pytest.approx([1, 1, 1], rel=1e-12)
+    assert weights[3] == pytest.approx(ratio * math.expm1(ratio) / math.expm1(1), rel=1e-12)
+    assert sorted(weights[3:8], reverse=True) == weights[3:8]
+    assert weights[8:] == [0] * 8
+    light, dark = (pixels(drawn.figures / f"timeline{name}.png") for name in ("", "-dark"))
+    assert light.shape == dark.shape
+    assert (np.median(light), np.median(dark)) == (255, 33)
 
 
 def test_a_sheet_holds_the_images_pixel_by_pixel(tmp_path: Path) -> None:
@@ -196,11 +214,17 @@ def test_lines_without_logarithm(tmp_path: Path, x: list[float], y: list[float])
 
 def test_pages_show_the_committed_pictures() -> None:
     shown = set()
-    for page, folder in (("README.md", "docs/figures"), ("docs/third-party.md", "figures")):
-        picture = rf"!\[[^\]]+\]\({folder}/([\w-]+)\.png\)"
+    for page, folder in (
+        ("README.md", "docs/figures"),
+        ("docs/third-party.md", "figures"),
+        ("docs/policies.md", "figures"),
+        ("docs/results/policy-success.md", "../figures"),
+    ):
+        # One of a light and a dark picture is shown, by what follows the #.
+        picture = rf"!\[[^\]]+\]\({folder}/([\w-]+)\.png(?:#[\w-]+)?\)"
         shown |= set(re.findall(picture, (ROOT / page).read_text()))
     there = {path.stem for path in (ROOT / "docs" / "figures").glob("*.png")}
-    assert shown == there == {*COMMITTED, "third-party"}
+    assert shown == there == {*COMMITTED, "third-party", "policy-success"}
     for name in there:
         path = ROOT / "docs" / "figures" / f"{name}.png"
         assert path.stat().st_size < 200_000

@@ -35,9 +35,10 @@ from gpucheck.cases import CASES, OUTPUTS, differing
 from gpucheck.device import Moved, on_device
 from gpucheck.record import Record
 from gpucheck.settings import Settings
-from gpucheck.stages import counters, ddpm, environment, loops, smoke
+from gpucheck.stages import counters, ddpm, environment, loops, policies, smoke
 from gpucheck.timing import difference, full_precision, spread
 from loops import MODELS
+from policy_networks import NETWORKS
 from torch import Tensor
 
 import fastddim
@@ -552,6 +553,7 @@ def test_what_a_gpu_would_measure_is_what_is_predicted() -> None:
         measures.DDPM_CONTENDERS
     )
     assert set(measures.LOOP_ETAS) <= set(MODELS)
+    assert list(measures.POLICIES) == list(NETWORKS)
 
 
 class TestKit:
@@ -731,6 +733,8 @@ class TestDryRun:
             "ddpm, fashion U-Net, fastddim, 2",
             "ddpm, fashion U-Net, fastddim, 4",
             "compiled, policy head, torch.compile",
+            "policy, MLP, network alone",
+            "policy, small U-Net, graph=False",
         }
         assert expected <= set(measured)
         for row in measured.values():
@@ -739,10 +743,17 @@ class TestDryRun:
         assert measured["update, cpu, float32, eta 0, 1 MiB"]["copy_bytes_per_second"] > 0
         with_call = {name for name, row in measured.items() if "host_seconds" in row}
         assert with_call == {
-            measures.loop(model, eta, mode)
-            for mode in ("graph=False", "graph=auto")
-            for model, etas in measures.LOOP_ETAS.items()
-            for eta in etas
+            *(
+                measures.loop(model, eta, mode)
+                for mode in ("graph=False", "graph=auto")
+                for model, etas in measures.LOOP_ETAS.items()
+                for eta in etas
+            ),
+            *(
+                measures.policy(network, contender)
+                for network in policies.DRY_POLICIES
+                for contender in ("network alone", "graph=False")
+            ),
         }
         for name in with_call:
             assert measured[name]["host_seconds"]["median"] > 0

@@ -529,13 +529,24 @@ class TestAuto:
         [
             {"noise": latents((4, *SHAPE)), "eta": 1.0},
             {"noise": generator(1), "eta": 1.0},
-            {"x_T": latents(), "first_step": 2},
         ],
-        ids=["a tensor of noise", "a generator on the host", "the middle of a run"],
+        ids=["a tensor of noise", "a generator on the host"],
     )
     def test_what_takes_a_graph_a_step(self, call, captures):
         sample(same, "auto", **call)
         assert [g.launched for g in captures] == [OF_A_STEP]
+
+    def test_the_middle_of_a_run(self, captures):
+        """The rest of the steps is a graph of its own, as long as there are few such."""
+        sampler = Sampler(same, 8, shape=SHAPE, schedule=LINEAR, eta=1.0)
+        x_T, rest = latents(), ["fastddim::update_out"]
+        firsts = (3, 6, 3, 1, 5, 7, 3, 0)
+        for first in firsts:
+            call = {"x_T": x_T, "first_step": first, "seed": first}
+            expected = sample(same, False, 8, eta=1.0, **call)
+            assert torch.equal(sampler(**call), expected)
+        lengths = [8 - first for first in (3, 6, 1, 5, 0)]  # 7 is one too many
+        assert [g.launched for g in captures] == [OF_A_STEP, *(rest * n for n in lengths)]
 
     def test_a_generator_whose_draws_a_graph_holds(self, captures, monkeypatch):
         monkeypatch.setattr(capture, "draws_inside", lambda generators, device: True)
@@ -2017,6 +2028,9 @@ class TestFakeCuda:
         assert len(said) == (9 if mode == "loop" else 11)
         assert not any(said.values()), said
 
+    def test_ticks_of_a_robot_do_not_wait(self, probed):
+        assert probed["ticks"] == ""
+
     def test_nothing_of_the_host_goes_into_a_graph_of_the_callers(self, probed):
         """A replay would find other values there. Nor is anything captured, or waited for."""
         said = {k: v for k, v in probed.items() if k.startswith("captured/")}
@@ -2097,7 +2111,7 @@ class TestOnCuda:
         sampler = Sampler(self.net(device), 10, shape=SHAPE, eta=1.0, device=device)
         sampler(seed=1)
         (of_a_step,) = sampler._loop._programs.values()
-        assert of_a_step.all_steps[True].graph.nodes == 1 + 10 * (of_a_step.graph.nodes - 1)
+        assert of_a_step.all_steps[0, True].graph.nodes == 1 + 10 * (of_a_step.graph.nodes - 1)
 
     @pytest.mark.parametrize("mode", CAPTURED)
     def test_equals_the_cpu(self, device, mode):

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastddim
 from fastddim import Sampler, Schedule, philox, select_timesteps
@@ -21,6 +22,7 @@ from .support.models import GaussianModel, SmallNet, elementwise_model, elementw
 from .support.optional import optional
 from .support.paper import ddim_sample, ddim_step, linear_alphas
 from .support.probes import LiveStorage, NoSync, torch_threads
+from .support.recorded_graph import recorded_graphs
 
 diffusers = optional("diffusers")
 
@@ -316,7 +318,7 @@ class TestSignatures:
             (
                 Sampler.__call__,
                 ["self"],
-                NOISE | GIVEN | WATCH | MASK | {"x_T": None, "first_step": 0},
+                NOISE | GIVEN | WATCH | MASK | {"x_T": None, "first_step": 0, "out": None},
             ),
             (
                 fastddim.invert,
@@ -1122,3 +1124,66 @@ class TestInvert:
         for dtype in (torch.float64, torch.float32, torch.float16):
             x_0 = latents(dtype=dtype)
             assert fastddim.invert(elementwise_model, x_0, 3).dtype == dtype
+
+
+class TestOut:
+    """A call that writes its samples into a given tensor."""
+
+    def sampler(self, **kind):
+        return Sampler(SmallNet(), 3, shape=SHAPE, schedule=LINEAR, **kind)
+
+    @pytest.mark.parametrize("graph", [False, "auto", True, "loop"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_has_the_samples(self, dtype, graph, monkeypatch):
+        with recorded_graphs(monkeypatch):
+            sampler = self.sampler(eta=1.0, dtype=dtype, graph=graph)
+            known, other = latents(dtype=dtype, seed=1), latents(dtype=dtype)
+            calls = [{}, {"x_T": latents(dtype=dtype)}, {"mask": torch.ones(6, 6).tril()}]
+            # Also where it is read before, and where it lies in another order.
+            strided = torch.empty((*SHAPE[::-1],), dtype=dtype).permute(3, 2, 1, 0)
+            for call, out in itertools.product(calls, (other, strided, known)):
+                given = {"known": known} if "mask" in call else {}
+                expected = sampler(seed=2, **call, **given)
+                assert sampler(seed=2, out=out, **call, **given) is out
+                assert torch.equal(out, expected)
+
+    def test_may_be_of_any_mode(self):
+        sampler, expected = self.sampler(), self.sampler()(seed=1)
+        with torch.inference_mode():
+            inside = torch.empty(SHAPE)
+            assert torch.equal(sampler(seed=1, out=inside), expected)
+        assert torch.equal(sampler(seed=2, out=inside), sampler(seed=2))
+
+    def test_a_run_that_stops(self):
+        sampler, out = self.sampler(), torch.empty(SHAPE)
+        states = sampler(seed=1, return_trajectory=True)
+        sampler(seed=1, out=out, callback=lambda s, *_: fastddim.STOP if s == 1 else None)
+        assert torch.equal(out, states[2])
+
+    @pytest.mark.parametrize(
+        ("out", "error", "match"),
+        [
+            (latents((2, 3, 6)), ValueError, "out: expected the shape of the state"),
+            (latents(), ValueError, "out: expected dtype torch.float32, got torch.float64"),
+            (latents().float().to("meta"), ValueError, "out: expected the device of the state"),
+            (np.zeros(SHAPE), TypeError, "out: expected a tensor, got"),
+            (torch.zeros(1, 3, 6, 6).expand(SHAPE), ValueError, "out: expected memory for each"),
+        ],
+        ids=["shape", "dtype", "device", "type", "expanded"],
+    )
+    def test_what_samples_cannot_be_written_into(self, out, error, match):
+        with pytest.raises(error, match=match):
+            self.sampler()(out=out)
+
+    def test_is_without_a_trajectory(self):
+        with pytest.raises(ValueError, match="out: expected None with return_trajectory=True"):
+            self.sampler()(out=torch.empty(SHAPE), return_trajectory=True)
+
+    def test_is_for_outside_of_programs(self):
+        sampler, out = self.sampler(), torch.zeros(SHAPE)
+        expected = sampler(seed=1)
+        compiled = torch.compile(lambda out: sampler(seed=1, out=out) * 2, backend="eager")
+        assert torch.equal(compiled(out), expected * 2)
+        assert torch.equal(out, expected)
+        with pytest.raises(ValueError, match="out: expected what a program can hold"):
+            make_fx(lambda out: sampler(seed=1, out=out))(out)

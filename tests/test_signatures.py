@@ -14,6 +14,8 @@ import pytest
 
 import fastddim
 from fastddim import api, options, signatures
+from fastddim.actions import options as action_options
+from fastddim.runs import options as run_options
 
 from .support.environment import ROOT, RunPython
 from .support.models import elementwise_model
@@ -21,9 +23,12 @@ from .support.models import elementwise_model
 FUNCTIONS: dict[Any, Any] = {
     fastddim.sample: options.SampleOptions,
     fastddim.invert: options.InvertOptions,
-    fastddim.generate: options.GenerateOptions,
+    fastddim.generate: run_options.GenerateOptions,
     fastddim.Sampler.__init__: options.SamplerOptions,
-    fastddim.Sampler.__call__: options.CallOptions,
+    fastddim.Sampler.__call__: options.DrawOptions,
+    fastddim.ActionSampler.__init__: action_options.ActionOptions,
+    fastddim.ActionSampler.__call__: action_options.TickOptions,
+    fastddim.ActionStream.__init__: action_options.ActionStreamOptions,
     fastddim.Stream.__init__: options.StreamOptions,
     fastddim.Stream.submit: options.RequestOptions,
 }
@@ -49,7 +54,8 @@ def test_parameters_are_the_fields(function: Any, taken: Any) -> None:
 @each_function
 def test_types_resolve(function: Any, taken: Any) -> None:
     results = {"Run": fastddim.runs.Run, "Ticket": fastddim.stream.Ticket}
-    hints = typing.get_type_hints(function, vars(options) | results)
+    names = vars(options) | vars(run_options) | vars(action_options) | results
+    hints = typing.get_type_hints(function, names)
     assert {field.name for field in fields(taken)} | {"return"} == set(hints)
 
 

@@ -185,6 +185,8 @@ def test_sections_of_the_readme_are_shown(pages):
         ("gif", "tasks/pictures.html"),
         ("png", "tasks/pictures.html"),
         ("torchrun", "tasks/runs.html"),
+        ("real-time chunking", "policies.html"),
+        ("robot control loop", "policies.html"),
         ("latency", "choose.html"),
     ],
 )
@@ -203,6 +205,7 @@ def test_formulas_are_mathml(pages):
     for address, least in (
         ("method.html", 60),
         ("schedules.html", 20),
+        ("policies.html", 20),
         ("noise.html", 10),
         ("kernel.html", 5),
     ):

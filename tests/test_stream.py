@@ -49,6 +49,7 @@ def random_request(rng, *, guided=False, dtype=torch.float32, order=1, threshold
         request["guidance_scale"] = rng.choice([0.0, 1.5, 7.0, [2.0] * count])
     if rng.random() < 0.3:
         request["x_T"] = torch.randn(1, *SHAPE, dtype=dtype)
+        request["first_step"] = rng.randrange(count) if order == 1 else 0
     return request
 
 
@@ -375,6 +376,14 @@ class TestSlots:
         assert stream.run() == [second]
         assert stream.step() == []
 
+    def test_a_ticket_counts_the_steps_before_its_first(self):
+        model = Recording()
+        stream = fastddim.Stream(model, shape=(1, *SHAPE))
+        ticket = stream.submit(5, x_T=torch.ones(1, *SHAPE), first_step=3)
+        assert (ticket.taken, ticket.steps) == (3, 5)
+        assert stream.run() == [ticket]
+        assert (ticket.taken, model.sizes) == (5, [1, 1])
+
     def test_iteration_takes_up_what_comes_meanwhile(self):
         stream = fastddim.Stream(elementwise_model, shape=(2, *SHAPE))
         stream.submit(1)
@@ -610,6 +619,8 @@ class TestBadInput:
             ({"seed": -1}, "seed: expected an integer in [0, 18446744073709551615], got -1"),
             ({"sample_offset": 2**32}, "sample_offset: expected an integer in [0, 4294967295]"),
             ({"x_T": torch.zeros(2, 5)}, "x_T: expected shape (1, 2, 5), got (2, 5)"),
+            ({"first_step": 2}, "first_step: expected an integer in [0, 1], got 2"),
+            ({"first_step": 1}, "x_T: expected the state before step 1, the first_step, got None"),
             ({"model_kwargs": {"y": torch.zeros(2)}}, "model_kwargs['y']: expected a tensor [1, "),
             ({"model_kwargs": {"y": torch.zeros(())}}, "model_kwargs['y']: expected a tensor [1"),
             ({"model_kwargs": 3}, "model_kwargs: expected a mapping of names to values, got 3"),
@@ -626,6 +637,17 @@ class TestBadInput:
         stream = fastddim.Stream(elementwise_model, shape=(1, *SHAPE), order=2)
         with pytest.raises(ValueError, match="order: expected 1 with eta > 0"):
             stream.submit(2, eta=1.0)
+
+    def test_a_start_in_the_middle_at_order_2(self):
+        stream = fastddim.Stream(elementwise_model, shape=(1, *SHAPE), order=2)
+        with pytest.raises(ValueError, match="first_step: expected 0 at order 2 and with tuned"):
+            stream.submit(2, x_T=torch.zeros(1, *SHAPE), first_step=1)
+
+    def test_known_data_in_the_middle_without_a_seed(self):
+        stream = fastddim.Stream(elementwise_model, shape=(1, *SHAPE), masked=True)
+        given = {"x_T": torch.zeros(1, *SHAPE), "known": torch.zeros(1, *SHAPE)}
+        with pytest.raises(ValueError, match="seed: expected that of the whole run with mask"):
+            stream.submit(2, first_step=1, mask=torch.ones(1), **given)
 
     def test_guidance_that_lacks(self):
         stream = fastddim.Stream(elementwise_model, shape=(1, *SHAPE), guided=True)

@@ -39,6 +39,9 @@ DDPM_AGAINST = ("diffusers DDPM, 1000", "fastddim, 50")
 
 COMPILED_MODELS = ("policy head", "digits U-Net")
 
+POLICIES = ("MLP", "small U-Net", "transformer", "default U-Net")
+"""Networks of robots' policies, whose names are those of `policy_networks.NETWORKS`."""
+
 
 def update(impl: str, dtype: str, eta: float, mib: int) -> str:
     """One update of a state of `mib` MiB, in seconds."""
@@ -65,8 +68,13 @@ def compiled(model: str) -> str:
     return f"compiled, {model}, torch.compile"
 
 
+def policy(network: str, contender: str) -> str:
+    """A tick of ten steps, in seconds."""
+    return f"policy, {network}, {contender}"
+
+
 def every() -> Iterator[str]:
-    """All measures, in the order in which the tables show them."""
+    """All measures that were predicted, in the order in which the tables show them."""
     for impl in IMPLEMENTATIONS:
         for dtype in DTYPES:
             for eta in UPDATE_ETAS:

@@ -37,6 +37,7 @@ STAGES = (
     Stage("sanitizer", 40, 20, "memcheck without torch's caching allocator"),
     Stage("counters", 25, 15, "Nsight Compute: DRAM, issue slots, warps, registers"),
     Stage("compiled", 45, 30, "The loop body under `torch.compile` with graphs", fresh=True),
+    Stage("policies", 40, 15, "Ticks of robots' policies: eager, both graphs, weights read"),
     Stage("build", 20, 1, "An installation from source, begun beside the rest"),
 )
 

@@ -82,13 +82,14 @@ class Level:
 
 @dataclass(frozen=True)
 class Plot:
-    """One pair of axes, both logarithmic."""
+    """One pair of axes: x logarithmic, and y unless it is `linear`, as shares are."""
 
     title: str
     lines: Sequence[Line]
     xlabel: str
     ylabel: str
     levels: Sequence[Level] = ()
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,10 @@ def plots(path: str | os.PathLike[str], panels: Sequence[Plot], *, columns: int 
     """
     if not panels:
         raise ValueError("panels: expected at least one, got none")
-    for line in (line for panel in panels for line in panel.lines):
-        if not line.x or min(*line.x, *line.y) <= 0:
-            raise ValueError(f"panels: expected points > 0, got {line}")
+    for panel in panels:
+        for line in panel.lines:
+            if not line.x or min(line.x if panel.linear else (*line.x, *line.y)) <= 0:
+                raise ValueError(f"panels: expected points > 0, got {line}")
     rows = math.ceil(len(panels) / columns)
     with _figure(WIDTH, 3.0 * rows + 0.3, layout="constrained") as figure:
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.04, hspace=0.06)
@@ -221,7 +223,7 @@ def _plot(ax: Axes, panel: Plot) -> None:
         )
     ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
     ax.set_xscale("log")
-    ax.set_yscale("log")
+    ax.set_yscale("linear" if panel.linear else "log")
     ticks = sorted({x for line in panel.lines for x in line.x})
     ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
     ax.xaxis.set_minor_locator(NullLocator())

@@ -157,9 +157,9 @@ def command(
     import torch
 
     from fastddim.cli.sources import load
-    from fastddim.options import GenerateOptions
     from fastddim.runs import ManifestMismatchError
     from fastddim.runs.generation import Generation
+    from fastddim.runs.options import GenerateOptions
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -99,6 +99,7 @@ class Counters(Counting):
         super().__init__(now, counting, timesteps)
 
         self.steps = plan.steps
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.each: Sequence[Position] = ()
         self._tables: tuple[Tensor, ...] = ()
         self._own_rows, self._first_rows = own_rows, first_rows
@@ -166,9 +167,10 @@ class Counters(Counting):
     def skip_to(self, step: int) -> None:
         """Move on from the first step to this one."""
         if step > 0:
-            self.counting.add_(step)
+            # A number that is added is a new tensor on the CPU; one that is filled in is not.
+            self.counting.add_(self._skipped.fill_(step))
             self.now.t.copy_(self.timesteps[step].expand_as(self.now.t))
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from (self.timesteps, self._first, self._numbers, *self._tables)
+        yield from (self.timesteps, self._first, self._numbers, self._skipped, *self._tables)
         yield from (self.now.keys.seed, self.now.keys.sample)

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastddim.loop.arguments import ModelArguments
 from fastddim.loop.cuda import CaptureError
-from fastddim.loop.rows import Rows
+from fastddim.loop.rows import Rows, Trees, taken_apart
 
 
 class Inputs:
@@ -23,11 +22,11 @@ class Inputs:
         arguments: for each model that a step evaluates.
     """
 
-    arguments: tuple[dict[str, Any], ...] = ({},)
+    arguments: Trees = ({},)
 
     def __init__(self) -> None:
         self._given: ModelArguments | None = None
-        self._own: list[Tensor | None] = []
+        self._own: dict[int, Tensor] = {}
         self._written: list[tuple[Rows, Tensor]] = []
 
     def load(self, given: ModelArguments) -> None:
@@ -43,18 +42,17 @@ class Inputs:
         if not any(given.trees):
             self.arguments, self._given = given.trees, given
             return
-        leaves, structure = tree_flatten(given.trees)
-        self._own = self._own or [None] * len(leaves)
+        leaves, with_leaves = taken_apart(given.trees)
         self._written = []
         read = [self._read(i, leaf) for i, leaf in enumerate(leaves)]
-        self.arguments, self._given = tree_unflatten(read, structure), given
+        self.arguments, self._given = with_leaves(read), given
 
     def _read(self, i: int, leaf: Any) -> Any:
         if not isinstance(leaf, Rows):
             return leaf
         if leaf.whole:
             return leaf.like
-        own = self._own[i]
+        own = self._own.get(i)
         if own is None:
             own = self._own[i] = leaf.empty()
         self._written.append((leaf, own))
@@ -62,7 +60,7 @@ class Inputs:
 
     def tensors(self) -> Iterator[Tensor]:
         """Those that stay."""
-        yield from (own for own in self._own if own is not None)
+        yield from self._own.values()
 
 
 class StaticInputs:
@@ -76,9 +74,9 @@ class StaticInputs:
     """
 
     def __init__(self, given: ModelArguments, device: torch.device) -> None:
-        leaves, structure = tree_flatten(given.trees)
+        leaves, with_leaves = taken_apart(given.trees)
         self._leaves = [_static(leaf, device) for leaf in leaves]
-        self.arguments: tuple[dict[str, Any], ...] = tree_unflatten(self._leaves, structure)
+        self.arguments = with_leaves(self._leaves)
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (leaf for leaf in self._leaves if isinstance(leaf, Tensor))
@@ -87,7 +85,8 @@ class StaticInputs:
         """Take over the values of arguments with the same `key`, or of some in their place."""
         if not self._leaves:
             return
-        for own, leaf in zip(self._leaves, tree_leaves(given.trees), strict=True):
+        leaves, _ = taken_apart(given.trees)
+        for own, leaf in zip(self._leaves, leaves, strict=True):
             if isinstance(leaf, Rows):
                 leaf.write(own)
 

@@ -18,6 +18,7 @@ from fastddim.loop.inputs import Inputs
 from fastddim.loop.masks import check_known
 from fastddim.loop.modes import OneAtATime, without_autograd
 from fastddim.loop.noise import check_noise_source, draw, noise_at
+from fastddim.loop.output import check_out, own_copy
 from fastddim.loop.program import LoopPrograms, Program, Run
 from fastddim.loop.reports import check_progress, progress_bar
 from fastddim.loop.setup import Setup
@@ -114,11 +115,17 @@ class Loop:
         del self.step.model, self.step.uncond_model, self.step.denoised_fn, self.step.check
         self._programs.unfollow()
 
-    def sample(self, options: CallOptions, arguments: ModelArguments | None = None) -> Tensor:
+    def sample(
+        self,
+        options: CallOptions,
+        arguments: ModelArguments | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Draw one batch; see `fastddim.sample` for the options.
 
         Args:
             arguments: of the model, in place of those of the setup.
+            out: where the samples are written.
         """
         state = self.buffers.state
         check_outer_capture(self._graph, state.device, self._check_finite)
@@ -127,7 +134,9 @@ class Loop:
         first = check_first_step(options, self.plan.steps, self.plan.kind)
         mask, known = options.mask, options.known
         if mask is not None or known is not None:
-            mask, known = check_known(mask, known, state, self.plan.alphas_cumprod[0] == 1)
+            # By NumPy, since torch would allocate the answer.
+            clean = bool(self.plan.alphas_cumprod.numpy()[0] == 1)
+            mask, known = check_known(mask, known, state, clean)
         if x_T is not None:
             check_initial("x_T", x_T, tuple(state.shape), state.dtype, state.device)
         samples = philox.check_samples(
@@ -150,6 +159,7 @@ class Loop:
             known=known,
             first=first,
             arguments=arguments,
+            out=out,
         )
 
     def run(
@@ -163,18 +173,22 @@ class Loop:
         known: Tensor | None = None,
         first: int = 0,
         arguments: ModelArguments | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Walk the plan from `x`, or from the latents of `samples`, step by step or by the graph of
         all steps.
 
         Args:
             first: the step to begin with, before which the state is `x`.
+            out: where the last state is written.
 
         Returns:
             The last state, or all of them.
         """
         check_progress(reporting, self._graph)
         check_bool("return_trajectory", reporting.return_trajectory)
+        if out is not None:
+            check_out(out, self.buffers.state, reporting)
         if not self._evaluated:
             self._look_at_modes()
         noise = noise if self.plan.kind.noisy else None
@@ -196,11 +210,11 @@ class Loop:
             self._begin(program, x, samples, mask, known, first)
             with progress_bar(reporting.progress, first, self.plan.steps) as bar:
                 if program is not None and program.whole:
-                    return self._replay_whole(program, noise, first, bar)
+                    return self._replay_whole(program, noise, first, bar, out)
                 trajectory = self._new_trajectory(first) if reporting.return_trajectory else None
                 end = self._walk(program, noise, reporting, trajectory, masked, first, bar)
             if trajectory is None:
-                return row_major(self.buffers.state)
+                return own_copy(self.buffers.state, out)
         # A part of the memory would keep all of it.
         return trajectory if end == self.plan.steps else trajectory[: end - first + 1].clone()
 
@@ -229,6 +243,9 @@ class Loop:
         state, now = self.buffers.state, self.counters.now
         callback, take, arguments = reporting.callback, self.step.take, self._inputs.arguments
         with_x_0, told = callback is not None, callback is not None or bar is not None
+        if program is None and noise is None and trajectory is None and not (told or masked):
+            self.step.take_several(self.plan.steps - first, arguments)
+            return self.plan.steps
         for s in range(first, self.plan.steps):
             if program is not None:
                 self._replay(program, noise, s)
@@ -250,13 +267,15 @@ class Loop:
             bar.update()
         return stopped
 
-    def _replay_whole(self, program: Program, noise: NoiseSource, first: int, bar: Any) -> Tensor:
+    def _replay_whole(
+        self, program: Program, noise: NoiseSource, first: int, bar: Any, out: Tensor | None
+    ) -> Tensor:
         """Replay the graph of all steps; its progress is told at the end."""
         self._replay(program, noise, first)
         if bar is not None:
             bar.update(self.plan.steps - first)
         made = self.buffers.state if program.trajectory is None else program.trajectory
-        return row_major(made)
+        return own_copy(made, out)
 
     def _begin(
         self,

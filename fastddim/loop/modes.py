@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,12 +39,20 @@ def without_autograd() -> AbstractContextManager[Any]:
     """
     check_sampler_unfollowed()
     if torch.is_inference_mode_enabled():
-        return _outside_inference_mode()
+        return _OutsideInferenceMode()
     return torch.no_grad() if torch.is_grad_enabled() else NOTHING
 
 
-@contextmanager
-def _outside_inference_mode() -> Iterator[None]:
-    # Leaving inference mode turns gradients on.
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+class _OutsideInferenceMode:
+    """Leaves inference mode for ordinary tensors without gradients."""
+
+    __slots__ = ("_outside",)
+
+    def __enter__(self) -> None:
+        self._outside = torch.inference_mode(False)
+        self._outside.__enter__()
+        # Leaving inference mode turns gradients on. Entering it again puts back what they were.
+        torch.set_grad_enabled(False)
+
+    def __exit__(self, *error: Any) -> None:
+        self._outside.__exit__(*error)

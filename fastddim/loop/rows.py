@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Part: TypeAlias = Tensor | bool | int | float | complex
+Trees: TypeAlias = tuple[dict[str, Any], ...]
 
 
-@dataclass(frozen=True, eq=False)
+# Nothing changes one once it is made. It is not frozen, since that makes it three times as slow to
+# make, and a call of a `Sampler` with other arguments makes one for each tensor.
+@dataclass(slots=True, eq=False)
 class Rows:
     """A tensor as the model reads it: its parts one below the other, each of as many rows.
 
@@ -124,7 +127,23 @@ def described(value: Any) -> str:
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
-def trees_key(trees: tuple[dict[str, Any], ...]) -> Hashable:
+def taken_apart(trees: Trees) -> tuple[list[Any], Callable[[Iterable[Any]], Trees]]:
+    """The leaves of some arguments, and the function that puts others in their places."""
+    leaves = [leaf for tree in trees for leaf in tree.values()]
+    # A walk of trees that hold tensors alone would take longer than all that is done with them.
+    if all(type(leaf) is Rows for leaf in leaves):
+        return leaves, lambda others: _in_places(trees, others)
+    leaves, structure = tree_flatten(trees)
+    return leaves, lambda others: tree_unflatten(others, structure)
+
+
+def _in_places(trees: Trees, leaves: Iterable[Any]) -> Trees:
+    """Trees of the same names, with these leaves."""
+    each = iter(leaves)
+    return tuple({name: next(each) for name in tree} for tree in trees)
+
+
+def trees_key(trees: Trees) -> Hashable:
     """All of some arguments except the values of tensors."""
     if not any(trees):
         return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastddim.choices import Spacing, SpacingSynonym
 from fastddim.notices import warn_once
-from fastddim.options import CallOptions, Seed, Steps
+from fastddim.options import CallOptions, Drawing, Seed, Steps
 from fastddim.plan import Plan, StepKind
 from fastddim.validation import check_int
 
@@ -52,7 +52,7 @@ class LateStart(NamedTuple):
         )
 
 
-def check_first_step(options: CallOptions, steps: int, kind: StepKind) -> int:
+def check_first_step(options: Drawing, steps: int, kind: StepKind) -> int:
     """The index of the first step that is taken, with which the other options agree."""
     first = options.first_step
     # Most calls begin at 0, and need not take the time of a check.

@@ -114,6 +114,22 @@ class Step:
         if at is self._counting.now:
             self._counting.advance(self._backend)
 
+    def take_several(self, count: int, arguments: Sequence[dict[str, Any]]) -> None:
+        """Do what `take` does so many times, from the position that moves and without any of its
+        options.
+        """
+        at, evaluate = self._counting.now, self._evaluate
+        if self._make_loop_step is None or self.check is not None:
+            for _ in range(count):
+                self.take(at, None, arguments=arguments)
+            return
+        for _ in range(count):
+            output = evaluate(at, arguments)
+            if not self._take_in_one_call(output):
+                self._update(at, self._buffers.state, self._checked(output), None)
+                self._counting.advance(self._backend)
+            del output  # whose memory the next one may have
+
     def _evaluate(self, at: Position, arguments: Sequence[dict[str, Any]]) -> Any:
         """ε_θ(x_t, t), or whatever the model predicts."""
         try:

@@ -22,7 +22,8 @@ class StreamOrder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        if device.type == "cuda":
+        self._has_streams = device.type == "cuda"
+        if self._has_streams:
             self._stream = torch.cuda.current_stream(device)
             # To wait for an event that was never recorded is not to wait.
             self._done = torch.cuda.Event()
@@ -31,7 +32,7 @@ class StreamOrder:
 
     def use(self, buffers: Callable[[], Iterable[Tensor]]) -> AbstractContextManager[None]:
         """A use of the buffers, which begins when the one before is over."""
-        if self._device.type != "cuda" or transfer.captured(self._device):
+        if not self._has_streams or transfer.captured(self._device):
             return NOTHING
         return self._in_order(buffers)
 

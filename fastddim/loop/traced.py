@@ -226,6 +226,9 @@ def _unfit(options: Any, check_finite: bool) -> tuple[str, Any] | None:
         return "progress", options.progress
     if check_finite:
         return "check_finite", check_finite
+    out = getattr(options, "out", None)
+    if out is not None:
+        return "out", out
     noise = getattr(options, "noise", None)
     if noise is not None and not isinstance(noise, Tensor):
         return "noise", noise
@@ -263,28 +266,34 @@ def _outside(eager: Eager, options: Any, name: str, value: Any) -> Tensor:
     return run
 
 
-def call_of_stream(
-    call: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+def call_outside(
+    owner: str,
+    call: Callable[Arguments, Result],
+    *args: Arguments.args,
+    **kwargs: Arguments.kwargs,
 ) -> Result:
-    """A call of a `Stream`, as a break in a compiled function.
+    """A call of what keeps something between calls, as a break in a compiled function.
+
+    Args:
+        owner: the class that is called, as an error names it.
 
     Raises:
         RuntimeError: the program is another one, which cannot have one.
     """
     if not torch.compiler.is_dynamo_compiling():
         raise RuntimeError(
-            "Stream: expected calls outside of programs (of torch.export, torch.jit.trace or "
-            "make_fx), which cannot follow requests that come and go; fastddim.sample and a "
-            "fastddim.Sampler can be traced"
+            f"{owner}: expected calls outside of programs (of torch.export, torch.jit.trace or "
+            "make_fx), which cannot follow what it keeps from one to the next; fastddim.sample and "
+            "a fastddim.Sampler can be traced"
         )
     result: Result = _run_eagerly(call, *args, **kwargs)
     return result
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
-    reason="fastddim: callback, progress, check_finite, generators as noise, tensors as steps, "
-    "eta, guidance_scale or temperature, a Stream, and arguments that are refused, are for outside "
-    "of programs"
+    reason="fastddim: callback, progress, check_finite, out, generators as noise, tensors as "
+    "steps, eta, guidance_scale or temperature, a Stream, an ActionSampler, and arguments that are "
+    "refused, are for outside of programs"
 )
 def _run_eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return call(*args, **kwargs)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastddim.options import GenerateOptions
 from fastddim.runs.generation import Generation, Run
+from fastddim.runs.options import GenerateOptions
 from fastddim.signatures import takes
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from fastddim.adapter import Model
 from fastddim.loop.arguments import ModelArguments
 from fastddim.loop.setup import resolve_shape
-from fastddim.options import Callback, GenerateOptions, Update
+from fastddim.options import Callback, Update
 from fastddim.runs.conditions import Conditions
 from fastddim.runs.decoding import Decoder
 from fastddim.runs.fingerprints import any_on_meta
+from fastddim.runs.options import GenerateOptions
 from fastddim.runs.shards import is_image
 from fastddim.stopping import STOP
 from fastddim.validation import check_int

@@ -10,12 +10,13 @@ import torch
 
 from fastddim._version import __version__
 from fastddim.loop.setup import Setup
-from fastddim.options import GenerateOptions, Update
+from fastddim.options import Update
 from fastddim.runs.conditions import Conditions
 from fastddim.runs.decoding import Decoder
 from fastddim.runs.differences import Manifest
 from fastddim.runs.fingerprints import digest_of, weights_of
 from fastddim.runs.manifest import VERSION
+from fastddim.runs.options import GenerateOptions
 from fastddim.runs.shards import Sharding
 
 
@@ -43,16 +44,16 @@ def describe(
     manifest = {
         "version": VERSION,
         "model": _model(options),
-        "plan": _plan(setup, update),
+        "plan": described_plan(setup, update),
         "seed": seed,
         "start": sharding.start,
         "stop": sharding.stop,
         "batch_size": None,
         "sample_shape": list(sharding.sample_shape),
         "format": sharding.format,
-        "dtype": _name(setup.dtype),
-        "model_dtype": _name(setup.model_dtype),
-        "computation": _computation(setup),
+        "dtype": dtype_name(setup.dtype),
+        "model_dtype": dtype_name(setup.model_dtype),
+        "computation": described_computation(setup),
         "versions": {"fastddim": __version__, "torch": torch.__version__},
     }
     if conditions is not None:
@@ -81,7 +82,8 @@ def _model(options: GenerateOptions) -> dict[str, Any]:
     return described
 
 
-def _plan(setup: Setup, update: Update) -> dict[str, Any]:
+def described_plan(setup: Setup, update: Update) -> dict[str, Any]:
+    """Timesteps, noise levels and options of each step."""
     plan, tuned = setup.plan, setup.plan.tuned
     denoised: Any = setup.denoised_fn
     weights = {} if tuned is None else {"direction": tuned.direction, "history": tuned.history}
@@ -95,7 +97,8 @@ def _plan(setup: Setup, update: Update) -> dict[str, Any]:
     }
 
 
-def _computation(setup: Setup) -> dict[str, Any]:
+def described_computation(setup: Setup) -> dict[str, Any]:
+    """The machine and the means of computation, which the last bits depend on."""
     on_cpu, on_gpu = setup.device.type == "cpu", setup.device.type == "cuda"
     return {
         "device": setup.device.type,
@@ -113,5 +116,6 @@ def backend_name(setup: Setup) -> str:
     return setup.backend.__name__.rpartition(".")[2]
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype, such as "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -24,7 +24,6 @@ from fastddim.loop.reports import check_progress
 from fastddim.loop.setup import prepare_sampling, resolve_device, resolve_schedule
 from fastddim.options import (
     Callback,
-    GenerateOptions,
     SampleOptions,
     SamplerOptions,
     Steps,
@@ -49,6 +48,7 @@ from fastddim.runs.differences import Manifest, differences
 from fastddim.runs.folder import RunFolder
 from fastddim.runs.manifest import listed
 from fastddim.runs.memory import LARGEST, default_budget, fitting_batch
+from fastddim.runs.options import GenerateOptions
 from fastddim.runs.ranks import Ranks, joined
 from fastddim.runs.shards import (
     Batch,

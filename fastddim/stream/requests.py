@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastddim import philox
 from fastddim.loop.masks import check_known
-from fastddim.loop.start import LateStart
+from fastddim.loop.start import LateStart, check_first_step
 from fastddim.loop.stream_order import StreamOrder
 from fastddim.options import (
     Direction,
@@ -118,6 +118,7 @@ class Requests:
         if options.seed is not None:
             check_int("seed", options.seed, 0, 2**64 - 1)
         check_sample_range(options.sample_offset, 1, per_sample_seed=False)
+        first = check_first_step(options, len(route.timesteps), self._kind)
         x_T, mask, known = options.x_T, options.mask, options.known
         if x_T is not None:
             check_initial("x_T", x_T, tuple(state.shape), state.dtype, state.device)
@@ -128,7 +129,7 @@ class Requests:
         with torch.inference_mode(False), torch.no_grad():
             arguments, conditions = copied_conditions(options, self._kind, state.device)
             return Request(
-                ticket=Ticket(len(route.timesteps)),
+                ticket=Ticket(len(route.timesteps), taken=first),
                 route=route,
                 seed=_seed_bits(options, route, state.device),
                 sample=int(options.sample_offset),

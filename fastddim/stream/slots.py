@@ -18,7 +18,7 @@ from fastddim.loop.step import Step
 from fastddim.philox import Keys
 from fastddim.plan import StepKind, mixing_row, stack_row
 from fastddim.stream.conditions import Conditions, check_same_conditions
-from fastddim.stream.requests import Request
+from fastddim.stream.requests import Request, Route
 
 
 class Running(NamedTuple):
@@ -151,33 +151,37 @@ class Slots:
     def load(self, slot: int, running: Running) -> None:
         """Put a request where a step finds it."""
         request, block = running
-        start = self.buffers.state[slot : slot + 1]
-        if request.x_T is None:
+        start, inpainting = self.buffers.state[slot : slot + 1], self._inpainting
+        # In the middle, the state is no longer the latents that known data are mixed with.
+        resumed = request.ticket.taken > 0 and inpainting is not None
+        if request.x_T is None or resumed:
             words = (request.seed, 0, request.sample)
             keys = Keys(*(transfer.filled(word, 1, start.device) for word in words))
             self._backend.normal_out(keys, philox.LATENTS, start)
         with request.ready.use(lambda: request.tensors):
-            if request.x_T is not None:
+            if request.x_T is not None and not resumed:
                 start.copy_(request.x_T)
-            if self._inpainting is not None and request.inpainting is not None:
-                for store, given in zip(self._inpainting, request.inpainting, strict=False):
+            if inpainting is not None and request.inpainting is not None:
+                inpainting.x_T[slot].copy_(start[0])
+                for store, given in zip(inpainting, request.inpainting, strict=False):
                     store[slot].copy_(given[0])
+            if request.x_T is not None and resumed:
+                start.copy_(request.x_T)
             if self.conditions is not None:
                 self.conditions.put(request.conditions, slot)
         if self.buffers.history is not None:
             self.buffers.history[slot].zero_()
         first = block * self._max_steps
-        self._load_tables(slot, request, slice(first, first + request.ticket.steps))
+        self._load_tables(request.route, slice(first, first + request.ticket.steps))
 
-    def _load_tables(self, slot: int, request: Request, rows: slice) -> None:
-        route, device = request.route, self._timesteps.device
+    def _load_tables(self, route: Route, rows: slice) -> None:
+        device = self._timesteps.device
         tables = [(self.buffers.table, route.rows), (self._timesteps, route.timesteps)]
         if self.buffers.first_half is not None and route.first_half is not None:
             tables.append((self.buffers.first_half, route.first_half))
         for table, values in tables:
             table[rows].copy_(transfer.upload(values, device))
         if self._inpainting is not None:
-            self._inpainting.x_T[slot].copy_(self.buffers.state[slot])
             self._inpainting.load_rows(route.alphas_cumprod, rows)
 
     def release(self, slot: int, last: int) -> None:

@@ -24,6 +24,7 @@ from fastddim.loop.copying import Rebuilt
 from fastddim.loop.describing import described_model, described_placement
 from fastddim.loop.first_weight import first_weights
 from fastddim.loop.modes import OneAtATime, without_autograd
+from fastddim.loop.outside import outside_of_programs
 from fastddim.loop.programs import Programs
 from fastddim.loop.setup import (
     captures,
@@ -39,7 +40,6 @@ from fastddim.loop.stream_order import StreamOrder
 from fastddim.options import RequestOptions, StreamOptions, Update
 from fastddim.plan import ORDERS, StepKind
 from fastddim.signatures import method_takes, shared
-from fastddim.stream.programs import outside_of_programs
 from fastddim.stream.requests import Request, Requests
 from fastddim.stream.slots import Batch, Running, Slots
 from fastddim.stream.tickets import Ticket, in_order, settle

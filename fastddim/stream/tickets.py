@@ -19,14 +19,14 @@ class Ticket(Future[Tensor]):
     Attributes:
         index: how many requests the stream got before.
         steps: S of the request.
-        taken: how many of them have been taken.
+        taken: how many of them have been taken, those before `first_step` among them.
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, taken: int = 0) -> None:
         super().__init__()
         self.index = -1
         self.steps = steps
-        self.taken = 0
+        self.taken = taken
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

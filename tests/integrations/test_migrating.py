@@ -11,6 +11,8 @@ import torch
 
 import fastddim
 
+from ..support.dropins.diffusion_policy import make as make_policy
+from ..support.dropins.diffusion_policy import observation
 from ..support.dropins.ermongroup import LINEAR as BETAS
 from ..support.dropins.ermongroup import model as ermongroup_model
 from ..support.dropins.ermongroup import peer_ddpm, peer_generalized
@@ -103,6 +105,12 @@ def a_webui():
     return names | {"timesteps": timesteps}, modules | {"modules.sd_samplers_timesteps_impl": impl}
 
 
+def a_policy():
+    scheduler = diffusers.DDPMScheduler(20, beta_schedule="squaredcos_cap_v2")
+    policy = make_policy("inpainting", scheduler).requires_grad_(False)
+    return {"policy": policy, "obs_dict": observation(0)}, {}
+
+
 def a_loop():
     model = fastddim.models.load("digits")
     return {
@@ -124,6 +132,7 @@ CASES = {
     "lucidrains' denoising-diffusion-pytorch": (a_diffusion_of_lucidrains, "images"),
     "k-diffusion": (a_denoiser, "x_0"),
     "AUTOMATIC1111's stable-diffusion-webui": (a_webui, "image"),
+    "real-stanford/diffusion_policy": (a_policy, "action"),
     "A loop of your own": (a_loop, "x"),
 }
 

@@ -67,6 +67,9 @@ class RecordedGraph(NoSync):
     def replay(self) -> None:
         with torch.no_grad():
             for func, args, kwargs, made in self._recorded:
+                if not made:
+                    func(*args, **kwargs)
+                    continue
                 given = {v.untyped_storage()._cdata for v in _tensors((args, kwargs))}
                 result = _tensors(func(*args, **kwargs))
                 again = [v for v in result if v.untyped_storage()._cdata not in given]

@@ -10,13 +10,12 @@ from diffusers.schedulers import scheduling_ddim as _ddim
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from fastddim.integrations._coefficients import ddim_row, limits
 from fastddim.integrations._hooks import Hooks
 from fastddim.integrations.diffusers._noising import Noising
 from fastddim.integrations.diffusers._rows import (
     SignedTable,
     doubled,
-    limits,
-    scales,
     signed_table,
     strided,
 )
@@ -29,7 +28,6 @@ from fastddim.integrations.diffusers._tuned import (
     tuned_table,
 )
 from fastddim.kept import keep
-from fastddim.plan import Update, row_of
 from fastddim.steptable import StepTable, TracedTable
 from fastddim.tuned import TunedSteps
 
@@ -323,11 +321,8 @@ def _table(
     eta: float,
     rederive_eps: bool,
 ) -> SignedTable:
-    clip, rescaling = limits(config)
-    update = Update(
-        eta=eta, prediction=config["prediction_type"], clip=clip, rederive_eps=rederive_eps
-    )
-    return signed_table(row_of(scales(*doubled(alphas, before, final), eta), update), rescaling)
+    row = ddim_row(config, *doubled(alphas, before, final), eta, rederive_eps)
+    return signed_table(row, limits(config)[1])
 
 
 def _noise(

@@ -9,13 +9,13 @@ import torch
 from diffusers.schedulers import scheduling_ddpm as _ddpm
 from torch import Tensor
 
+from fastddim.integrations._coefficients import ancestral_row, limits, posterior
 from fastddim.integrations._hooks import Hooks
 from fastddim.integrations._shared import each
 from fastddim.integrations.diffusers._noising import Noising
-from fastddim.integrations.diffusers._rows import SignedTable, limits, roots, signed_table
+from fastddim.integrations.diffusers._rows import SignedTable, signed_table
 from fastddim.integrations.diffusers._scheduler import drawn_like, output_object
 from fastddim.kept import keep
-from fastddim.plan import Row, prediction_coefficients
 from fastddim.tracing import constant, is_constant, is_traced
 
 
@@ -211,49 +211,13 @@ def _ancestral(config: Mapping[str, Any], alphas: Tensor, visited: Sequence[int]
     for t, earlier in previous.items():
         before[t] = alphas[earlier] if earlier >= 0 else 1.0
     a, p = alphas.repeat(2), before
-    k0, kx, variance, large = _posterior(a, p)
-    signal, sigma = roots(a).double(), roots(1 - a).double()
-    cx, cm, _, _ = prediction_coefficients(signal, sigma, config["prediction_type"])
-    clip, rescaling = limits(config)
-    deviation = _fixed_deviation(config["variance_type"], variance, large).double()
+    row = ancestral_row(config, a, p)
+    deviation: Any = row.pn
     deviation[[0, len(alphas)]] = 0.0  # There is no noise at t = 0.
-    row = Row(
-        cx=cx,
-        cm=cm,
-        r=float("inf") if clip is None else clip,
-        k0=k0.double(),
-        kx=kx.double(),
-        km=0.0,
-        pn=deviation,
-        g=1.0,
-    )
     log_variances = {}
     if config["variance_type"] == "learned_range":
-        logs = (each(torch.log, v[: len(alphas)]).tolist() for v in (variance, large))
+        _, _, *variances = posterior(a, p)
+        logs = (each(torch.log, v[: len(alphas)]).tolist() for v in variances)
         log_variances = dict(enumerate(zip(*logs, strict=True)))
+    _, rescaling = limits(config)
     return _Ancestral(signed_table(row, rescaling), frozenset(previous), log_variances)
-
-
-def _posterior(a: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Coefficients of x_0 and x_t in the posterior mean, and the smaller and the larger variance
-    (arXiv 2006.11239, eq. 7 and section 3.2).
-    """
-    ratio = a / p
-    large = 1 - ratio
-    k0 = roots(p) * large / (1 - a)
-    kx = roots(ratio) * (1 - p) / (1 - a)
-    variance = ((1 - p) / (1 - a) * large).clamp(min=1e-20)
-    return k0, kx, variance, large
-
-
-def _fixed_deviation(variance_type: str, variance: Tensor, large: Tensor) -> Tensor:
-    """Standard deviation of the noise of each timestep; 1 where the noise is scaled before."""
-    if variance_type == "fixed_small":
-        return roots(variance)
-    if variance_type == "fixed_small_log":
-        return each(lambda v: torch.exp(0.5 * torch.log(v)), variance)
-    if variance_type == "fixed_large":
-        return roots(large)
-    if variance_type == "fixed_large_log":
-        return roots(each(torch.log, large))
-    return torch.ones_like(variance)

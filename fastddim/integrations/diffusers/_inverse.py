@@ -9,20 +9,18 @@ from diffusers.schedulers import scheduling_ddim_inverse as _ddim_inverse
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from fastddim.integrations._coefficients import ddim_row
 from fastddim.integrations._hooks import Hooks
 from fastddim.integrations.diffusers._graph import Table
 from fastddim.integrations.diffusers._rows import (
     SignedTable,
     doubled,
-    limits,
-    scales,
     signed_table,
     strided,
 )
 from fastddim.integrations.diffusers._scheduler import Fused, output_object
 from fastddim.integrations.diffusers._timesteps import check_one_of, given_timesteps
 from fastddim.kept import keep
-from fastddim.plan import Update, row_of
 
 _ATTRIBUTES = ("alphas_cumprod", "initial_alpha_cumprod")
 
@@ -146,7 +144,5 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
 def _table(
     config: Mapping[str, Any], alphas: Tensor, at_start: Tensor, initial: Tensor
 ) -> SignedTable:
-    clip, _ = limits(config)
-    update = Update(prediction=config["prediction_type"], clip=clip)
     ends, starts = doubled(alphas, at_start, initial)
-    return signed_table(row_of(scales(starts, ends), update))
+    return signed_table(ddim_row(config, starts, ends))

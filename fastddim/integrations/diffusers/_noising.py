@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastddim.integrations._coefficients import roots
 from fastddim.integrations._indices import check_indices
 from fastddim.integrations._tables import step_table
-from fastddim.integrations.diffusers._rows import roots
 from fastddim.integrations.diffusers._scheduler import Fused
 from fastddim.integrations.diffusers._timesteps import indexes_otherwise
 from fastddim.kept import keep

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastddim import transfer
+from fastddim.integrations._coefficients import valid
 from fastddim.integrations._indices import is_one_index, one_index
 from fastddim.integrations.diffusers._graph import IN_GRAPH, InGraph, unique
 from fastddim.integrations.diffusers._moved import Moved
@@ -23,7 +24,6 @@ from fastddim.integrations.diffusers._noise import (
     generators_of,
     noise_entry,
 )
-from fastddim.integrations.diffusers._rows import valid
 from fastddim.integrations.diffusers._state import FusedState
 from fastddim.integrations.diffusers._timesteps import ONE_EACH, GivenTimesteps, HostTimesteps
 from fastddim.kept import keep, ordinary

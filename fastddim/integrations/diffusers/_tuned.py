@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim.integrations.diffusers._rows import limits
+from fastddim.integrations._coefficients import limits
 from fastddim.plan import Update, make_plan
 from fastddim.schedule import Schedule
 from fastddim.steptable import StepTable

@@ -74,6 +74,48 @@ def guided_diffusion() -> types.ModuleType:
     return module
 
 
+class _Registry:
+    """As much of `draccus.ChoiceRegistry` as the configs of LeRobot are made with."""
+
+    @staticmethod
+    def register_subclass(_name: str) -> Callable[[type], type]:
+        return lambda config: config
+
+
+@functools.cache
+def lerobot() -> types.SimpleNamespace:
+    """LeRobot's diffusion policy: modules `modeling`, `configuration` and `types`, and all of its
+    `modules` by name.
+    """
+    root = _require("lerobot")
+    for needed in ("diffusers.schedulers", "einops"):  # which look for some of the stand-ins
+        pytest.importorskip(needed)
+    packages = {name: types.ModuleType(name) for name in _LEROBOT_PACKAGES}
+    for name, package in packages.items():
+        package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+    stand_ins = {name: _stand_in() for name in _LEROBOT_UNUSED}
+    draccus = types.ModuleType("draccus")
+    draccus.ChoiceRegistry = _Registry
+    with modules_named({"draccus": draccus, **packages, **stand_ins}):
+        found = types.SimpleNamespace(
+            modeling=importlib.import_module("lerobot.policies.diffusion.modeling_diffusion"),
+            configuration=importlib.import_module(
+                "lerobot.policies.diffusion.configuration_diffusion"
+            ),
+            types=importlib.import_module("lerobot.configs.types"),
+        )
+        found.modules = {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "lerobot"}
+        return found
+
+
+# Imported for their modules, without what their `__init__` imports.
+_LEROBOT_PACKAGES = ("lerobot", "lerobot.configs", "lerobot.optim", "lerobot.policies")
+_LEROBOT_PACKAGES += ("lerobot.policies.diffusion", "lerobot.utils")
+_LEROBOT_UNUSED = ("torchvision", "lerobot.configs.train", "lerobot.datasets")
+_LEROBOT_UNUSED += ("lerobot.datasets.utils", "lerobot.processor", "lerobot.utils.io_utils")
+_LEROBOT_UNUSED += ("lerobot.utils.utils",)
+
+
 def same_draws(*runs: Callable[[], Any], seed: int = 11) -> list[Any]:
     """What each run gives from one state of torch's generator; all must leave it in one state."""
     results, states = [], []

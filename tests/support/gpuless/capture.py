@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +27,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import fastddim
 from fastddim import Schedule, api, backends, transfer
+from fastddim.actions.chunks import Chunks
+from fastddim.actions.warm import WarmStart
 from fastddim.loop import capture as capturing
 from fastddim.loop import loop as loop_module
 from fastddim.loop.arguments import ModelArguments
@@ -416,6 +419,24 @@ def submit(stream: fastddim.Stream) -> None:
         stream.submit(2, eta=1.0, seed=seed, guidance_scale=guidance_scale)
 
 
+def ticks(mode: bool | str) -> Any:
+    """What the ticks of a robot take over from its last chunk."""
+    shape = (2, 6, 3)
+
+    def make() -> tuple[Chunks, WarmStart]:
+        warm = WarmStart(0.5, 3, shape, torch.float32, CUDA, backends.BACKENDS["cpu"])
+        return Chunks(shape, torch.float32, CUDA), warm
+
+    def call(made: tuple[Chunks, WarmStart]) -> None:
+        chunks, warm = made
+        for tick, (executed, frozen) in enumerate([(1, 2), (1, 2), (np.array([2, 0]), 3)]):
+            chunks.shift(executed, frozen)
+            assert warm.state(chunks.shifted, 2 * tick).device == CUDA
+            chunks.keep_frozen()
+
+    return make, call
+
+
 def same(x: Tensor, t: Tensor) -> Tensor:
     return x
 
@@ -504,6 +525,7 @@ def main() -> None:
         for name, case in CALLS.items():
             if mode != "loop" or "stream" not in name:
                 results[f"whole/{mode}/{name}"] = whole(case, mode)
+    results["ticks"] = whole(ticks, False)
     transfer.captured = lambda device: True
     for name, case in CALLS.items():
         if "generators" not in name:  # of the host, which are refused

@@ -1,4 +1,4 @@
-"""Calls of a stream inside programs, such as that of `torch.compile`."""
+"""Calls inside programs, such as that of `torch.compile`, of what keeps something between calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def outside_of_programs(
         if in_program():
             from fastddim.loop import traced
 
-            return traced.call_of_stream(method, self, *args, **kwargs)
+            return traced.call_outside(type(self).__name__, method, self, *args, **kwargs)
         return method(self, *args, **kwargs)
 
     return call

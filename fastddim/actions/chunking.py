@@ -1,0 +1,184 @@
+"""Real-time chunking (arXiv 2506.07339) in its DDIM form: a model that is guided to the last chunk.
+
+There, a flow x_τ = τ·x_0 + (1 − τ)·ε with velocity v has v + min(β, (1 − τ)/(τ·r²))·Jᵀ(w·(Y − x̂_0))
+in place of v, with r² = (1 − τ)²/(τ² + (1 − τ)²), J = ∂x̂_0/∂x_τ, the last chunk Y and the soft mask
+w (equations 2 and 3). The states of a diffusion are those of a flow, scaled by √ᾱ + √(1 − ᾱ), at
+τ/(1 − τ) = √(ᾱ/(1 − ᾱ)), so that r² = 1 − ᾱ; and a change of v changes x̂_0 by (1 − τ) times as
+much. Written with the Jacobian with respect to the state of the diffusion:
+
+    x̂_0' = x̂_0 + min(β·√(1 − ᾱ), 1/√ᾱ)·Jᵀ(w·(Y − x̂_0))
+
+What the model predicts follows from x_t and x̂_0', for every prediction type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fastddim import transfer
+from fastddim.actions.chunks import Chunks
+from fastddim.adapter import Model, output_tensor
+from fastddim.choices import PREDICTION_SYNONYMS, PREDICTIONS, Prediction
+from fastddim.elementary import sqrt
+from fastddim.loop.setup import Setup, resolve_schedule
+from fastddim.options import SamplerOptions
+from fastddim.plan import prediction_coefficients
+from fastddim.reference import compute_dtype
+from fastddim.schedule import Schedule
+from fastddim.validation import check_choice
+from fastddim.wrappers import held_modules
+
+LAST = "fastddim_last_chunk"
+"""The argument of a guided model with the last chunk, shifted, and the weights of its actions."""
+
+
+def guided(
+    network: Model,
+    schedule: Schedule,
+    prediction: Prediction,
+    max_weight: float,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Callable[..., Tensor]:
+    """A network as a model that is guided, by an argument `LAST` besides its own.
+
+    Args:
+        network: of the user.
+        schedule: that it was trained with.
+        prediction: what it predicts, no synonym.
+        max_weight: β.
+        dtype: that is computed in.
+        device: of the state.
+
+    Raises:
+        ValueError: the network has parameters or buffers of inference mode, which autograd cannot
+            use.
+    """
+    for root in held_modules(network):
+        for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+            if tensor.is_inference():
+                raise ValueError(
+                    "model: expected parameters and buffers made outside of torch.inference_mode() "
+                    f"with chunking='guide', which needs gradients in x, got {name} made inside"
+                )
+    numbers = _numbers(schedule.alphas_cumprod, prediction, max_weight)
+    return partial(_guided_output, network, transfer.upload(numbers.to(dtype), device))
+
+
+def guided_options(options: SamplerOptions, setup: Setup, max_weight: float) -> dict[str, Any]:
+    """The guided network of some options, and arguments in place of what it does not tell.
+
+    Args:
+        options: with the network and what it was trained for.
+        setup: of these options.
+        max_weight: β.
+
+    Raises:
+        ValueError: there is guidance by `guidance_scale` too, or as `guided` does.
+    """
+    if options.guidance_scale is not None:
+        raise ValueError(
+            "guidance_scale: expected None with chunking='guide', which follows the network from "
+            f"one input, got {options.guidance_scale!r}"
+        )
+    schedule = resolve_schedule(options.model, options.schedule)
+    model = guided(
+        options.model,
+        schedule,
+        check_choice("prediction", options.prediction, PREDICTIONS, PREDICTION_SYNONYMS),
+        max_weight,
+        dtype=compute_dtype(setup.dtype),
+        device=setup.device,
+    )
+    return {
+        "model": model,
+        "schedule": schedule,
+        "shape": setup.shape,
+        "device": setup.device,
+        "model_dtype": setup.model_dtype,
+    }
+
+
+def rederives_eps(options: SamplerOptions) -> bool:
+    """Whether a guided step derives ε from x_0: where it is asked to, and where x_0 has a limit.
+
+    The output of the guided network has ε of x̂_0' before the limit. With x_0 after it, this would
+    push the state the other way by all that the limit takes off.
+    """
+    limited = options.clip is not None or options.dynamic_thresholding_ratio is not None
+    return options.rederive_eps or limited
+
+
+def guiding(model_kwargs: Any, chunks: Chunks) -> dict[str, Any]:
+    """The arguments of a guided model, with what they are guided to.
+
+    Args:
+        model_kwargs: of the network.
+        chunks: the last chunk, shifted, and its weights.
+
+    Raises:
+        TypeError: `model_kwargs` is no mapping.
+    """
+    given = {} if model_kwargs is None else model_kwargs
+    if not isinstance(given, Mapping):
+        raise TypeError(f"model_kwargs: expected a mapping of names to values, got {given!r}")
+    return {**given, LAST: chunks.guide}
+
+
+def _numbers(a: Tensor, prediction: Prediction, max_weight: float) -> Tensor:
+    """The numbers of each timestep, float64 `[3, T]`: x_0 is the first times the state and the
+    second times the network's output, which changes by the third times Jᵀ(w·(Y − x̂_0)).
+    """
+    signal, sigma = sqrt(a), sqrt(1 - a)
+    of_state, of_output, *_ = prediction_coefficients(signal, sigma, prediction)
+    strength = torch.minimum(max_weight * sigma, 1 / signal)
+    rows = (of_state, of_output, strength / of_output)
+    return torch.stack([torch.as_tensor(v, dtype=a.dtype).expand_as(a) for v in rows])
+
+
+def _guided_output(
+    network: Model, numbers: Tensor, x: Tensor, t: Tensor, /, **kwargs: Any
+) -> Tensor:
+    """The network's output for states `[B, …]` at timesteps `[B]`, changed so that x_0 is x̂_0'.
+
+    Autograd follows the network from x alone, outside of inference mode.
+    """
+    last, weights = kwargs.pop(LAST)
+    of_state, of_output, gain = numbers.index_select(1, t)[:, :, None, None]
+    with torch.inference_mode(False), torch.enable_grad():
+        start = x.detach().requires_grad_()
+        followed = output_tensor(network(start, t, **_ordinary(kwargs)))
+        _check_followed(followed, x)
+        output = followed.detach()
+        error = (last - (of_state * x + of_output * output)).mul_(weights)
+        (pulled,) = torch.autograd.grad(followed, start, (of_output * error).to(output.dtype))
+    changed: Tensor = output + gain * (of_state * error + pulled)
+    return changed.to(output.dtype)
+
+
+def _ordinary(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that autograd can save: copies of tensors of inference mode."""
+    ordinary: dict[str, Any] = tree_map_only(
+        Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, kwargs
+    )
+    return ordinary
+
+
+def _check_followed(output: Any, x: Tensor) -> None:
+    if not isinstance(output, Tensor) or output.shape != x.shape:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"model output: expected shape {tuple(x.shape)} with chunking='guide', got {got}"
+        )
+    if not output.requires_grad:
+        raise ValueError(
+            "model output: expected to depend on x by what autograd follows with chunking='guide', "
+            "got a tensor without gradients, as from torch.no_grad() inside of the model"
+        )

@@ -1,0 +1,291 @@
+"""The log of a control loop: what every chunk of actions was made from, and the actions.
+
+A log is a file of JSON lines. The header comes first and describes all that the actions depend on
+besides the observations; then each tick has a line. Actions are written as numbers, since a reader
+can look at these: the float64 that JSON has shows every value of the state's dtypes exactly, and
+Python reads back the number that it wrote. NaN and infinities stand there as Python's `json` writes
+them.
+
+A line is written by one call of the system, so that a process that is killed leaves whole lines;
+whatever is torn at the end nevertheless, by a full disk or a lost machine, is left out by readers
+and cut off by the next writer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import stat
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastddim._version import __version__
+from fastddim.loop.arguments import ModelArguments
+from fastddim.loop.setup import Setup
+from fastddim.options import Update
+from fastddim.runs.description import described_computation, described_plan, dtype_name
+from fastddim.runs.differences import differences
+from fastddim.runs.fingerprints import add_tensor, weights_of
+from fastddim.validation import STATE_DTYPES, check_int
+
+FORMAT = "fastddim actions"
+VERSION = 1
+
+Header: TypeAlias = dict[str, Any]
+Path: TypeAlias = str | os.PathLike[str]
+
+
+class LoggedTick(NamedTuple):
+    """One tick of a control loop.
+
+    Attributes:
+        tick: its number.
+        sample: index of its first sample, by which its noise is keyed.
+        executed, frozen: as they were given.
+        before: whether a chunk came before, from which the tick went on.
+        observation: digest of the model's tensors, as `observation_digest` gives it.
+        actions: the chunk, nested lists `[B][horizon][action_dim]`.
+    """
+
+    tick: int
+    sample: int
+    executed: int | list[int]
+    frozen: int | list[int]
+    before: bool
+    observation: str
+    actions: list[list[list[float]]]
+
+
+def header_of(setup: Setup, update: Update, **own: Any) -> Header:
+    """The header of a log.
+
+    Args:
+        setup: of a tick that has no chunk before it.
+        update: the arguments of each step.
+        own: what else the ticks depend on, ready for JSON.
+    """
+    model, uncond_model = setup.model, setup.uncond_model
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "versions": {"fastddim": __version__, "torch": torch.__version__},
+        "model": {
+            "class": type(model).__qualname__,
+            "weights": weights_of(model),
+            "uncond_class": None if uncond_model is None else type(uncond_model).__qualname__,
+            "uncond_weights": weights_of(uncond_model),
+        },
+        "shape": setup.shape,
+        "dtype": dtype_name(setup.dtype),
+        "model_dtype": dtype_name(setup.model_dtype),
+        **own,
+        "plan": described_plan(setup, update.checked(setup.shape[0], per_step=True)),
+        "computation": described_computation(setup),
+    }
+    as_read: Header = json.loads(json.dumps(header, default=Tensor.tolist))
+    return as_read
+
+
+def observation_digest(arguments: ModelArguments) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of the tensors that a model is called with.
+
+    Tensors come in the order of their names, so that the order of a mapping does not matter. Values
+    that are no tensors are left out: they are the same in all calls of a sampler.
+    """
+    digest = hashlib.sha256()
+    groups = {"model_kwargs": arguments.tensors, "uncond_kwargs": arguments.uncond_kwargs or {}}
+    named = {group + name: value for group, of in groups.items() for name, value in of.items()}
+    for name, value in sorted(named.items()):
+        if isinstance(value, Tensor):
+            add_tensor(digest, name, value)
+        else:
+            # A number that fills the rows of a tensor, and may be another in each call.
+            digest.update(f"{name} {value!r}\n".encode())
+    return digest.hexdigest()
+
+
+class LogWriter:
+    """Appends the ticks of one sampler to a log.
+
+    Attributes:
+        path: of the log.
+        next_tick: the number after that of the last tick in the log.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        """Open the log, or begin one.
+
+        Raises:
+            TypeError: `path` is no path.
+            ValueError: there is a log with another header, or a file that is no log.
+            BlockingIOError: another sampler writes it.
+            OSError: it cannot be written, or is not an ordinary file.
+        """
+        self.path = _checked_path(path)
+        # Every write goes to the end, which is the end of a line.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+        self._descriptor = os.open(self.path, flags, 0o666)
+        self._close = weakref.finalize(self, os.close, self._descriptor)
+        try:
+            self._check_file()
+            self.next_tick = self._take_up(header)
+        except BaseException:
+            self._close()
+            raise
+
+    def write(self, tick: LoggedTick) -> None:
+        """Append the line of a tick.
+
+        Raises:
+            OSError: it cannot be written; the log is as it was.
+        """
+        self._append(tick._asdict())
+        self.next_tick = tick.tick + 1
+
+    def _check_file(self) -> None:
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            raise OSError(f"log: expected an ordinary file or a new name, got {self.path!r}")
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                error.errno, "log: expected a file of this sampler alone, got one in use", self.path
+            ) from error
+        except OSError as error:
+            warnings.warn(
+                f"fastddim: {self.path}: this file system has no locks ({error.strerror}); see to "
+                "it that no other sampler writes the log",
+                stacklevel=2,
+            )
+
+    def _take_up(self, header: Header) -> int:
+        """Check the header, or write it; the number of the next tick."""
+        line = _encoded(header)
+        with open(self.path, "rb") as file:
+            start = file.read(len(line))
+            if not start.endswith(b"\n") and line.startswith(start):
+                # There is nothing yet, or a header that was torn.
+                os.ftruncate(self._descriptor, 0)
+                self._append(header)
+                return 0
+        with open(self.path, "rb") as file:
+            refuse_other(_read_header(file, self.path), header, self.path)
+            following = 0
+            for tick in _read_ticks(file, self.path):
+                following = tick.tick + 1
+            os.ftruncate(self._descriptor, file.tell())
+        return following
+
+    def _append(self, content: dict[str, Any]) -> None:
+        line, before = _encoded(content), os.fstat(self._descriptor).st_size
+        written = os.write(self._descriptor, line)
+        if written < len(line):
+            os.ftruncate(self._descriptor, before)
+            raise OSError(
+                f"{self.path}: expected room for {len(line)} bytes, got {written} of them written"
+            )
+
+
+class ActionLog:
+    """A log of actions, read from its file.
+
+    Attributes:
+        path: of the file.
+        header: what the actions depend on besides the observations.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            ValueError: the file is not a log of actions, or has an unknown version.
+            TypeError: `path` is no path.
+            OSError: it cannot be read.
+        """
+        self.path = _checked_path(path)
+        with open(self.path, "rb") as file:
+            self.header = _read_header(file, self.path)
+
+    def __repr__(self) -> str:
+        return f"ActionLog({self.path!r})"
+
+    def __iter__(self) -> Iterator[LoggedTick]:
+        """The ticks, in their order; a torn line at the end is left out.
+
+        Raises:
+            ValueError: a line before the end is not that of a tick.
+        """
+        with open(self.path, "rb") as file:
+            file.readline()
+            yield from _read_ticks(file, self.path)
+
+    def actions(self, tick: LoggedTick) -> Tensor:
+        """The actions of a tick `[B, horizon, action_dim]` on the CPU, with the bits that they had.
+
+        (Of a NaN, that it was one.)
+        """
+        dtypes = {dtype_name(dtype): dtype for dtype in STATE_DTYPES}
+        dtype = dtypes[self.header["dtype"]]
+        return torch.tensor(tick.actions, dtype=torch.float64, device="cpu").to(dtype)
+
+
+def refuse_other(found: Header, wanted: Header, path: str) -> None:
+    """Refuse a log whose header is another.
+
+    Raises:
+        ValueError: some entries differ; the message names them.
+    """
+    lines = [it.line for it in differences(found, wanted, ("in the log", "here"))]
+    if lines:
+        raise ValueError(
+            f"log: expected one of the same sampler, got {path!r}, which differs:\n  "
+            + ";\n  ".join(lines)
+        )
+
+
+def _checked_path(path: Any) -> str:
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        raise TypeError(f"log: expected a path, got {path!r}") from None
+
+
+def _encoded(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content) + "\n").encode()
+
+
+def _read_header(file: BinaryIO, path: str) -> Header:
+    try:
+        content = json.loads(file.readline())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a log of actions, got {error}") from error
+    found = (content.get("format"), content.get("version")) if isinstance(content, dict) else None
+    if found != (FORMAT, VERSION):
+        raise ValueError(
+            f"{path}: expected a log of actions, version {VERSION}, got {found or content!r}"
+        )
+    header: Header = content
+    return header
+
+
+def _read_ticks(file: BinaryIO, path: str) -> Iterator[LoggedTick]:
+    """The ticks after the header; afterwards, the file stands where the last whole line ends."""
+    number, end = 1, file.tell()
+    while (line := file.readline()).endswith(b"\n"):
+        number += 1
+        try:
+            tick = LoggedTick(**json.loads(line))
+            check_int("tick", tick.tick, 0, 2**62)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path}: expected a tick of a log in line {number}, got {error}"
+            ) from error
+        end = file.tell()
+        yield tick
+    file.seek(end)

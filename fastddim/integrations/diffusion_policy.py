@@ -1,0 +1,267 @@
+"""Prepared sampling for the diffusion policies of real-stanford/diffusion_policy.
+
+```python
+import torch, fastddim.integrations.diffusion_policy as fast
+fast.install(policy)  # such as the ema_model of a workspace, in eval mode
+with torch.inference_mode():
+    action = policy.predict_action(obs)["action"]
+```
+
+`install` gives one policy another `conditional_sample`, in which the loop over a scheduler of
+diffusers is one call of a prepared `fastddim.Sampler`: on a GPU one launch of a CUDA graph a tick.
+The observation is encoded once a tick, by the policy itself, and copied into what was captured.
+Actions are those of the original to rounding, and so is the state of the generator afterwards. Kept
+from the original:
+
+- known data, such as inpainted observations, are clean at every step, where `mask` and `known` of
+  `fastddim.sample` mix them to the noise level of the step: the network reads them in the place of
+  the state, and they are written over the result;
+- the steps are those of diffusers' `DDIMScheduler` or `DDPMScheduler`, its deviations from the
+  paper included.
+
+Different: the network gets a timestep for each sample, `[B]`, where the original gives it one; in
+half precision and under autocast a step is computed in float32 and rounded once; the scheduler's
+own `timesteps` are not set.
+
+The policy's own loop is taken, with a warning that says why, for a network in training mode, a
+scheduler that is neither DDPM's nor DDIM's or learns its variance, dynamic thresholding, whose
+threshold depends on known data, a mask that has not the shape of the data, and arguments of the
+scheduler's `step` other than `eta` and `use_clipped_model_output`. So it is, without one, where
+gradients are asked for, and in programs of `torch.compile` and CUDA graphs of the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastddim.choices import Graph, Impl
+from fastddim.integrations._hooks import Hooks
+from fastddim.integrations._policies import LoopCall, Samplers
+from fastddim.integrations._scheduler_steps import SCHEDULERS, scheduler_kind
+from fastddim.loop.copying import Rebuilt
+
+Policy = TypeVar("Policy")
+
+_UNETS = (
+    "DiffusionUnetLowdimPolicy",
+    "DiffusionUnetImagePolicy",
+    "DiffusionUnetHybridImagePolicy",
+    "DiffusionUnetVideoPolicy",
+)
+_TRANSFORMERS = ("DiffusionTransformerLowdimPolicy", "DiffusionTransformerHybridImagePolicy")
+
+_METHOD = "conditional_sample"
+_HOOKS = Hooks(_METHOD, of=(*_UNETS, *_TRANSFORMERS))
+
+
+def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Policy:
+    """Let a policy sample through prepared samplers; again, to change the options.
+
+    Copies and pickles of the policy, such as averaged ones, do so too, each with its own network.
+    The network may be trained, replaced, converted or moved later, and the scheduler and
+    `num_inference_steps` set anew.
+
+    Args:
+        policy: of one of the repository's six diffusion policies, or of a subclass that does not
+            override `conditional_sample`. Its class and other policies stay as they are.
+        graph, impl: as in `fastddim.Sampler`.
+
+    Returns:
+        The policy.
+
+    Raises:
+        TypeError: it is no such policy, or its scheduler neither DDPM's nor DDIM's.
+        ValueError: its `conditional_sample` is not the repository's, or an option is unknown.
+    """
+    kind = _kind_of(policy)
+    if not _is_installed(policy):
+        if _HOOKS.overridden(policy):
+            raise ValueError(
+                f"policy: expected the repository's own {_METHOD}, got "
+                f"{type(policy).__qualname__} with another"
+            )
+        scheduler = getattr(policy, "noise_scheduler", None)
+        if scheduler_kind(scheduler) is None:
+            raise TypeError(
+                f"policy: expected a scheduler of {' or '.join(SCHEDULERS)}, "
+                f"got {type(scheduler).__qualname__}"
+            )
+    setattr(policy, _METHOD, kind(policy, graph, impl))
+    return policy
+
+
+def uninstall(policy: Policy) -> Policy:
+    """Take back what `install` has done to a policy, or to what it is a copy of, if anything.
+
+    Returns:
+        The policy.
+
+    Raises:
+        TypeError: it is none of the repository's diffusion policies.
+    """
+    _kind_of(policy)
+    if _is_installed(policy):
+        delattr(policy, _METHOD)
+    return policy
+
+
+def _is_installed(policy: Any) -> bool:
+    return isinstance(vars(policy).get(_METHOD), _ConditionalSample)
+
+
+def _kind_of(policy: Any) -> type[_OfUnet] | type[_OfTransformer]:
+    """How a policy calls its network, told by the names of its classes: nothing of the repository
+    is imported.
+    """
+    names = {base.__name__ for base in type(policy).__mro__}
+    if not names.isdisjoint(_UNETS):
+        return _OfUnet
+    if not names.isdisjoint(_TRANSFORMERS):
+        return _OfTransformer
+    known = ", ".join((*_UNETS, *_TRANSFORMERS))
+    raise TypeError(f"policy: expected one of {known}, got {type(policy).__qualname__}")
+
+
+class _ConditionalSample(Rebuilt):
+    """`conditional_sample` of one policy; a copy belongs to the policy's copy."""
+
+    _evaluate: ClassVar[Callable[..., Any]]
+    """`(network, x, t, *, data, mask, ...)`, where `...` are the conditions by name."""
+
+    def __init__(self, policy: Any, graph: Graph, impl: Impl) -> None:
+        self._policy, self._graph, self._impl = policy, graph, impl
+        self._rebuild()
+
+    def _build(self) -> None:
+        self._samplers = Samplers("diffusion_policy", graph=self._graph, impl=self._impl)
+        self._model: Any = None
+
+    def _functions(self) -> tuple[Any, ...]:
+        return (self._policy,)
+
+    def _sample(
+        self,
+        data: Tensor,
+        mask: Tensor,
+        conditions: Mapping[str, Tensor | None],
+        generator: torch.Generator | None,
+        kwargs: Mapping[str, Any],
+    ) -> Tensor:
+        """Sample as the policy does.
+
+        Args:
+            data: `[B, T, D]`, floating point; where `mask` is true, what is known.
+            mask: bool `[B, T, D]`.
+            conditions: further arguments of the network, by name.
+            generator: of x_T and the noise, or None for torch's own.
+            kwargs: further arguments of the scheduler's `step`.
+
+        Returns:
+            The samples `[B, T, D]`.
+        """
+        given = {name: value for name, value in conditions.items() if value is not None}
+        if self._takes(data, mask, *given.values()):
+            given |= {"data": data, "mask": mask}
+            call = self._call(data, given, kwargs)
+            sampler = self._samplers.find(call)
+            if sampler is not None:
+                return torch.where(mask, data, sampler.draw(given, generator))
+        own = getattr(type(self._policy), _METHOD)
+        samples: Tensor = own(self._policy, data, mask, **conditions, generator=generator, **kwargs)
+        return samples
+
+    def _takes(self, data: Tensor, mask: Tensor, *conditions: Tensor) -> bool:
+        """Whether a sampler may stand for the loop, as far as that does not depend on the steps."""
+        if not self._samplers.takes(self._policy.model, data, mask, *conditions):
+            return False
+        scheduler, reason = self._policy.noise_scheduler, None
+        if mask.dtype is not torch.bool or mask.shape != data.shape:
+            reason = f"condition_mask is no bool tensor of shape {tuple(data.shape)}"
+        elif getattr(scheduler.config, "thresholding", False):
+            # The sampler's state has other values there than the known ones.
+            reason = "its scheduler has thresholding=True, whose threshold depends on known data"
+        if reason is not None:
+            self._samplers.warn(reason)
+        return reason is None
+
+    def _call(
+        self, data: Tensor, given: Mapping[str, Tensor], kwargs: Mapping[str, Any]
+    ) -> LoopCall:
+        return LoopCall(
+            self._inpainting(self._policy.model),
+            self._policy.noise_scheduler,
+            self._policy.num_inference_steps,
+            tuple(data.shape),
+            data.dtype,
+            data.device,
+            given,
+            kwargs,
+        )
+
+    def _inpainting(self, network: Any) -> Any:
+        """The network as samplers evaluate it: one object as long as the network is the same."""
+        model = self._model
+        if model is None or model.args[0] is not network:
+            model = self._model = partial(self._evaluate, network)
+        return model
+
+
+def _evaluate_unet(
+    network: Any,
+    x: Tensor,
+    t: Tensor,
+    *,
+    data: Tensor,
+    mask: Tensor,
+    local_cond: Tensor | None = None,
+    global_cond: Tensor | None = None,
+) -> Any:
+    x = torch.where(mask, data, x)
+    return network(x, t, local_cond=local_cond, global_cond=global_cond)
+
+
+class _OfUnet(_ConditionalSample):
+    _evaluate = staticmethod(_evaluate_unet)
+
+    def __call__(
+        self,
+        condition_data: Tensor,
+        condition_mask: Tensor,
+        local_cond: Tensor | None = None,
+        global_cond: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        conditions = {"local_cond": local_cond, "global_cond": global_cond}
+        return self._sample(condition_data, condition_mask, conditions, generator, kwargs)
+
+
+def _evaluate_transformer(
+    network: Any,
+    x: Tensor,
+    t: Tensor,
+    *,
+    data: Tensor,
+    mask: Tensor,
+    cond: Tensor | None = None,
+) -> Any:
+    return network(torch.where(mask, data, x), t, cond)
+
+
+class _OfTransformer(_ConditionalSample):
+    _evaluate = staticmethod(_evaluate_transformer)
+
+    def __call__(
+        self,
+        condition_data: Tensor,
+        condition_mask: Tensor,
+        cond: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        return self._sample(condition_data, condition_mask, {"cond": cond}, generator, kwargs)
