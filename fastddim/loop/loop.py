@@ -254,8 +254,8 @@ class Loop:
         state, now = self.buffers.state, self.counters.now
         callback, take, arguments = reporting.callback, self.step.take, self._inputs.arguments
         with_x_0, told = callback is not None, callback is not None or bar is not None
-        if program is None and noise is None and trajectory is None and not (told or masked):
-            self.step.take_several(self.plan.steps - first, arguments)
+        if program is None and noise is None and trajectory is None and not told:
+            self.step.take_several(self.plan.steps - first, arguments, masked=masked)
             return self.plan.steps
         for s in range(first, self.plan.steps):
             if program is not None:
