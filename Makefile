@@ -10,13 +10,18 @@ VENV := .venv
 EDITABLE := -e
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# pip compiles what it installs file by file, which takes a minute of one core; this takes them all.
+# A file that is for another Python is left out, as pip leaves it.
+INSTALL := $(PIP) install --no-compile
+COMPILE := $(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
 
 RESULTS := benchmarks/results
 # The file that `make test` writes versions and counts into, if any.
 RECORD :=
-# As many workers as this process has cores, each with one thread. A file's tests share what it builds.
+# As many workers as this process has cores, each with one thread; in pytest, a file's tests share what
+# it builds, and files are in the order of tests/conftest.py.
 WORKERS ?= $(shell $(BIN)/python -c "import os; print(len(os.sched_getaffinity(0)))")
-RUN_TESTS = $(BIN)/pytest -n $(WORKERS) --dist loadfile $(if $(RECORD),--record=$(RECORD))
+RUN_TESTS = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(RECORD),--record=$(RECORD))
 # `make report` begins no cell of a quality table later than this; cells of earlier runs are kept.
 REPORT_SECONDS ?= 600
 
@@ -85,7 +90,7 @@ test-faults: $(VENV)/.installed-dev ## Kill and break runs of many samples, and 
 lint: $(VENV)/.installed-dev ## Check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(WORKERS)
 ifneq ($(CXX_FILES),)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 endif
@@ -167,7 +172,8 @@ clean: ## Remove build products and caches, but not .venv
 # own requirement would take whichever build of torch is the newest.
 $(VENV)/.torch:
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(PIP) install "setuptools>=77" ninja "$(TORCH)"
+	$(INSTALL) "setuptools>=77" ninja "$(TORCH)"
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)
@@ -180,9 +186,10 @@ $(VENV)/.installed-report: $(VENV)/.installed-dev
 
 # The peers come without what they require: it is for training, and would bring another torch along.
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml setup.py tests/support/dropins/peers.txt $(CXX_FILES)
-	$(BIN)/python -c "import triton" 2> /dev/null || $(PIP) install "$(TRITON)"
-	$(PIP) install --no-build-isolation $(EDITABLE) ".[test,lint,docs]"
-	$(PIP) install --no-deps -r tests/support/dropins/peers.txt
+	$(BIN)/python -c "import triton" 2> /dev/null || $(INSTALL) "$(TRITON)"
+	$(INSTALL) --no-build-isolation $(EDITABLE) ".[test,lint,docs]"
+	$(INSTALL) --no-deps -r tests/support/dropins/peers.txt
+	$(COMPILE)
 	touch $(VENV)/.installed $@
 
 $(VENV)/.installed-compat: $(VENV)/.torch pyproject.toml setup.py tests/support/dropins/peers.txt $(CXX_FILES)

@@ -10,9 +10,11 @@
 #include <atomic>
 #include <cstddef>
 #include <exception>
+#include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
-#include <vector>
+#include <utility>
 
 #include "call.h"
 #include "cpu/run.h"
@@ -108,61 +110,98 @@ void run(const Advance& call) {
 
 void advance(Tensor counters, Tensor timesteps, Tensor t) { run(Advance(counters, timesteps, t)); }
 
-// A loop's step, prepared except for the address of the model's output. It keeps the tensors that
-// it reads and writes.
-class LoopStep {
+// An update that is prepared once. It keeps the tensors that it reads and writes.
+class HeldUpdate {
  public:
-  LoopStep(const Tensor& state, const Tensor& model_output, const Tensor& table, const Tensor& row,
-           const Optional& seed, const Optional& step, const Optional& sample,
-           const Optional& history, const Optional& model_input, const Tensor& counters,
-           const Tensor& timesteps, const Tensor& t)
-      : kept_{state, table, row, counters, timesteps, t},
-        shape_(state, "state"),
-        job_(update_job(shape_, {.x = state,
-                                 .model_output = model_output,
-                                 .table = table,
-                                 .row = row,
-                                 .seed = seed,
-                                 .step = step,
-                                 .sample = sample,
-                                 .history = history,
-                                 .out = state,
-                                 .model_input = model_input,
-                                 .epsilon = history})),
-        layout_(job_, shape_.sizes, (int)shape_.dims, job_.seed != nullptr, job_.row_stride == 0),
-        advance_(counters, timesteps, t) {
-    for (const Optional& tensor : {seed, step, sample, history, model_input}) {
-      if (tensor) kept_.push_back(*tensor);
-    }
+  explicit HeldUpdate(UpdateArguments given)
+      : kept_(std::move(given)),
+        shape_(kept_.x, "state"),
+        job_(update_job(shape_, kept_)),
+        layout_(job_, shape_.sizes, (int)shape_.dims, job_.seed != nullptr, job_.row_stride == 0) {
     set_tiles(job_, layout_);
     const View& second = job_.views[operand::conditional];
     guided_ = second.data != nullptr;
     conditional_ = second.data - job_.views[operand::unconditional].data;
   }
 
-  void operator()(char* model_output) {
+  // Let go of the model's output, for which `read_output_at` gives another before the next run.
+  void release_output() { kept_.model_output = kept_.x; }
+
+  // Read the model's output from this address, where one like the first lies. It is not kept.
+  void read_output_at(char* model_output) {
     job_.views[operand::unconditional].data = model_output;
     if (guided_) job_.views[operand::conditional].data = model_output + conditional_;
-    run(job_, current_kernels().update, job_.seed != nullptr);
-    run(advance_);
   }
 
+  void operator()() const { run(job_, current_kernels().update, job_.seed != nullptr); }
+
  private:
-  std::vector<Tensor> kept_;
+  UpdateArguments kept_;
   Shape shape_;
   Job job_;
   JobLayout layout_;
-  Advance advance_;
   bool guided_;
   ptrdiff_t conditional_;
 };
 
-// For `take_loop_step`, which frees it.
+// A loop's step, prepared except for the address of the model's output: known data are mixed, if
+// there are any, then come the update and the counters.
+class LoopStep {
+ public:
+  LoopStep(UpdateArguments update, Tensor counters, Tensor timesteps, Tensor t)
+      : update_(std::move(update)),
+        kept_{std::move(counters), std::move(timesteps), std::move(t)},
+        advance_(kept_[0], kept_[1], kept_[2]) {
+    update_.release_output();
+  }
+
+  // Take another update before each step's own, which writes the known data that it reads.
+  void mix_by(UpdateArguments mixing) { mixing_.emplace(std::move(mixing)); }
+
+  void operator()(char* model_output) {
+    if (mixing_) (*mixing_)();
+    update_.read_output_at(model_output);
+    update_();
+    run(advance_);
+  }
+
+ private:
+  std::optional<HeldUpdate> mixing_;
+  HeldUpdate update_;
+  Tensor kept_[3];
+  Advance advance_;
+};
+
+// For `take_loop_step`, which frees it. Masked steps are given the last six tensors, of which
+// `data` and `x_T` are mixed into `known`.
 int64_t make_loop_step(Tensor state, Tensor model_output, Tensor table, Tensor row, Optional seed,
                        Optional step, Optional sample, Optional history, Optional model_input,
-                       Tensor counters, Tensor timesteps, Tensor t) {
-  return (int64_t)new LoopStep(state, model_output, table, row, seed, step, sample, history,
-                               model_input, counters, timesteps, t);
+                       Tensor counters, Tensor timesteps, Tensor t, Optional mask, Optional known,
+                       Optional data, Optional x_T, Optional known_table, Optional known_row) {
+  auto made = std::make_unique<LoopStep>(UpdateArguments{.x = state,
+                                                         .model_output = model_output,
+                                                         .table = table,
+                                                         .row = row,
+                                                         .seed = seed,
+                                                         .step = step,
+                                                         .sample = sample,
+                                                         .history = history,
+                                                         .mask = mask,
+                                                         .known = known,
+                                                         .out = state,
+                                                         .model_input = model_input,
+                                                         .epsilon = history},
+                                         counters, timesteps, t);
+  if (known) {
+    STD_TORCH_CHECK(data && x_T && known_table && known_row,
+                    "fastddim: data, x_T, known_table, known_row: expected all beside known");
+    made->mix_by({.x = *data,
+                  .model_output = *x_T,
+                  .table = *known_table,
+                  .row = *known_row,
+                  .out = *known});
+  }
+  return (int64_t)made.release();
 }
 
 constexpr const char* LOOP_STEP = "fastddim.LoopStep";

@@ -64,6 +64,28 @@ otherwise.
 """
 
 
+class Blending(NamedTuple):
+    """What the masked steps of a loop read besides what all steps do, and `known`, which they write
+    first: the data as they are after the step.
+
+    Attributes:
+        mask: weight of the known data in the state; like the state.
+        known: like the state, written.
+        data: the known data; like the state.
+        x_T: the latents that they are mixed with; like the state.
+        known_table: the rows `[R, K]` of updates without noise of `data`, whose model output is
+            `x_T`, into `known`.
+        known_row: int64 `[1]` or `[B]`, the row of each sample.
+    """
+
+    mask: Tensor
+    known: Tensor
+    data: Tensor
+    x_T: Tensor
+    known_table: Tensor
+    known_row: Tensor
+
+
 def split_operands(operands: tuple[Any, ...]) -> tuple[Inputs, Outputs]:
     """The inputs and outputs among the arguments of `fastddim::update_out`."""
     count = len(Inputs._fields)
@@ -109,7 +131,8 @@ _library.define("advance(Tensor(a!) counters, Tensor timesteps, Tensor(b!) t) ->
 _library.define(
     "make_loop_step(Tensor state, Tensor model_output, Tensor table, Tensor row, Tensor? seed, "
     "Tensor? step, Tensor? sample, Tensor? history, Tensor? model_input, Tensor counters, "
-    "Tensor timesteps, Tensor t) -> int"
+    "Tensor timesteps, Tensor t, Tensor? mask=None, Tensor? known=None, Tensor? data=None, "
+    "Tensor? x_T=None, Tensor? known_table=None, Tensor? known_row=None) -> int"
 )
 
 # Resolved once: looking an overload up costs a tenth of a small update.

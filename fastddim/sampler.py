@@ -116,6 +116,14 @@ class Sampler(Rebuilt):
             arguments = self._setup.arguments.replaced(options.model_kwargs, options.uncond_kwargs)
         return self._loop.sample(options, arguments, options.out)
 
+    def _evaluate_in_inference_mode(self, value: bool) -> None:
+        """Let the model of the next calls be evaluated in inference mode, or outside of it.
+
+        Outside is the default, whatever the caller's mode is, so that models which differentiate
+        work everywhere. In inference mode PyTorch's own operators take less time.
+        """
+        self._loop.inference = value
+
     @torch.inference_mode(False)
     def _build(self) -> None:
         self._loop = Loop(self._setup)

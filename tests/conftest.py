@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,21 @@ hypothesis.settings.load_profile("repeatable")
 # Settings that make this processor stand in for others.
 STAND_INS = ("ATEN_CPU_CAPABILITY", "MKL_CBWR")
 OUTCOMES = ("passed", "skipped", "failed", "error")
+
+
+# Files of a few tests that take long, the longest first. By the number of their tests, as
+# pytest-xdist orders files, they would come last, and one worker would wait for another.
+LONG = (
+    "test_cuda_host.py",
+    "test_cuda_ptx.py",
+    "test_compile_sampling.py",
+    "test_packaging.py",
+    "test_cuda_build.py",
+    "test_triton_interpreter.py",
+    "test_setup.py",
+    "test_first_hour.py",
+    "test_cuda_mutants.py",
+)
 
 
 # How many deep tests a run leaves out; of workers, which all collect the same, the most.
@@ -101,6 +117,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[LEFT_OUT] = len(deep)
         config.hook.pytest_deselected(items=deep)
         items[:] = [item for item in items if not item.get_closest_marker("deep")]
+    if is_worker(config):
+        tests = Counter(item.path for item in items)
+        place = {path: LONG.index(path.name) if path.name in LONG else len(LONG) for path in tests}
+        items.sort(key=lambda item: (place[item.path], -tests[item.path], item.path))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -247,6 +247,22 @@ class TestTicks:
         assert not last.requires_grad
         assert not last.is_inference()
 
+    @pytest.mark.parametrize("chunking", [None, "freeze"])
+    def test_the_network_is_in_the_mode_of_the_caller(self, chunking: Any) -> None:
+        def network(x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
+            seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+            return (x + obs[:, :, None]).tanh()
+
+        seen: list[tuple[bool, bool]] = []
+        sampler, expected = (made(network, chunking=chunking, warm_start=W) for _ in range(2))
+        want = ticks(expected)
+        assert set(seen) == {(False, False)}
+        for own in want:
+            seen.clear()
+            with torch.inference_mode() if sampler.tick % 2 else torch.no_grad():
+                assert torch.equal(ticks(sampler, 1)[0], own)
+            assert set(seen) == {(sampler.tick % 2 == 0, False)}
+
     def test_one_call_at_a_time(self) -> None:
         def network(x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
             if again:

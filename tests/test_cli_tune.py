@@ -14,7 +14,7 @@ from fastddim import models
 from fastddim.cli import main
 from fastddim.tuning.tuner import Tuner
 
-QUICKLY = ("--samples", 16, "--teacher-steps", 20)
+QUICKLY = ("--samples", 8, "--teacher-steps", 20)
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +31,12 @@ def test_a_file_for_each_number() -> None:
     assert result.exit_code == 0, result.stderr
     assert result.stdout == "tuned\n"
     digits = models.load("digits")
-    own = fastddim.tune(digits, 3, samples=16, teacher_steps=20, seed=5, progress=False)
+    own = fastddim.tune(digits, 3, samples=8, teacher_steps=20, seed=5, progress=False)
     assert isinstance(own, fastddim.TunedSteps)
     written = fastddim.load_steps("tuned/steps-3.json")
     assert (written.timesteps, written.direction) == (own.timesteps, own.direction)
     assert written.record["command"] == (
-        "fastddim tune digits --steps 2,3 --samples 16 --teacher-steps 20 --seed 5"
+        "fastddim tune digits --steps 2,3 --samples 8 --teacher-steps 20 --seed 5"
     )
     assert fastddim.load_steps("tuned/steps-2.json").steps == 2
 

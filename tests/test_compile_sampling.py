@@ -7,6 +7,7 @@ operators that a compiler does not fuse (backends "eager" and "aot_eager").
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import re
 import warnings
@@ -24,6 +25,7 @@ from fastddim import Sampler
 
 from .support.environment import ROOT, RunPython
 from .support.models import SmallNet, shown
+from .support.products import in_turns
 from .support.tuned import random_steps
 
 SHAPE = (2, 3, 4, 4)
@@ -202,7 +204,7 @@ def marks(number: int, name: str, way: str) -> list[pytest.MarkDecorator]:
     ]
 
 
-ALL_WAYS = ("sample, plain", "sample, noise", "Sampler, noise", "invert")
+ALL_WAYS = ("sample, noise", "Sampler, noise", "invert")
 CASES = [
     pytest.param(name, way, marks=marks(i, name, way))
     for i, name in enumerate(PROGRAMS)
@@ -291,11 +293,15 @@ def test_one_compiled_function_for_other_seeds_batches_and_steps(make: Any) -> N
         assert same(own(x, seed, steps), expected)
 
 
-@pytest.mark.parametrize("kind", ["noise", "guided", "order 2", "changed x_0", "thresholding"])
-@pytest.mark.parametrize("make", [sampling, Policy], ids=["sample", "Sampler"])
-def test_an_open_batch(make: Any, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("made", "kind"),
+    in_turns(
+        2, ("sample", "Sampler"), ("noise", "guided", "order 2", "changed x_0", "thresholding")
+    ),
+)
+def test_an_open_batch(made: str, kind: str) -> None:
     shapes = {"x": {0: torch.export.Dim("batch")}}
-    program = make(**KINDS[kind])
+    program = PROGRAMS[f"{made}, {kind}"]()
     with torch.no_grad():
         exported = torch.export.export(program, (states(0),), dynamic_shapes=shapes, strict=False)
     file = io.BytesIO()
@@ -443,8 +449,8 @@ def test_what_no_program_can_hold_runs_outside_of_it(name: str) -> None:
         strictly_exported(program, states(1))
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_arguments(name: str) -> None:
+@pytest.mark.parametrize(("name", "way"), in_turns(3, REFUSED, ("compile", "export", "make_fx")))
+def test_refused_arguments(name: str, way: str) -> None:
     """The same error as outside of programs."""
     kind = {"steps": S, **REFUSED[name]}
     program = Program(lambda net, x: fastddim.sample(net, x_T=x, **kind))
@@ -453,10 +459,11 @@ def test_refused_arguments(name: str) -> None:
     message = str(raised.value)
     assert message.startswith(f"{'x_T' if name == 'shape' else name}: ")
     torch._dynamo.reset()
-    for trace in (torch.compile(program, backend="eager"), *map(WAYS.get, ("export", "make_fx"))):
-        arguments = (states(1),) if trace is not exported and trace is not functional else None
-        with pytest.raises(type(raised.value), match=re.escape(message)):
-            trace(*arguments) if arguments else trace(program, states(1))
+    trace = functools.partial(WAYS[way], program)
+    if way == "compile":
+        trace = torch.compile(program, backend="eager")
+    with pytest.raises(type(raised.value), match=re.escape(message)):
+        trace(states(1))
 
 
 def test_a_mask_that_a_program_is_given_later_is_not_taken_on_trust() -> None:

@@ -29,6 +29,7 @@ from fastddim.loop.rows import Rows
 
 from .support.models import SmallNet, elementwise_model
 from .support.paper import ddim_sample, guided, linear_alphas
+from .support.products import in_turns
 from .support.recorded_graph import RecordedGraph, recorded_graphs
 
 STEPS = [900, 500, 140, 3]
@@ -811,15 +812,16 @@ class Policy(nn.Module):
         return fastddim.sample(self.net, 3, x_T=x, **kind)
 
 
-@pytest.mark.parametrize("models", [1, 2])
-@pytest.mark.parametrize("sampled", ["Sampler", "sample", "invert"])
+SAMPLED = ("Sampler", "sample", "invert")
+
+
 class TestPrograms:
     def given(self, batch: int, rows: int, seed: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn((batch, *SHAPE), generator=generator)
         return x, torch.randn((rows,), generator=generator)
 
-    @pytest.mark.parametrize("count", [1, 2])
+    @pytest.mark.parametrize(("sampled", "models", "count"), in_turns(2, SAMPLED, (1, 2), (1, 2)))
     def test_compiled(self, sampled: str, models: int, count: int) -> None:
         torch._dynamo.reset()
         policy = Policy(sampled, models)
@@ -828,8 +830,10 @@ class TestPrograms:
             given = self.given(2, count, seed)
             assert torch.equal(program(*given), policy(*given))
 
-    @pytest.mark.parametrize("count", [1, 2])
-    @pytest.mark.parametrize("strict", [False, True])
+    @pytest.mark.parametrize(
+        ("sampled", "models", "count", "strict"),
+        in_turns(2, SAMPLED, (1, 2), (1, 2), (False, True)),
+    )
     def test_exported(self, sampled: str, models: int, count: int, strict: bool) -> None:
         policy = Policy(sampled, models)
         given = self.given(2, count, 0)
@@ -838,6 +842,8 @@ class TestPrograms:
             given = self.given(2, count, seed)
             assert torch.equal(program(*given), policy(*given))
 
+    @pytest.mark.parametrize("models", [1, 2])
+    @pytest.mark.parametrize("sampled", SAMPLED)
     def test_exported_for_any_batch(self, sampled: str, models: int) -> None:
         policy = Policy(sampled, models)
         batch = torch.export.Dim("batch", min=2, max=64)
@@ -854,7 +860,7 @@ class TestPrograms:
                 expected = fastddim.sample(policy.net, 3, x_T=x, **kind)
             assert torch.allclose(program(x, y), expected, rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize("count", [1, 2])
+    @pytest.mark.parametrize(("sampled", "models", "count"), in_turns(2, SAMPLED, (1, 2), (1, 2)))
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_jit(self, sampled: str, models: int, count: int) -> None:
@@ -864,6 +870,7 @@ class TestPrograms:
             given = self.given(2, count, seed)
             assert torch.equal(program(*given), policy(*given))
 
+    @pytest.mark.parametrize(("sampled", "models"), in_turns(2, SAMPLED, (1, 2)))
     def test_wrong_rows(self, sampled: str, models: int) -> None:
         torch._dynamo.reset()
         program = torch.compile(Policy(sampled, models), backend="aot_eager")

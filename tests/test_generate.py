@@ -311,14 +311,14 @@ class TestManifest:
             "OMP_NUM_THREADS": "1",  # as torchrun sets it
         }
         with torch_threads(2):
-            assert run(*digits, "--count", 22, "--out", "whole").exit_code == 0
-            assert run(*digits, "--count", 10, "--out", "run").exit_code == 0
-        ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-        told = run_python(*ranks, *command, "--count", "22", cwd=folder, env=environment)
+            assert run(*digits, "--count", 14, "--out", "whole").exit_code == 0
+            assert run(*digits, "--count", 6, "--out", "run").exit_code == 0
+        ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+        told = run_python(*ranks, "1", *command, "--count", "14", cwd=folder, env=environment)
         assert "threads: 2 in the folder, 1 here" in told.stderr
         (advice,) = set(re.findall("or (--threads 2)", told.stderr))
-        words = (*command, "--count", "22", *advice.split())
-        result = run_python(*ranks, *words, cwd=folder, env=environment)
+        words = (*command, "--count", "14", *advice.split())
+        result = run_python(*ranks, "2", *words, cwd=folder, env=environment)
         assert result.returncode == 0, result.stderr
         assert contents("run") == contents("whole")
 

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -440,15 +441,19 @@ class TestGuidance:
         assert torch.equal(shard["samples"], expected(net, 4, 8, again))
 
     def test_killed_grown_and_on_two_ranks_the_bytes_are_those_of_one_process(
-        self, run_python, folder
+        self, run_python, folder, monkeypatch
     ):
         Path("dying.py").write_text(DYING)
         environment = {
             "PYTHONPATH": str(Path(fastddim.__file__).parents[1]),
             "OMP_NUM_THREADS": "1",
         }
-        result = run_python("dying.py", "run", "0", "18", cwd=folder, env=environment)
-        assert result.returncode == 0, result.stderr
+
+        def here(*arguments):
+            monkeypatch.setattr(sys, "argv", ["dying.py", *arguments])
+            exec(compile(DYING, "dying.py", "exec"), {"__name__": "dying"})
+
+        here("run", "0", "18")
         result = run_python("dying.py", "run", "1", "50", cwd=folder, env=environment)
         assert result.returncode == -signal.SIGKILL, result.stderr
         assert len(list(Path("run").glob("*.sha256"))) in (6, 7)
@@ -459,8 +464,7 @@ class TestGuidance:
             env=environment,
         )
         assert result.returncode == 0, result.stderr
-        result = run_python("dying.py", "alone", "0", "50", cwd=folder, env=environment)
-        assert result.returncode == 0, result.stderr
+        here("alone", "0", "50")
         assert contents("run") == contents("alone")
         with np.load("run/all.npz") as archive:
             assert archive["arr_0"].shape == (50, 8, 8, 3)

@@ -52,26 +52,49 @@ def draw(own: Callable[..., Any], seed: int = 3, **arguments: Any) -> Tensor:
 def by_operators(monkeypatch: pytest.MonkeyPatch, own: Any, **arguments: Any) -> Tensor:
     with monkeypatch.context() as patch:
         patch.delattr(cpu, "loop_step")
+        patch.delattr(cpu, "masked_loop_step")
         return draw(own, **arguments)
 
 
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each step, whether one call took it."""
+def masking(masked: bool = True, **arguments: Any) -> dict[str, Any]:
+    """Known data and their weights for such a call, some of them 0 and some 1."""
+    if not masked:
+        return {}
+    shape, dtype = arguments.get("shape", (2, 3, 5, 7)), arguments.get("dtype", torch.float32)
+    values = torch.Generator().manual_seed(11)
+    known = torch.randn(shape, generator=values, dtype=torch.float64)
+    weights = torch.rand(shape, generator=values, dtype=torch.float64) * 1.5 - 0.25
+    return {"known": known.to(dtype), "mask": weights.clamp(0, 1).to(dtype)}
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> list[bool]:
+    """For each step that comes to this function of the backend, whether one call took it."""
     taken: list[bool] = []
-    original = cpu.loop_step
+    original = getattr(cpu, name)
 
     def loop_step(*args: Any, **kwargs: Any) -> Callable[[Tensor], bool]:
         take = original(*args, **kwargs)
 
-        def recorded(output: Tensor) -> bool:
+        def recording(output: Tensor) -> bool:
             taken.append(take(output))
             return taken[-1]
 
-        return recorded
+        return recording
 
-    monkeypatch.setattr(cpu, "loop_step", loop_step)
+    monkeypatch.setattr(cpu, name, loop_step)
     return taken
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each step without a mask, whether one call took it."""
+    return recorded(monkeypatch, "loop_step")
+
+
+@pytest.fixture
+def masked_taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each masked step, whether one call took it."""
+    return recorded(monkeypatch, "masked_loop_step")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,9 +107,28 @@ def test_the_bits_are_those_of_the_operators(
     assert taken == [expected.numel() > 0] * 7
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_masked_steps_have_the_bits_of_the_operators(
+    case: str, monkeypatch: pytest.MonkeyPatch, taken: list[bool], masked_taken: list[bool]
+) -> None:
+    kind = CASES[case] | masking(**CASES[case])
+    expected = by_operators(monkeypatch, model, **kind)
+    if expected.numel():
+        assert not torch.equal(expected, by_operators(monkeypatch, model, **CASES[case]))
+    assert not masked_taken
+    assert torch.equal(draw(model, **kind), expected)
+    assert masked_taken == [expected.numel() > 0] * 7
+    assert not taken
+
+
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("halved", [False, True])
 def test_a_model_of_another_dtype(
-    halved: bool, monkeypatch: pytest.MonkeyPatch, taken: list[bool]
+    halved: bool,
+    masked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    taken: list[bool],
+    masked_taken: list[bool],
 ) -> None:
     network = nn.Conv2d(3, 6 if halved else 3, 3, padding=1, dtype=torch.bfloat16)
 
@@ -96,10 +138,11 @@ def test_a_model_of_another_dtype(
     module = nn.Module()
     module.register_module("network", network)
     module.forward = own
+    kind = {"eta": 1.0} | masking(masked)
     with torch.no_grad():
-        expected = by_operators(monkeypatch, module, eta=1.0)
-        assert torch.equal(draw(module, eta=1.0), expected)
-    assert taken == [True] * 7
+        expected = by_operators(monkeypatch, module, **kind)
+        assert torch.equal(draw(module, **kind), expected)
+    assert (masked_taken if masked else taken) == [True] * 7
 
 
 AWKWARD: dict[str, Callable[[Tensor], Any]] = {
@@ -114,10 +157,16 @@ AWKWARD: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kind", AWKWARD)
 def test_outputs_that_lie_otherwise(
-    kind: str, first: bool, monkeypatch: pytest.MonkeyPatch, taken: list[bool]
+    kind: str,
+    first: bool,
+    masked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    taken: list[bool],
+    masked_taken: list[bool],
 ) -> None:
     """Every other output, beginning with the first or the second. One call takes those that lie as
     the first does, in whatever order.
@@ -130,26 +179,34 @@ def test_outputs_that_lie_otherwise(
         output = model(x, t)
         return AWKWARD[kind](output) if (calls % 2 == 1) == first else output
 
-    expected = by_operators(monkeypatch, own)
+    expected = by_operators(monkeypatch, own, **masking(masked))
     calls = 0
-    assert torch.equal(draw(own), expected)
+    assert torch.equal(draw(own, **masking(masked)), expected)
     refused = kind != "another dtype" or not first
     prepared = first and kind in ("transposed", "channels_last", "expanded", "cut out")
-    assert taken.count(False) == (4 if first and not prepared else 3) or not refused
+    refusals = (masked_taken if masked else taken).count(False)
+    assert refusals == (4 if first and not prepared else 3) or not refused
 
 
 @pytest.mark.parametrize("kind", ["transposed", "channels_last", "expanded", "cut out"])
 @pytest.mark.parametrize("case", ["eta 0", "eta 1", "guided", "bfloat16", "float16, order 2"])
+@pytest.mark.parametrize("masked", [False, True])
 def test_outputs_that_all_lie_so(
-    case: str, kind: str, monkeypatch: pytest.MonkeyPatch, taken: list[bool]
+    masked: bool,
+    case: str,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    taken: list[bool],
+    masked_taken: list[bool],
 ) -> None:
     def own(x: Tensor, t: Tensor) -> Tensor:
         output: Tensor = AWKWARD[kind](model(x, t))
         return output
 
-    expected = by_operators(monkeypatch, own, **CASES[case])
-    assert torch.equal(draw(own, **CASES[case]), expected)
-    assert taken == [True] * 7
+    arguments = CASES[case] | masking(masked, **CASES[case])
+    expected = by_operators(monkeypatch, own, **arguments)
+    assert torch.equal(draw(own, **arguments), expected)
+    assert (masked_taken if masked else taken) == [True] * 7
 
 
 def test_the_state_turned_over_as_output(
@@ -168,6 +225,114 @@ def test_the_state_itself_as_output(monkeypatch: pytest.MonkeyPatch, taken: list
     expected = by_operators(monkeypatch, lambda x, t: x, eta=1.0)
     assert torch.equal(draw(lambda x, t: x, eta=1.0), expected)
     assert all(taken)
+
+
+WITHIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda x: x,
+    "a part of it": lambda x: x[..., 1:2].expand(x.shape),
+    "turned over": lambda x: x.transpose(-1, -2),
+}
+
+
+@pytest.mark.parametrize("kind", [{}, {"guidance_scale": 3.0}, {"order": 2}], ids=str)
+@pytest.mark.parametrize("part", WITHIN)
+def test_what_the_model_reads_as_output_of_a_masked_step(
+    part: str, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch, masked_taken: list[bool]
+) -> None:
+    """An output inside what a step writes over: the state, or under guidance the model's input."""
+    arguments = {"shape": (2, 3, 5, 5), **kind}
+    arguments |= masking(**arguments)
+    expected = by_operators(monkeypatch, lambda x, t: WITHIN[part](x.clone()), **arguments)
+    assert torch.equal(draw(lambda x, t: WITHIN[part](x), **arguments), expected)
+    # A copy of an expanded view lies otherwise than the view.
+    assert masked_taken == [part != "a part of it"] * 7
+
+
+def test_a_masked_run_that_begins_in_the_middle(
+    monkeypatch: pytest.MonkeyPatch, masked_taken: list[bool]
+) -> None:
+    kind = {"x_T": torch.linspace(-1, 1, 210).view(2, 3, 5, 7), "first_step": 3, "eta": 1.0}
+    kind |= masking()
+    expected = by_operators(monkeypatch, model, **kind)
+    assert torch.equal(draw(model, **kind), expected)
+    assert masked_taken == [True] * 4
+
+
+def test_masked_and_other_calls_in_turns(taken: list[bool], masked_taken: list[bool]) -> None:
+    """Masked steps go by the mask and the data of their call, wherever those lie."""
+    shape = (2, 3)
+    sampler = fastddim.Sampler(model, 7, shape=shape, eta=1.0, impl="cpu")
+    one = masking(shape=shape)
+    other = {"known": one["known"] * 2, "mask": 1 - one["mask"]}
+    for seed, kind in enumerate([{}, one, other, {}]):
+        expected = fastddim.sample(
+            model, 7, shape=shape, seed=seed, eta=1.0, impl="reference", **kind
+        )
+        torch.testing.assert_close(sampler(seed=seed, **kind), expected)
+    assert taken == masked_taken == [True] * 14
+
+
+def test_a_backend_without_masked_loop_steps(
+    monkeypatch: pytest.MonkeyPatch, taken: list[bool]
+) -> None:
+    """Its other steps are taken in one call all the same."""
+    expected = draw(model, **masking())
+    monkeypatch.delattr(cpu, "masked_loop_step")
+    sampler = fastddim.Sampler(model, 7, shape=(2, 3, 5, 7), impl="cpu")
+    assert torch.equal(sampler(seed=3, **masking()), expected)
+    assert not taken
+    assert torch.equal(sampler(seed=3), draw(model))
+    assert taken == [True] * 14
+
+
+def held(shape: tuple[int, ...]) -> tuple[Callable[[Tensor], bool], Tensor]:
+    """A masked loop step whose tensors nobody else has, and its state, of ones."""
+    state, row = torch.ones(shape), torch.zeros(1, dtype=torch.int64)
+    # x_0 + 2·x of the state; data + 3·x_T of the known data.
+    table, known_table = torch.zeros(2, 1, 12)
+    table[0, [0, 2, 3, 4]] = torch.tensor([1.0, float("inf"), 1.0, 2.0])
+    known_table[0, [2, 4, 5]] = torch.tensor([float("inf"), 1.0, 3.0])
+    like = [torch.full(shape, value) for value in (0.5, 0.0, 4.0, 5.0)]
+    take = cpu.loop_step(
+        state,
+        torch.zeros(shape),
+        table[:1],
+        row,
+        keys=None,
+        history=None,
+        model_input=None,
+        counters=torch.zeros(1, dtype=torch.int64),
+        timesteps=torch.zeros(3, dtype=torch.int64),
+        t=torch.zeros(1, dtype=torch.int64),
+        blending=ops.Blending(*like, known_table[:1], row),
+    )
+    return take, state
+
+
+def test_a_held_step_keeps_its_tensors() -> None:
+    shape = (2, 20_000)
+    take, state = held(shape)
+    gc.collect()
+    overwriting = [torch.full(shape, float("nan")) for _ in range(8)]
+    assert take(torch.zeros(shape))
+    assert torch.equal(state, torch.full(shape, 0.5 * 3 + 0.5 * 19))
+    assert len(overwriting) == 8
+
+
+@pytest.mark.parametrize("missing", ["data", "x_T", "known_table", "known_row", "mask", "known"])
+def test_what_masked_loop_steps_need(missing: str) -> None:
+    whole, table = torch.ones(2, 3), torch.zeros(1, 12)
+    integers = torch.zeros(2, dtype=torch.int64)
+    given = dict.fromkeys(("mask", "known", "data", "x_T"), whole)
+    given |= {"known_table": table, "known_row": integers[:1]}
+    given.pop(missing)
+    needed = "mask, known" if missing in ("mask", "known") else "data, x_T, known_table, known_row"
+    with pytest.raises(RuntimeError, match=f"{needed}: expected"):
+        torch.ops.fastddim.make_loop_step(
+            *(whole, whole, table, integers[:1], None, None, None, None, None),
+            *(integers[:1], integers, integers[:1]),
+            **given,
+        )
 
 
 def test_what_is_wrong_is_refused_as_ever() -> None:
@@ -205,12 +370,15 @@ def test_a_call_that_looks_on_and_one_that_does_not() -> None:
     assert torch.equal(sampler(seed=3), expected)
 
 
-def test_loops_are_freed() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_loops_are_freed(masked: bool) -> None:
+    kind = {"shape": (1, 1 << 18)}
+    kind |= masking(masked, **kind)
     for _ in range(3):
-        draw(lambda x, t: x, shape=(1, 1 << 18))
+        draw(lambda x, t: x, **kind)
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(100):
-        draw(lambda x, t: x, shape=(1, 1 << 18))
-    # KiB. Each loop has two states of 1 MiB.
+    for _ in range(30 if masked else 100):
+        draw(lambda x, t: x, **kind)
+    # KiB. Each loop has two tensors like the state, of 1 MiB, and four more where it is masked.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024

@@ -107,7 +107,7 @@ class TestLoops:
     def test_other_actions_are_found(self, ddpm: bool) -> None:
         policy = toy(Case("MLP", ddpm=ddpm))
         right = prepared(policy)
-        wrong = replace(right, actions=lambda number: right.actions(number) + 2e-5)
+        wrong = replace(right, actions=lambda number: right.actions(number) + 1e-4)
         assert_parity(policy, {"right": right})
         with pytest.raises(AssertionError, match="wrong: Tensor-likes are not close"):
             assert_parity(policy, {"right": right, "wrong": wrong})

@@ -4,9 +4,11 @@ missing. The compilers here are scripts that note what they were to compile, and
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,25 @@ from fastddim import __version__
 
 from .support.environment import COMPILER, ROOT, needs_compiler
 
-# Beside a torch with CUDA, which setup.py looks for by what torch says of itself.
+# Runs setup.py as often as it is told, each time in a process of its own that begins where torch is
+# imported, which takes longer than the rest. That torch has CUDA, by what it says of itself.
 WITH_CUDA = """
-import runpy, sys, torch
+import json, os, runpy, sys
+import torch
 torch.version.cuda = "13.0"
-sys.argv = ["setup.py", *sys.argv[1:]]
+import setuptools, torch.utils.cpp_extension
+for line in sys.stdin:
+    if os.fork() == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+else:
+    sys.exit()
+call = json.loads(line)
+for number, name in ((1, "stdout"), (2, "stderr")):
+    os.dup2(os.open(call[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+os.environ.clear()
+os.environ.update(call["environment"])
+sys.argv = ["setup.py", *call["arguments"]]
 runpy.run_path("setup.py", run_name="__main__")
 """
 
@@ -43,8 +59,9 @@ esac
 class Machine:
     """Compilers in a folder of their own, and what they were asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, server: subprocess.Popen[str]) -> None:
         self.folder = folder
+        self._server = server
         self._calls = folder / "calls"
         self._calls.touch()
         self.compiler = self._script(folder / "c++", CXX)
@@ -58,14 +75,14 @@ class Machine:
     def setup(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTDDIM")}
         environment |= {"CXX": str(self.compiler), "CUDA_HOME": str(self.folder / "cuda")}
-        return subprocess.run(
-            [sys.executable, "-c", WITH_CUDA, *arguments],
-            cwd=ROOT,
-            env=environment | variables,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        said = {name: str(self.folder / name) for name in ("stdout", "stderr")}
+        call = {"arguments": arguments, "environment": environment | variables, **said}
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        print(json.dumps(call), file=self._server.stdin, flush=True)
+        status = int(self._server.stdout.readline())
+        stdout, stderr = (Path(path).read_text() for path in said.values())
+        return subprocess.CompletedProcess(arguments, status, stdout, stderr)
 
     def build(self, **variables: str) -> subprocess.CompletedProcess[str]:
         folders = ("--build-temp", str(self.folder / "objects"), "--build-lib", str(self.folder))
@@ -78,9 +95,20 @@ class Machine:
         return path
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", WITH_CUDA]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait() == 0
+
+
 @pytest.fixture
-def machine(tmp_path: Path) -> Machine:
-    return Machine(tmp_path)
+def machine(tmp_path: Path, server: subprocess.Popen[str]) -> Machine:
+    return Machine(tmp_path, server)
 
 
 def test_without_nvcc_the_cuda_kernels_are_left_out(machine: Machine) -> None:

@@ -236,21 +236,24 @@ class TestIsSample:
         assert len(captures) == static
 
     @pytest.mark.skipif("cpu" not in CPU_IMPLS, reason="the cpu backend alone has such a step")
-    def test_steps_are_taken_in_one_call(self, monkeypatch):
+    @pytest.mark.parametrize(("masked", "name"), [(False, "loop_step"), (True, "masked_loop_step")])
+    def test_steps_are_taken_in_one_call(self, masked, name, monkeypatch):
         """Where nothing but the model comes between two states."""
         from fastddim.backends import cpu
 
-        taken, made = [], cpu.loop_step
+        taken, made = [], getattr(cpu, name)
 
         def loop_step(*args, **kwargs):
             take = made(*args, **kwargs)
             return lambda output: taken.append(len(output)) or take(output)
 
-        monkeypatch.setattr(cpu, "loop_step", loop_step)
+        monkeypatch.setattr(cpu, name, loop_step)
         monkeypatch.setattr(cpu, "update_out", None)
         rng = random.Random(9)
         requests = [random_request(rng) for _ in range(6)]
-        stream = fastddim.Stream(elementwise_model, shape=(3, *SHAPE), impl="cpu")
+        if masked:
+            requests = [with_mask(request) for request in requests]
+        stream = fastddim.Stream(elementwise_model, shape=(3, *SHAPE), masked=masked, impl="cpu")
         tickets = run_in_random_order(stream, requests, rng)
         monkeypatch.undo()
         for ticket, request in zip(tickets, requests, strict=True):

@@ -3,7 +3,9 @@
 A module here is a backend: it defines what `Backend` describes, and its name is the `impl=` that
 selects it. It may also define `loop_step`, as `fastddim.backends.cpu` does, which makes the whole
 step of a loop one call: given the loop's tensors, which stay where they are, and a model output for
-its shape and dtype, it returns a `LoopStep`.
+its shape and dtype, it returns a `LoopStep`. `masked_loop_step`, which is given a `Blending` as
+`blending=` besides, does so for masked steps. A step that a backend defines neither of these for is
+taken by its `update_out` and `advance`.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from fastddim.ops import LoopStep
+from fastddim.ops import Blending, LoopStep
 from fastddim.philox import Keys
 from fastddim.plan import Rescaling
 
-__all__ = ["BACKENDS", "Backend", "LoopStep", "choose"]
+__all__ = ["BACKENDS", "Backend", "Blending", "LoopStep", "choose"]
 
 
 class Backend(Protocol):

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from fastddim import ops
-from fastddim.ops import LoopStep, advance, normal_out, rescale_rows, update, update_out
+from fastddim.ops import Blending, LoopStep, advance, normal_out, rescale_rows, update, update_out
 from fastddim.philox import Keys
 
 __all__ = [
     "PRIORITY",
     "advance",
     "loop_step",
+    "masked_loop_step",
     "normal_out",
     "rescale_rows",
     "unavailable",
@@ -43,14 +44,18 @@ def loop_step(
     counters: Tensor,
     timesteps: Tensor,
     t: Tensor,
+    blending: Blending | None = None,
 ) -> LoopStep:
-    """`update_out` and `advance` in one call that looks nothing up again: see `Backend`.
+    """`update_out` and `advance` in one call that looks nothing up again, after the mixing of known
+    data where there is `blending`: see `fastddim.backends`.
 
     For small states most of a step is the passing of its fifteen arguments.
     """
     given = keys if keys is not None else (None, None, None)
     inputs = (state, model_output, table, row, *given, history, model_input)
-    made = torch.ops.fastddim.make_loop_step(*inputs, counters, timesteps, t)
+    made = torch.ops.fastddim.make_loop_step(
+        *inputs, counters, timesteps, t, *(() if blending is None else blending)
+    )
     call = importlib.import_module("fastddim._C").take_loop_step(made)
     dtype, shape, strides = model_output.dtype, model_output.shape, model_output.stride()
     contiguous = model_output.is_contiguous()  # asked for in half of the time that strides take
@@ -88,3 +93,7 @@ def loop_step(
         return True
 
     return take
+
+
+masked_loop_step = loop_step
+"""See `fastddim.backends`."""

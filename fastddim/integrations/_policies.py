@@ -230,6 +230,8 @@ class PolicySampler:
                 x_T = torch.randn(
                     sampler.shape, generator=generator, dtype=sampler.dtype, device=sampler.device
                 )
+            # As the loop does.
+            sampler._evaluate_in_inference_mode(torch.is_inference_mode_enabled())
             drawn: Tensor = sampler(
                 model_kwargs=model_kwargs or None, x_T=x_T, noise=self._noise(generator)
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fastddim.loop.capture import check_outer_capture
 from fastddim.loop.counters import Counters
 from fastddim.loop.inputs import Inputs
 from fastddim.loop.masks import check_known
-from fastddim.loop.modes import OneAtATime, without_autograd
+from fastddim.loop.modes import NOTHING, OneAtATime, without_autograd
 from fastddim.loop.noise import check_noise_source, draw, noise_at
 from fastddim.loop.output import check_out, own_copy
 from fastddim.loop.program import LoopPrograms, Program, Run
@@ -78,6 +79,9 @@ class Loop:
         self._mixed_by: Plan | None = None
         # Whether a graph of the caller's writes the buffers too, whenever it is replayed.
         self._lent = False
+        # Whether the model is evaluated in inference mode where nothing is captured. What stays
+        # between calls is made outside of it, and so is all that is captured.
+        self.inference = False
         self.load(setup)
 
     @torch.inference_mode(False)
@@ -212,11 +216,18 @@ class Loop:
                 if program is not None and program.whole:
                     return self._replay_whole(program, noise, first, bar, out)
                 trajectory = self._new_trajectory(first) if reporting.return_trajectory else None
-                end = self._walk(program, noise, reporting, trajectory, masked, first, bar)
+                with self._mode_of_walk(program):
+                    end = self._walk(program, noise, reporting, trajectory, masked, first, bar)
             if trajectory is None:
                 return own_copy(self.buffers.state, out)
         # A part of the memory would keep all of it.
         return trajectory if end == self.plan.steps else trajectory[: end - first + 1].clone()
+
+    def _mode_of_walk(self, program: Program | None) -> AbstractContextManager[Any]:
+        # The outputs of two models are put together in memory that stays.
+        if not self.inference or program is not None or self.step.uncond_model is not None:
+            return NOTHING
+        return torch.inference_mode()
 
     def _look_at_modes(self) -> None:
         """Warn of networks in training mode, once and not before they are evaluated: a module that
@@ -243,8 +254,8 @@ class Loop:
         state, now = self.buffers.state, self.counters.now
         callback, take, arguments = reporting.callback, self.step.take, self._inputs.arguments
         with_x_0, told = callback is not None, callback is not None or bar is not None
-        if program is None and noise is None and trajectory is None and not (told or masked):
-            self.step.take_several(self.plan.steps - first, arguments)
+        if program is None and noise is None and trajectory is None and not told:
+            self.step.take_several(self.plan.steps - first, arguments, masked=masked)
             return self.plan.steps
         for s in range(first, self.plan.steps):
             if program is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastddim import adapter
 from fastddim.adapter import Model
-from fastddim.backends import Backend, LoopStep
+from fastddim.backends import Backend, Blending, LoopStep
 from fastddim.loop.buffers import Buffers, Inpainting
 from fastddim.loop.counters import Counting, Position
 from fastddim.options import DenoisedFn, Rescaling
@@ -43,7 +43,7 @@ class Step:
         denoised_fn: called where steps are split.
         shape: (B, …) as the caller knows it; a stream's steps may be of fewer samples.
         check: called with every model output, if anything is.
-        inpainting: what masked steps blend the state with.
+        inpainting: what masked steps blend the state with; once there, it stays.
     """
 
     model: Model
@@ -78,8 +78,11 @@ class Step:
         minimal = not (kind.rescaling or kind.split or kind.refine)
         # Captured graphs and fake tensors are made for operators.
         minimal &= not captured and type(buffers.state) is Tensor
+        # Steps that a backend has neither of these for are taken by its `update_out` and `advance`.
         self._make_loop_step = getattr(backend, "loop_step", None) if minimal else None
+        self._make_masked = getattr(backend, "masked_loop_step", None) if minimal else None
         self._loop_step: LoopStep | None = None
+        self._masked_loop_step: LoopStep | None = None
         seen = [self._model_input, *([buffers.x_0] if kind.split else [])]
         # Fake tensors have no addresses.
         self._seen = [_extent(t) for t in seen if type(t) is Tensor]
@@ -107,26 +110,30 @@ class Step:
         """
         x = self._refined(at, arguments) if self._kind.refine else self._buffers.state
         output = self._evaluate(at, arguments)
-        minimal = noise is None and not (with_x_0 or masked or self.check)
-        if minimal and self._make_loop_step is not None and self._take_in_one_call(output):
+        minimal = noise is None and not (with_x_0 or self.check)
+        make = self._make_masked if masked else self._make_loop_step
+        if minimal and make is not None and self._take_in_one_call(output, masked):
             return
         self._update(at, x, self._checked(output), noise, with_x_0=with_x_0, masked=masked)
         if at is self._counting.now:
             self._counting.advance(self._backend)
 
-    def take_several(self, count: int, arguments: Sequence[dict[str, Any]]) -> None:
-        """Do what `take` does so many times, from the position that moves and without any of its
+    def take_several(
+        self, count: int, arguments: Sequence[dict[str, Any]], *, masked: bool
+    ) -> None:
+        """Do what `take` does so many times, from the position that moves and without its other
         options.
         """
         at, evaluate = self._counting.now, self._evaluate
-        if self._make_loop_step is None or self.check is not None:
+        make = self._make_masked if masked else self._make_loop_step
+        if make is None or self.check is not None:
             for _ in range(count):
-                self.take(at, None, arguments=arguments)
+                self.take(at, None, arguments=arguments, masked=masked)
             return
         for _ in range(count):
             output = evaluate(at, arguments)
-            if not self._take_in_one_call(output):
-                self._update(at, self._buffers.state, self._checked(output), None)
+            if not self._take_in_one_call(output, masked):
+                self._update(at, self._buffers.state, self._checked(output), None, masked=masked)
                 self._counting.advance(self._backend)
             del output  # whose memory the next one may have
 
@@ -227,26 +234,48 @@ class Step:
             self._update(at, start, self._checked(self._evaluate(at, arguments)), None)
         return start
 
-    def _take_in_one_call(self, output: Any) -> bool:
-        """Update and advance by the backend's `loop_step`; False where it cannot take `output`."""
-        if self._loop_step is None:
-            assert self._make_loop_step is not None
-            like = self._checked(output)
-            if not like.data_ptr() or like.is_neg():
-                like = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-            buffers, counting = self._buffers, self._counting
-            self._loop_step = self._make_loop_step(
-                buffers.state,
-                like,
-                *counting.now.rows_in(buffers.table),
-                keys=counting.now.keys if self._kind.noisy else None,
-                history=buffers.history,
-                model_input=buffers.next_input,
-                counters=counting.counting,
-                timesteps=counting.timesteps,
-                t=counting.now.t,
-            )
-        return self._loop_step(output)
+    def _take_in_one_call(self, output: Any, masked: bool) -> bool:
+        """Mix known data, update and advance by what the backend holds for it; False where that
+        cannot take `output`.
+        """
+        held = self._masked_loop_step if masked else self._loop_step
+        if held is None:
+            held = self._hold_step(self._checked(output), masked)
+        return held(output)
+
+    def _hold_step(self, output: Tensor, masked: bool) -> LoopStep:
+        """The backend's `masked_loop_step` or `loop_step` for outputs like this one."""
+        if not output.data_ptr() or output.is_neg():
+            output = torch.empty(output.shape, dtype=output.dtype, device=output.device)
+        buffers, counting = self._buffers, self._counting
+        make = self._make_masked if masked else self._make_loop_step
+        assert make is not None
+        besides = {"blending": self._blending()} if masked else {}
+        held: LoopStep = make(
+            buffers.state,
+            output,
+            *counting.now.rows_in(buffers.table),
+            keys=counting.now.keys if self._kind.noisy else None,
+            history=buffers.history,
+            model_input=buffers.next_input,
+            counters=counting.counting,
+            timesteps=counting.timesteps,
+            t=counting.now.t,
+            **besides,
+        )
+        if masked:
+            self._masked_loop_step = held
+        else:
+            self._loop_step = held
+        return held
+
+    def _blending(self) -> Blending:
+        """The tensors that only masked steps read."""
+        own = self.inpainting
+        assert own is not None
+        table, row = self._counting.now.shared_row_in(own.table)
+        assert row is not None
+        return Blending(own.mask, own.known, own.data, own.x_T, table, row)
 
     def _update(
         self,

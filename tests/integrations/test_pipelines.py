@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -422,11 +423,22 @@ class TestInitialLatents:
             ours.initial_latents(other, 7)
 
 
+# In two processes that begin with diffusers alone; the first imports a module besides.
 RELOAD = """
-import sys, diffusers
-{imports}
-pipe = diffusers.DDPMPipeline.from_pretrained(sys.argv[1])
-print(type(pipe.scheduler).__module__)
+import importlib, json, os, sys
+from diffusers import DDPMPipeline
+
+folder, name = sys.argv[1:]
+first = os.fork()
+if first == 0:
+    importlib.import_module(name)
+else:
+    os.waitpid(first, 0)
+try:
+    said = type(DDPMPipeline.from_pretrained(folder).scheduler).__module__
+except Exception as error:
+    said = str(error)
+print(json.dumps(said), flush=True)
 """
 
 
@@ -435,15 +447,9 @@ def test_a_saved_pipeline_in_another_process(tmp_path: Path) -> None:
     name = "fastddim.integrations.diffusers"
     unconditional(diffusers.DDPMPipeline, ours.DDPMScheduler()).save_pretrained(tmp_path)
 
-    def load(imports: str) -> subprocess.CompletedProcess[str]:
-        program = RELOAD.format(imports=imports)
-        command = [sys.executable, "-c", program, str(tmp_path)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    loaded = load(f"import {name}")
-    assert loaded.stdout.strip() == name, loaded.stderr
-    loaded = load("")
-    if loaded.returncode == 0:
-        assert loaded.stdout.strip() == name
-    else:
-        assert f"import {name} before calling `from_pretrained`" in loaded.stderr
+    command = [sys.executable, "-c", RELOAD, str(tmp_path), name]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert loaded.returncode == 0, loaded.stderr
+    imported, left = map(json.loads, loaded.stdout.splitlines())
+    assert imported == name, loaded.stderr
+    assert left == name or f"import {name} before calling `from_pretrained`" in left

@@ -78,6 +78,29 @@ def compare(scheduler, steps, **step_kwargs):
     assert_same(own, expected, 1e-9)
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_the_network_is_in_the_mode_of_the_caller(mode):
+    def network(x, t, shift):
+        seen.append(torch.is_inference_mode_enabled())
+        return x * shift[:, None, :]
+
+    seen, shift = [], torch.randn(2, 3)
+    call = LoopCall(
+        network,
+        scheduler_of("DDPMScheduler"),
+        5,
+        (2, 4, 3),
+        torch.float32,
+        torch.device("cpu"),
+        {"shift": shift},
+    )
+    sampler = Samplers("policies").find(call)
+    seen.clear()
+    with mode():
+        sampler.draw({"shift": shift})
+    assert seen == 5 * [mode is torch.inference_mode]
+
+
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 class TestSteps:

@@ -24,7 +24,7 @@ OPERATORS = ("update_out", "fit_rows", "backward_out", "normal_out", "advance")
 def build_library(namespace: str, folder: Path, objects: list[str], flags: list[str]) -> Path:
     """Compile the binding for the operators `namespace::…` and link it with the launchers."""
     options = [
-        *("-std=c++20", "-O1", "-g", "-c", "-fPIC"),
+        *("-std=c++20", "-O0", "-g", "-c", "-fPIC"),
         *(f"-isystem{path}" for path in include_paths()),
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         f"-DFASTDDIM_TEST_LIBRARY={namespace}",
