@@ -135,7 +135,8 @@ def planned(episodes: Episodes, sides: Numbers) -> Numbers:
         heading = np.where(blocked, aside, heading)
         ahead = np.where(blocked, tangent[each, first], ahead)
     speed = np.minimum(1, np.linalg.norm(goal, axis=1) / SPEED)
-    return speed[:, None] * np.stack([np.cos(heading), np.sin(heading)], 1)
+    velocity: Numbers = speed[:, None] * np.stack([np.cos(heading), np.sin(heading)], 1)
+    return velocity
 
 
 def _wrapped(angle: Numbers) -> Numbers:
