@@ -17,15 +17,18 @@ A sampler is prepared at the first tick, and again where something changes that 
 number of environments, `num_inference_steps`, the scheduler or its config, the dtype or the device.
 The last four are kept. Weights may be loaded or trained in between. Copies and pickles of the
 policy have samplers of their own, and a pickle needs fastddim where it is loaded. Threads that
-share a policy wait for each other. A CUDA graph keeps the modules that it was captured with: after
-an adapter is added to the policy or switched, as PEFT does it, `install` again. A policy that PEFT
-has wrapped is taken as the policy itself.
+share a policy wait for each other.
+
+A policy that PEFT has wrapped is taken as the policy in it, and may be wrapped afterwards. But a
+CUDA graph goes on with the adapter that it was captured with: `install` again after another one is
+set, or all are disabled.
 
 LeRobot's own loop is taken, with a warning that says why, for a policy in training mode, a learned
 variance, and schedulers that are neither DDPM's nor DDIM's or have steps of their own. So it is,
 without one, where gradients are asked for, and in programs of `torch.compile` and CUDA graphs of
 the caller's. LeRobot makes such a program of `predict_action_chunk` where a rollout is asked for
-`use_torch_compile`; its `compile_model` compiles the U-Net, which a sampler evaluates.
+`use_torch_compile`. Its `compile_model` compiles the U-Net alone, which a sampler evaluates; modes
+of the compiler with CUDA graphs of their own have not been tried in a captured loop.
 
 Different: in half precision and under autocast a step is computed in float32 and rounded once,
 where diffusers rounds every operation. The scheduler's own `timesteps` are not set.
