@@ -19,15 +19,24 @@ The last four are kept. Weights may be loaded or trained in between. Copies and 
 policy have samplers of their own, and a pickle needs fastddim where it is loaded. Threads that
 share a policy wait for each other.
 
+A policy that PEFT has wrapped is taken as the policy in it, and may be wrapped afterwards. But a
+CUDA graph goes on with the adapter that it was captured with: `install` again after another one is
+set, or all are disabled.
+
 LeRobot's own loop is taken, with a warning that says why, for a policy in training mode, a learned
 variance, and schedulers that are neither DDPM's nor DDIM's or have steps of their own. So it is,
 without one, where gradients are asked for, and in programs of `torch.compile` and CUDA graphs of
-the caller's.
+the caller's. LeRobot makes such a program of `predict_action_chunk` where a rollout is asked for
+`use_torch_compile`. Its `compile_model` compiles the U-Net alone, which a sampler evaluates; modes
+of the compiler with CUDA graphs of their own have not been tried in a captured loop.
 
 Different: in half precision and under autocast a step is computed in float32 and rounded once,
 where diffusers rounds every operation. The scheduler's own `timesteps` are not set.
 
-Compared with lerobot 0.4.4, and by hand with 0.4.0 and 0.3.3.
+Compared with lerobot 0.6.1 on Python 3.12 and 3.13, with 0.4.4 on older ones, and by hand with
+0.3.3, 0.4.0, 0.5.0, 0.5.1 and 0.6.0. LeRobot 0.6 asks for Python 3.12 and a torch below 2.12, and
+has diffusers in its extra: `pip install "lerobot[diffusion]"`. Earlier releases ask for a torch
+below 2.11, which is older than what fastddim runs with: pip cannot satisfy both.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import io
 import sys
 import threading
 import types
+from importlib.metadata import version
 from itertools import product
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from fastddim import notices
 from fastddim.integrations import lerobot
 
-from ..support.dropins.lerobot import actions, make_policy, observations, untouched
+from ..support.dropins.lerobot import actions, history, make_policy, observations, untouched
 from ..support.dropins.peers import TOLERANCE, assert_same, modules_named, run_example, same_draws
 from ..support.dropins.peers import lerobot as peer
 from ..support.optional import optional
@@ -93,6 +94,27 @@ def test_images(cameras):
         cameras=cameras, use_separate_rgb_encoder_per_camera=separate, num_inference_steps=4
     )
     same_actions(lerobot.install(policy), environments=2)
+
+
+def test_chunks(policy):
+    """LeRobot's other ways to the loop: `predict_action_chunk` after `select_action`, and a batch
+    of observations with their history, as a dataset has them, which it takes too since 0.6.
+    """
+    since_0_6 = tuple(map(int, version("lerobot").split(".")[:2])) >= (0, 6)
+
+    def chunks(policy):
+        policy.reset()
+        with torch.no_grad():
+            yield policy.diffusion.generate_actions(history(policy, 4))
+        if since_0_6:
+            yield policy.predict_action_chunk(history(policy, 4))
+        given = next(observations(policy, 3))
+        policy.select_action(given)
+        yield policy.predict_action_chunk(given)
+
+    own, expected = same_draws(lambda: [*chunks(policy)], lambda: [*chunks(untouched(policy))])
+    assert_same(own, expected, 1e-5)
+    assert len(prepared(policy)) == 2
 
 
 def test_noise_that_is_given(policy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def make_policy(*, cameras: int = 0, **config: Any) -> Any:
         inputs[ENVIRONMENT] = feature(kind.ENV, (4,))
     small = {
         "crop_shape": None,
+        "pretrained_backbone_weights": None,
         "down_dims": (8,),
         "n_groups": 4,
         "diffusion_step_embed_dim": 8,
@@ -80,6 +82,12 @@ def observations(policy: Any, environments: int, seed: int = 1) -> Any:
             name: torch.randn(environments, *feature.shape, generator=generator).to(dtype)
             for name, feature in policy.config.input_features.items()
         }
+
+
+def history(policy: Any, environments: int) -> dict[str, Tensor]:
+    """One observation with those before that the policy sees with it, `[environments, seen, …]`."""
+    seen = [*islice(observations(policy, environments), policy.config.n_obs_steps)]
+    return {name: torch.stack([one[name] for one in seen], dim=1) for name in seen[0]}
 
 
 def actions(policy: Any, ticks: int = 3, environments: int = 1) -> Tensor:

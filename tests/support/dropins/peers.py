@@ -87,16 +87,14 @@ def lerobot() -> types.SimpleNamespace:
     """LeRobot's diffusion policy: modules `modeling`, `configuration` and `types`, and all of its
     `modules` by name.
     """
-    root = _require("lerobot")
+    packages = lerobot_packages("optim", "policies", "policies.diffusion", "utils")
     for needed in ("diffusers.schedulers", "einops"):  # which look for some of the stand-ins
         pytest.importorskip(needed)
-    packages = {name: types.ModuleType(name) for name in _LEROBOT_PACKAGES}
-    for name, package in packages.items():
-        package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
     stand_ins = {name: _stand_in() for name in _LEROBOT_UNUSED}
-    draccus = types.ModuleType("draccus")
-    draccus.ChoiceRegistry = _Registry
-    with modules_named({"draccus": draccus, **packages, **stand_ins}):
+    for name in ("draccus", "draccus.choice_types"):
+        stand_ins[name] = types.ModuleType(name)
+        stand_ins[name].ChoiceRegistry = _Registry
+    with modules_named({**packages, **stand_ins}):
         found = types.SimpleNamespace(
             modeling=importlib.import_module("lerobot.policies.diffusion.modeling_diffusion"),
             configuration=importlib.import_module(
@@ -108,12 +106,35 @@ def lerobot() -> types.SimpleNamespace:
         return found
 
 
-# Imported for their modules, without what their `__init__` imports.
-_LEROBOT_PACKAGES = ("lerobot", "lerobot.configs", "lerobot.optim", "lerobot.policies")
-_LEROBOT_PACKAGES += ("lerobot.policies.diffusion", "lerobot.utils")
 _LEROBOT_UNUSED = ("torchvision", "lerobot.configs.train", "lerobot.datasets")
+_LEROBOT_UNUSED += ("lerobot.datasets.feature_utils", "lerobot.datasets.io_utils")
 _LEROBOT_UNUSED += ("lerobot.datasets.utils", "lerobot.processor", "lerobot.utils.io_utils")
 _LEROBOT_UNUSED += ("lerobot.utils.utils",)
+# Since LeRobot 0.6 these packages have names of their modules.
+_LEROBOT_NAMES = {"configs": ("types", "policies"), "optim": ("optimizers", "schedulers")}
+
+
+def lerobot_packages(*names: str) -> dict[str, types.ModuleType]:
+    """LeRobot, its configs and other packages of it, to import their modules from without what
+    their `__init__` imports.
+    """
+    root, packages = _require("lerobot"), {}
+    for name in ("", "configs", *names):
+        full = f"lerobot.{name}".rstrip(".")
+        package = packages[full] = types.ModuleType(full)
+        package.__path__ = [str(root.joinpath(*name.split(".")))]
+        package.__getattr__ = functools.partial(_of_module, full, _LEROBOT_NAMES.get(name, ()))
+    return packages
+
+
+def _of_module(package: str, modules: tuple[str, ...], name: str) -> Any:
+    """The attribute of the first of a package's modules that has it."""
+    if not name.startswith("_"):
+        for module in modules:
+            found = importlib.import_module(f"{package}.{module}")
+            if hasattr(found, name):
+                return getattr(found, name)
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
 
 def same_draws(*runs: Callable[[], Any], seed: int = 11) -> list[Any]:
