@@ -18,5 +18,5 @@ To add one:
    own, keep the table in a cache as `_tables` describes.
 4. Add the peer to `tests/support/dropins`, a test that compares the two live, the module to
    `docs/reference/integrations.md`, the change to `docs/migrating.md`, and a line to
-   `benchmarks/bench_dropins.py`.
+   `benchmarks/bench_dropins.py`, or a loop to `benchmarks/bench_policies.py`.
 """
