@@ -105,7 +105,9 @@ def test_configurations(name: str, prediction: str, some: Some, own_loops: list[
     every = itertools.product(
         ("leading", "trailing", "linspace"), (0, 1), (1, 3, 7, 8, None), *[(True, False)] * 2
     )
-    for spacing, offset, steps, one, clip in some(every, name, prediction, quick=4, deep=30):
+    # All leading steps with an offset begin beyond the schedule, where the peer fails too.
+    inside = [case for case in every if case[:3] != ("leading", 1, None)]
+    for spacing, offset, steps, one, clip in some(inside, name, prediction, quick=4, deep=60):
         config: dict[str, Any] = {
             "timestep_spacing": spacing,
             "steps_offset": offset,
