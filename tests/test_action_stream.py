@@ -27,6 +27,7 @@ from .support.tuned import random_steps
 
 N, HORIZON, DIM, TICKS = 3, 5, 2, 4
 COSINE = fastddim.Schedule.cosine()
+CHANGED: dict[str, Any] = {"denoised_fn": lambda x_0, t: x_0 * 0.5}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"eta": 1.0, "temperature": 0.5},
     "warm": {"warm_start": 3, "eta": 0.5, "clip": 1.0},
@@ -37,7 +38,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "guidance": {"warm_start": 2, "chunking": "freeze", "guidance_scale": 2.0},
     "order 2": {"order": 2, "chunking": "freeze", "spacing": "uniform"},
     "tuned": {"steps": random_steps(4, schedule=COSINE), "chunking": "freeze"},
-    "changed x_0": {"denoised_fn": lambda x_0, t: x_0 * 0.5, "warm_start": 1},
+    "changed x_0": {**CHANGED, "warm_start": 1},
+    "changed x_0, guided": {**CHANGED, "chunking": "guide"},
 }
 
 
@@ -401,6 +403,8 @@ class TestBadInput:
             ({"steps": 0}, "steps: expected an integer in [1, 1000], got 0"),
             ({"eta": torch.ones(2)}, "eta: expected"),
             ({"max_pending": 0}, "max_pending: expected an integer in [1, "),
+            ({**CHANGED, "rederive_eps": True}, "denoised_fn: expected None in an"),
+            ({**CHANGED, "chunking": "guide", "clip": 1.0}, "denoised_fn: expected None in an"),
         ],
     )
     def test_stream(self, options: dict[str, Any], message: str) -> None:

@@ -81,6 +81,16 @@ class ChunkTicket(Future[Tensor]):
         )
 
 
+def _check_hook(options: SamplerOptions, *, guided: bool) -> None:
+    """Refuse what a stream would refuse at a later request."""
+    hook = options.denoised_fn
+    if hook is not None and (rederives_eps(options) if guided else options.rederive_eps):
+        raise ValueError(
+            "denoised_fn: expected None in an ActionStream with rederive_eps, which clip and "
+            f"thresholding imply with chunking='guide', got {hook!r}"
+        )
+
+
 class ActionStream(Rebuilt):
     """Chunks of actions for environments that plan at different times, in one batch.
 
@@ -117,6 +127,7 @@ class ActionStream(Rebuilt):
 
     The other arguments are those of `fastddim.Sampler`, without `model_kwargs` and `uncond_kwargs`,
     which come with the requests; tensors with a number for each sample have one element, for all.
+    `denoised_fn` is without `rederive_eps`, and so without `clip` and thresholding with `"guide"`.
 
     Attributes:
         plan: timesteps and coefficients, a `fastddim.plan.Plan`.
@@ -163,6 +174,7 @@ class ActionStream(Rebuilt):
         )
         self._request = shared(RequestOptions, options)
         self._rederives_eps = rederives_eps(given)
+        _check_hook(given, guided=self._chunking == "guide")
         self._steps = described_steps(setup.plan, given)
         self.dtype, self.device = self._stream.dtype, self._stream.device
         count = self.shape[0] if options.environments is None else options.environments
