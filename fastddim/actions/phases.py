@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim import backends
 from fastddim.actions.chunking import guided_options, guiding, rederives_eps
 from fastddim.actions.chunks import Chunks, check_shape
 from fastddim.actions.options import CHUNKINGS, ActionStreamOptions
-from fastddim.actions.warm import WarmStart, first_step_of
+from fastddim.actions.warm import WarmStart, first_step_of, warm_steps
 from fastddim.loop.copying import Rebuilt
 from fastddim.loop.describing import described_steps
 from fastddim.loop.modes import without_autograd
@@ -25,7 +24,7 @@ from fastddim.options import RequestOptions, SamplerOptions, StreamOptions
 from fastddim.signatures import method_takes, shared
 from fastddim.stream import Stream, Ticket
 from fastddim.tuned import TunedSteps
-from fastddim.validation import check_choice, check_int, check_number, signed_bits
+from fastddim.validation import check_choice, check_int, check_number
 
 
 class ChunkTicket(Future[Tensor]):
@@ -197,20 +196,13 @@ class ActionStream(Rebuilt):
         self._chunk = Chunks(one, self.dtype, self.device)
         # In place of a chunk that is not there.
         self._nothing = Chunks(one, self.dtype, self.device)
-        self._warm: WarmStart | None = None
-        if self._first is not None:
-            self._warm = WarmStart(
-                float(self.plan.alphas_cumprod[self._first]),
-                signed_bits(self.seed),
-                one,
-                self.dtype,
-                self.device,
-                backends.choose(self._impl, self.device),
-            )
+        self._warm = WarmStart.of(
+            self.plan, self._first, self.seed, one, self.dtype, self.device, self._impl
+        )
 
     def __repr__(self) -> str:
         prepared = repr(self._stream).removeprefix("Stream(").removesuffix(")")
-        warm = None if self._first is None else self.plan.steps - self._first
+        warm = warm_steps(self._first, self.plan)
         return (
             f"ActionStream({prepared}, steps={self._steps}, environments={self.environments}, "
             f"seed={self.seed}, warm_start={warm}, chunking={self._chunking!r})"
@@ -259,12 +251,12 @@ class ActionStream(Rebuilt):
                     f"{before.tick} is not"
                 )
             ticket = ChunkTicket(at, self._ticks[at])
+            index = self._sample_index(ticket)
             with without_autograd(), self._order.use(self._tensors):
                 request = self._stream.submit(
                     **vars(self._request)
-                    | {"uncond_kwargs": uncond_kwargs}
-                    | self._noise(ticket)
-                    | self._taken_over(ticket, executed, frozen, model_kwargs)
+                    | {"uncond_kwargs": uncond_kwargs, "seed": self.seed, "sample_offset": index}
+                    | self._taken_over(ticket, index, executed, frozen, model_kwargs)
                 )
             self._ticks[at] += 1
             self._asked[at] = ticket
@@ -272,8 +264,8 @@ class ActionStream(Rebuilt):
             request.add_done_callback(lambda request: self._settle(ticket, request))
         return ticket
 
-    def _noise(self, ticket: ChunkTicket) -> dict[str, Any]:
-        """Which noise a request draws."""
+    def _sample_index(self, ticket: ChunkTicket) -> int:
+        """The sample index of the noise that a request draws."""
         at, tick = ticket.environment, ticket.tick
         index = tick * self.environments + at
         if index >= 2**32:
@@ -281,10 +273,10 @@ class ActionStream(Rebuilt):
                 f"ActionStream: expected sample indices below 2**32, got tick {tick} of "
                 f"environment {at}; make another stream with another seed"
             )
-        return {"seed": self.seed, "sample_offset": index}
+        return index
 
     def _taken_over(
-        self, ticket: ChunkTicket, executed: int, frozen: int, model_kwargs: Any
+        self, ticket: ChunkTicket, index: int, executed: int, frozen: int, model_kwargs: Any
     ) -> dict[str, Any]:
         """What a request takes over from the last chunk of its environment, and the arguments of
         the model with it.
@@ -296,7 +288,6 @@ class ActionStream(Rebuilt):
             chunk.last.copy_(self._last[at : at + 1])
             chunk.shift(executed, frozen)
             if self._warm is not None:
-                index = self._noise(ticket)["sample_offset"]
                 taken |= {"x_T": self._warm.state(chunk.shifted, index), "first_step": self._first}
             if self._chunking is not None:
                 ticket._frozen = chunk.shifted[0, :frozen].clone()

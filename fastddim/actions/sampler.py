@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastddim import backends, transfer
+from fastddim import transfer
 from fastddim.actions.budget import within_budget
 from fastddim.actions.chunking import guided_options, guiding, rederives_eps
 from fastddim.actions.chunks import Chunks, check_shape, checked_counts, listed
 from fastddim.actions.log import Header, LoggedTick, LogWriter, header_of, observation_digest
 from fastddim.actions.options import CHUNKINGS, ActionOptions, TickOptions
-from fastddim.actions.warm import WarmStart, first_step_of
+from fastddim.actions.warm import WarmStart, first_step_of, warm_steps
 from fastddim.loop.copying import Rebuilt
 from fastddim.loop.modes import OneAtATime, without_autograd
 from fastddim.loop.output import check_written, own_copy
@@ -27,7 +27,7 @@ from fastddim.options import SamplerOptions, Update
 from fastddim.plan import Plan
 from fastddim.sampler import Sampler
 from fastddim.signatures import method_takes, shared
-from fastddim.validation import check_choice, check_initial, check_int, check_number, signed_bits
+from fastddim.validation import check_choice, check_initial, check_int, check_number
 
 
 class ActionSampler(Rebuilt):
@@ -131,7 +131,7 @@ class ActionSampler(Rebuilt):
 
     def __repr__(self) -> str:
         prepared = repr(self._sampler).removeprefix("Sampler(").removesuffix(")")
-        warm = None if self._first is None else self.plan.steps - self._first
+        warm = warm_steps(self._first, self.plan)
         return (
             f"ActionSampler({prepared}, seed={self.seed}, warm_start={warm}, "
             f"chunking={self._chunking!r})"
@@ -268,7 +268,7 @@ class ActionSampler(Rebuilt):
             self._sampler._setup,
             self._update,
             seed=self.seed,
-            warm_start=None if self._first is None else self.steps - self._first,
+            warm_start=warm_steps(self._first, self.plan),
             chunking=self._chunking,
             max_guidance_weight=self._max_guidance_weight,
         )
@@ -318,16 +318,9 @@ class ActionSampler(Rebuilt):
             "network itself"
         )
         self._chunks = Chunks(self.shape, self.dtype, self.device)
-        self._warm = None
-        if self._first is not None:
-            self._warm = WarmStart(
-                float(self.plan.alphas_cumprod[self._first]),
-                signed_bits(self.seed),
-                self.shape,
-                self.dtype,
-                self.device,
-                backends.choose(self._impl, self.device),
-            )
+        self._warm = WarmStart.of(
+            self.plan, self._first, self.seed, self.shape, self.dtype, self.device, self._impl
+        )
         self._order = StreamOrder(self.device)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastddim import philox, transfer
+from fastddim import backends, philox, transfer
 from fastddim.backends import Backend
 from fastddim.philox import Keys
 from fastddim.plan import Plan, mixing_row, stack_row, to_table
 from fastddim.reference import compute_dtype
-from fastddim.validation import check_int
+from fastddim.validation import check_int, signed_bits
 
 
 class WarmStart:
@@ -48,6 +48,29 @@ class WarmStart:
         )
         philox.write_seed(seed, self._keys)
 
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        first: int | None,
+        seed: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        impl: str,
+    ) -> WarmStart | None:
+        """The warm start before the step `first` of a plan; None where there is none.
+
+        Args:
+            seed: in [0, 2⁶⁴).
+            impl: the backend, as in `fastddim.sample`.
+        """
+        if first is None:
+            return None
+        alpha_cumprod = float(plan.alphas_cumprod[first])
+        backend = backends.choose(impl, device)
+        return cls(alpha_cumprod, signed_bits(seed), shape, dtype, device, backend)
+
     def state(self, chunk: Tensor, sample_offset: int) -> Tensor:
         """The state for a chunk and the samples from an index on, until the next call."""
         philox.write_sample_indices(sample_offset, self._keys)
@@ -81,3 +104,8 @@ def first_step_of(warm_start: int | None, plan: Plan) -> int | None:
     if plan.steps == 1:
         raise ValueError(f"warm_start: expected None with a single step, got {warm_start!r}")
     return plan.steps - check_int("warm_start", warm_start, 1, plan.steps - 1)
+
+
+def warm_steps(first: int | None, plan: Plan) -> int | None:
+    """The `warm_start` that `first_step_of` gives this index for."""
+    return None if first is None else plan.steps - first
