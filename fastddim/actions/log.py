@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import stat
-import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
@@ -33,6 +32,7 @@ from fastddim.options import Update
 from fastddim.runs.description import described_computation, described_plan, dtype_name
 from fastddim.runs.differences import differences
 from fastddim.runs.fingerprints import add_tensor, weights_of
+from fastddim.runs.lock import lock_at_once
 from fastddim.validation import STATE_DTYPES, check_int
 
 FORMAT = "fastddim actions"
@@ -153,17 +153,11 @@ class LogWriter:
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             raise OSError(f"log: expected an ordinary file or a new name, got {self.path!r}")
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_at_once(self._descriptor, fcntl.LOCK_EX, self.path, "sampler writes the log")
         except BlockingIOError as error:
             raise BlockingIOError(
                 error.errno, "log: expected a file of this sampler alone, got one in use", self.path
             ) from error
-        except OSError as error:
-            warnings.warn(
-                f"fastddim: {self.path}: this file system has no locks ({error.strerror}); see to "
-                "it that no other sampler writes the log",
-                stacklevel=2,
-            )
 
     def _take_up(self, header: Header) -> int:
         """Check the header, or write it; the number of the next tick."""

@@ -47,7 +47,7 @@ class FolderLock:
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
+                lock_at_once(self._descriptor, kind, self._path, "run uses the folder")
                 return
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
@@ -55,10 +55,26 @@ class FolderLock:
                         error.errno, "another run is using this folder", str(self._path.parent)
                     ) from error
                 time.sleep(0.05)
-            except OSError as error:
-                warnings.warn(
-                    f"fastddim: {self._path}: this file system has no locks ({error.strerror}); "
-                    "see to it that no other run uses the folder",
-                    stacklevel=2,
-                )
-                return
+
+
+def lock_at_once(descriptor: int, kind: int, path: str | Path, others: str) -> None:
+    """Lock an open file, or warn where its file system has no locks.
+
+    Args:
+        kind: `fcntl.LOCK_EX` or `fcntl.LOCK_SH`.
+        path: of the file, for the warning.
+        others: what no other process may do meanwhile, in the words of the warning.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        warnings.warn(
+            f"fastddim: {path}: this file system has no locks ({error.strerror}); see to it that "
+            f"no other {others}",
+            stacklevel=3,
+        )
