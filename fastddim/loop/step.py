@@ -78,11 +78,13 @@ class Step:
         minimal = not (kind.rescaling or kind.split or kind.refine)
         # Captured graphs and fake tensors are made for operators.
         minimal &= not captured and type(buffers.state) is Tensor
-        # Steps that a backend has neither of these for are taken by its `update_out` and `advance`.
-        self._make_loop_step = getattr(backend, "loop_step", None) if minimal else None
-        self._make_masked = getattr(backend, "masked_loop_step", None) if minimal else None
-        self._loop_step: LoopStep | None = None
-        self._masked_loop_step: LoopStep | None = None
+        # By whether steps are masked. Those that a backend has nothing for are taken by its
+        # `update_out` and `advance`.
+        self._makers = {
+            masked: getattr(backend, name, None) if minimal else None
+            for masked, name in ((False, "loop_step"), (True, "masked_loop_step"))
+        }
+        self._held: dict[bool, LoopStep] = {}
         seen = [self._model_input, *([buffers.x_0] if kind.split else [])]
         # Fake tensors have no addresses.
         self._seen = [_extent(t) for t in seen if type(t) is Tensor]
@@ -111,8 +113,7 @@ class Step:
         x = self._refined(at, arguments) if self._kind.refine else self._buffers.state
         output = self._evaluate(at, arguments)
         minimal = noise is None and not (with_x_0 or self.check)
-        make = self._make_masked if masked else self._make_loop_step
-        if minimal and make is not None and self._take_in_one_call(output, masked):
+        if minimal and self._makers[masked] and self._take_in_one_call(output, masked):
             return
         self._update(at, x, self._checked(output), noise, with_x_0=with_x_0, masked=masked)
         if at is self._counting.now:
@@ -125,8 +126,7 @@ class Step:
         options.
         """
         at, evaluate = self._counting.now, self._evaluate
-        make = self._make_masked if masked else self._make_loop_step
-        if make is None or self.check is not None:
+        if self._makers[masked] is None or self.check is not None:
             for _ in range(count):
                 self.take(at, None, arguments=arguments, masked=masked)
             return
@@ -238,9 +238,9 @@ class Step:
         """Mix known data, update and advance by what the backend holds for it; False where that
         cannot take `output`.
         """
-        held = self._masked_loop_step if masked else self._loop_step
+        held = self._held.get(masked)
         if held is None:
-            held = self._hold_step(self._checked(output), masked)
+            held = self._held[masked] = self._hold_step(self._checked(output), masked)
         return held(output)
 
     def _hold_step(self, output: Tensor, masked: bool) -> LoopStep:
@@ -248,7 +248,7 @@ class Step:
         if not output.data_ptr() or output.is_neg():
             output = torch.empty(output.shape, dtype=output.dtype, device=output.device)
         buffers, counting = self._buffers, self._counting
-        make = self._make_masked if masked else self._make_loop_step
+        make = self._makers[masked]
         assert make is not None
         besides = {"blending": self._blending()} if masked else {}
         held: LoopStep = make(
@@ -263,10 +263,6 @@ class Step:
             t=counting.now.t,
             **besides,
         )
-        if masked:
-            self._masked_loop_step = held
-        else:
-            self._loop_step = held
         return held
 
     def _blending(self) -> Blending:
