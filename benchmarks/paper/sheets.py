@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 
 from fastddim.images import Images
 
-from .style import DPI, Theme, figure, pixels, save
+from .style import CHARACTER, DPI, Theme, figure, pixels, save
 
 CELL = 144
 """Pixels of an image's longer side, at most where it has fewer than this."""
 
 # Pixels around a panel's images.
-_MARGIN, _TITLE, _COLUMN_LABEL, _ROW_LABEL, _GAP, _PADDING = 18, 50, 36, 124, 38, 5
+_MARGIN, _TITLE, _COLUMN_LABEL, _GAP, _PADDING = 18, 50, 36, 38, 5
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class _Box:
         return cls(
             panel,
             _tiled(panel, theme, height),
-            left=_ROW_LABEL if panel.rows else 0,
+            left=round(CHARACTER * DPI * max(map(len, panel.rows), default=-1)) + 14,
             top=_TITLE + (_COLUMN_LABEL if panel.columns else 0),
         )
 
