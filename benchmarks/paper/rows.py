@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator
 from fastddim.images import Images
 
 from .plots import between, titles
-from .style import SMALL, WIDTH, Theme, figure, pixels, save
+from .style import FAINT, SMALL, WIDTH, Theme, figure, pixels, save
 
 _TOP, _BOTTOM, _LEGEND = 0.5, 0.2, 0.36
 """Inches above and below the rows, and of the legend."""
@@ -120,16 +120,23 @@ def _bars(panels: Sequence[Bars], theme: Theme) -> Images:
                     ax.text(names - 0.08, middle, bar.label, ha="right", va="center", size=SMALL)
                     start = names
                     for name, size in bar.parts.items():
-                        color = theme.color(panel.colors[name])
+                        color = _filling(theme, panel.colors[name])
                         ax.barh(middle, size * inch, thick - 0.03, left=start, color=color)
                         start += size * inch
                     ax.text(start + 0.06, middle, bar.text, va="center", size=SMALL)
                     down += thick
                 down += apart
-        handles = [Patch(color=theme.color(color), label=name) for name, color in colors.items()]
+        handles = [
+            Patch(color=_filling(theme, color), label=name) for name, color in colors.items()
+        ]
         style = {"handlelength": 1.0, "handleheight": 1.0, "borderaxespad": 0.4}
         drawn.legend(handles=handles, loc="lower center", ncols=len(handles), **style)
         return pixels(drawn)
+
+
+def _filling(theme: Theme, name: str) -> str | tuple[float, ...]:
+    """The colour of a part; grey in a large area is lighter than in a line."""
+    return theme.tinted(name, 0.55) if name == FAINT else theme.color(name)
 
 
 def dots(path: str | os.PathLike[str], scale: Scale) -> None:
