@@ -162,9 +162,7 @@ def test_it_says_where_diffusers_is_missing(monkeypatch, capsys):
         importlib.util, "find_spec", lambda name: None if name == "diffusers" else find_spec(name)
     )
     exec(compile(cell.source, cell.id, "exec"), {})
-    assert capsys.readouterr().out == (
-        'diffusers is not installed: pip install "fastddim[diffusers]"\n'
-    )
+    assert capsys.readouterr().out == "diffusers is not installed: pip install diffusers\n"
 
 
 def test_links_lead_to_pages():
