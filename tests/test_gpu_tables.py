@@ -233,7 +233,7 @@ def test_the_kinds_of_graph(folder: Path) -> None:
     block = gpu_tables.blocks(folder)["gpu-graphs"]
     times = ["4 s", "2 s", "2.1 s", "6 s"]
     assert cells(block, "digits U-Net, η = 0") == [*times, "`True`", "3.00×", "100 s", "50 s"]
-    assert "takes 5 % longer than one a step around: digits U-Net, η = 0." in block
+    assert "takes 5 % longer than a graph of one step around: digits U-Net, η = 0." in block
 
 
 def test_stages_and_their_ends(folder: Path) -> None:
@@ -242,4 +242,4 @@ def test_stages_and_their_ends(folder: Path) -> None:
     assert cells(block, "`smoke`")[1] == "8.0"
     assert cells(block, "`bits`")[1] == "75.0 out of time"
     assert cells(block, "`loops`")[1] == "–"
-    assert "On h100 they took 83 s in all, after 1 s" in block
+    assert "On h100 the stages took 83 s in all, after 1 s" in block
