@@ -91,9 +91,8 @@ EXPLANATIONS = (
         "small models in graphs",
         r"loop, (null model|policy head), .*, graph=(True|loop)",
         +1,
-        "Small kernels and the launch of a small graph take less than assumed. The assumptions were "
-        "2.2 µs for a kernel in a graph, 4.5 for a product, 10 for the launch from Python, and 4.5 "
-        "between two graphs.",
+        "Small kernels and the launch of a small graph take less than assumed: 2.2 µs for a kernel "
+        "in a graph, 4.5 for a product, 10 for the launch from Python, 4.5 between two graphs.",
     ),
     Explanation(
         "under `torch.compile`, longer than predicted",
