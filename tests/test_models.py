@@ -165,7 +165,9 @@ class TestFiles:
             models.load(folder, dtype=torch.int8)
 
     def test_refuses_a_device_that_is_not_there(self) -> None:
-        """In one sentence, of the fifty lines that torch has to say of some."""
+        """A missing device is refused in one sentence, instead of the fifty lines that torch has
+        for some devices.
+        """
         for device in ("vulkan", "abacus"):
             with pytest.raises(ValueError, match="device: expected a device that works here") as it:
                 models.load("digits", device=device)

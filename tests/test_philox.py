@@ -93,7 +93,7 @@ def float32_points(low_exponent, dense=100_000):
 
 
 def ulps(value, exact):
-    """Error in units of the last place of the exact value, in float32."""
+    """The error in units of the last place of the exact value, in float32."""
     spacing = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
     return np.abs(value.astype(np.float64) - exact) / spacing
 
@@ -162,7 +162,9 @@ class TestFunctions:
             assert z.tolist() == [0.0, 0.0]
 
     def test_box_muller_takes_a_correctly_rounded_root(self):
-        """At u₁ = 1 the cosine is exactly 1, which leaves √(−2 ln u₀)."""
+        """Box–Muller takes a correctly rounded root. At u₁ = 1 the cosine is exactly 1, which
+        leaves √(−2 ln u₀).
+        """
         u = torch.from_numpy(float32_points(-33))
         radius, zero = philox.box_muller(u, torch.ones_like(u))
         assert np.array_equal(radius.numpy(), np.sqrt(-2 * philox.ln(u).numpy()))
@@ -417,7 +419,9 @@ class TestStatistics:
             assert abs(count - len(z) * p) < SIGMAS * math.sqrt(len(z) * p * (1 - p))
 
     def uncorrelated(self, x, y):
-        """Of the values and of the squares, which √(1 − r²)-like dependence would show in."""
+        """No correlation is found between the values, nor between the squares, in which √(1 −
+        r²)-like dependence would show.
+        """
         bound = SIGMAS / math.sqrt(x.numel())
         for f in (torch.Tensor.double, lambda v: v.double().square()):
             a, b = f(x).flatten(), f(y).flatten()

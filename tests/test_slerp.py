@@ -106,7 +106,9 @@ class TestDegenerate:
 
     @pytest.mark.parametrize("angle", [1e-4, 1e-6, 1e-8, 1e-10, 1e-12])
     def test_nearly_parallel_latents_are_accurate(self, angle):
-        """Where acos of an inner product would have lost the angle."""
+        """Nearly parallel latents are accurate, although the acos of their inner product would have
+        lost the angle.
+        """
         z_0 = torch.zeros(1, 4, dtype=torch.float64)
         z_1 = torch.zeros(1, 4, dtype=torch.float64)
         z_0[0, 0] = 1.0

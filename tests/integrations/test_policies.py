@@ -48,7 +48,7 @@ def scheduler_of(kind, **config):
 
 
 def loop(network, scheduler, steps, shift, step_kwargs):
-    """As policies have it."""
+    """The loop of policies over a scheduler."""
     x = torch.randn(2, 4, 3, dtype=shift.dtype)
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
