@@ -99,7 +99,7 @@ EXCHANGED = {
 
 class Mutant(NamedTuple):
     kind: str
-    """What was changed: an opcode that became another, or the part of an instruction."""
+    """The change: an opcode that became another, or the part of an instruction."""
     line: int
     before: str
     after: str
@@ -108,9 +108,9 @@ class Mutant(NamedTuple):
 def mutants(lines: list[str]) -> Iterator[Mutant]:
     """Every change of one instruction that the operators make.
 
-    But for the choice between division in 32 and in 64 bits, which both give the quotient, and for
-    the sign of an index times the size of what it counts or the stride of samples, which only
-    indices and strides from 2³¹ on have.
+    Two changes are left out: the choice between division in 32 and in 64 bits, which both give the
+    quotient, and the sign of an index times the size of an element or the stride of samples, which
+    only indices and strides from 2³¹ on have.
     """
     text = "\n".join(lines)
     choices = set()
@@ -153,7 +153,7 @@ def mutants(lines: list[str]) -> Iterator[Mutant]:
 class Target(NamedTuple):
     kernel: str
     cases: list[Callable[[Device], bool]]
-    """Whether the kernel still gives the right bits."""
+    """True if the kernel still gives the right bits."""
 
 
 def update_check(shape: tuple[int, ...], bare: bool, **arguments: Any) -> Callable[[Device], bool]:

@@ -208,8 +208,8 @@ class TestFma:
     def test_double_rounding(self):
         """The float64 sum falls on a float32 tie that the exact sum is not on.
 
-        (1 + x)(1 − x) = 1 − x² is 1 to more bits than float64 has left beside c, so a·b + c comes
-        to lie x²·2⁻²⁴ beside a tie; which side it is on decides.
+        (1 + x)(1 − x) = 1 − x² is 1 to more bits than float64 has left next to c, so a·b + c lies
+        x²·2⁻²⁴ from a tie, and its side decides.
         """
         changed = 0
         for k, odd, scale in itertools.product(range(15, 23), range(4), (-20, 0, 13)):

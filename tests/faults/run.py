@@ -1,12 +1,12 @@
 """Faults in real runs of many samples, and a count of the losses.
 
-`python tests/faults/run.py` does everything, writes results.json beside it and the table in
+`python tests/faults/run.py` does everything, writes results.json next to it and the table in
 docs/reliability.md, and exits with 1 if anything was lost. `--kills N` sets how often runs are
 killed, `--table` only writes the table.
 
-A try is one fault done to a run. It is lost where what follows is not right: a resumed run whose
-digest is not that of an uninterrupted one, a shard that was there before a kill and is not after
-it, a file that should not be there, a traceback, or another exit code than the documented one.
+A try is one fault done to a run. It is lost if the result is not right: a resumed run whose digest
+is not that of an uninterrupted one, a shard that was there before a kill and is not after it, a
+file that should not be there, a traceback, or an exit code other than the documented one.
 """
 
 from __future__ import annotations

@@ -395,7 +395,7 @@ def test_zero_terminal_snr(name: str, prediction: str, eta: float) -> None:
                 s.step(m, t, x, eta, rederive, variance_noise=z) for s in (theirs, own)
             )
             if t == 999 and eta == 1:
-                # 1 − ᾱ_prev − σ² is 0 but for rounding: theirs has the root of that, or NaN.
+                # 1 − ᾱ_prev − σ² is 0 except for rounding: theirs has the root of that, or NaN.
                 assert got.prev_sample.isfinite().all()
                 torch.testing.assert_close(
                     expected.prev_sample.where(~expected.prev_sample.isnan(), got.prev_sample),

@@ -6,8 +6,8 @@ so that no suffix is ever ignored.
 
 Left out on purpose, and refused: the approximate operations (`.approx`, `.full`), whose results the
 ISA leaves to the hardware, and float additions and multiplications without `.rn`, which ptxas may
-fuse. But for one: `rsqrt.approx.ftz.f32` gives, in turns, the numbers that the ISA's bound on its
-error allows.
+fuse. There is one exception: `rsqrt.approx.ftz.f32` gives, in turns, the numbers that the ISA's
+bound on its error allows.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Scope(Protocol):
 
 
 BASES = {"global": 0, "const": 0, "shared": 1 << 56, "local": 2 << 56, "param": 3 << 56}
-"""Where the spaces lie in generic addresses; host addresses are below 2^48."""
+"""The spaces in generic addresses; host addresses are below 2^48."""
 
 DTYPES = {
     **{f"{kind}{8 * size}": np.dtype(t) for kind in "bu" for size, t in UNSIGNED.items()},

@@ -33,7 +33,7 @@ _WAVE_THREADS = 16384
 in the cache."""
 
 _POISON = {0: np.True_, **{size: t(-1 % (1 << 8 * size)) for size, t in UNSIGNED.items()}}
-"""What a register holds that nobody has written: NaN to every float type."""
+"""The value of a register that was never written: NaN to every float type."""
 
 _THREADS_PER_BLOCK, _SHARED_BYTES = 1024, 227 * 1024
 
