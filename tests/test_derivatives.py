@@ -312,7 +312,9 @@ def operands(**options: Any) -> dict[str, Any]:
     ids=str,
 )
 def test_gradients_of_all_operands(options: dict[str, Any]) -> None:
-    """To second order, in reverse and in forward mode, one by one and in batches."""
+    """Gradients of all operands are right to second order, in reverse and in forward mode, one by
+    one and in batches.
+    """
     arguments = operands(**options)
     names = [name for name in ADDED if arguments[name] is not None]
 

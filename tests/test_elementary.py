@@ -181,7 +181,7 @@ def test_table_rows_are_those_of_numbers(update: Update) -> None:
 
 @pytest.mark.parametrize("update", UPDATES, ids=range(len(UPDATES)))
 def test_steps_of_tensors_are_those_of_numbers(update: Update) -> None:
-    """Through `fastddim.step`, with the states that it gives."""
+    """Steps of tensors are those of numbers, through `fastddim.step`, with its states."""
     a, p = some_steps(40, update.prediction, 6)
     options = {
         name: getattr(update, name)

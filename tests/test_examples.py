@@ -303,8 +303,8 @@ def test_control_loop_goes_on_from_what_it_executes(simulated_drive, name, least
 
 
 def test_control_loop_counts_the_ticks_that_no_chunk_reaches(simulated_drive):
-    """The control loop counts the ticks that no chunk reaches. A plan of 2 s is ready at tick 4 +
-    20, when chunks of 16 ticks have ended.
+    """The control loop counts the ticks that no chunk reaches. A plan of 2 s is ready at tick 24,
+    when chunks of 16 ticks have ended.
     """
     driven = simulated_drive("guided", 0.2)
     assert driven.missed == 24 - 16

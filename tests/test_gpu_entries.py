@@ -336,8 +336,8 @@ def test_diffusers(name: str) -> None:
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("name", ["digits", "fashion"])
 def test_bundled_models(name: str, graph: bool | str) -> None:
-    """Their networks round differently on each device, so pictures are compared with a tolerance,
-    which TF32 would exceed.
+    """Networks of bundled models round differently on each device, so pictures are compared with a
+    tolerance, which TF32 would exceed.
     """
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False

@@ -398,7 +398,9 @@ def z():
 
 class TestStatistics:
     def test_moments(self, z):
-        """Of N(0, 1), E zᵏ = 0, 1, 0, 3; the variances of the powers are 1, 2, 15, 96."""
+        """The moments are those of N(0, 1): E zᵏ = 0, 1, 0, 3; the variances of the powers are 1,
+        2, 15, 96.
+        """
         for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
             deviation = (z**power).mean() - expected
             assert abs(deviation) < SIGMAS * math.sqrt(variance / len(z)), f"moment {power}"
@@ -419,8 +421,8 @@ class TestStatistics:
             assert abs(count - len(z) * p) < SIGMAS * math.sqrt(len(z) * p * (1 - p))
 
     def uncorrelated(self, x, y):
-        """No correlation is found between the values, nor between the squares, in which √(1 −
-        r²)-like dependence would show.
+        """No correlation is found between the values, nor between the squares, in which a
+        dependence like √(1 − r²) would show.
         """
         bound = SIGMAS / math.sqrt(x.numel())
         for f in (torch.Tensor.double, lambda v: v.double().square()):

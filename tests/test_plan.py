@@ -358,7 +358,9 @@ class TestTooLargeEta:
             coefficient_row(a, p, Update(eta=limit * (1 + 1e-9)))
 
     def test_rounding_is_not_refused(self):
-        """At η = 1 and ā_t = 0 the exact value is 0, whatever the rounding."""
+        """Rounding is not refused. At η = 1 and ā_t = 0 the exact value is 0, whatever the
+        rounding.
+        """
         for p in np.linspace(0.001, 0.999, 999):
             row = coefficient_row(0.0, float(p), Update(eta=1.0, prediction="v_prediction"))
             assert row.kx == pytest.approx(0.0, abs=1e-7)

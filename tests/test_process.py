@@ -166,7 +166,9 @@ def test_lemma_1_by_sampling(direction):
 
 @given(step=steps())
 def test_forward_kernel_is_the_conditioned_joint_gaussian(step):
-    """Both states as linear maps of white noise, stacked, and conditioned by linear algebra."""
+    """The forward kernel is the conditioned joint Gaussian of both states, as linear maps of white
+    noise, stacked and conditioned by linear algebra.
+    """
     a, p, s = step
     d = 3
     x_prev, x_0 = normal(1, d), normal(1, d, seed=1)
@@ -421,8 +423,8 @@ def test_other_sigmas_make_the_forward_process_remember_x_0():
 
 @given(step=steps(), share=st.floats(0.01, 1))
 def test_eta_0_is_an_euler_step_of_the_ode(step, share):
-    """At η = 0 a step is an Euler step of the ODE (eq. 13): x/√α moves by ε times the change of √(1
-    − α)/√α.
+    """A step at η = 0 is an Euler step of the ODE (eq. 13): x/√α moves by ε times the change of
+    √(1−α)/√α.
     """
     _, p, _ = step
     a = p * share * 0.999
@@ -592,7 +594,9 @@ def test_gradients_flow_through_the_means():
 
 
 def test_a_sigma_of_eq_16_is_never_refused_for_rounding():
-    """At α_t = 0 and η = 1 it is √(1 − α_{t−1}), where eq. 7 takes the root of a rounding error."""
+    """A σ of eq. 16 is never refused for rounding. At α_t = 0 and η = 1 it is √(1 − α_{t−1}), where
+    eq. 7 takes the root of a rounding error.
+    """
     x = normal(1, 2)
     for p in np.linspace(0.001, 0.999, 999):
         s = process.sigma(0.0, p, 1.0)

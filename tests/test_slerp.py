@@ -16,7 +16,7 @@ SHAPE = (3, 2, 4, 4)
 
 
 def equation_67(z_0, z_1, alpha):
-    """As printed, the angle from the inner product; per sample."""
+    """The interpolation as printed, per sample, with the angle from the inner product."""
     mixed = np.empty_like(z_0)
     for i, (first, second) in enumerate(zip(z_0, z_1, strict=True)):
         inner = (first * second).sum()

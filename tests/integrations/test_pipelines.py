@@ -447,7 +447,9 @@ print(json.dumps(said), flush=True)
 
 
 def test_a_saved_pipeline_in_another_process(tmp_path: Path) -> None:
-    """It loads after the import; without it, it loads too, or the error says what to import."""
+    """A saved pipeline loads in another process after the import; without it, the pipeline loads
+    too, or the error says what to import.
+    """
     name = "fastddim.integrations.diffusers"
     unconditional(diffusers.DDPMPipeline, ours.DDPMScheduler()).save_pretrained(tmp_path)
 
