@@ -58,7 +58,7 @@ def update_out(*operands: Any) -> None:
     """
     _, _, table, row, _, seed, step, sample, *_ = operands
     if seed is not None and (step is None or sample is None):
-        raise ValueError("step, sample: expected both beside seed, got None")
+        raise ValueError("step, sample: expected both with seed, got None")
     keys = None if seed is None else Keys(seed, step, sample)
     tensors = _tensors_of(operands)
     found = find_update(tensors, table, row, keys)
