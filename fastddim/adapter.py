@@ -265,7 +265,7 @@ def number_of_classes(model: Model) -> tuple[int | None, int | None]:
     """(`.num_classes`, embedded labels of a diffusers `.config`) of the model or of what it wraps.
 
     A model with K classes that was sometimes trained without labels takes K for no label. A network
-    of diffusers does not tell whether its last label is such a one.
+    of diffusers does not tell whether its last label means this.
     """
     for layer in layers(model):
         classes = getattr(layer, "num_classes", None)
