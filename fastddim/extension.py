@@ -11,7 +11,7 @@ from urllib.request import url2pathname
 
 import torch
 
-# What setup.py adds to the version of an installation without the extension.
+# The endings that setup.py adds to the version of an installation without the extension.
 _CAUSES = {
     "no.kernel.by.request": ("with FASTDDIM_BUILD_EXT=0", "unset it"),
     "no.kernel.without.compiler": ("without a C++ compiler", "install one such as g++"),

@@ -170,7 +170,7 @@ constexpr bool is_of_model(int v) {
          v == operand::epsilon || v == operand::model_input || v == operand::second_input;
 }
 
-// Collects the tensors of a call and what they have in common.
+// Collects the tensors of a call and the properties that they share.
 class Collector {
  public:
   // A table need not be aligned to more than its own words.

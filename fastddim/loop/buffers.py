@@ -124,7 +124,7 @@ class Inpainting(NamedTuple):
         mask: weight of the known data in the state; like the state.
         data: the known data; like the state.
         x_T: the latents that they are mixed with; like the state.
-        known: the data as they are after a step; like the state.
+        known: the data at the noise level after a step; like the state.
         table: the rows `[R, K]` that mix them.
     """
 

@@ -45,7 +45,7 @@ def record(
     device: torch.device,
     generators: Sequence[torch.Generator],
 ) -> CapturedGraph:
-    """Capture on CUDA; `capture` of this package keeps random states and autocast in order."""
+    """Capture on CUDA; random states and autocast are left to `fastddim.loop.capture`."""
     with torch.cuda.device(device):
         current = torch.cuda.current_stream()
         if device not in _side_streams:

@@ -72,8 +72,8 @@ class Loop:
             setup.graph, setup.backend, self.buffers, self.counters, self.step
         )
         self._order = StreamOrder(device)
-        # The host's copy of what the buffers hold and need not be given again: the table, the
-        # timesteps, and the plan whose rows mix known data.
+        # The host's record of values that the buffers hold already: the table, the timesteps, and
+        # the plan whose rows mix known data.
         self._table: Hashable = None
         self._timesteps: list[int] = []
         self._mixed_by: Plan | None = None
@@ -297,7 +297,7 @@ class Loop:
         known: Tensor | None,
         first: int,
     ) -> None:
-        """Write the first state and whatever else of a run its program does not write itself."""
+        """Write everything that a run begins with, except the part that its program writes."""
         counters, state = self.counters, self.buffers.state
         whole = program is not None and program.whole
         # A state in the middle of a run is not the latents that known data are mixed with.

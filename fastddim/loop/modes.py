@@ -31,8 +31,8 @@ class OneAtATime:
 
 
 def without_autograd() -> AbstractContextManager[Any]:
-    """Make ordinary tensors without gradients, whatever the caller's modes are; enter no mode that
-    is on already, since that takes as long as a launch.
+    """A context for ordinary tensors without gradients, whatever the caller's modes are. It enters
+    no mode that is on already, since that takes as long as a launch.
 
     Raises:
         RuntimeError: a transform of `torch.func` is at work.

@@ -41,7 +41,7 @@ class Run(NamedTuple):
     """A run as far as its program depends on it.
 
     Attributes:
-        noise: what the caller gives for steps that add noise.
+        noise: the caller's, for steps that add noise.
         with_x_0: whether the predicted x_0 is written at each step.
         with_trajectory: whether all states are returned.
         masked: whether steps blend the state with known data.

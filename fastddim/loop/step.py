@@ -39,7 +39,7 @@ class Step:
 
     Attributes:
         model: evaluated at every step.
-        uncond_model: evaluated for the unconditional half; None where `model` is.
+        uncond_model: evaluated for the unconditional half; None for no second model.
         denoised_fn: called where steps are split.
         shape: (B, …) as the caller knows it; a stream's steps may be of fewer samples.
         check: called with every model output; None for no check.

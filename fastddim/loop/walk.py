@@ -246,7 +246,7 @@ class Walk:
         return self._update(x.to(compute_dtype(x.dtype)), output, table.epsilon, row)
 
     def _known(self, mixing: Mixing | None, s: int) -> dict[str, Tensor]:
-        """Known data as they are after step `s`, and their weight."""
+        """Known data at the noise level after step `s`, and their weight."""
         if mixing is None:
             return {}
         known = self._update(mixing.data, mixing.x_T, self.known[s : s + 1], None)

@@ -39,7 +39,7 @@ class Conditions:
             store[slot].copy_(value)
 
     def arrange(self, size: int) -> None:
-        """Make the first `size` slots what the model reads."""
+        """Copy the first `size` slots into the model's input, half by half."""
         if self._parts == 1:
             return
         for store, given in zip(self.slots, self.inputs, strict=True):

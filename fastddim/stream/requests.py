@@ -59,7 +59,7 @@ class Request:
     inpainting: tuple[Tensor, Tensor] | None  # mask and known data, [1, …] both
     arguments: tuple[dict[str, Any], ...]  # of each model, the unconditional one's first
     conditions: list[Tensor]  # [1 or 2, …], the tensors among the arguments
-    ready: StreamOrder  # after the caller's work, from which on the tensors can be read
+    ready: StreamOrder  # orders reads of the tensors after the caller's writes
 
     @property
     def tensors(self) -> list[Tensor]:

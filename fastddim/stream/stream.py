@@ -283,10 +283,7 @@ class Stream(Rebuilt):
 
     @property
     def pending(self) -> int:
-        """The number of requests that wait for a slot; cancelled ones count until they are dropped.
-
-        The next step drops them.
-        """
+        """The number of requests that wait for a slot, those cancelled meanwhile included."""
         return len(self._pending)
 
     @property
