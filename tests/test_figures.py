@@ -422,7 +422,7 @@ def test_committed_pictures_are_small_and_can_be_read(name: str) -> None:
 
 
 def test_committed_plots_are_those_of_the_committed_results(tmp_path: Path) -> None:
-    """All but the sheets, which show images, drawn anew by the same versions."""
+    """The same versions draw the same plots; sheets, which show images, are left out."""
     figures.draw([*figures.PLOTS], figures.Work(figures=tmp_path), only_plots=True)
     paths = sorted(tmp_path.glob("*.png"))
     assert len(paths) == 2 * len(figures.PLOTS)
