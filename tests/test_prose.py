@@ -40,8 +40,8 @@ def docstrings(source: str) -> Iterator[Fault]:
 
 def opens_with_a_question_word(source: str) -> Iterator[Fault]:
     for line, text in docstrings(source):
-        first = re.search(r"\w+", text)
-        if first and first[0].lower() in QUESTIONS:
+        first = re.match(r"[\s`'\"(*]*(\w+)", text)
+        if first and first[1].lower() in QUESTIONS:
             yield line, text.strip().splitlines()[0]
 
 
@@ -155,6 +155,7 @@ def test_phrases_of_native_sources() -> None:
         (opens_with_a_question_word, 'class C:\n    n: int\n    """`How` many."""\n', [3]),
         (opens_with_a_question_word, 'SIZE = 3\n"""Where it\nlies."""\n', [2]),
         (opens_with_a_question_word, '"""The size, which is odd. What else?"""\n', []),
+        (opens_with_a_question_word, '"""√, which is exact."""\n', []),
         (opens_with_a_question_word, 'text = "What it does."\n', []),
         (first_sentence_without_an_end, '"""The size"""\n', [1]),
         (first_sentence_without_an_end, '"""The size\n\nof a thing.\n"""\n', [1]),

@@ -1,4 +1,4 @@
-"""The distance of few steps to the exact solution, by how they are taken.
+"""The distance of few steps from the exact solution, by the way they are taken.
 
     python benchmarks/paper/few_steps.py
 
