@@ -194,7 +194,7 @@ int64_t make_loop_step(Tensor state, Tensor model_output, Tensor table, Tensor r
                                          counters, timesteps, t);
   if (known) {
     STD_TORCH_CHECK(data && x_T && known_table && known_row,
-                    "fastddim: data, x_T, known_table, known_row: expected all beside known");
+                    "fastddim: data, x_T, known_table, known_row: expected all with known");
     made->mix_by({.x = *data,
                   .model_output = *x_T,
                   .table = *known_table,

@@ -164,7 +164,7 @@ inline void set_keys(Job& job, const Optional& seed, const Optional& step, const
   STD_TORCH_CHECK(count <= (int64_t)4 << 32,
                   "fastddim: x: expected at most 2**34 elements a sample, got ", count);
   job.stream = stream;
-  STD_TORCH_CHECK(step && sample, "fastddim: step, sample: expected both beside seed");
+  STD_TORCH_CHECK(step && sample, "fastddim: step, sample: expected both with seed");
   job.seed = key_of(*seed, "seed", job.batch, shape.place);
   job.step = key_of(*step, "step", job.batch, shape.place);
   job.sample = key_of(*sample, "sample", job.batch, shape.place);
