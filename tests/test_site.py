@@ -344,8 +344,8 @@ def included(monkeypatch, tmp_path):
         parts.README.write_text(readme, encoding="utf-8")
         page = Source("tasks/a.md", text)
         others = [("c.md", '--8<-- "README.md:two"\n'), ("b.md", "# The other\n")]
-        pictures = Source("figures/plot.png")
-        parts.on_files(Sources([page, pictures, *(Source(*other) for other in others)]))
+        pictures = [Source(f"figures/{name}.png") for name in ("plot", "plot-dark")]
+        parts.on_files(Sources([page, *pictures, *(Source(*other) for other in others)]))
         return parts.on_page_markdown(text, page=page)
 
     return on_a_page
@@ -359,6 +359,18 @@ def test_links_of_an_included_part_are_those_of_its_page(included):
         "benchmarks/README.md and ![a plot](../figures/plot.png).",
     ]
     assert "## no heading, [no link](#two)" in text
+
+
+def test_a_picture_of_an_included_part_is_one_for_each_scheme(included):
+    picture = """<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="docs/figures/plot-dark.png">
+  <img alt="A plot" src="docs/figures/plot.png">
+</picture>"""
+    readme = PART.replace("### Below\n", f"{picture}\n")
+    assert included('--8<-- "README.md:one"\n', readme=readme).splitlines()[-2:] == [
+        "![A plot](../figures/plot.png#gh-light-mode-only)",
+        "![A plot](../figures/plot-dark.png#gh-dark-mode-only)",
+    ]
 
 
 @pytest.mark.parametrize(("title", "level"), [("", 1), ("# A page\n\n", 2)])
