@@ -50,7 +50,7 @@ class Page(HTMLParser):
 
     @functools.cached_property
     def fetched(self):
-        """What a browser fetches to show the page."""
+        """The addresses that a browser fetches to show the page."""
         addresses = [a["src"] for tag, a in self.elements if a.get("src")]
         return addresses + [
             a["href"] for tag, a in self.elements if tag == "link" and a.get("rel") != "canonical"
@@ -230,7 +230,7 @@ def test_measurements_are_shown(pages, source, name):
 
 
 def test_sections_of_the_readme_are_shown(pages):
-    """All except those that a page says more of."""
+    """Sections of the README are shown, except those that a page replaces with more detail."""
     left = {
         "Install": "install.html",
         "Drop-ins": "dropins.html",
@@ -336,7 +336,7 @@ See [two](#two), [docs/b.md](docs/b.md#end), [this](docs/b.md), [far](https://ex
 
 @pytest.fixture
 def included(monkeypatch, tmp_path):
-    """A function that gives a page as it is with the parts of `PART`."""
+    """A function that gives a page with the parts of `PART` in it."""
     parts = hook("parts")
     monkeypatch.setattr(parts, "README", tmp_path / "README.md")
 
