@@ -70,7 +70,7 @@ def test_a_page_is_shown_without_a_fault(pages, address):
 
 
 def test_the_switch_of_colours_switches_the_pictures(chromium, pages):
-    """Whatever the system prefers, and on the pages that are opened next."""
+    """The switch counts more than the system, also on the pages that are opened next."""
     folder, dark, _ = pages
     shown = [p for p in PAGES if any(name in (folder / p).read_text("utf-8") for name in dark)]
     assert shown

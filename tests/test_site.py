@@ -62,7 +62,7 @@ class Page(HTMLParser):
 
     @functools.cached_property
     def ids(self):
-        """What a link may name after `#`."""
+        """The names that a link may have after `#`."""
         return [a["id"] for _, a in self.elements if "id" in a]
 
     def file(self, address):

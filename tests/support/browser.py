@@ -33,9 +33,7 @@ LIGHT, DARK = "light", "dark"
 
 
 def program() -> str:
-    """The browser that is named by the variable CHROMIUM or found on PATH; without one, the test is
-    skipped.
-    """
+    """The browser that the variable CHROMIUM names, or one on PATH. Without one, the test skips."""
     named = os.environ.get("CHROMIUM")
     if named:
         return named
