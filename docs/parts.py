@@ -4,7 +4,8 @@ A line `--8<-- "README.md:name"` of a page stands for the text between the marks
 `<!-- --8<-- [start:name] -->` and `<!-- --8<-- [end:name] -->` of the README. The headings of the
 part are shifted to fit the page: the first is the page's title where the page has no other. Links
 of the README become those of the site, and a page that is called by the name of its file is called
-by its title. The name of a file that the site lacks stays without a link.
+by its title. The name of a file that the site lacks stays without a link. A picture of the README
+that follows the reader's system follows the site's own switch of colours.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ PART = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 HEADING = re.compile(r"^(#+) (.+)$")
+PICTURE = re.compile(
+    r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="(?P<dark>[^"]+)">\s*'
+    r'<img alt="(?P<alt>[^"]*)" src="(?P<light>[^"]+)">\s*</picture>'
+)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 PAGES: dict[str, str] = {}
@@ -101,8 +106,9 @@ def as_part(text: str, here: str, top: int, places: dict[str, str]) -> str:
         title = TITLES[path.removeprefix("docs/")] if name == path else None
         return f"{mark}[{title or name}]({relative(target.removeprefix('docs/'), here)})"
 
+    pair = r"![\g<alt>](\g<light>#gh-light-mode-only)\n![\g<alt>](\g<dark>#gh-dark-mode-only)"
     lines = []
-    for line, prose in outside_code(text):
+    for line, prose in outside_code(PICTURE.sub(pair, text)):
         heading = HEADING.match(line) if prose else None
         if heading is not None:
             lines.append("#" * (len(heading[1]) + shift) + f" {heading[2]}")

@@ -7,17 +7,16 @@ import html
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from .support import site as building
+from .support.environment import ROOT
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CODE_WIDTH = 93
+CODE_WIDTH = 100
 """Characters of a line of code that fit into a window of 1280 pixels, by docs/theme/style.css."""
 
 
@@ -57,6 +56,15 @@ class Page(HTMLParser):
             a["href"] for tag, a in self.elements if tag == "link" and a.get("rel") != "canonical"
         ]
 
+    @functools.cached_property
+    def links(self):
+        return [a["href"] for tag, a in self.elements if tag == "a" and "href" in a]
+
+    @functools.cached_property
+    def ids(self):
+        """The names that a link may have after `#`."""
+        return [a["id"] for _, a in self.elements if "id" in a]
+
     def file(self, address):
         """The file that an address on the page names."""
         return (self.path.parent / unquote(urlsplit(address).path)).resolve()
@@ -73,20 +81,9 @@ def hook(name):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site():
     """The folder of the built site."""
-    if importlib.util.find_spec("mkdocs") is None:
-        pytest.skip("mkdocs is not installed")
-    folder = tmp_path_factory.mktemp("site")
-    built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert built.returncode == 0, built.stderr
-    return folder
+    return building.built()
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +120,72 @@ def test_nothing_is_fetched_from_elsewhere(site, pages):
             assert not urlsplit(fetched.strip("\"'")).netloc, (style, fetched)
 
 
-def test_links_and_search_work_without_a_server(site, pages):
-    """Links and search work without a server: an address of a folder would list its files."""
+def dead_links(pages):
+    """Links of pages that lead nowhere, each after the address of its page.
+
+    A folder in the place of a file would be listed by a browser without a server. Nothing is asked
+    of other sites: a link to one has to be an address, and no more.
+    """
+    parts_of = {page.path.resolve(): set(page.ids) for page in pages.values()}
     for address, page in pages.items():
-        links = [a["href"] for tag, a in page.elements if tag == "a" and "href" in a]
-        for link in links if address != "404.html" else ():
-            parts = urlsplit(link)
-            if not parts.scheme and parts.path:
-                assert page.file(link).is_file(), (address, link)
+        for link in page.links:
+            url = urlsplit(link)
+            if url.scheme or url.netloc:
+                good = re.fullmatch(r"https://[\w-]+(\.[\w-]+)+(/\S*)?", link)
+            else:
+                target = page.file(link) if url.path else page.path.resolve()
+                part = unquote(url.fragment)
+                good = target.is_file() and (not part or part in parts_of.get(target, ()))
+            if not good:
+                yield address, link
+
+
+def test_every_link_leads_somewhere(site, pages):
+    # The page for missing addresses has the links of a site that is served.
+    files = {address: page for address, page in pages.items() if address != "404.html"}
+    assert list(dead_links(files)) == []
     assert (site / "search/search_index.js").is_file()
+
+
+@pytest.mark.parametrize(
+    ("link", "dead"),
+    [
+        ("other.html", False),
+        ("other.html#part", False),
+        ("#here", False),
+        ("a%20file.txt", False),
+        ("https://example.org/a#b", False),
+        ("gone.html", True),
+        ("folder", True),
+        ("folder/", True),
+        ("other.html#gone", True),
+        ("#part", True),
+        ("a%20file.txt#part", True),
+        ("https://example/a", True),
+        ("https://example.org/a b", True),
+        ("//example.org/a", True),
+        ("file:///etc/hosts", True),
+    ],
+)
+def test_a_dead_link_is_found(tmp_path, link, dead):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a file.txt").write_text("text")
+    texts = {"page.html": f'<h1 id="here"><a href="{link}">', "other.html": '<h2 id="part">'}
+    pages = {}
+    for address, text in texts.items():
+        (tmp_path / address).write_text(text)
+        pages[address] = Page(tmp_path / address)
+    assert list(dead_links(pages)) == [("page.html", link)] * dead
+
+
+def test_the_parts_of_a_page_have_names_of_their_own(pages):
+    for address, page in pages.items():
+        assert sorted(page.ids) == sorted(set(page.ids)), address
+
+
+def test_a_page_has_one_title(pages):
+    for address, page in pages.items():
+        assert [tag for tag, _ in page.elements].count("h1") == 1, address
 
 
 def test_every_picture_is_on_a_page_and_has_a_description(pages):
@@ -218,8 +272,7 @@ def test_the_search_finds(found, words, address):
 @pytest.mark.parametrize("address", ["index.html", "reference/sampling.html"])
 def test_which_call_to_take_is_linked(pages, address):
     page = pages[address]
-    links = {page.file(a["href"]) for tag, a in page.elements if tag == "a" and a.get("href")}
-    assert pages["choose.html"].path.resolve() in links
+    assert pages["choose.html"].path.resolve() in {page.file(link) for link in page.links}
 
 
 def test_formulas_are_mathml(pages):
@@ -291,8 +344,8 @@ def included(monkeypatch, tmp_path):
         parts.README.write_text(readme, encoding="utf-8")
         page = Source("tasks/a.md", text)
         others = [("c.md", '--8<-- "README.md:two"\n'), ("b.md", "# The other\n")]
-        pictures = Source("figures/plot.png")
-        parts.on_files(Sources([page, pictures, *(Source(*other) for other in others)]))
+        pictures = [Source(f"figures/{name}.png") for name in ("plot", "plot-dark")]
+        parts.on_files(Sources([page, *pictures, *(Source(*other) for other in others)]))
         return parts.on_page_markdown(text, page=page)
 
     return on_a_page
@@ -306,6 +359,18 @@ def test_links_of_an_included_part_are_those_of_its_page(included):
         "benchmarks/README.md and ![a plot](../figures/plot.png).",
     ]
     assert "## no heading, [no link](#two)" in text
+
+
+def test_a_picture_of_an_included_part_is_one_for_each_scheme(included):
+    picture = """<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="docs/figures/plot-dark.png">
+  <img alt="A plot" src="docs/figures/plot.png">
+</picture>"""
+    readme = PART.replace("### Below\n", f"{picture}\n")
+    assert included('--8<-- "README.md:one"\n', readme=readme).splitlines()[-2:] == [
+        "![A plot](../figures/plot.png#gh-light-mode-only)",
+        "![A plot](../figures/plot-dark.png#gh-dark-mode-only)",
+    ]
 
 
 @pytest.mark.parametrize(("title", "level"), [("", 1), ("# A page\n\n", 2)])
@@ -337,3 +402,24 @@ def test_a_formula_that_is_no_latex_stops_the_build():
     block = '<div class="arithmatex">\\[\\unknown\\]</div>'
     with pytest.raises(PluginError, match=r"a\.md: \\unknown: "):
         formulas.on_page_content(block, page=page)
+
+
+@pytest.mark.parametrize(
+    ("cell", "kind"),
+    [
+        ("0.896 ± 0.16", "whole"),
+        ("&lt; 1.12 ms", "whole"),
+        ("<strong>136×</strong>", "whole"),
+        ("policy head", "whole"),
+        ("34 %<br>22 %", "whole"),
+        ("34 %<br>22 % of all values that are measured", "sentence"),
+        ("50 of all steps, at η = 0.5", None),
+        ("digits, one graph on an H100", None),
+        ("chunks of actions at every tick: warm starts", "sentence"),
+        ('<a href="a-long-address-of-a-page.html">short</a>', "whole"),
+    ],
+)
+def test_cells_are_told_apart(cell, kind):
+    drawn = hook("tables").on_page_content(f'<td style="text-align: left;">{cell}</td>')
+    mark = f' class="{kind}"' if kind else ""
+    assert drawn == f'<td{mark} style="text-align: left;">{cell}</td>'
