@@ -26,21 +26,10 @@ if __name__ == "__main__":
 
 from harness import machine
 from paper import experiments
-from paper.plots import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    Level,
-    Line,
-    Panel,
-    Plot,
-    plots,
-    sheet,
-)
-from paper.timeline import DARK, LIGHT, timeline
+from paper.plots import Level, Line, Plot, plots
+from paper.sheets import Panel, sheet
+from paper.style import BLUE, FAINT, GREEN, ORANGE, PURPLE, TEXT
+from paper.timeline import timeline
 from quality import data
 from quality.grid import fingerprint
 from quality_tables import FEW_KINDS, PAPER_RECONSTRUCTION, baseline_of
@@ -224,7 +213,7 @@ def plot_reconstruction(work: Work) -> None:
             )
         steps = [steps for steps in PAPER_RECONSTRUCTION if steps in lines[0].x]
         errors = [PAPER_RECONSTRUCTION[s] for s in steps]
-        lines.append(Line("the paper, CIFAR10", steps, errors, GREY, "x", (0, (4, 3))))
+        lines.append(Line("the paper, CIFAR10", steps, errors, FAINT, "x", (0, (4, 3))))
         panels.append(Plot(name, lines, "steps S, each way", "squared error of a pixel"))
     plots(work.figures / "reconstruction-error.png", panels)
 
@@ -253,7 +242,7 @@ def plot_sampling(work: Work) -> None:
                 ("fastddim", "fastddim", BLUE, "o"),
             )
         ]
-        level = Level("diffusers' DDPM, S = 1000", own[0]["timings"]["DDPM"]["seconds"], GREY)
+        level = Level("diffusers' DDPM, S = 1000", own[0]["timings"]["DDPM"]["seconds"], FAINT)
         batch = own[0]["shape"][0]
         panels.append(Plot(f"{case}, batch of {batch}", lines, "steps S", "seconds", [level]))
     plots(work.figures / "sampling.png", panels, columns=3)
@@ -261,8 +250,7 @@ def plot_sampling(work: Work) -> None:
 
 def plot_timeline(work: Work) -> None:
     """The loop of a robot in time, for light and dark pages; nothing in it is measured."""
-    for name, theme in (("timeline", LIGHT), ("timeline-dark", DARK)):
-        timeline(work.figures / f"{name}.png", theme)
+    timeline(work.figures / "timeline.png")
 
 
 def plot_policies(work: Work) -> None:
@@ -305,7 +293,7 @@ def _ways(
     """The ways to take few steps of the trained policy, with their style and rows."""
     for way, color, marker in zip(
         ("η = 1", "order 1, leading", "order 1", "order 2", "tuned", "warm start"),
-        (ORANGE, GREY, BLUE, GREEN, PURPLE, BLACK),
+        (ORANGE, FAINT, BLUE, GREEN, PURPLE, TEXT),
         ("s", "x", "o", "^", "D", "v"),
         strict=True,
     ):
@@ -329,7 +317,7 @@ def quality_plot(result: dict[str, Any]) -> Plot:
             errors = [cell["error"] for cell in cells]
             lines.append(Line(kind.label, steps, distances, color, marker, error=errors))
     distance, error = baseline_of(result)
-    level = Level("DDPM, 1000 calls", distance, GREY, below=True, error=error)
+    level = Level("DDPM, 1000 calls", distance, FAINT, below=True, error=error)
     return Plot(result["data"], lines, "calls of the model", "Fréchet distance", [level])
 
 

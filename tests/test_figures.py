@@ -13,8 +13,11 @@ import figures
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from paper import experiments, timeline
-from paper.plots import CELL, Line, Panel, Plot, plots, sheet
+from paper.plots import Line, Plot, plots
+from paper.sheets import CELL, Panel, sheet
+from paper.style import BLUE, DARK, THEMES, themed
 from PIL import Image
 from quality import data
 
@@ -32,7 +35,6 @@ COMMITTED = (
     "reconstruction-error",
     "sampling",
     "timeline",
-    "timeline-dark",
 )
 STEPS = (5, 10, 20, 100)
 
@@ -69,8 +71,7 @@ def model() -> Any:
 
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
-        image.load()
-        return np.array(image)
+        return np.array(image.convert("RGB") if image.mode == "P" else image)
 
 
 def test_the_image_belongs_to_the_latent_without_noise_alone(drawn: figures.Work) -> None:
@@ -129,11 +130,25 @@ def test_error_is_that_of_images_from_0_to_1() -> None:
 
 def test_every_picture_shows_something(drawn: figures.Work) -> None:
     found = sorted(drawn.figures.glob("*.png"))
-    assert {path.stem for path in found} == set(COMMITTED) - {"quality", "sampling"}
+    names = set(COMMITTED) - {"quality", "sampling"}
+    assert {path.stem for path in found} == {n + theme.suffix for n in names for theme in THEMES}
     for path in found:
         image = pixels(path)
         assert image.shape[1] > 3 * CELL / 2
         assert image.std() > 15, path
+
+
+def test_light_and_dark_show_the_same(drawn: figures.Work) -> None:
+    """The page is one colour of each theme, around a picture of one size."""
+    for light in drawn.figures.glob("*.png"):
+        if light.stem.endswith(DARK.suffix):
+            continue
+        pair = [pixels(themed(light, theme)) for theme in THEMES]
+        assert pair[0].shape[:2] == pair[1].shape[:2]
+        for image, theme in zip(pair, THEMES, strict=True):
+            edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+            page = [round(255 * part) for part in to_rgb(theme.page)]
+            assert (edge.reshape(len(edge), -1) == page[: edge[0].size]).all(), light
 
 
 def test_the_same_numbers_give_the_same_pixels(drawn: figures.Work) -> None:
@@ -160,8 +175,9 @@ def test_the_plot_of_quality_shows_tuned_steps(drawn: figures.Work) -> None:
         pictures.append(pixels(drawn.figures / "quality.png"))
     assert plot.lines[-1].x == [4, 10]
     assert (pictures[0].shape, pictures[0].tobytes()) != (pictures[1].shape, pictures[1].tobytes())
-    for path in (drawn.results / "quality-digits.json", drawn.figures / "quality.png"):
-        path.unlink()
+    (drawn.results / "quality-digits.json").unlink()
+    for theme in THEMES:
+        themed(drawn.figures / "quality.png", theme).unlink()
 
 
 def test_the_timeline_is_that_of_an_action_sampler(drawn: figures.Work) -> None:
@@ -174,9 +190,6 @@ def test_the_timeline_is_that_of_an_action_sampler(drawn: figures.Work) -> None:
     assert weights[3] == pytest.approx(ratio * math.expm1(ratio) / math.expm1(1), rel=1e-12)
     assert sorted(weights[3:8], reverse=True) == weights[3:8]
     assert weights[8:] == [0] * 8
-    light, dark = (pixels(drawn.figures / f"timeline{name}.png") for name in ("", "-dark"))
-    assert light.shape == dark.shape
-    assert (np.median(light), np.median(dark)) == (255, 33)
 
 
 def test_a_sheet_holds_the_images_pixel_by_pixel(tmp_path: Path) -> None:
@@ -198,8 +211,8 @@ def test_a_sheet_holds_the_images_pixel_by_pixel(tmp_path: Path) -> None:
 
 
 def test_plots_of_other_results(tmp_path: Path) -> None:
-    line = Line("a", [1, 10], [1.0, 0.1], "#0072B2", error=[0.1, 0.01])
-    steeper = Line("a", [1, 10], [1.0, 0.01], "#0072B2")
+    line = Line("a", [1, 10], [1.0, 0.1], BLUE, error=[0.1, 0.01])
+    steeper = Line("a", [1, 10], [1.0, 0.01], BLUE)
     for name, shown in (("a", line), ("b", steeper)):
         plots(tmp_path / f"{name}.png", [Plot("t", [shown], "x", "y")], columns=1)
     assert (pixels(tmp_path / "a.png") != pixels(tmp_path / "b.png")).any()
@@ -208,25 +221,19 @@ def test_plots_of_other_results(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("x", "y"), [([], []), ([1, 2], [1.0, 0.0]), ([0, 2], [1.0, 2.0])])
 def test_lines_without_logarithm(tmp_path: Path, x: list[float], y: list[float]) -> None:
     with pytest.raises(ValueError, match="panels: expected points > 0"):
-        plots(tmp_path / "a.png", [Plot("t", [Line("a", x, y, "k")], "x", "y")])
+        plots(tmp_path / "a.png", [Plot("t", [Line("a", x, y, BLUE)], "x", "y")])
     assert not list(tmp_path.iterdir())
 
 
 def test_pages_show_the_committed_pictures() -> None:
-    shown = set()
-    for page, folder in (
-        ("docs/results/quality.md", "../figures"),
-        ("docs/results/speed.md", "../figures"),
-        ("docs/tasks/latents.md", "../figures"),
-        ("docs/third-party.md", "figures"),
-        ("docs/policies.md", "figures"),
-        ("docs/results/policy-success.md", "../figures"),
-    ):
-        # One of a light and a dark picture is shown, by what follows the #.
-        picture = rf"!\[[^\]]+\]\({folder}/([\w-]+)\.png(?:#[\w-]+)?\)"
-        shown |= set(re.findall(picture, (ROOT / page).read_text()))
+    """A page shows one of a light and a dark picture, by what follows the #."""
+    picture = re.compile(r"!\[[^\]]+\]\((?:\.\./)*(?:docs/)?figures/([\w-]+)\.png(?:#[\w-]+)?\)")
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    shown = {name for page in pages for name in picture.findall(page.read_text())}
     there = {path.stem for path in (ROOT / "docs" / "figures").glob("*.png")}
-    assert shown == there == {*COMMITTED, "third-party", "policy-success"}
+    assert shown == there
+    names = {name.removesuffix(DARK.suffix) for name in there}
+    assert names == {*COMMITTED, "third-party", "policy-success"}
     for name in there:
         path = ROOT / "docs" / "figures" / f"{name}.png"
         assert path.stat().st_size < 200_000
