@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 from harness import machine
 from paper import experiments
+from paper.hero import hero
 from paper.plots import Level, Line, Plot, plots
 from paper.sheets import Panel, sheet
 from paper.style import BLUE, FAINT, GREEN, ORANGE, PURPLE, TEXT
@@ -113,6 +114,11 @@ def consistency(work: Work) -> None:
         layout.append(panels)
     sheet(work.figures / "consistency.png", layout)
     work.write("consistency", rows)
+
+
+def readme(work: Work) -> None:
+    """The README's picture: images of the last model by calls, and their Fréchet distances."""
+    hero(work.figures / "hero.png", work.read(f"quality-{work.names[-1]}"))
 
 
 def plot_consistency(work: Work) -> None:
@@ -325,6 +331,7 @@ EXPERIMENTS = {
     "consistency": consistency,
     "interpolation": interpolation,
     "reconstruction": reconstruction,
+    "hero": readme,
 }
 PLOTS = {
     "consistency": plot_consistency,
