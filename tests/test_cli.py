@@ -570,7 +570,7 @@ class TestDemo:
         assert result.stderr == f"4 fashion items took {tuned}, {ddim} and {ddpm}\n"
         text = images.read_text("new/demo/demo.png")
         assert (text["model"], text["seed"]) == ("fashion, digits", "0")
-        assert text["version"] == fastddim.__version__
+        assert (text["steps"], text["version"]) == ("10, 3, 4, 8", fastddim.__version__)
         assert text["times"] == f"{tuned}, {ddim}, {ddpm}"
 
         picture = read_png("new/demo/demo.png")

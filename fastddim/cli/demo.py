@@ -80,8 +80,14 @@ def command(out: str) -> None:
         "digits": _draw(digits, TUNED_DIGITS, MORE, tuned=True),
     }
     times = [f"{drawn.time} with {drawn.steps}" for drawn in blocks]
-    text = {"model": "fashion, digits", "seed": str(SEED), "version": __version__}
-    save_png(path, picture(blocks, strips), text={**text, "times": ", ".join(times)})
+    text = {
+        "model": "fashion, digits",
+        "seed": str(SEED),
+        "steps": f"{TUNED_FASHION}, {DDIM_STEPS}, {DDPM_STEPS}, {TUNED_DIGITS}",
+        "times": ", ".join(times),
+        "version": __version__,
+    }
+    save_png(path, picture(blocks, strips), text=text)
     click.echo(path)
     click.echo(f"{COMPARED} fashion items took {times[0]}, {times[1]} and {times[2]}", err=True)
 
