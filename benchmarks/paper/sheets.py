@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 from matplotlib.colors import to_rgb
@@ -12,13 +13,13 @@ from matplotlib.figure import Figure
 
 from fastddim.images import Images
 
-from .style import DPI, Theme, figure, pixels, save
+from .style import CHARACTER, DPI, Theme, figure, pixels, save
 
 CELL = 144
 """Pixels of an image's longer side, at most where it has fewer than this."""
 
 # Pixels around a panel's images.
-_MARGIN, _TITLE, _COLUMN_LABEL, _ROW_LABEL, _GAP, _PADDING = 18, 50, 36, 124, 38, 5
+_MARGIN, _TITLE, _COLUMN_LABEL, _GAP, _PADDING = 18, 50, 36, 38, 5
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,17 @@ def _sheet(layout: Sequence[Sequence[Panel]], theme: Theme) -> Images:
         [_Box.of(panel, theme, max(_shown_height(other) for other in row)) for panel in row]
         for row in layout
     ]
-    width = max(sum(box.width for box in row) + _GAP * (len(row) - 1) for row in boxes)
+    widths = [max(box.width for box in column if box) for column in zip_longest(*boxes)]
     heights = [max(box.height for box in row) for row in boxes]
-    total = sum(heights) + _GAP * (len(boxes) - 1)
+    width, total = (sum(sizes) + _GAP * (len(sizes) - 1) for sizes in (widths, heights))
     inches = (width + 2 * _MARGIN) / DPI, (total + 2 * _MARGIN) / DPI
     with figure(*inches, theme) as drawn:
         top = _MARGIN
         for row, height in zip(boxes, heights, strict=True):
             left = _MARGIN
-            for box in row:
+            for box, wide in zip(row, widths, strict=False):
                 box.place(drawn, left, top)
-                left += box.width + _GAP
+                left += wide + _GAP
             top += height + _GAP
         return pixels(drawn)
 
@@ -79,7 +80,7 @@ class _Box:
         return cls(
             panel,
             _tiled(panel, theme, height),
-            left=_ROW_LABEL if panel.rows else 0,
+            left=round(CHARACTER * DPI * max(map(len, panel.rows), default=-1)) + 14,
             top=_TITLE + (_COLUMN_LABEL if panel.columns else 0),
         )
 

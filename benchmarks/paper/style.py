@@ -31,6 +31,8 @@ WIDTH = 8.2
 """Inches of a wide picture: 1640 pixels, so 8.5 points are 11 pixels where it is shown 800 wide."""
 SMALL = 7.5
 """Points of the smallest text, 10 pixels there."""
+CHARACTER = 0.068
+"""Inches of a character of 8.5 points, more or less."""
 
 BLUE, ORANGE, GREEN, PURPLE, TEXT, FAINT = "blue", "orange", "green", "purple", "text", "faint"
 """The names of the colours that each theme has."""
@@ -66,8 +68,8 @@ _STYLE = {
 class Theme:
     """The colours of a picture on light or on dark pages.
 
-    `suffix` ends the name of its file. Blue, orange, green and purple are Okabe and Ito's, which
-    the colour-blind tell apart, on dark pages in shades that are bright enough there.
+    `suffix` ends the name of its file. The colours stand out from the page, and the colour-blind
+    tell them apart.
     """
 
     suffix: str
@@ -97,24 +99,24 @@ LIGHT = Theme(
     suffix="",
     page="#FFFFFF",
     text="#1A1A1A",
-    faint="#6B6B6B",
+    faint="#555555",
     grid="#E6E6E6",
-    blue="#0072B2",
+    blue="#1362C5",
     orange="#D55E00",
-    green="#009E73",
-    purple="#B5569A",
+    green="#00A77A",
+    purple="#AC74A8",
 )
 # The page is that of MkDocs Material's `slate`; on GitHub's darker one a picture is a raised card.
 DARK = Theme(
     suffix="-dark",
     page="#1E2129",
     text="#E6E6E6",
-    faint="#A3A6AE",
+    faint="#8A8D95",
     grid="#343843",
-    blue="#56B4E9",
-    orange="#F0923E",
-    green="#2FBF8F",
-    purple="#DE8FC4",
+    blue="#3483FF",
+    orange="#DE780F",
+    green="#34DC80",
+    purple="#EFA3F6",
 )
 THEMES = (LIGHT, DARK)
 
