@@ -429,7 +429,9 @@ class TestFaults:
         assert contents("run") == contents("whole")
 
     def test_names_reach_the_disk_after_what_they_name(self, net, monkeypatch):
-        """A power cut loses what was not synced: so a digest may only appear after its shard."""
+        """Names reach the disk after their contents. A power cut loses unsynced files, so a digest
+        may only appear after its shard.
+        """
         events = []
 
         def fsync(descriptor):
@@ -481,7 +483,7 @@ class TestFaults:
             fastddim.generate(net, 2, "run", **ARGUMENTS)
 
     def test_next_batch_is_drawn_while_the_last_is_written(self, net, monkeypatch):
-        """The writer waits for the next batch to begin, which it could not otherwise."""
+        """The next batch is drawn while the last is written: the writer waits for it to begin."""
         second = threading.Event()
         batches = []
 
@@ -562,7 +564,7 @@ class TestArguments:
                 {"shape": (4, 4, 2, 2), "format": "png-folder"},
                 "decode= to make images of them, got 'png-folder' for shape (4, 2, 2)",
             ),
-            ({"eta": torch.zeros(4)}, "eta: expected a number or one a step, got a tensor"),
+            ({"eta": torch.zeros(4)}, "eta: expected a number or one per step, got a tensor"),
             ({"eta": [0.5]}, "eta: expected one value a step, 2, got 1 of them"),
             ({"merged": "all.zip"}, "merged: expected a name that ends in .npz, got 'all.zip'"),
             ({"model_id": 5}, "model_id: expected a string, got 5"),

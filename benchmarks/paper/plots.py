@@ -152,7 +152,7 @@ def _plot(ax: Axes, panel: Plot, theme: Theme, wide: float) -> None:
 
 
 def titles(ax: Axes, title: str, measure: str, theme: Theme) -> None:
-    """What a panel shows, and below it what is measured and in which unit."""
+    """Write the title of a panel, and below it what is measured and in which unit."""
     ax.set_title(title, pad=21)
     ax.annotate(
         measure,

@@ -53,7 +53,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Mark:
-    """How the dots of one kind look; hollow ones show what lies below them."""
+    """The look of the dots of one kind; hollow ones show what lies below them."""
 
     label: str
     color: str

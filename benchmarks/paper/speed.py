@@ -1,4 +1,4 @@
-"""Where the time goes: the parts of a step's time by network, and an update against its floor.
+"""The parts of a step's time by network, and an update against its floor.
 
 On a CPU a step has three parts:
 
@@ -16,8 +16,8 @@ tick. Where it is no longer than the network, all of it is the network's: the re
 measurement can tell.
 
 On a GPU no network but the latent U-Net was timed alone. There a loop in CUDA graphs is the measure
-of what the GPU itself has to do, network and update, and the rest of a loop without graphs is time
-in which the GPU waits for the host. The update of diffusers, several kernels, counts there too.
+of what the GPU itself has to do, network and update. In the rest of a loop's time the GPU waits for
+the host. That the update of diffusers is several kernels counts as the host's too.
 
 At η = 1 the update of diffusers took longer in step-cpu.json than a whole step of its loop in
 loops-cpu.json, so parts are shown at η = 0 alone.

@@ -36,7 +36,7 @@ def executed_chunk(tick: int) -> int:
 
 
 def soft_mask() -> list[float]:
-    """How much each action of the chunk before counts in the next one with `"guide"`."""
+    """The weight of each action of the chunk before in the next one with `"guide"`."""
     chunks = Chunks((1, HORIZON, 1), torch.float64, torch.device("cpu"))
     chunks.shift(EXECUTED, FROZEN)
     weights: list[float] = chunks.weights.flatten().tolist()
