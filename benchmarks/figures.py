@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 from harness import machine
 from paper import experiments
+from paper.hero import hero
 from paper.measured import (
     actions_plot,
     arrivals_plot,
@@ -122,6 +123,11 @@ def consistency(work: Work) -> None:
         layout.append(panels)
     sheet(work.figures / "consistency.png", layout)
     work.write("consistency", rows)
+
+
+def readme(work: Work) -> None:
+    """The README's picture: images of the last model by calls, and their Fréchet distances."""
+    hero(work.figures / "hero.png", work.read(f"quality-{work.names[-1]}"))
 
 
 def plot_consistency(work: Work) -> None:
@@ -255,6 +261,7 @@ EXPERIMENTS = {
     "consistency": consistency,
     "interpolation": interpolation,
     "reconstruction": reconstruction,
+    "hero": readme,
 }
 PLOTS = {
     "consistency": plot_consistency,

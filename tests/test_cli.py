@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import click
@@ -20,7 +21,7 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import fastddim
 from fastddim import backends, choices, images
@@ -543,30 +544,76 @@ class TestEnv:
 
 
 class TestDemo:
-    def test_draws_and_times(self, digits, monkeypatch):
+    STEPS = ("10 tuned steps", "3 steps of DDIM", "4 steps of DDPM")
+    SECONDS = (0.25, 1.5, 20.375, 3.625, 0.125)
+
+    @pytest.fixture
+    def demo(self, monkeypatch):
+        """The module, with fewer steps and images, and a clock of its own."""
         # The package's attribute of that name is the command.
         module = importlib.import_module("fastddim.cli.demo")
-        for name, value in (("DDPM_STEPS", 4), ("DDIM_STEPS", 2), ("FASHION", 16)):
+        for name, value in (("DDIM_STEPS", 3), ("DDPM_STEPS", 4), ("MORE", 16)):
             monkeypatch.setattr(module, name, value)
+        readings = [reading for seconds in self.SECONDS for reading in (7.0, 7.0 + seconds)]
+        clock = SimpleNamespace(perf_counter=iter(readings).__next__)
+        monkeypatch.setattr(module, "time", clock)
+        return module
+
+    def test_draws_and_times(self, demo, digits):
         result = succeed("demo", "--out", "new/demo")
         assert result.stdout == f"{Path('new/demo/demo.png')}\n"
         assert os.listdir("new/demo") == ["demo.png"]
-        line = (
-            r"16 digits took [\d.]+ s with 2 steps of DDIM and [\d.]+ s with 4 steps of DDPM: "
-            r"DDIM was [\d.]+ times faster\n"
+        tuned, ddim, ddpm = (
+            f"{seconds} s with {steps}"
+            for seconds, steps in zip(("0.25", "1.50", "20.38"), self.STEPS, strict=True)
         )
-        assert re.fullmatch(line, result.stderr)
+        assert result.stderr == f"4 fashion items took {tuned}, {ddim} and {ddpm}\n"
+        text = images.read_text("new/demo/demo.png")
+        assert (text["model"], text["seed"]) == ("fashion, digits", "0")
+        assert (text["steps"], text["version"]) == ("10, 3, 4, 8", fastddim.__version__)
+        assert text["times"] == f"{tuned}, {ddim}, {ddpm}"
+
         picture = read_png("new/demo/demo.png")
-        first = images.grid(drawn(digits, 2, batch_size=64), 16, scale=7)[:, :, 0]
-        label = picture.shape[0] - first.shape[0]
-        found = [
-            top
-            for top in range(label)
-            if np.array_equal(picture[top : top + first.shape[0]], first)
+        fashion = fastddim.models.load("fashion")
+        shown = [
+            (drawn(fashion, fashion.tuned[10], batch_size=4), 2, 5),
+            (drawn(fashion, 3, batch_size=4), 2, 5),
+            (drawn(fashion, 4, batch_size=4, eta=1.0), 2, 5),
+            (drawn(fashion, fashion.tuned[10], batch_size=16), 16, 2),
+            (drawn(digits, digits.tuned[8], batch_size=16), 16, 7),
         ]
-        assert len(found) == 1
-        last = images.grid(drawn(digits, 4, batch_size=16, eta=1.0), 16, scale=7)[:, :, 0]
-        assert np.array_equal(picture[-last.shape[0] :], last)
+        grids = [images.grid(own, columns, scale=scale)[..., 0] for own, columns, scale in shown]
+        places = [only_place(picture, own) for own in grids]
+        # The compared images side by side, and the others below them, digits last.
+        assert places[0][0] == places[1][0] == places[2][0] < places[3][0] < places[4][0]
+        assert places[0][1] < places[1][1] < places[2][1]
+        assert places[0][1] == places[3][1] == places[4][1]
+        # Over the right end of each its own time, as large as no other text.
+        font = ImageFont.load_default(22)
+        for own, (top, left), seconds in zip(grids, places, self.SECONDS, strict=True):
+            expected = Image.new("L", (90, 26), 255)
+            canvas = ImageDraw.Draw(expected)
+            canvas.text((88, 13), f"{seconds:.2f} s", fill=0, font=font, anchor="rm")
+            right = left + own.shape[1]
+            only_place(picture[top - 34 : top, right - 100 : right], np.array(expected))
+
+    def test_says_what_it_draws(self):
+        """Help has the numbers of the code."""
+        module = importlib.import_module("fastddim.cli.demo")
+        assert (module.TUNED_FASHION, module.DDIM_STEPS, module.DDPM_STEPS) == (10, 50, 1000)
+        told = " ".join(succeed("demo", "--help").stdout.split())
+        assert "with 10 tuned steps, with 50 steps of DDIM and with 1000 steps of DDPM" in told
+
+
+def only_place(picture, part):
+    """Row and column of the one place where a grey picture holds a part of it."""
+    windows = np.lib.stride_tricks.sliding_window_view(picture, part.shape)
+    # The middle of images and text tells most places apart, and comparing all of each takes long.
+    row = part.shape[0] // 2
+    alike = np.argwhere((windows[:, :, row] == part[row]).all(axis=2))
+    found = [(top, left) for top, left in alike.tolist() if (windows[top, left] == part).all()]
+    assert len(found) == 1, found
+    return found[0]
 
 
 class TestEnd:
