@@ -149,8 +149,8 @@ class TestClasses:
             (["--classes", "unet/config.json"], 1, "config.json: expected one integer a line"),
             (["--classes", "odd.npy"], 1, "odd.npy: expected integers [N], got float64 [2]"),
             (["--classes", "odd.npz"], 1, "odd.npz: expected an array of labels, got"),
-            (["--guidance", "2"], 2, "--guidance: expected --classes beside it"),
-            (["--null-class", "2"], 2, "--null-class: expected --classes beside it"),
+            (["--guidance", "2"], 2, "--guidance: expected --classes with it, got none"),
+            (["--null-class", "2"], 2, "--null-class: expected --classes with it, got none"),
             (["--classes", "1", "--null-class", "2"], 2, "--null-class: expected --guidance"),
             (["--classes", "1", "--guidance", "2"], 2, "label that stands for no class, since"),
             (

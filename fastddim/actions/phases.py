@@ -342,7 +342,7 @@ class ActionStream(Rebuilt):
         return list(self)
 
     def __iter__(self) -> Iterator[ChunkTicket]:
-        """Step until no request is left, later ones included, and give each ticket when it is done."""
+        """Step until no request is left, also a later one, and give each ticket when it is done."""
         while self.pending or self.running:
             yield from self.step()
 
