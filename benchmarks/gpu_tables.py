@@ -1,4 +1,4 @@
-"""Tables of what the GPU check has measured, for docs/gpu.md and the README."""
+"""Tables of what the GPU check has measured, for docs/gpu.md, Performance and the README."""
 
 from __future__ import annotations
 
@@ -277,8 +277,8 @@ def _end(end: dict[str, Any] | None) -> str:
     return seconds if end["result"] == "ok" else f"{seconds} {end['result']}".strip()
 
 
-def readme_as_markdown(measured: dict[str, Result]) -> str:
-    """The loops of each GPU against those of diffusers, for the README."""
+def loops_as_markdown(measured: dict[str, Result]) -> str:
+    """The loops of each GPU against those of diffusers, for the page of performance."""
     header = ["loop around", "fastddim, a step", "graph", "diffusers", "faster"]
     blocks = []
     for result in measured.values():

@@ -1,4 +1,4 @@
-"""The README's first table: the fewest steps that are as good as 1000 of DDPM, and their speed."""
+"""The first table of performance: the fewest steps as good as 1000 of DDPM, and their speed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ EQUAL_QUALITY: dict[str, tuple[Kind, ...]] = {
 
 
 def headline_as_markdown(result: dict[str, Any], measured: Mapping[str, Result]) -> str:
-    """The README's first lines.
+    """The content of its marked place.
 
     Args:
         result: that of `bench_sampling.py` on the CPU.
@@ -135,7 +135,7 @@ def headline_as_markdown(result: dict[str, Any], measured: Mapping[str, Result])
 
 def _first_sentence(best: EqualQuality) -> str:
     """How much faster the fewest steps are: in calls of the model, and in time where measured."""
-    tuned = "[tuned](docs/tune.md) " if best.kind == TUNED else ""
+    tuned = "[tuned](../tune.md) " if best.kind == TUNED else ""
     sentence = f"**Digits as good as DDPM's of 1000 steps in {best.steps} {tuned}steps"
     if best.speedup is not None:
         return (

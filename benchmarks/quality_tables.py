@@ -116,7 +116,7 @@ def _about_few(results: Sequence[dict[str, Any]]) -> str:
     if any(TUNED.rows(result) for result in results):
         spacing += (
             ", except in the tuned rows, whose timesteps and weights of the last two epsilons were "
-            "chosen for the model ([tuned steps](docs/tune.md))"
+            "chosen for the model ([tuned steps](../tune.md))"
         )
     return (
         "Fréchet distance in the features of a classifier of the data; samples a cell: "

@@ -1,4 +1,4 @@
-"""Markdown tables from result files, and their places in the README.
+"""Markdown tables from result files, and their places in the README and the documentation.
 
 `python benchmarks/tables.py` rewrites the tables of the README and of the pages under docs/ from
 the committed results.
@@ -17,6 +17,7 @@ import success_tables
 import third_party_tables
 import version_tables
 from cpu_results import result_of
+from gains import gains_as_markdown
 from gpu_results import measured_results
 from headline import headline_as_markdown
 from quality_tables import (
@@ -48,34 +49,50 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 """The function that makes the table of each result file."""
 
-SUMMARIES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "quality-paper": ("quality-digits", paper_as_markdown),
-    "quality-training": ("quality-fashion-earlier", training_as_markdown),
-}
-"""Further places in the README, with the result file of each and the function that makes it."""
+
+def _made(*names: str) -> dict[str, str]:
+    """The tables of result files, by the names of the files."""
+    return {name: TABLES[name](result_of(name)) for name in names}
 
 
-def blocks() -> dict[str, str]:
+def readme() -> dict[str, str]:
     """The content of each marked place of the README."""
-    made = {name: (name, as_markdown) for name, as_markdown in TABLES.items()}
+    return {"gains": gains_as_markdown(measured_results())}
+
+
+def performance() -> dict[str, str]:
+    """The content of each marked place of docs/results/speed.md."""
     measured = measured_results()
-    few = few_as_markdown([result_of("quality-digits"), result_of("quality-fashion")])
     return {
-        "quality-few": few,
         "headline": headline_as_markdown(result_of("sampling-cpu"), measured),
-        "gpu": gpu_tables.readme_as_markdown(measured),
-        **{
-            place: as_markdown(result_of(name))
-            for place, (name, as_markdown) in {**made, **SUMMARIES}.items()
-        },
+        "gpu": gpu_tables.loops_as_markdown(measured),
+        **_made("sampling-cpu", "loops-cpu", "step-cpu", "dropins-cpu", "stream-cpu"),
     }
 
 
+def quality() -> dict[str, str]:
+    """The content of each marked place of docs/results/quality.md."""
+    return {
+        "quality-few": few_as_markdown([result_of("quality-digits"), result_of("quality-fashion")]),
+        "quality-paper": paper_as_markdown(result_of("quality-digits")),
+        "quality-training": training_as_markdown(result_of("quality-fashion-earlier")),
+        **_made("quality-digits", "quality-fashion"),
+    }
+
+
+def latents() -> dict[str, str]:
+    """The content of the marked place of docs/tasks/latents.md."""
+    return _made("reconstruction")
+
+
 PAGES: dict[str, Callable[[], dict[str, str]]] = {
-    "README.md": blocks,
+    "README.md": readme,
     "docs/gpu.md": gpu_tables.blocks,
     "docs/results/policy-success.md": success_tables.blocks,
     "docs/results/policy-speed.md": policy_tables.blocks,
+    "docs/results/quality.md": quality,
+    "docs/results/speed.md": performance,
+    "docs/tasks/latents.md": latents,
     "docs/third-party.md": third_party_tables.blocks,
     "docs/tune.md": few_steps_tables.blocks,
     "docs/versions.md": version_tables.blocks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,17 @@ STAND_INS = (
 )
 
 
-@pytest.mark.parametrize("place", tables.blocks())
-def test_readme_shows_the_committed_results(place: str) -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert tables.updated(readme, {place: tables.blocks()[place]}) == readme
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_pages_show_the_committed_results(page: str, request: pytest.FixtureRequest) -> None:
+    if page == "docs/versions.md" and request.config.getoption("--record"):
+        pytest.skip("the record is being written")
+    shown = (ROOT / page).read_text()
+    made = tables.PAGES[page]()
+    assert re.findall(r"<!-- ([\w-]+):begin -->", shown) == re.findall(
+        r"<!-- ([\w-]+):end -->", shown
+    )
+    assert set(re.findall(r"<!-- ([\w-]+):begin -->", shown)) == set(made)
+    assert tables.updated(shown, made) == shown
 
 
 def test_the_versions_are_those_that_passed(request: pytest.FixtureRequest) -> None:
@@ -191,7 +199,7 @@ def without_tuned(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_without_tuned_steps_the_others_are_shown(without_tuned: dict[str, Any]) -> None:
-    made = tables.blocks()
+    made = tables.performance() | tables.quality()
     for place in ("headline", "quality-few", "quality-digits", "sampling-cpu"):
         assert "tuned" not in made[place]
     assert "Digits as good as DDPM's of 1000 steps in 50 steps, " in made["headline"]
@@ -201,7 +209,7 @@ def test_without_tuned_steps_the_others_are_shown(without_tuned: dict[str, Any])
 def test_tuned_steps_lead_where_they_were_measured(without_tuned: dict[str, Any]) -> None:
     digits = without_tuned["quality-digits"]["rows"]
     digits += [quality_row(quality_tables.TUNED, *cell) for cell in ((4, 9.0), (8, 1.1), (10, 0.9))]
-    made = tables.blocks()
+    made = tables.performance() | tables.quality()
     columns, *few = made["quality-few"].split("\n")
     tuned = next(row for row in few if row.startswith("| digits, tuned |"))
     shown = dict(zip(columns.split(" | "), tuned.split(" | "), strict=True))
@@ -210,7 +218,7 @@ def test_tuned_steps_lead_where_they_were_measured(without_tuned: dict[str, Any]
     ]
     assert "fashion, tuned" not in made["quality-few"]
     assert (
-        "of 1000 steps in 8 [tuned](docs/tune.md) steps**, with 125 times fewer calls"
+        "of 1000 steps in 8 [tuned](../tune.md) steps**, with 125 times fewer calls"
         in (made["headline"])
     )
     assert "| digits, tuned | 8 | – | 1.1 ± 0.3 | 0.861 ± 0.16 |" in made["headline"]
@@ -221,16 +229,16 @@ def test_tuned_steps_lead_where_they_were_measured(without_tuned: dict[str, Any]
     timing = {"seconds": 0.05, "ratio": 1 / 120}
     row = {"case": "digits U-Net", "steps": 8, "timings": {"fastddim, tuned": timing}}
     without_tuned["sampling-cpu"]["rows"].append(row)
-    made = tables.blocks()
+    made = tables.performance() | tables.quality()
     assert "| digits U-Net | 8 | 50 ms | 120× | 1.1 ± 0.3 | 0.861 ± 0.2 |" in made["sampling-cpu"]
-    assert "in 8 [tuned](docs/tune.md) steps, 120 times faster** than" in made["headline"]
+    assert "in 8 [tuned](../tune.md) steps, 120 times faster** than" in made["headline"]
     assert "| digits, tuned | 8 | 120× | 1.1 ± 0.3 | 0.861 ± 0.16 |" in made["headline"]
 
 
 def test_tuned_steps_that_are_not_enough_lead_nothing(without_tuned: dict[str, Any]) -> None:
     digits = without_tuned["quality-digits"]["rows"]
     digits.append(quality_row(quality_tables.TUNED, 20, 1.3))
-    made = tables.blocks()["headline"]
+    made = tables.performance()["headline"]
     assert "Digits as good as DDPM's of 1000 steps in 50 steps, " in made
     assert "| digits, tuned | none measured below 1000 | – | – | 0.861 ± 0.16 |" in made
 
@@ -277,7 +285,7 @@ def test_the_first_table_has_a_row_of_each_gpu(monkeypatch: pytest.MonkeyPatch) 
         for gpu, seconds in medians.items()
     }
     monkeypatch.setattr(tables, "measured_results", lambda: found)
-    text = tables.blocks()["headline"]
+    text = tables.performance()["headline"]
     rows = [line for line in text.split("\n") if "one graph on" in line]
     assert rows == [
         "| digits, η = 0, one graph on an H100 | 50 | 60× | – | – |",
@@ -288,7 +296,7 @@ def test_the_first_table_has_a_row_of_each_gpu(monkeypatch: pytest.MonkeyPatch) 
     assert "it is 9.00 times around the null model." in text
     assert "it is 4.00 times around the fashion U-Net." in text
     assert "h100, driver 1, torch 1" in text
-    table = tables.blocks()["gpu"]
+    table = tables.performance()["gpu"]
     assert '| null model, η = 0 | 1 s | `"loop"` | 9 s | 9.00× |' in table
     assert "50 steps in one graph take 100 ms, and the 1000 of diffusers' DDPM 6 s: 60" in table
     assert '| fashion U-Net, η = 0 | 2 s | `"loop"` | 8 s | 4.00× |' in table
@@ -296,7 +304,7 @@ def test_the_first_table_has_a_row_of_each_gpu(monkeypatch: pytest.MonkeyPatch) 
 
 def test_without_a_gpu_the_first_table_has_no_such_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "measured_results", dict)
-    made = tables.blocks()
+    made = tables.performance() | tables.quality()
     assert "graph on" not in made["headline"]
     assert made["gpu"].startswith("No result file is there")
 

@@ -1,4 +1,4 @@
-"""The examples run, and what they and the README show is true."""
+"""The examples run, and what they show is true."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import importlib.util
 import re
 import sys
 import threading
-import warnings
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -17,16 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
 import fastddim
-from fastddim.cli import main
 
 from .support.text_to_image import pipeline_of
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 # They write one file, and have options that name it and the device.
@@ -365,58 +361,6 @@ def test_resume_is_the_run_without_a_stop(capsys, monkeypatch, tmp_path):
             model, 50, x_T=whole[20], first_step=first_step, eta=example.ETA, seed=seed
         )
         assert not torch.equal(other, whole[-1])
-
-
-@pytest.fixture(scope="module")
-def readme_names():
-    """What the README's Python code defines, run from top to bottom in one namespace."""
-    names = {"torch": torch}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="fastddim")
-        for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-            exec(compile(code, "README.md", "exec"), names)
-    return names
-
-
-def test_readme_code_runs(readme_names):
-    assert (readme_names["run"].stop, len(readme_names["run"].digest)) == (200, 64)
-    assert readme_names["between"].shape == (9, 1, 8, 8)
-    assert readme_names["x"].shape == (1, 3, 16, 16)
-    assert readme_names["actions"].shape == (1, 16, 7)
-    assert readme_names["actions"].isfinite().all()
-
-
-def test_readme_s_five_lines_are_what_sample_computes(readme_names):
-    model = fastddim.models.load("digits", dtype=torch.float64)
-    x_T = fastddim.philox.initial_latents((4, 1, 8, 8), 0, dtype=torch.float64)
-    timesteps = fastddim.select_timesteps(1000, 20).tolist()
-    written_out = readme_names["ddim"](model, x_T, timesteps, model.schedule.alphas_cumprod)
-    sampled = fastddim.sample(model, timesteps, x_T=x_T)
-    torch.testing.assert_close(written_out, sampled, rtol=1e-10, atol=1e-10)
-
-
-def test_readme_s_commands_exist(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    # The picture that others are to be like.
-    drawn = ["sample", "digits", "--steps", "2", "--out", "digits.png"]
-    assert CliRunner().invoke(main, drawn).exit_code == 0
-    commands = re.findall(r"^fastddim (\w+)(.*?)(?: *#.*)?$", README, re.MULTILINE)
-    assert {name for name, _ in commands} == {
-        *("env", "sample", "invert", "interpolate", "generate", "merge", "digest", "tune")
-    }
-    for name, arguments in commands:
-        command = main.commands[name]
-        if "--help" in arguments:
-            assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
-        else:
-            command.make_context(name, arguments.split())
-
-
-def test_readme_s_picture_and_links_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).is_file(), target
-    for path in re.findall(r"`((?:examples|fastddim)/[\w/.*]+)`", README):
-        assert list(ROOT.glob(path)), path
 
 
 def test_importing_the_examples_does_nothing(monkeypatch, tmp_path):

@@ -1,0 +1,123 @@
+"""The README's table: the gains of fastddim, and the case without one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gpu_tables
+from cpu_results import result_of
+from gpu_results import Result
+from gpucheck import measures
+from headline import equal_quality
+from markdown_cells import gain, table, three
+from quality_tables import TUNED, quality_of
+
+FAULTS = Path(__file__).resolve().parents[1] / "tests" / "faults" / "results.json"
+NOTHING = 1.05
+"""A loop that is shorter by less than this has gained nothing: rounds differ by as much."""
+
+
+def gains_as_markdown(measured: Mapping[str, Result]) -> str:
+    """The table of the README, with a row for each kind of gain.
+
+    Args:
+        measured: the result of each GPU, by its name.
+    """
+    rows = [
+        ["**Fewer calls**", "`fastddim.tune`", _fewer_calls()],
+        ["**Small networks**", "`fastddim.Sampler`", _small_networks(measured)],
+        ["**One update**", "`fastddim.step`", _one_update()],
+        ["**Requests a second**", "`fastddim.Stream`", _requests()],
+        ["**Exact replay**", "`seed=`, `fastddim.generate`", _replay()],
+        ["**A large U-Net**", "any of these", _large_network(measured)],
+    ]
+    machines = [result_of("loops-cpu")["machine"]["cpu"]]
+    machines += [found.machine["gpu"] for found in measured.values()]
+    source = (
+        f"Measured on {' and '.join(machines)}: [Performance](docs/results/speed.md) and "
+        "[Quality](docs/results/quality.md) have all rows, with versions, spread and commit."
+    )
+    return "\n".join([table(["gain in", "with", "measured"], rows), "", source])
+
+
+def _fewer_calls() -> str:
+    quality, timed = quality_of("digits"), result_of("sampling-cpu")["rows"]
+    own = [row for row in timed if row["case"] == "digits U-Net"]
+    found = equal_quality(quality, own, [TUNED])
+    if found is None:
+        return "no number of tuned steps measured is as good as DDPM's 1000"
+    speedup = "" if found.speedup is None else f", {gain(found.speedup)} times faster"
+    return f"digits as good as DDPM's of 1000 calls in {found.steps} tuned calls{speedup}"
+
+
+def _small_networks(measured: Mapping[str, Result]) -> str:
+    ratio = _loop("policy head")["diffusers"]["ratio"]
+    more = "".join(_on_gpus(measured, "policy head"))
+    return f"diffusers' loop takes {gain(ratio)} times as long around a policy head{more}"
+
+
+def _one_update() -> str:
+    case = "η = 0, 1×4×64×64"
+    timings = next(row["timings"] for row in result_of("step-cpu")["rows"] if row["case"] == case)
+    own, theirs = (timings[name]["ratio"] for name in ("fastddim.step", "diffusers"))
+    return (
+        f"{gain(own)} times the time of one `torch.add` of a latent; diffusers' `step` takes "
+        f"{gain(theirs)} times"
+    )
+
+
+def _requests() -> str:
+    rows = [row for row in result_of("stream-cpu")["rows"] if row["case"] == "digits U-Net"]
+    most = max(rows, key=_load)
+    alone, shared = (
+        most["timings"][name]["requests_per_second"] for name in ("one after the other", "stream")
+    )
+    return (
+        f"{three(shared)} instead of {three(alone)}, where more arrive than can be served "
+        "one after the other"
+    )
+
+
+def _load(row: Mapping[str, Any]) -> float:
+    return float(row["load"])
+
+
+def _replay() -> str:
+    kills = _faults()["SIGKILL at a random moment"]
+    return (
+        "the same bits in every batch, order and number of threads; of "
+        f"{kills['tries']} killed runs {kills['tries'] - kills['losses']} went on to the same bytes"
+    )
+
+
+def _faults() -> dict[str, dict[str, int]]:
+    return {row["fault"]: row for row in json.loads(FAULTS.read_text())["rows"]}
+
+
+def _large_network(measured: Mapping[str, Result]) -> str:
+    ratio = _loop("diffusers U-Net")["diffusers"]["ratio"]
+    amount = "nothing" if ratio < NOTHING else "little"
+    sentence = f"the loop itself gains {amount} ({gain(ratio)} times on a CPU)"
+    for gpu, result in measured.items():
+        captured = result.fastest(map(measures.latent, gpu_tables.GRAPHS))
+        spared = captured and result.ratio(measures.latent("diffusers"), captured)
+        if spared:
+            sentence += (
+                f"; a CUDA graph spares Python's launches, {gain(spared)} times on an {gpu.upper()}"
+            )
+    return sentence
+
+
+def _loop(case: str) -> Any:
+    rows: Sequence[dict[str, Any]] = result_of("loops-cpu")["rows"]
+    return next(row["timings"] for row in rows if (row["case"], row["eta"]) == (case, 0))
+
+
+def _on_gpus(measured: Mapping[str, Result], name: str) -> Iterator[str]:
+    for gpu, result in measured.items():
+        ratio = gpu_tables.gain_over_diffusers(result, name)
+        if ratio is not None:
+            yield f", {gain(ratio)} times on an {gpu.upper()}"
