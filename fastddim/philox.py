@@ -27,7 +27,7 @@ from fastddim.transforms import bare
 from fastddim.validation import check_sample_range, check_seed, check_step_index, readable
 
 LATENTS, STEP_NOISE = 0, 1
-"""Streams: the last word of the counter tells initial latents from step noise."""
+"""Streams: the last word of the counter, which separates initial latents from step noise."""
 
 _CPU = torch.device("cpu")
 _WORD = 0xFFFFFFFF

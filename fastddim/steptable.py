@@ -231,8 +231,8 @@ class StepTable:
         if epsilon is not None:
             check_unfollowed("epsilon", x, model_output, noise)
             raise RuntimeError(
-                "epsilon: writing into a given tensor is not differentiable; "
-                "call under torch.no_grad()"
+                "epsilon: expected None with gradients, since writing into a given tensor is not "
+                "differentiable, got a tensor; call under torch.no_grad()"
             )
         backend, table = prepared.backend, prepared.table
         if self._rescaling is not None:

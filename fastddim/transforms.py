@@ -70,7 +70,7 @@ def check_sampler_unfollowed() -> None:
     if functorch_active():
         raise RuntimeError(
             "model: expected to be sampled outside torch.func (grad, jvp, vmap, ...), since a "
-            "sampler has no derivatives and writes over its state; take the steps with "
+            "sampler has no derivatives and overwrites its state; take the steps with "
             "fastddim.step in a loop of your own, which these transforms follow"
         )
 

@@ -148,7 +148,7 @@ class TunedSteps:
             checked[name] = tuple(check_number(f"{name}[{s}]", v) for s, v in enumerate(values))
         if checked["history"][0] != 0:
             raise ValueError(
-                "history[0]: expected 0, since the first step has none before it, "
+                "history[0]: expected 0, since no step comes before the first, "
                 f"got {checked['history'][0]}"
             )
         errors = _mapping("errors", self.errors)
@@ -167,7 +167,7 @@ class TunedSteps:
         for s, (before, after) in enumerate(itertools.pairwise(timesteps), start=1):
             if after >= before:
                 raise ValueError(
-                    "timesteps: expected strictly decreasing ones, "
+                    "timesteps: expected strictly decreasing values, "
                     f"got timesteps[{s}] = {after} after {before}"
                 )
         return timesteps
@@ -268,7 +268,7 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
     try:
         text = json.dumps({**heading, **content}, indent=1, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"record: expected what JSON can hold, got {error}") from error
+        raise ValueError(f"record: expected values that JSON can hold, got {error}") from error
     with atomic_file(path) as file:
         file.write((text + "\n").encode())
 
@@ -343,4 +343,4 @@ def _schedule(tuned_for: TunedFor) -> str:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name}, which is no number of JSON")
+    raise ValueError(f"{name}, which is not a number in JSON")

@@ -347,9 +347,7 @@ def check_step_index(name: str, value: Any, batch: int) -> int | Tensor:
 def check_sample_range(sample_offset: Any, batch: int, *, per_sample_seed: bool) -> None:
     offset = check_int("sample_offset", sample_offset, 0, 2**32 - 1)
     if per_sample_seed and offset:
-        raise ValueError(
-            f"sample_offset: expected 0 where each sample has its own seed, got {offset}"
-        )
+        raise ValueError(f"sample_offset: expected 0 if each sample has its own seed, got {offset}")
     if offset + batch > 2**32:
         raise ValueError(
             f"sample_offset: expected sample indices below 2**32, got {offset} + {batch} samples"

@@ -258,7 +258,7 @@ class TestModelsThatTell:
 
     def test_a_model_that_tells_no_number(self):
         assert Labelling("7,9", None, None).of(Own(), 0, 2).values == [7, 9]
-        with pytest.raises(Exception, match="does not tell how many classes it has"):
+        with pytest.raises(Exception, match="does not declare the number of its classes"):
             Labelling("balanced", None, None).of(Own(), 0, 2)
 
     def test_without_classes(self):

@@ -179,6 +179,6 @@ def _check_followed(output: Any, x: Tensor) -> None:
         )
     if not output.requires_grad:
         raise ValueError(
-            "model output: expected to depend on x by what autograd follows with chunking='guide', "
-            "got a tensor without gradients, as from torch.no_grad() inside of the model"
+            "model output: expected a tensor that autograd follows to x with chunking='guide', got "
+            "one without gradients, as from torch.no_grad() inside the model"
         )

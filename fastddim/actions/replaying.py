@@ -112,7 +112,7 @@ def _drawn_again(
     try:
         given = next(observations)
     except StopIteration:
-        raise ValueError(f"observations: expected one of tick {entry.tick}, got no more") from None
+        raise ValueError(f"observations: expected one for tick {entry.tick}, got no more") from None
     model_kwargs, uncond_kwargs = given if isinstance(given, tuple) else (given, None)
     digest = sampler.observed(model_kwargs, uncond_kwargs)
     if digest != entry.observation:

@@ -174,8 +174,8 @@ class ActionSampler(Rebuilt):
         with self._alone, self._order.use(self._tensors), without_autograd():
             if transfer.captured(self.device):
                 raise RuntimeError(
-                    "ActionSampler: expected calls outside of a CUDA graph that is being captured, "
-                    "whose replays would all be the same tick"
+                    "ActionSampler: expected calls outside of the capture of a CUDA graph, whose "
+                    "replays would all be the same tick, got a call inside"
                 )
             batch, horizon, _ = self.shape
             executed, frozen = checked_counts(options.executed, options.frozen, batch, horizon)

@@ -68,7 +68,7 @@ class Labelling:
         if null is None:
             raise click.UsageError(
                 "--null-class: expected the label that stands for no class, since the model does "
-                "not tell it, got none"
+                "not declare it, got none"
             )
         known.check("--null-class", [null])
         return null
@@ -152,7 +152,7 @@ def _values(classes: str, drawable: list[int] | None, start: int, stop: int) -> 
         if not drawable:
             raise click.UsageError(
                 "--classes: expected labels such as 0,1,2 or a file of them, since the model does "
-                f"not tell how many classes it has, got {classes!r}"
+                f"not declare the number of its classes, got {classes!r}"
             )
         cycle = drawable
     if cycle is None:

@@ -160,8 +160,8 @@ def _compare(scheduler: Any, steps: SchedulerSteps, step_kwargs: Mapping[str, An
         limit = 1e-6 * max(1.0, theirs.abs().max().item())
         if not torch.allclose(own, theirs, rtol=0, atol=limit, equal_nan=True):
             raise Uncovered(
-                f"the step of its scheduler, {type(scheduler).__name__}, at timestep {t} is none "
-                "of DDPM's or DDIM's"
+                f"the step of its scheduler, {type(scheduler).__name__}, at timestep {t} is "
+                "neither DDPM's nor DDIM's"
             )
 
 

@@ -153,7 +153,7 @@ class _ConditionalSample(ConditionalSample):
             return False
         scheduler, reason = self._owner.noise_scheduler, None
         if mask.dtype is not torch.bool or mask.shape != data.shape:
-            reason = f"condition_mask is no bool tensor of shape {tuple(data.shape)}"
+            reason = f"condition_mask is not a bool tensor of shape {tuple(data.shape)}"
         elif getattr(scheduler.config, "thresholding", False):
             # There, the sampler's state has values other than the known ones.
             reason = "its scheduler has thresholding=True, whose threshold depends on known data"

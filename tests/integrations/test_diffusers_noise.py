@@ -224,7 +224,7 @@ class TestGenerators:
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
     def test_graphs_do_not_draw_from_them(self) -> None:
         scheduler, x = scheduler_of(), torch.randn(SHAPE)
-        message = "generator: expected None with noise='philox' where a step is traced"
+        message = "generator: expected None with noise='philox' while a step is traced"
 
         def step(x: Tensor) -> Tensor:
             generator = Generator().manual_seed(5)

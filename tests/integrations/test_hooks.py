@@ -195,7 +195,7 @@ class TestNoise:
         own = ours.DDPMScheduler.from_config({}, noise="philox", seed=3)
         own.set_timesteps(50)
         own.previous_timestep = lambda t: t - 1
-        with pytest.raises(ValueError, match=r"^noise: expected 'torch' where prev"):
+        with pytest.raises(ValueError, match=r"^noise: expected 'torch' if prev"):
             take(own)
 
 

@@ -167,8 +167,8 @@ class Failing:
         ("DDIMScheduler", {"prediction_type": "score"}, {}, "prediction_type='score'"),
         ("DDPMScheduler", {}, {"eta": 0.5}, r"calls DDPMScheduler.step with eta=0.5"),
         ("DDIMScheduler", {}, {"variance_noise": None}, "step with variance_noise=None"),
-        ("DDIMScheduler", {}, {"eta": -1.0}, "timestep 40 is none of DDPM's or DDIM's"),
-        (OtherStep, {}, {}, "its scheduler, OtherStep, at timestep 40 is none of DDPM's or DDIM's"),
+        ("DDIMScheduler", {}, {"eta": -1.0}, "timestep 40 is neither DDPM's nor DDIM's"),
+        (OtherStep, {}, {}, "its scheduler, OtherStep, at timestep 40 is neither DDPM's nor"),
         (Failing, {}, {}, "its scheduler's step at timestep 40 fails: no step"),
     ],
 )

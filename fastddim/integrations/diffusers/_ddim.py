@@ -110,7 +110,9 @@ class Ddim(Noising):
         run = self._fastddim_work.tuned
         if timesteps is not None:
             if run is not None:
-                raise ValueError("timesteps: expected None with tuned steps, which have their own")
+                raise ValueError(
+                    "timesteps: expected None with tuned steps, which have their own, got timesteps"
+                )
             self._give_timesteps(given_timesteps(timesteps, self.config["num_train_timesteps"]))
         elif run is None:
             self._fastddim_work.given = None
@@ -252,7 +254,7 @@ class Ddim(Noising):
         hook = self._fastddim_hooks.overridden(self)
         if hook is not None:
             raise ValueError(
-                f"tuned: expected None where {hook} is overridden, which tuned steps do not call, "
+                f"tuned: expected None if {hook} is overridden, which tuned steps do not call, "
                 "got tuned steps"
             )
         return tuned_table(steps, self.config, self._on_host("alphas_cumprod"), rederive_eps)

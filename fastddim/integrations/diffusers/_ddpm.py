@@ -115,7 +115,7 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
         hook = self._fastddim_hooks.overridden(self)
         if hook is not None and self._fastddim_work.seed is not None:
             raise ValueError(
-                f"noise: expected 'torch' where {hook} is overridden, since diffusers' own step "
+                f"noise: expected 'torch' if {hook} is overridden, since diffusers' own step "
                 "draws the noise then, got 'philox'"
             )
         visiting = self.custom_timesteps or self.num_inference_steps

@@ -94,7 +94,7 @@ class InGraph:
         """
         if generator is not None:
             raise ValueError(
-                "generator: expected None with noise='philox' where a step is traced, since a "
+                "generator: expected None with noise='philox' while a step is traced, since a "
                 "graph cannot draw a seed from it; use set_noise('philox', seed) instead"
             )
         fused, batch = self._fastddim_work, state.shape[0]

@@ -54,7 +54,7 @@ def initial_latents(
     if model is None:
         raise TypeError(
             "pipe: expected a pipeline with a unet or a transformer, got a "
-            f"{type(pipe).__name__} without"
+            f"{type(pipe).__name__} without either"
         )
     taken = inspect.signature(pipe.__call__).parameters
     others = [name for name in _OTHER_LATENTS if name in taken]

@@ -122,7 +122,7 @@ def generators_of(generator: Any, batch: int, device: torch.device) -> tuple[Gen
     given = tuple(generator) if isinstance(generator, list | tuple) else (generator,)
     for one in given:
         if not isinstance(one, Generator):
-            raise TypeError(f"generator: expected a torch.Generator or a list of such, got {one!r}")
+            raise TypeError(f"generator: expected a torch.Generator or a list of them, got {one!r}")
         if one.device.type not in ("cpu", device.type):
             raise ValueError(
                 "generator: expected one on the CPU or on the device of the sample, "
