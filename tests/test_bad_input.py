@@ -363,7 +363,7 @@ CALL = {
         {"seed": [1, 2], "sample_offset": 1},
         ValueError,
         "sample_offset",
-        "0 where each",
+        "0 if each",
         "1",
     ),
     "noise type": ({"noise": "randn"}, TypeError, "noise", "torch.Generator", "str"),

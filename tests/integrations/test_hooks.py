@@ -205,7 +205,7 @@ class TestTunedSteps:
     def test_are_refused(self, cls: str, name: str) -> None:
         theirs, own = pair(cls, steps=None, clip_sample=False)
         steps = random_steps(5, schedule=Schedule.from_diffusers(theirs))
-        refusal = rf"^tuned: expected None where {name} is overridden"
+        refusal = rf"^tuned: expected None if {name} is overridden"
         changed = overriding(own, "object", name, lambda v: v, take)
         with pytest.raises(ValueError, match=refusal):
             changed.set_tuned(steps)

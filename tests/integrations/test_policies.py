@@ -190,7 +190,7 @@ def test_schedulers_of_this_package(some):
     compare(DDIMScheduler(50), 5, eta=1.0)
     compare(DDPMScheduler(50), 5)
     seeded = DDIMScheduler.from_config(DDIMScheduler(50).config, noise="philox", seed=1)
-    with pytest.raises(Uncovered, match="none of DDPM's or DDIM's"):
+    with pytest.raises(Uncovered, match="neither DDPM's nor DDIM's"):
         SchedulerSteps.of(seeded, 5, {"eta": 1.0})
 
 

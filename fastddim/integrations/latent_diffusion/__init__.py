@@ -20,9 +20,8 @@ noise is drawn with the same calls. The original's deviations from the paper are
 - an η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
 
 Guidance is part of the step, from the model output for both conditions. With "v", a step reads √ᾱ
-of the timestep that `make_schedule` chose for `index`, whatever `t` is. If
-`predict_start_from_z_and_v` or `predict_eps_from_z_and_v` is overridden, the model's own methods
-are called.
+of the timestep that `make_schedule` chose for `index`, whatever `t` is. The model's own
+`predict_start_from_z_and_v` and `predict_eps_from_z_and_v` are called if they are overridden.
 """
 
 from __future__ import annotations
