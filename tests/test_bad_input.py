@@ -901,7 +901,7 @@ class TestPhilox:
                 lambda c=call: c((2, 3), [1, 2], sample_offset=1),
                 ValueError,
                 "sample_offset",
-                "0 where",
+                "0 if",
                 "1",
             )
             fails(
