@@ -46,7 +46,8 @@ def navigated(entry):
 
 
 def run(page):
-    """What the Python code of a page defines, run from top to bottom in one namespace.
+    """The names that the Python code of a page defines, run from top to bottom in one
+    namespace.
 
     A block with a title is not run: it is a file, or belongs to another package.
     """
@@ -79,7 +80,7 @@ def test_public_names_are_in_the_reference(name):
 
 @pytest.mark.parametrize("name", sorted(REFERENCE))
 def test_what_the_reference_names_has_docstrings(name):
-    """Without one it would be left out."""
+    """Names in the reference have docstrings; without one a name would be left out."""
     documented = pkgutil.resolve_name(name)
     assert inspect.getdoc(documented)
     for member, value in vars(documented).items() if inspect.ismodule(documented) else ():
