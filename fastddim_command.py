@@ -1,9 +1,9 @@
-"""The command `fastddim`, which imports PyTorch only once it computes.
+"""The command `fastddim`, which imports PyTorch only when it computes.
 
-Help and the completion of a shell need no PyTorch, whose import takes seconds, but `import
-fastddim` is one of PyTorch too. So here the package is in `sys.modules` before it has run, and
-`fastddim.cli` is imported from it without anything else. The package runs when it is first asked
-for an attribute.
+Help and shell completion do not need PyTorch, whose import takes seconds. But `import fastddim`
+imports PyTorch too. So this module puts the package into `sys.modules` before it has run, and
+imports `fastddim.cli` without the rest of the package. The package runs when an attribute of it is
+first read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 
 class _Package(ModuleType):
-    """A package that has not run."""
+    """A package that has not run yet."""
 
     def __getattr__(self, name: str) -> Any:
         spec = self.__spec__

@@ -2,17 +2,17 @@
 
 The list of packages is explicit because `fastddim.kernels` lives in `kernels/`, not in `fastddim/`.
 
-The extension is compiled with the torch that can be imported here. Where pip builds in an
-environment of its own, that is the torch of the environment that it installs into.
+The extension is compiled with the torch that can be imported here. If pip builds in an isolated
+environment, that is the torch of the environment that it installs into.
 
 Without torch, without a C++ compiler, or with FASTDDIM_BUILD_EXT=0 in the environment, the package
-is built without the extension. pip hides what a build prints, so the version tells it, in the last
+is built without the extension. pip hides the output of a build, so the version says so, in the last
 line of `pip install`, in `pip list` and to `fastddim.extension`: 0.1.0+no.kernel.without.torch.
 
-The CUDA kernels are part of the extension where torch is a CUDA build and nvcc is found with its
-static runtime. FASTDDIM_BUILD_CUDA=1 asks for them with any torch: if they cannot be built, the
-build fails. FASTDDIM_BUILD_CUDA=0 leaves them out. FASTDDIM_WERROR=1 turns compilers' warnings into
-errors; it is off by default, since other releases of a compiler may warn of more.
+The CUDA kernels are part of the extension if torch is a CUDA build and nvcc is found with its
+static runtime. FASTDDIM_BUILD_CUDA=1 requires them with any torch: the build fails without them.
+FASTDDIM_BUILD_CUDA=0 leaves them out. FASTDDIM_WERROR=1 turns compilers' warnings into errors. It
+is off by default, since other releases of a compiler may warn of more.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ from setuptools.command.egg_info import egg_info
 packages = find_packages(include=["fastddim", "fastddim.*"])
 packages += [f"fastddim.{name}" for name in find_packages(include=["kernels", "kernels.*"])]
 
-# Machine code for these, as far as nvcc knows them, and PTX of one that every newer GPU can run.
+# Machine code for those that nvcc knows, and PTX of one that every newer GPU can run.
 CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 CUDA_PTX = 100
 
@@ -62,8 +62,8 @@ def missing_for_extension() -> Missing | None:
 def hidden_folders() -> list[str]:
     """The folders with the packages of the environment that pip installs into.
 
-    For a build in an environment of its own, pip runs the interpreter of the other one and hides
-    its packages by variables. Last on the path, they leave the build its setuptools.
+    For an isolated build, pip runs the interpreter of that environment and hides its packages with
+    variables. At the end of the path, these folders do not replace the build's own setuptools.
     """
     variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     asked = [sys.executable, "-c", "import sys; print(*sys.path, sep='\\n')"]
@@ -72,11 +72,11 @@ def hidden_folders() -> list[str]:
 
 
 def marked_version(missing: Missing) -> dict[str, object]:
-    """Arguments of `setup` that mark the version of what is built without the extension."""
+    """Arguments of `setup` that mark the version of a build without the extension."""
 
     class Information(egg_info):
         def finalize_options(self) -> None:
-            # An sdist may still be built with all. The one at hand sets this, to nothing.
+            # An sdist has no mark, since it may still be built with the extension.
             if "sdist" not in sys.argv:
                 self.tag_build = f"+no.kernel.{missing.label}"
             super().finalize_options()
@@ -88,11 +88,11 @@ class Toolkit(NamedTuple):
     """The compiler of the CUDA kernels, and its libraries."""
 
     nvcc: Path
-    libraries: Path  # where libcudart_static.a is
+    libraries: Path  # the folder of libcudart_static.a
 
 
 def cuda_toolkit() -> Toolkit | None:
-    """The toolkit in use; None, and a line that says why, where the CUDA kernels are left out."""
+    """The toolkit to use; without one, None, after a line that gives the reason."""
     import torch
 
     asked = os.environ.get("FASTDDIM_BUILD_CUDA")
@@ -110,10 +110,10 @@ def cuda_toolkit() -> Toolkit | None:
 
 
 def find_toolkit() -> Toolkit:
-    """The toolkit found; raises LookupError if a part of it is missing."""
+    """Find the toolkit; raises LookupError if a part of it is missing."""
     from torch.utils.cpp_extension import CUDA_HOME
 
-    # torch looks for a toolkit only where it is a CUDA build itself.
+    # torch looks for a toolkit only if it is a CUDA build itself.
     home = os.environ.get("CUDA_HOME") or CUDA_HOME
     found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
     if found is None:
@@ -125,7 +125,7 @@ def find_toolkit() -> Toolkit:
 
 
 def library_folders(nvcc: str) -> list[Path]:
-    """Folders that may hold the libraries of `nvcc`, by its own account: the file found may be a
+    """Folders that may hold the libraries of `nvcc`, as reported by itself, since the file may be a
     script that calls an nvcc elsewhere. A toolkit has its libraries in a folder that nvcc links
     with, the packages from PyPI have them in `lib`.
     """
@@ -180,7 +180,7 @@ def extension_arguments() -> dict[str, object]:
         "-Wall",
         "-Wextra",
         *(["-Werror"] if WARNINGS_ARE_ERRORS else []),
-        # Warnings are about our own code only.
+        # Warnings are enabled for our own code only.
         *(f"-isystem{path}" for path in include_paths()),
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
     ]
@@ -212,7 +212,7 @@ setup(
     packages=packages,
     py_modules=["fastddim_command"],
     package_dir={"fastddim": "fastddim", "fastddim.kernels": "kernels"},
-    # Package data is what is named here, not whatever MANIFEST.in puts into the sdist.
+    # Package data is only what is named here, not what MANIFEST.in adds to the sdist.
     include_package_data=False,
     package_data={
         "fastddim": ["py.typed"],

@@ -1,7 +1,7 @@
-"""One step of each drop-in against the original's, live.
+"""One step of each drop-in compared with the original's, in the same process.
 
-Loops are given a model that costs nothing, and their time is divided by their steps. Noise from
-torch's generator is the same cost for both, so it is drawn once before, and timed apart.
+Loops get a model without cost, and their time is divided by the number of steps. Noise from torch's
+generator costs both the same, so it is drawn once before, and timed separately.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """The original and the drop-in; each call takes `steps` steps and returns what they give."""
+    """The original and the drop-in; each call takes `steps` steps and returns their results."""
 
     original: Run
     fastddim: Run

@@ -1,7 +1,7 @@
-"""The whole loop of 50 steps, for models from free to heavy: where the step matters.
+"""The whole loop of 50 steps, for models from free to heavy: the effect of the step.
 
-Contenders run the same model on the same timesteps from the same x_T, and are first given the same
-noise, when all must agree. Timed, each draws its own.
+Contenders run the same model on the same timesteps from the same x_T. First they get the same
+noise, and all must agree. When they are timed, each draws its own noise.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_loop(name: str, eta: float, rows: list[dict[str, Any]], benchmark: Any)
         "spacing": "uniform",
     }
     sampler = fastddim.Sampler(model, STEPS, **options)
-    # On a model that costs nothing, and for a user's own, what compiling gains is the compiler's.
+    # Around a model without cost, or a user's own, the gain from compiling is the compiler's.
     fused = fastddim.Sampler(torch.compile(model, dynamic=False), STEPS, **options)
     contenders = {
         "fastddim": lambda: sampler(x_T=x_T, seed=3),

@@ -1,8 +1,8 @@
 """A tick of a robot: ten DDIM steps of a diffusion policy, for networks from small to large.
 
-The floor is the network alone, as often as a tick evaluates it. All loops must make the same
-actions before any is timed. On a GPU, loops with and without a graph are timed too, and the time
-is told that reading the weights from memory takes.
+The floor is the network alone, called as often as in a tick. All loops must make the same actions
+before any is timed. On a GPU, loops with and without a graph are timed too, and the result states
+the time for reading the weights from memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ as_markdown = policies_as_markdown
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case_id(case.name))
 def test_policy(case: Case, rows: list[dict[str, Any]], benchmark: Any) -> None:
-    # A robot's other cores have work of their own.
+    # The other cores of a robot have work of their own.
     torch.set_num_threads(1)
     policy = Policy(case, DEVICE)
     row = measured(policy, seconds=CASES[case], compiled=case in COMPILED_CASES)

@@ -1,9 +1,9 @@
 """Wall time by the number of steps, against DDPM's 1000 steps: the paper's figure 4.
 
 The baseline is the loop of 1000 steps of `diffusers.DDPMScheduler` on the same model and batch. Its
-ratio to the loop of `diffusers.DDIMScheduler` with S steps is what fewer steps gain; the ratio of
-that to fastddim's is what the faster loop gains. fastddim runs with noise too, at η = 1 as DDPM
-does, with order 2, and with the tuned steps of a model that has some.
+ratio to the loop of `diffusers.DDIMScheduler` with S steps is the gain of fewer steps. The ratio of
+that loop to fastddim's is the gain of the faster loop. fastddim also runs with noise, at η = 1 like
+DDPM, with order 2, and with the tuned steps of a model that has some.
 """
 
 from __future__ import annotations

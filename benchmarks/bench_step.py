@@ -1,7 +1,7 @@
-"""One update against what people use today, and against the memory floor.
+"""One update compared with common implementations, and with the memory floor.
 
-The floor is `torch.add(x, e, out=o)`: two reads and one write. Contenders:
-`diffusers.DDIMScheduler.step`, the update written out in eager PyTorch, and that through
+The floor is `torch.add(x, e, out=o)`: two reads and one write. Contenders are
+`diffusers.DDIMScheduler.step`, the update written out in eager PyTorch, and the same under
 `torch.compile`. All must agree before any is timed.
 """
 
@@ -94,7 +94,7 @@ class Setup:
         row = coefficient_row(self.a, self.p, Update(eta=case.eta, guidance_scale=self.g))
         self.direction, self.sigma = float(row.km), float(row.pn)
         schedule = fastddim.Schedule(self.scheduler.alphas_cumprod)
-        # Its step 3 is this step.
+        # Step 3 of these timesteps is the step of this case.
         visited = [T + 3, T + 2, T + 1, T, T_PREV]
         self.stepper = fastddim.Stepper(schedule, visited, eta=case.eta, guidance_scale=self.g)
         self.table = stack_row(row).float()[None]
@@ -116,7 +116,7 @@ class Setup:
         return out
 
     def public(self, out: Tensor) -> Tensor:
-        """The call that users make."""
+        """The call of the public function."""
         keys = {"seed": 7, "step_index": 3} if self.case.eta else {}
         return fastddim.step(
             self.x,
@@ -161,7 +161,7 @@ class Setup:
         return self.formula(self.x, self.m, noise)
 
     def formula(self, x: Tensor, m: Tensor, noise: Tensor | None) -> Tensor:
-        """Equation 12 as one writes it."""
+        """Equation 12 in its usual form."""
         if self.g is not None:
             unconditional, conditional = m.chunk(2)
             m = unconditional + self.g * (conditional - unconditional)
@@ -188,7 +188,7 @@ def assert_parity(setup: Setup) -> None:
     exact = setup.formula(setup.x.float(), setup.m.float(), noise)
     rounding = torch.finfo(setup.case.dtype).eps
     torch.testing.assert_close(ours.float(), exact, rtol=rounding, atol=1e-5)
-    # The others round after each operation.
+    # The other contenders round after each operation.
     tolerance = 1e-5 if setup.case.dtype == torch.float32 else 0.05
     for other in (setup.diffusers(noise), setup.eager(noise)):
         torch.testing.assert_close(ours, other, rtol=tolerance, atol=tolerance)

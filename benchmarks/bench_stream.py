@@ -1,8 +1,8 @@
-"""Requests that arrive at random, in one batch that they share and one after the other.
+"""Requests that arrive at random, served in one shared batch and one after the other.
 
-Each contender serves the same requests at the same arrival times against the clock: it is given a
-request once its time has come, and sleeps where there is none. A load of 1 is as many requests a
-second as one after the other can be served, measured at first in the same process.
+Each contender serves the same requests at the same arrival times in real time: it gets a request
+when its time has come, and sleeps if there is none. A load of 1 is the number of requests a second
+that can be served one after the other, measured first in the same process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOADS = (0.5, 0.9, 2.0, 4.0, 8.0)
 SLOTS = 16
 SPACING: Spacing = "uniform"
 SECONDS = float(os.environ.get("FASTDDIM_BENCH_SECONDS", "10"))
-"""Of one after the other at load 1: it sets the number of requests."""
+"""Seconds of serving one after the other at load 1, which determine the number of requests."""
 
 LEAST = 40
 
@@ -59,7 +59,7 @@ class PolicyHead(nn.Module):
 @dataclass(frozen=True)
 class Case:
     make: Callable[[], Any]
-    steps: tuple[int, ...]  # each as likely
+    steps: tuple[int, ...]  # equally likely
 
 
 CASES = {
@@ -78,7 +78,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Served:
-    """Seconds that serving the requests took, in all and for each."""
+    """Seconds of serving the requests, in total and for each."""
 
     total: float
     latencies: list[float]
@@ -86,7 +86,7 @@ class Served:
 
 
 def make_requests(case: Case, count: int, rate: float) -> list[Request]:
-    """A Poisson process of `rate` requests a second; the same for every contender."""
+    """Draw a Poisson process of `rate` requests a second, the same for every contender."""
     rng = random.Random(0)
     arrival, requests = 0.0, []
     for seed in range(count):
@@ -96,7 +96,7 @@ def make_requests(case: Case, count: int, rate: float) -> list[Request]:
 
 
 def one_after_the_other(model: Any, requests: list[Request]) -> Served:
-    """Each kind of request has a sampler prepared before."""
+    """Serve with a sampler for each kind of request, prepared before."""
     kinds = sorted({(request.steps, request.eta) for request in requests})
     samplers = {
         (steps, eta): fastddim.Sampler(model, steps, eta=eta, spacing=SPACING)
@@ -162,13 +162,13 @@ def test_stream(name: str, load: float, rows: list[dict[str, Any]], benchmark: A
 
 
 def assert_parity(alone: Served, together: Served) -> None:
-    """A network rounds differently in batches of different sizes."""
+    """Compare the samples, with a tolerance, since networks round differently in other batches."""
     for expected, got in zip(alone.samples, together.samples, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
 
 
 def _capacity(case: Case, model: Any) -> float:
-    """Requests a second, one after the other without a pause."""
+    """Requests a second, served one after the other without a pause."""
     warm_up = make_requests(case, 12, 1e9)
     one_after_the_other(model, warm_up)
     streamed(model, warm_up)

@@ -1,11 +1,11 @@
-"""Two commits by the ratios that count: ours to the floor or to a peer, each within one process.
+"""Two commits compared by ratios: our time to the floor's or a peer's, each within one process.
 
     python benchmarks/compare.py COMMIT [--bench bench_step] [--rounds 5] [-k EXPRESSION]
 
 Both commits, COMMIT and the working tree as git knows it, are checked out under `build/compare` and
-built there in the same way. Then they take turns: each round runs the benchmark of either, with its
-own package. What is compared is the time of a contender of ours as a multiple of its reference in
-the same process, so that a slow moment of the machine is in both.
+built there in the same way. Then they take turns: each round runs the benchmark of both, each with
+its own package. The numbers to compare are the times of our contenders as multiples of a reference
+in the same process, so a slow moment of the machine is in both times.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from harness import ROOT
 from markdown_cells import table, three
 
 OURS = ("fastddim", "stream")
-"""How the names of contenders begin that are the package's."""
+"""The first words in the names of the package's contenders."""
 
 REFERENCES = ("floor", "original", "diffusers", "DDPM", "one after the other")
-"""What ours are set against, the first of them that a case has."""
+"""The contenders that ours are compared with: the first of these that a case has."""
 
-# What tells the rows of a result file from each other; its other fields are measured.
+# The columns that identify a row of a result file; its other columns are measured.
 IDENTITY = ("case", "eta", "shape", "steps", "load")
 
-# Of the commit that holds the working tree, which no branch has.
+# The author of the commit that holds the working tree; no branch has that commit.
 _AUTHOR = ("-c", "user.name=compare", "-c", "user.email=compare@localhost")
 
 NO_CASE = 5
-"""The exit status of pytest where an expression selects nothing."""
+"""The exit status of pytest if an expression selects nothing."""
 
 
 class Contender(NamedTuple):
-    """One of ours in one case of a benchmark."""
+    """A contender of the package in one case of a benchmark."""
 
     case: str
     name: str
@@ -50,7 +50,7 @@ class Contender(NamedTuple):
 
 
 class Change(NamedTuple):
-    """The multiples of the reference of both commits, and what became of them in each round."""
+    """The multiples of the reference in both commits, and their ratio in each round."""
 
     base: float
     head: float
@@ -58,7 +58,7 @@ class Change(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Which way it went, where all rounds agree."""
+        """The direction of the change, if all rounds agree."""
         if min(self.ratios) > 1:
             return "slower"
         return "faster" if max(self.ratios) < 1 else ""
@@ -73,7 +73,7 @@ class Tree(NamedTuple):
 
 
 def multiples(rows: Sequence[Mapping[str, Any]]) -> dict[Contender, float]:
-    """The time of each contender of ours, as a multiple of its reference."""
+    """The time of each contender of the package, as a multiple of its reference."""
     found = {}
     for row in rows:
         timings = row["timings"]
@@ -90,7 +90,7 @@ def multiples(rows: Sequence[Mapping[str, Any]]) -> dict[Contender, float]:
 def changes(
     base: Sequence[Mapping[Contender, float]], head: Sequence[Mapping[Contender, float]]
 ) -> dict[Contender, Change]:
-    """What became of every contender that both commits have, by rounds."""
+    """The change of every contender that both commits have."""
     return {
         contender: Change(
             statistics.median(one[contender] for one in base),
@@ -106,10 +106,10 @@ def changes(
 
 
 def report(found: Mapping[Contender, Change], base: set[Contender], head: set[Contender]) -> str:
-    """A table of the changes, and what only one of the commits has.
+    """A table of the changes, and the contenders that only one of the commits has.
 
     Args:
-        base, head: all contenders of each.
+        base, head: all contenders of each commit.
     """
     header = ["case", "", "against", "base", "head", "head / base", "rounds", ""]
     rows = []
@@ -131,11 +131,11 @@ def compare(base: str, bench: str, rounds: int, expression: str | None, root: Pa
     Args:
         base: the commit to compare the working tree with.
         bench: a module of `benchmarks`, without its suffix.
-        rounds: how often each runs.
-        expression: selects cases, as `-k` of pytest; a commit without such runs all of its own.
+        rounds: number of runs of each commit.
+        expression: selects cases, as `-k` of pytest; a commit without such cases runs all its own.
         root: the repository.
     """
-    # What is committed and what is not, without untracked files; nothing where all is committed.
+    # Tracked files with their uncommitted changes; git prints nothing if all is committed.
     head = _git(root, *_AUTHOR, "stash", "create") or "HEAD"
     folder = root / "build" / "compare"
     shutil.rmtree(folder, ignore_errors=True)
@@ -157,7 +157,7 @@ def compare(base: str, bench: str, rounds: int, expression: str | None, root: Pa
 
 @contextmanager
 def _built(root: Path, folder: Path, name: str, commit: str) -> Iterator[Tree]:
-    """A commit, checked out and installed into a folder of its own, for as long as it is used."""
+    """A commit, checked out and installed into a folder of its own while it is in use."""
     tree = Tree(name, folder / name, folder / f"{name}-site")
     _git(root, "worktree", "add", "--detach", str(tree.source), commit)
     try:
@@ -176,7 +176,7 @@ def _rows(tree: Tree, bench: str, expression: str | None, results: Path) -> list
     module = f"benchmarks/{bench}.py"
     if not (tree.source / module).is_file():
         raise SystemExit(f"bench: expected a module that both commits have, {tree.name} lacks it")
-    # Not `-m pytest`, which would import the sources that are not built.
+    # Calling `-m pytest` would import the sources, which are not built.
     command = [str(Path(sys.executable).with_name("pytest")), module, "--results", str(results)]
     command += ["-q", "-p", "no:cacheprovider"]
     environment = {**os.environ, "PYTHONPATH": str(tree.site)}
@@ -193,7 +193,7 @@ def _rows(tree: Tree, bench: str, expression: str | None, results: Path) -> list
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    """What tells a row from the others, as text; the same in all commits."""
+    """The text that identifies a row; the same in all commits."""
     case, *others = (name for name in IDENTITY if name in row)
     extents = {name: "x".join(map(str, row[name])) for name in others if name == "shape"}
     return ", ".join([str(row[case]), *(f"{n} {extents.get(n, row[n])}" for n in others)])

@@ -1,4 +1,4 @@
-"""Collects what the benchmarks measure into one result file and prints it as a table."""
+"""Collects the measurements of benchmarks into one result file, and prints them as a table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="module")
 def rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
-    """Rows to add to; printed, and written where asked for, when all benchmarks have passed."""
+    """Rows to add to; printed, and written if requested, after all benchmarks have passed."""
     collected: list[dict[str, Any]] = []
     yield collected
     if request.session.testsfailed or not collected:

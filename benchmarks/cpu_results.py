@@ -1,4 +1,4 @@
-"""Result files of benchmarks on the CPU, and the sentences that say where they come from."""
+"""Result files of benchmarks on the CPU, and the sentences that state their origin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of docs/tune.md: what few steps miss of the exact solution."""
+"""The table of docs/tune.md: the distance of few steps from the exact solution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def blocks() -> dict[str, str]:
 
 
 def few_steps_as_markdown(result: dict[str, Any]) -> str:
-    """Mean and median distance by number of steps, for each model and way to take them."""
+    """Mean and median distance by number of steps, for each model and kind of steps."""
     rows = result["rows"]
     columns = sorted({row["steps"] for row in rows})
     lines = []

@@ -1,7 +1,7 @@
-"""The predictions in docs/gpu.md, compared with what was measured.
+"""The predictions in docs/gpu.md, compared with measurements.
 
-They were made before anything had run on a GPU, and are compared with the first run of the same
-code. What the first run left out is compared with the first result there is.
+The predictions were made before anything had run on a GPU, and are compared with the first run of
+the same code. Measures that the first run left out are compared with their first result.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ GROUPS = {
 
 
 class Explanation(NamedTuple):
-    """Why times whose names match a pattern are off."""
+    """The reason why times whose names match a pattern are off."""
 
     title: str
     measures: str
     sign: int
-    """Of the error, predicted − measured."""
+    """The sign of the error, predicted − measured."""
     why: str
 
 
@@ -123,7 +123,7 @@ EXPLANATIONS = (
         "all alike.",
     ),
 )
-"""The first that matches counts."""
+"""The explanations, of which the first that matches counts."""
 
 
 class Compared(NamedTuple):
@@ -138,7 +138,7 @@ class Compared(NamedTuple):
 
     @property
     def error(self) -> float | None:
-        """Relative to the measured time; positive where it took less than predicted."""
+        """The error relative to the measured time; positive if less time was measured."""
         return None if self.seconds is None else self.row["seconds"] / self.seconds - 1
 
 
@@ -163,7 +163,7 @@ def compared(
 
 
 def blocks(folder: Path, measured: dict[str, Result]) -> dict[str, str]:
-    """Content of the marked places that are about predictions."""
+    """The content of the marked places about predictions."""
     predicted = predictions(folder)
     pairs = compared(predicted, measured, folder)
     updates = [pair for pair in pairs if "share_of_copy_bandwidth" in pair.row]
@@ -179,13 +179,13 @@ def blocks(folder: Path, measured: dict[str, Result]) -> dict[str, str]:
 
 
 def median_error(pairs: Iterable[Compared]) -> float | None:
-    """Of all that were measured."""
+    """The median error of all that were measured."""
     found = [abs(pair.error) for pair in pairs if pair.error is not None]
     return statistics.median(found) if found else None
 
 
 def errors_as_markdown(pairs: list[Compared]) -> str:
-    """The median error of all, and those of the groups."""
+    """The median error of all predictions, and of each group."""
     measured = [pair for pair in pairs if pair.error is not None]
     total = median_error(measured)
     if total is None:
@@ -208,7 +208,7 @@ def _range(pairs: Iterable[Compared]) -> str:
 
 
 def explanation_of(pair: Compared) -> Explanation | None:
-    """Of an error that is large enough to need one."""
+    """The explanation of an error, if the error is large enough to need one."""
     assert pair.error is not None
     for found in EXPLANATIONS:
         if found.sign * pair.error > 0 and re.fullmatch(found.measures, pair.measure):
@@ -254,7 +254,7 @@ def updates_as_markdown(pairs: list[Compared], measured: dict[str, Result]) -> s
 
 
 def loops_as_markdown(pairs: list[Compared], measured: dict[str, Result]) -> str:
-    """Predicted and measured times of everything else, and the part of each that is largest."""
+    """Predicted and measured times of everything else, and the largest part of each."""
 
     def parts(row: dict[str, Any]) -> str:
         return ", ".join(
@@ -297,7 +297,7 @@ def _time(seconds: float | None) -> str:
 
 
 def assumptions_as_markdown(predicted: dict[str, Any]) -> str:
-    """Every number that was taken for granted."""
+    """Every number that was assumed."""
     rows = [
         [f"`{name}`", _quantity(found), found["meaning"], found["source"]]
         for name, found in predicted["assumptions"].items()
@@ -311,7 +311,7 @@ def _quantity(found: dict[str, Any]) -> str:
 
 
 def counts_as_markdown(predicted: dict[str, Any]) -> str:
-    """Counts that the predictions use: instructions of kernels, operations of models."""
+    """The counts that the predictions use: instructions of kernels, operations of models."""
     instructions = table(
         ["update", "instructions of a warp"],
         [[name, str(sum(found.values()))] for name, found in predicted["instructions"].items()],

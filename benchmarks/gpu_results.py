@@ -11,9 +11,9 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PREDICTED = "gpu-predicted"
-"""The predictions made before anything had run on a GPU; never written anew."""
+"""The predictions made before anything had run on a GPU; they are never rewritten."""
 FIRST = "gpu-first"
-"""The first run on the GPU that the predictions are for, of the code that they are for."""
+"""The first run on the GPU of the predictions, with the code of the predictions."""
 PREDICTED_GPU = "h100"
 NOT_MEASURED = "not measured yet"
 
@@ -42,17 +42,17 @@ class Result:
         return None if long is None or short is None else long / short
 
     def spread(self, measure: str) -> dict[str, float]:
-        """Median, 20th and 80th percentile of a measure that is there."""
+        """Median, 20th and 80th percentile of a measure that exists."""
         found: dict[str, float] = self.measured[measure]["seconds"]
         return found
 
     def fastest(self, measures: Iterable[str]) -> str | None:
-        """Of several measures the one that takes the least time."""
+        """The fastest of several measures."""
         known = (measure for measure in measures if measure in self.measured)
         return min(known, key=lambda measure: self.spread(measure)["median"], default=None)
 
     def tests(self, stage: str) -> dict[str, Any] | None:
-        """Counts of tests that passed, failed and were skipped in a stage."""
+        """The numbers of tests in a stage that passed, failed and were skipped."""
         return next((row for row in self.rows if row["stage"] == stage and "passed" in row), None)
 
     @property

@@ -16,7 +16,7 @@ NONE = "No result file is there: the check has not run on a GPU yet."
 GRAPHS = ("graph=False", "graph=True", "graph=loop")
 SHORT = {"graph=False": "`False`", "graph=True": "`True`", "graph=loop": '`"loop"`'}
 LATENT = "The latent U-Net has the size of Stable Diffusion 1.5's and random weights; it is guided."
-# From this size on an update is to take as long as a copy.
+# Updates of this size and more should take as long as a copy.
 LARGE = 64
 
 
@@ -42,7 +42,7 @@ Goal = Callable[[Result], Found | None]
 
 
 def _update_at_least(share: float, noisy_half: bool) -> Goal:
-    """Of the bandwidth of a copy, by all large updates or by those of bfloat16 with noise."""
+    """A share of the bandwidth of a copy, for all large updates or for bfloat16 with noise."""
 
     def found(result: Result) -> Found | None:
         texts, least = [], []
@@ -102,13 +102,13 @@ def _at_least(least: float, ratios: dict[str, float | None]) -> Found | None:
 
 
 def gain_over_diffusers(result: Result, model: str) -> float | None:
-    """Of the fastest kind of graph over diffusers, at η = 0."""
+    """The gain of the fastest kind of graph over diffusers, at η = 0."""
     best = result.fastest(measures.loop(model, 0.0, mode) for mode in GRAPHS)
     return None if best is None else result.ratio(measures.loop(model, 0.0, "diffusers"), best)
 
 
 def _latent_against_diffusers(result: Result) -> Found | None:
-    """A median that is higher counts as slower where the spreads do not overlap."""
+    """Compare medians; a higher one counts as slower only if the spreads do not overlap."""
     theirs = measures.latent("diffusers")
     found, slower = [], False
     for mode in GRAPHS:
@@ -136,7 +136,7 @@ def _against_ddpm(result: Result) -> Found | None:
 
 
 def ddpm_gain(result: Result, model: str) -> float | None:
-    """Of 50 steps in one graph over the 1000 of diffusers' DDPM."""
+    """The gain of 50 steps in one graph over the 1000 of diffusers' DDPM."""
     slow, fast = (measures.ddpm(model, name) for name in measures.DDPM_AGAINST)
     return result.ratio(slow, fast)
 
@@ -175,7 +175,7 @@ GOALS: dict[str, Goal] = {
 
 
 def goals_as_markdown(measured: dict[str, Result], folder: Path = RESULTS) -> str:
-    """Each goal, and what was measured."""
+    """Each goal, with the measurement."""
     if not measured:
         return NONE
     header = ["goal", *(cell for gpu in measured for cell in (gpu, "reached"))]
@@ -216,7 +216,7 @@ def graphs_as_markdown(measured: dict[str, Result]) -> str:
 
 
 def _of_the_two(result: Result) -> Iterator[str]:
-    """Sentences about models for which one graph for all steps is slower than one for a step."""
+    """Sentences about models for which one graph for all steps is slower than one a step."""
     ratios = {
         name: result.ratio(of("graph=loop"), of("graph=True")) or 0.0 for name, of in _loops()
     }
@@ -257,7 +257,7 @@ def _time(seconds: float | None) -> str:
 
 
 def stages_as_markdown(measured: dict[str, Result]) -> str:
-    """The stages, and how each ended on each GPU after how many seconds."""
+    """The stages, with the end and the seconds of each on each GPU."""
     ended = [{end["name"]: end for end in result.stages} for result in measured.values()]
     header = ["stage", "limit, s", *(f"{gpu}, s" for gpu in measured), "what it does"]
     rows = []
@@ -309,8 +309,8 @@ def _whole_runs(result: Result) -> Iterator[str]:
 
 
 def headline_rows(gpu: str, result: Result) -> Iterator[list[str]]:
-    """50 steps in one graph against the 1000 of diffusers' DDPM, or where that has not run, against
-    as many of its DDIM.
+    """50 steps in one graph, compared with the 1000 of diffusers' DDPM or, if that has not run,
+    with 50 of its DDIM.
     """
     for name in measures.DDPM_MODELS:
         label = f"{name.split()[0]}, η = 0, one graph on an {gpu.upper()}"
@@ -324,7 +324,7 @@ def headline_rows(gpu: str, result: Result) -> Iterator[list[str]]:
 
 
 def headline_sentence(gpu: str, result: Result) -> Iterator[str]:
-    """The same comparison with as many steps, where this loop is made of CUDA graphs."""
+    """The same comparison at an equal number of steps, for loops made of CUDA graphs."""
     ratios = {name: gain_over_diffusers(result, name) for name in measures.LOOP_ETAS}
     found = [f"{gain(ratio)} times around the {name}" for name, ratio in ratios.items() if ratio]
     if found:

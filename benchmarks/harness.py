@@ -1,4 +1,4 @@
-"""Timing in pairs: every contender runs once a round, so that a slow moment hits them all."""
+"""Timing in pairs: every contender runs once a round, so that a slow moment affects them all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def case_id(*parts: object) -> str:
-    """The name of a case that can be typed, in ASCII and without spaces: `pytest -k` selects by it.
+    """The name of a case, in ASCII and without spaces: easy to type for `pytest -k`.
 
     Args:
         parts: names, and shapes as tuples of numbers.
@@ -31,7 +31,7 @@ def case_id(*parts: object) -> str:
 
 @dataclass
 class Timing:
-    """Seconds a call, and the ratio to the baseline of the same round: median, 20th and 80th
+    """Seconds a call, and the ratio to the baseline in the same round: median, 20th and 80th
     percentile.
     """
 
@@ -41,7 +41,7 @@ class Timing:
     ratio_high: float
 
 
-# Everything but what a report itself writes.
+# All files that a report writes itself.
 WRITTEN = (
     *("README.md", "benchmarks/results", "docs/figures"),
     *("docs/gpu.md", "docs/third-party.md", "docs/tune.md", "docs/versions.md"),
@@ -50,9 +50,9 @@ WRITTEN = (
 )
 MEASURED = (".", *(f":(exclude){place}" for place in WRITTEN))
 
-# Seconds against which the clock's own cost does not count.
+# Seconds from which on the clock's own cost is negligible.
 SHORTEST = 5e-4
-# And what the contender before left behind does not: threads that still spin, other caches.
+# Seconds from which on traces of the contender before are negligible: spinning threads, caches.
 SETTLED = 1e-2
 
 
@@ -64,7 +64,7 @@ def compare(
     least: int = 7,
     shortest: float = SHORTEST,
 ) -> dict[str, Timing]:
-    """Time all contenders in turn, as `in_turn` does, and set them against one of them."""
+    """Time all contenders in turn, as `in_turn` does, and compare them with one of them."""
     seconds = in_turn(contenders, budget=budget, least=least, shortest=shortest)
     return {name: against(values, seconds[baseline]) for name, values in seconds.items()}
 
@@ -72,10 +72,10 @@ def compare(
 def in_turn(
     contenders: dict[str, Callable[[], Any]], *, budget: float, least: int, shortest: float
 ) -> dict[str, list[float]]:
-    """Seconds a call of each contender in each round.
+    """Measure the seconds a call of each contender in each round.
 
-    Each gets about `budget` seconds, but `least` rounds or more; a round calls a contender as often
-    as fills `shortest` seconds.
+    Each contender gets about `budget` seconds, but at least `least` rounds. A round calls it as
+    often as fills `shortest` seconds.
     """
     once = {name: _once(contender) for name, contender in contenders.items()}
     calls = {name: max(1, min(500, int(shortest / once[name]))) for name in contenders}
@@ -89,7 +89,7 @@ def in_turn(
 
 
 def against(values: list[float], baseline: list[float]) -> Timing:
-    """The rounds of one contender against those of another."""
+    """The rounds of one contender compared with those of another."""
     ratios = [mine / base for mine, base in zip(values, baseline, strict=True)]
     low, *_, high = statistics.quantiles(ratios, n=5)
     return Timing(statistics.median(values), statistics.median(ratios), low, high)
@@ -98,7 +98,7 @@ def against(values: list[float], baseline: list[float]) -> Timing:
 def machine() -> dict[str, Any]:
     """The machine and versions that a result depends on, and the commit of the code.
 
-    `commit` and `modified` are None where git cannot tell.
+    `commit` and `modified` are None if git does not know them.
     """
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED)
     return {
@@ -116,7 +116,7 @@ def machine() -> dict[str, Any]:
 
 
 def _once(contender: Callable[[], Any]) -> float:
-    """Seconds of one call, the best of as many as are cheap."""
+    """Seconds of one call: the best of several, if calls are short."""
     first = _timed(contender, 1)
     return first if first > 1 else min(_timed(contender, 1) for _ in range(4))
 
@@ -136,7 +136,7 @@ def _cpu_name() -> str:
 
 
 def version_of(package: str) -> str | None:
-    """None where it is not installed."""
+    """The version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -144,7 +144,7 @@ def version_of(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """The output of git; None without git, or if ROOT is no repository."""
+    """The output of git; None without git, or if ROOT is not a repository."""
     try:
         result = subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False

@@ -134,7 +134,7 @@ def headline_as_markdown(result: dict[str, Any], measured: Mapping[str, Result])
 
 
 def _first_sentence(best: EqualQuality) -> str:
-    """The gain of the fewest steps: in calls of the model, and in time where measured."""
+    """The gain of the fewest steps: in calls of the model, and in time if it was measured."""
     tuned = "[tuned](../tune.md) " if best.kind == TUNED else ""
     sentence = f"**Digits as good as DDPM's of 1000 steps in {best.steps} {tuned}steps"
     if best.speedup is not None:

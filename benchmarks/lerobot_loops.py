@@ -1,6 +1,6 @@
 """LeRobot's loops around a policy's network: its own, compiled, and with fastddim installed.
 
-LeRobot is not needed for the other loops, and is imported without most of what it requires.
+The other loops do not need LeRobot. It is imported without most of its requirements.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def around_lerobot(
     """LeRobot's loops, and the reasons why some are left out.
 
     Args:
-        compiled: whether the one under `torch.compile` is asked for, which takes half a minute.
+        compiled: whether to include the loop under `torch.compile`, which takes half a minute.
     """
     try:
         package = importlib.import_module("tests.support.dropins.peers").lerobot()
@@ -46,7 +46,7 @@ def around_lerobot(
         left_out[COMPILED] = f"no C++ compiler ({compiler})"
     else:
         torch.compiler.reset()
-        # As LeRobot does where its configuration has `compile_model`.
+        # As in LeRobot if its configuration has `compile_model`.
         network = torch.compile(policy.network, mode="reduce-overhead")
         made = _made(package, policy, network)
         contenders[COMPILED] = _contender(policy, made, COMPILED_AGREEMENT)
@@ -69,7 +69,7 @@ def _made(package: Any, policy: Policy, network: Any) -> Any:
         horizon=HORIZON,
         noise_scheduler_type="DDPM" if case.ddpm else "DDIM",
         num_inference_steps=case.steps,
-        # Of the network that is replaced.
+        # The size of the network that is replaced.
         down_dims=(8, 8),
     )
     made = package.modeling.DiffusionPolicy(config).to(policy.device).eval()
@@ -82,7 +82,7 @@ def _with_fastddim(made: Any) -> Any:
 
 
 def _contender(policy: Policy, made: Any, agreement: float = AGREEMENT) -> Contender:
-    """The loop of a policy, which a tick enters with the features of the observation."""
+    """The loop of a policy; a tick enters it with the features of the observation."""
     batch, sample = policy.case.batch, made.diffusion.conditional_sample
 
     def tick(number: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models of very different cost, and the loops that people run them in today."""
+"""Models of very different cost, and the common loops around them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 Loop = Callable[[], Tensor]
 
-# Of the noise of a loop's steps.
+# The seed of the noise of a loop's steps.
 SEED = 3
 
-# Of the largest value: as far as fifty to a thousand steps round differently.
+# A share of the largest value: fifty to a thousand steps round this differently.
 AGREEMENT = 2e-3
 
 
 def diffusers() -> Any:
-    """The package, for those who have it: only some models and loops need it."""
+    """Import diffusers when it is needed, which is only by some models and loops."""
     return importlib.import_module("diffusers")
 
 
@@ -73,7 +73,7 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "fashion U-Net": (lambda: fastddim.models.load("fashion"), (4, 1, 28, 28)),
     "diffusers U-Net": (Unet, (4, 3, 32, 32)),
 }
-"""By name: what makes the model, and the shape of the state."""
+"""The models by name: a function that makes each, and the shape of its state."""
 
 
 def make(name: str, device: str = "cpu") -> tuple[Any, tuple[int, ...]]:
@@ -84,13 +84,13 @@ def make(name: str, device: str = "cpu") -> tuple[Any, tuple[int, ...]]:
 
 
 def diffusers_loop(model: Any, x_T: Tensor, steps: int, eta: float) -> Loop:
-    """The loop of diffusers' pipelines by `DDIMScheduler`."""
+    """The loop of diffusers' pipelines with `DDIMScheduler`."""
     scheduler = diffusers().DDIMScheduler(clip_sample=False)
     return _scheduler_loop(model, x_T, scheduler, steps, eta=eta)
 
 
 def ddpm_loop(model: Any, x_T: Tensor, steps: int = 1000) -> Loop:
-    """DDPM's steps by `diffusers.DDPMScheduler`, whose step takes no η."""
+    """The loop of DDPM's steps with `diffusers.DDPMScheduler`, whose step takes no η."""
     return _scheduler_loop(model, x_T, diffusers().DDPMScheduler(clip_sample=False), steps)
 
 
@@ -115,7 +115,7 @@ def official_loop(model: Any, x_T: Tensor, steps: int, eta: float) -> Loop:
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).float()
     timesteps = range(0, 1000, 1000 // steps)
 
-    # The loop has its timesteps in float32, which the bundled models cannot look up.
+    # The loop has timesteps in float32, which the bundled models cannot use as indices.
     def with_integers(x: Tensor, t: Tensor) -> Any:
         return model(x, t.long())
 
@@ -129,7 +129,7 @@ def official_loop(model: Any, x_T: Tensor, steps: int, eta: float) -> Loop:
 
 
 def compiled_loop(model: Any, x_T: Tensor, steps: int, eta: float, **options: Any) -> Loop:
-    """Model and equation 12 in one function under `torch.compile`, which takes the options.
+    """The model and equation 12 in one function under `torch.compile`, which takes the options.
 
     With `mode="reduce-overhead"` a step is a CUDA graph, whose output the next one overwrites.
     """
@@ -165,7 +165,7 @@ def compiled_loop(model: Any, x_T: Tensor, steps: int, eta: float, **options: An
 
 
 def assert_agree(got: Tensor, expected: Tensor, name: str) -> None:
-    """Two loops gave the same, within `AGREEMENT`."""
+    """Check that two loops gave the same, within `AGREEMENT`."""
     scale = expected.abs().max().item()
     torch.testing.assert_close(
         got, expected, rtol=0, atol=AGREEMENT * scale, msg=lambda details: f"{name}: {details}"
@@ -173,6 +173,6 @@ def assert_agree(got: Tensor, expected: Tensor, name: str) -> None:
 
 
 def step_noise(shape: tuple[int, ...], steps: int) -> Tensor:
-    """The noise `[S, B, …]` that a loop here draws from torch's generator."""
+    """The noise `[S, B, …]` that the loops of this module draw from torch's generator."""
     generator = torch.Generator().manual_seed(SEED)
     return torch.stack([torch.randn(shape, generator=generator) for _ in range(steps)])

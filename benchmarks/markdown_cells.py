@@ -1,4 +1,4 @@
-"""Numbers and tables in Markdown, as the README and the documentation show them."""
+"""Numbers and tables in Markdown, in the form of the README and the documentation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def two(value: float) -> str:
 
 
 def duration(seconds: float, digits: Callable[[float], str] = three) -> str:
-    """With its unit, as many digits as `digits` shows."""
+    """A duration with its unit, and as many digits as `digits` shows."""
     for unit, of_a_second in (("s", 1), ("ms", 1e3)):
         if seconds * of_a_second >= 1:
             return f"{digits(seconds * of_a_second)} {unit}"

@@ -36,21 +36,21 @@ CASES = {
     Case("transformer"): 45,
     Case("default U-Net"): 15,
 }
-"""The seconds within which ticks of a case are timed, `TICKS` of each loop at most."""
+"""The seconds for the ticks of a case, of which each loop takes at most `TICKS`."""
 
 COMPILED_CASES = [case for case in CASES if case.batch == 1 and not case.ddpm]
-"""Compiling takes up to a minute each."""
+"""The only networks to compile, since that takes up to a minute for each."""
 
 
 def measured(
     policy: Policy, *, seconds: float, most: int = TICKS, compiled: bool = False
 ) -> dict[str, Any]:
-    """The row of a case in the result file.
+    """Measure a case, and return its row in the result file.
 
     Args:
-        seconds: of all ticks together.
-        most: ticks of a loop.
-        compiled: whether LeRobot's loop is timed under `torch.compile` too.
+        seconds: time for all ticks together.
+        most: largest number of ticks of a loop.
+        compiled: whether to time LeRobot's loop under `torch.compile` too.
     """
     contenders = {OURS: prepared(policy)}
     on_gpu = policy.device.type == "cuda"

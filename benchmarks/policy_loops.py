@@ -1,7 +1,7 @@
 """The loops that a diffusion policy is run in: a call for each tick of its control loop.
 
-All run the same network on the timesteps and the schedule of LeRobot's default configuration, with
-other features of the observation at each tick.
+All loops run the same network on the timesteps and the schedule of LeRobot's default configuration,
+with other features of the observation at each tick.
 """
 
 from __future__ import annotations
@@ -23,30 +23,28 @@ import fastddim
 from fastddim.choices import Graph
 
 Tick: TypeAlias = Callable[[int], Tensor]
-"""Draws the chunk of a tick, which its number stands for; the chunk's memory may be the next one's
-too.
-"""
+"""Draws the chunk of a tick, given by its number; the next chunk may use the same memory."""
 
 TIMESTEPS = 100
 SEED = 2
 AGREEMENT = 5e-5
-"""The largest difference of two chunks of actions, which are in [-1, 1].
+"""The largest allowed difference of two chunks of actions, which are in [-1, 1].
 
-The first step multiplies the network's rounding by √((1 − ᾱ)/ᾱ) = 7, and memory that lies elsewhere
-rounds otherwise: 1.2e-5 has been seen.
+The first step multiplies the network's rounding by √((1 − ᾱ)/ᾱ) = 7, and rounding depends on the
+alignment of memory: 1.2e-5 has been seen.
 """
 COMPILED_AGREEMENT = 1e-4
-"""The same where the compiler has put the operations of the network in another order."""
+"""The same if the compiler has put the operations of the network in another order."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A policy, and how a tick samples from it.
+    """A policy, and the way in which a tick samples from it.
 
     Attributes:
         network: its name in `policy_networks.NETWORKS`.
-        batch: how many environments are served at once.
-        ddpm: whether all 100 steps of DDPM are taken, LeRobot's default, and not 10 of DDIM.
+        batch: number of environments that are served together.
+        ddpm: whether to take all 100 steps of DDPM, LeRobot's default, rather than 10 of DDIM.
     """
 
     network: str
@@ -66,7 +64,7 @@ class Case:
 
 
 class Policy:
-    """The network of a case with all that its loops are given."""
+    """The network of a case, with the further arguments of its loops."""
 
     def __init__(
         self, case: Case, device: torch.device | str, network: nn.Module | None = None
@@ -84,11 +82,11 @@ class Policy:
         return found
 
     def noise(self) -> torch.Generator | None:
-        """The generator of the noise of DDPM's steps, anew."""
+        """A fresh generator of the noise of DDPM's steps."""
         return torch.Generator(self.device).manual_seed(3) if self.case.ddpm else None
 
     def floor(self) -> Tick:
-        """The network as often as a tick evaluates it, at one timestep, and nothing else."""
+        """The network alone, called as often as in a tick, always at one timestep."""
         t = torch.full((self.case.batch,), TIMESTEPS // 2, device=self.device)
 
         def tick(number: int) -> Tensor:
@@ -102,7 +100,7 @@ class Policy:
     def written_out(self, tick: int) -> Tensor:
         """The chunk by equation 12 of arXiv 2010.02502 with x_0 clipped, operation by operation.
 
-        DDPM's steps are those with η = 1, and with ε as it follows from the clipped x_0.
+        DDPM's steps are those with η = 1, and with ε re-derived from the clipped x_0.
         """
         ddpm, x, noise = self.case.ddpm, self.x_T, self.noise()
         stride = TIMESTEPS // self.case.steps
@@ -128,9 +126,9 @@ class Contender:
     """A loop in two uses.
 
     Attributes:
-        tick: as it is timed, with noise of its own.
-        actions: what it makes of the features of a tick, the policy's x_T and the policy's noise.
-        agreement: how far they may be from those of the loop that is written out.
+        tick: the loop as it is timed, with noise of its own.
+        actions: the loop from the features of a tick, the policy's x_T and the policy's noise.
+        agreement: largest allowed difference to the actions of the loop that is written out.
     """
 
     tick: Tick
@@ -141,8 +139,8 @@ class Contender:
 def prepared(policy: Policy, graph: Graph = "auto") -> Contender:
     """A `fastddim.ActionSampler`, which writes its chunks into one tensor.
 
-    Its latents and noise are those of its seed. So it is compared with the `Sampler` that it is,
-    to the bit, and that with other loops.
+    Its latents and noise are those of its seed. So it is compared to the bit with the `Sampler`
+    that it uses, and that sampler with other loops.
     """
     ddpm: dict[str, Any] = {"eta": 1.0, "rederive_eps": True} if policy.case.ddpm else {}
     options: dict[str, Any] = {
@@ -173,7 +171,7 @@ def prepared(policy: Policy, graph: Graph = "auto") -> Contender:
 
 
 def assert_parity(policy: Policy, contenders: dict[str, Contender]) -> None:
-    """All make the same actions of two observations, one after the other."""
+    """Check that all contenders make the same actions of two observations in turn."""
     for number in (0, 1):
         expected = policy.written_out(number)
         for name, contender in contenders.items():
@@ -192,8 +190,8 @@ def _said(where: str, details: str) -> str:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one loop's ticks: until its actions were there, and until the call returned, which
-    on a GPU is before.
+    """Seconds of one loop's ticks: until the actions were ready, and until the call returned, which
+    on a GPU is earlier.
     """
 
     done: list[float]
@@ -203,14 +201,14 @@ class Times:
 def timed(
     ticks: dict[str, Tick], device: torch.device, *, seconds: float, most: int, least: int
 ) -> dict[str, Times]:
-    """Every loop's ticks, taken in turn, each time beginning with another loop.
+    """The ticks of every loop, taken in turn, with another loop first each time.
 
-    So what a tick finds in the caches is what a network and other loops have left there, as in a
-    control loop, and a slow moment of the machine hits all.
+    So the caches hold what a network and other loops have left there, as in a control loop, and a
+    slow moment of the machine affects all loops.
 
     Args:
-        seconds: after which no further tick begins, unless there were fewer than `least`.
-        most: of one loop.
+        seconds: time after which no further tick begins, unless there were fewer than `least`.
+        most: largest number of ticks of a loop.
     """
     names = list(ticks)
     times = {name: Times([], []) for name in names}
@@ -230,13 +228,13 @@ def timed(
 
 
 def percentile(values: list[float], share: float) -> float | None:
-    """The value that this share of them does not exceed; None where too few lie above to tell."""
+    """The value that this share of them does not exceed; None if too few lie above it."""
     above = len(values) * (1 - share)
     return sorted(values)[math.ceil(len(values) * share) - 1] if above >= 1 else None
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy of a gibibyte reads, and as many that it writes, together."""
+    """Bytes a second that a copy of a gibibyte reads and writes, both counted."""
     source = torch.zeros(2**30 // 4, device=device)
     target = torch.empty_like(source)
     seconds = device_seconds(lambda: target.copy_(source), device, 9)

@@ -1,7 +1,7 @@
 """Networks of diffusion policies, from free to heavy, in plain PyTorch.
 
 Each predicts ε for a chunk of actions `[B, horizon, action_dim]` at timesteps `[B]`, given features
-of the last observations `[B, features]`. Weights are random: only the time that they take counts.
+of the last observations `[B, features]`. Weights are random, since only the time matters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 HORIZON, ACTION_DIM = 16, 2
 OBSERVATIONS, OBSERVATION_DIM = 2, 18
-"""How many observations condition a chunk, and the features of each: push-T's nine keypoints."""
+"""The number of observations for a chunk, and the features of each: push-T's nine keypoints."""
 
 CONDITION = OBSERVATIONS * OBSERVATION_DIM
 
@@ -90,8 +90,8 @@ def levels_of(modules: nn.ModuleList) -> Any:
 class ConditionalUnet(nn.Module):
     """The 1-D U-Net of Diffusion Policy (arXiv 2303.04137, section 3), as LeRobot configures it.
 
-    Parameters have the names and shapes of LeRobot's `DiffusionConditionalUnet1d`, whose defaults
-    are those here.
+    Parameters have the names and shapes of LeRobot's `DiffusionConditionalUnet1d`, with the same
+    defaults.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class ConditionalUnet(nn.Module):
 
 class TransformerPolicy(nn.Module):
     """The transformer of Diffusion Policy for low-dimensional observations (arXiv 2303.04137,
-    section 3): actions attend to those before them, and to the timestep and the observations.
+    section 3): actions attend to earlier actions, to the timestep and to the observations.
     """
 
     def __init__(self, *, width: int = 256, layers: int = 8, heads: int = 4) -> None:
@@ -216,7 +216,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "transformer": TransformerPolicy,
     "default U-Net": ConditionalUnet,
 }
-"""By name, the cheapest first."""
+"""The networks by name, the cheapest first."""
 
 
 def make_policy(name: str, device: torch.device | str = "cpu") -> nn.Module:
@@ -228,10 +228,10 @@ def make_policy(name: str, device: torch.device | str = "cpu") -> nn.Module:
 
 
 def parameters_of(network: nn.Module) -> int:
-    """How many numbers the network has learnt."""
+    """The number of learnt parameters of a network."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def bytes_of(network: nn.Module) -> int:
-    """What an evaluation has to read: the memory of its parameters."""
+    """The bytes that an evaluation has to read: the memory of the network's parameters."""
     return sum(parameter.nbytes for parameter in network.parameters())

@@ -1,4 +1,4 @@
-"""Tables of what a tick of a robot's policy takes, by network and loop."""
+"""Tables of the time of a tick of a robot's policy, by network and loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def blocks() -> dict[str, str]:
 
 
 def policies_as_markdown(result: dict[str, Any]) -> str:
-    """The time of a tick, as a multiple of the network's alone, and the slowest tick in a
+    """The time of a tick as a multiple of the network's own time, and the slowest tick in a
     hundred.
     """
     timed = [name for row in result["rows"] for name in row["timings"] if name != FLOOR]
@@ -47,7 +47,7 @@ def policies_as_markdown(result: dict[str, Any]) -> str:
 
 
 def _place(contender: str) -> tuple[int, str]:
-    """Its place in the tables; those with a kind of graph come last."""
+    """The place of a contender in the tables; those with a kind of graph come last."""
     known = contender in CONTENDERS
     return CONTENDERS.index(contender) if known else len(CONTENDERS), contender
 
@@ -67,7 +67,7 @@ def _slow(timing: dict[str, Any] | None) -> str:
 
 
 def _left_out(result: dict[str, Any]) -> list[str]:
-    """The sentence that says what was not timed and why."""
+    """The sentence that lists what was not timed, with the reasons."""
     reasons: dict[str, list[str]] = {}
     for row in result["rows"]:
         for name, reason in row["left_out"].items():

@@ -1,5 +1,5 @@
-"""Tables of quality: the paper's tables 1 and 2, its own numbers, distances by training, and those
-of few steps.
+"""Tables of quality: the paper's tables 1 and 2, its own numbers, distances during training, and
+distances of few steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAPER = {
     "σ̂": {10: 367.43, 20: 133.37, 50: 32.72, 100: 9.99, 1000: 3.17},
 }
 
-# Table 2 of the same: squared error of reconstructed CIFAR10 test images in [0, 1], by steps.
+# Table 2 of the paper: squared error of reconstructed CIFAR10 test images in [0, 1], by steps.
 PAPER_RECONSTRUCTION = {
     10: 0.014,
     20: 0.0065,
@@ -39,7 +39,7 @@ PAPER_RECONSTRUCTION = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to take steps, of which the quality results have one row for each number of steps."""
+    """A kind of steps, for which the quality results have one row for each number of steps."""
 
     label: str
     spacing: str
@@ -47,7 +47,7 @@ class Kind:
     eta: float = 0.0
 
     def rows(self, quality: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Its rows, fewest steps first."""
+        """The rows of this kind, fewest steps first."""
         own = ("small", self.spacing, self.order, self.eta)
         names = ("variance", "spacing", "order", "eta")
         found = [row for row in quality["rows"] if tuple(row[name] for name in names) == own]
@@ -61,7 +61,7 @@ FEW_KINDS = (
     Kind("order 2", "trailing", order=2),
     TUNED,
 )
-"""What is compared at few steps: the package's default spacing, and tuned steps."""
+"""The kinds to compare at few steps: those of the package's default spacing, and tuned steps."""
 
 
 def quality_of(data: str) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def distance_of(
 
 
 def few_as_markdown(results: Sequence[dict[str, Any]]) -> str:
-    """Distances of few steps, tuned ones among them where they were measured.
+    """Distances of few steps, including tuned ones if they were measured.
 
     Args:
         results: the quality results of the models.
@@ -133,7 +133,7 @@ def quality_as_markdown(result: dict[str, Any]) -> str:
         ("efficientnet-lite0", "features of EfficientNet-Lite0"),
     ):
         found: dict[str, dict[int, str]] = {}
-        # Other numbers of steps are in the table of few.
+        # The table of few steps has the other numbers of steps.
         shown = {row["steps"] for row in result["rows"] if row["spacing"] == "uniform"}
         rows = [row for row in result["rows"] if space in row and row["steps"] in shown]
         for row in rows:
@@ -158,7 +158,7 @@ def quality_as_markdown(result: dict[str, Any]) -> str:
 def _drawn_and_judged(result: dict[str, Any]) -> str:
     machine = result["machine"]
     versions = f"torch {machine['torch']}, fastddim {machine['fastddim']}"
-    # Rows that do not say so are from before a CPU without bfloat16 was allowed for.
+    # Rows without this entry are from before a CPU without bfloat16 was supported.
     precisions = sorted({row.get("network", "bfloat16") for row in result["rows"]})
     network = f"the network in {' or '.join(precisions)}"
     if not any("gpu" in row for row in result["rows"]):
@@ -192,7 +192,7 @@ def reconstruction_as_markdown(result: dict[str, Any]) -> str:
 
 
 def paper_as_markdown(_: dict[str, Any]) -> str:
-    """Table 1 of the paper itself."""
+    """Table 1 of the paper, with its own numbers."""
     paper = {
         kind: {steps: f"{value:g}" for steps, value in cells.items()}
         for kind, cells in PAPER.items()
@@ -217,7 +217,7 @@ def training_as_markdown(earlier: dict[str, Any]) -> str:
 
 
 def images_seen(training: dict[str, Any]) -> int:
-    """Images that `examples/train.py` has seen in a run and in the runs that it continued.
+    """The number of images that `examples/train.py` used in a run and the runs before it.
 
     Args:
         training: the record of the run.

@@ -1,4 +1,4 @@
-"""The loops of S steps that `bench_sampling.py` times, after a look at what they give."""
+"""The loops of S steps that `bench_sampling.py` times, after a check of their results."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ OWN: dict[str, dict[str, Any]] = {
     "fastddim, η = 1": {"eta": 1.0},
     "fastddim, order 2": {"order": 2},
 }
-"""The contenders of fastddim, and what they pass to `Sampler`."""
+"""The contenders of fastddim, with the arguments that they pass to `Sampler`."""
 TUNED = "fastddim, tuned"
 
 
 def agreeing(model: Any, x_T: Tensor, steps: int) -> dict[str, Loop]:
-    """Loops of as many steps, after those of fastddim have given what they should.
+    """Loops with the same number of steps, whose results are checked first.
 
-    That is what diffusers' loop gives, and with order 2 or tuned steps, which diffusers lacks, what
-    the reference path gives. Only tuned steps are timed where `STEPS` lacks the number.
+    The reference is diffusers' loop or, for order 2 and tuned steps, which diffusers lacks, the
+    reference path. If `STEPS` lacks the number, only tuned steps are timed.
     """
     loops: dict[str, Loop] = {}
     if steps in tuned_steps(model):
@@ -48,7 +48,7 @@ def agreeing(model: Any, x_T: Tensor, steps: int) -> dict[str, Loop]:
 
 
 def tuned_steps(model: Any) -> Mapping[int, fastddim.TunedSteps]:
-    """The tuned steps that a model carries, by their number; of most models none."""
+    """The tuned steps of a model, by their number; empty for most models."""
     found: Mapping[int, fastddim.TunedSteps] = getattr(model, "tuned", {})
     return found
 

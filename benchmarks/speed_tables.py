@@ -34,7 +34,7 @@ def steps_as_markdown(result: dict[str, Any]) -> str:
 
 
 def dropins_as_markdown(result: dict[str, Any]) -> str:
-    """Time of a step of the original and of the drop-in, and of the draw they have in common."""
+    """Time of a step of the original and of the drop-in, and of the draw that both share."""
     header = ["", "case", "original", "fastddim", "faster", "the draw"]
     rows = []
     for row in result["rows"]:
@@ -49,7 +49,7 @@ def dropins_as_markdown(result: dict[str, Any]) -> str:
 
 
 def loops_as_markdown(result: dict[str, Any]) -> str:
-    """Time of a loop, and how many times longer the others take."""
+    """Time of a loop, and the multiples of it that the others take."""
     header = ["model", "", "fastddim, a step", *LOOP_CONTENDERS]
     rows = []
     for row in result["rows"]:
@@ -62,7 +62,7 @@ def loops_as_markdown(result: dict[str, Any]) -> str:
 
 
 def sampling_as_markdown(result: dict[str, Any]) -> str:
-    """Gains over 1000 steps of DDPM, those of fewer steps and of the loop apart; and quality."""
+    """Gains over 1000 steps of DDPM, by fewer steps and by the loop separately; and quality."""
     header = ["model", "S", "fastddim", "diffusers' DDIM", "fewer steps", "faster loop", "together"]
     header += ["η = 1", "order 2", "distance", "of order 2", "of DDPM, S = 1000"]
     rows = []
@@ -93,7 +93,7 @@ def _tuned_table(result: dict[str, Any]) -> Iterator[str]:
 
 
 def gains(row: dict[str, Any]) -> tuple[float, float, float]:
-    """By how much fewer steps, a faster loop, and both shorten DDPM's 1000 steps."""
+    """The factors by which fewer steps, a faster loop, and both shorten DDPM's 1000 steps."""
     timings = row["timings"]
     fewer, together = (1 / timings[name]["ratio"] for name in ("diffusers", "fastddim"))
     return fewer, timings["diffusers against fastddim"]["ratio"], together
@@ -113,7 +113,7 @@ def _distance(cell: tuple[float, float] | None) -> str:
 
 
 def stream_as_markdown(result: dict[str, Any]) -> str:
-    """Throughput and latency of requests one after the other, and of those that share a batch."""
+    """Throughput and latency of requests served one after the other, and in a shared batch."""
     header = ["model", "load", "requests/s", "", "median", "", "95 %", ""]
     rows = [["", "", *["one by one", "stream"] * 3]]
     for row in result["rows"]:

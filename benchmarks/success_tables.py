@@ -19,7 +19,7 @@ def blocks() -> dict[str, str]:
 
 
 def success_as_markdown(result: dict[str, Any]) -> str:
-    """The share of episodes that arrive, by the way that steps are taken and their number."""
+    """The share of episodes that arrive, by kind and number of steps."""
 
     def cell(row: Mapping[str, Any]) -> str:
         return f"{100 * row['success']:.1f} ± {100 * row['error']:.1f}"

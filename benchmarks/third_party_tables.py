@@ -89,7 +89,7 @@ def _networks(result: dict[str, Any]) -> list[str]:
 
 
 def _is_whole(row: dict[str, Any], result: dict[str, Any]) -> bool:
-    """Whether a row is of all latents, and not of the few of the package's own sampler."""
+    """Tell whether a row is of all latents, rather than the few of the package's own sampler."""
     count: int = max(other["count"] for other in result["rows"])
     return row["count"] == count
 

@@ -1,4 +1,4 @@
-"""The tables of docs/versions.md: the versions and settings that the tests were run with."""
+"""The tables of docs/versions.md: the versions and settings of the test runs."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Many samples for a class-conditional FID: as many of each class, written by `generate`.
+"""Many samples for a class-conditional FID: equally many of each class, written by `generate`.
 
-Sample i has the label i mod 10. The run can be killed and started again, and grows: 200 samples
-here, then 300, of which only the last 100 are drawn in the second call. The merged file is the one
-that the evaluator of guided-diffusion takes, images in `arr_0` and labels in `arr_1`.
+Sample i has the label i mod 10. The run can be killed and started again, and extended: it first has
+200 samples here, then 300, of which the second call draws only the last 100. The merged file has
+the form that the evaluator of guided-diffusion reads, images in `arr_0` and labels in `arr_1`.
 
-Needs scikit-learn, as class_conditional.py does, whose model this draws from.
+Needs scikit-learn, as does class_conditional.py, which defines the model.
 
 python examples/class_balanced.py --out runs/class_balanced
 """

@@ -1,11 +1,11 @@
-"""Class labels and classifier-free guidance: the digits 0 to 9, asked for by name.
+"""Class labels and classifier-free guidance: draw the digits 0 to 9 by name.
 
-The network is replaced by the exact ε of noised digits, which can be written down, so nothing has
-to be trained. Like a network it takes a label `y` for each sample, and a null label where no class
-is asked for. Each row of the picture has a guidance scale of its own, the first has no label.
+The exact ε of noised digits has a formula, which takes the place of a network, so nothing has to be
+trained. Like a network, the model takes a label `y` for each sample, and a null label for no class.
+Each row of the picture has its own guidance scale; the first row has no label.
 
-Guidance is a trade: samples stay further away from the other classes, and differ less from each
-other. The numbers printed say so.
+Guidance is a trade: samples are further away from the other classes, and differ less from each
+other. The printed numbers show both.
 
 Needs scikit-learn, for its 8×8 digits (`pip install scikit-learn`).
 
@@ -24,16 +24,16 @@ from torch import Tensor, nn
 
 import fastddim
 
-NULL = 10  # the label of no class
+NULL = 10  # the label for no class
 STEPS = 25
 SCALES = (1.0, 3.0, 8.0)
 
 
 class LabelledDigits(nn.Module):
-    """The ε that the best of all networks would predict for noised digits.
+    """The ε that the best possible network would predict for noised digits.
 
     The data are scikit-learn's 1,797 digits, each widened to a Gaussian of standard deviation
-    `width`; a label leaves those of its class.
+    `width`. A label selects the digits of its class.
     """
 
     sample_shape = (1, 8, 8)
@@ -77,9 +77,9 @@ def draw(model: LabelledDigits, labels: Tensor, guidance_scale: float, seed: int
 
 
 def margin(model: LabelledDigits, x: Tensor, labels: Tensor) -> float:
-    """How much closer the nearest digit of the class asked for is than the nearest of another.
+    """The margin by which the nearest digit of the given class is closer than that of any other.
 
-    Negative where another class is closer; a mean over the samples.
+    It is negative if another class is closer; the result is a mean over the samples.
     """
     distance = torch.cdist(x.flatten(1), model.images)
     own = labels[:, None] == model.labels

@@ -1,10 +1,10 @@
 """A control loop of 10 Hz: one thread acts at every control tick, another plans meanwhile.
 
-A call of the policy takes 20 ms, so that the 10 calls for a chunk take more than two ticks. The
-control thread does not wait for them. It goes on with the chunk that it has, and changes to the new
-one at the action that is due when that is ready. Demonstrations go round obstacles on either side,
-and chunks that know nothing of each other change sides where one takes over from the other: the
-robot would have to jump. `fastddim.ActionSampler` draws chunks that go on from what is executed.
+A call of the policy takes 20 ms, so the 10 calls for a chunk take more than two ticks. The control
+thread does not wait for them. It continues with its current chunk and changes to the new one when
+that is ready, at the action that is due then. Demonstrations pass obstacles on either side. Chunks
+that are planned independently change sides at the transition from one to the next: the robot would
+have to jump. `fastddim.ActionSampler` draws chunks that continue what is being executed.
 
 python examples/control_loop.py
 python examples/control_loop.py --rate 20 --seconds 1.2 --call-ms 10
@@ -29,12 +29,12 @@ from warm_start import HORIZON, PACE, STEPS, Policy
 
 import fastddim
 
-REPLAN = 4  # actions of a chunk that are executed, at least, before the next one is planned
+REPLAN = 4  # the least number of actions that are executed before the next chunk is planned
 
 CHUNKS: Mapping[str, Mapping[str, Any]] = {
     "independent": {},
     "frozen": {"chunking": "freeze"},
-    # The usual limit is for networks, whose gradients are rough. Those of this policy are exact.
+    # The usual limit is for networks, whose gradients are rough. The gradients here are exact.
     "guided": {"chunking": "guide", "max_guidance_weight": 1e6},
     "frozen, warm start": {"chunking": "freeze", "warm_start": 4},
 }
@@ -54,20 +54,20 @@ class Network(Policy):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Actions, one for each tick from `first` on, and how long it took to plan them."""
+    """Actions, one for each tick from `first` on, and the time that it took to plan them."""
 
     first: int
     actions: list[float]
     seconds: float
 
     def at(self, tick: int) -> float | None:
-        """The action of a tick, or None where the chunk has ended."""
+        """The action of a tick, or None after the end of the chunk."""
         i = tick - self.first
         return self.actions[i] if i < len(self.actions) else None
 
 
 class Planner:
-    """Chunks from observations, one at a time."""
+    """Plans chunks from observations, one at a time."""
 
     def __init__(self, network: Network, options: Mapping[str, Any]) -> None:
         self._sampler = fastddim.ActionSampler(
@@ -77,14 +77,14 @@ class Planner:
             model_kwargs={"observation": torch.zeros(1, 1)},
             **options,
         )
-        self._sampler.prepare()  # the first calls are slow: libraries are loaded
+        self._sampler.prepare()  # the first calls are slow, since they load libraries
 
     def plan(self, tick: int, *, executed: int, frozen: int) -> Chunk:
         """The chunk whose first action is due at `tick`, which is now.
 
         Args:
-            executed: how many actions of the chunk before are past.
-            frozen: how many control ticks the plan is expected to take.
+            executed: number of actions of the last chunk that are past.
+            frozen: number of control ticks that planning is expected to take.
         """
         began = time.perf_counter()
         actions = self._sampler(
@@ -92,28 +92,28 @@ class Planner:
             executed=executed,
             frozen=frozen,
         )
-        # With a GPU it is `tolist` that waits, in the thread that may.
+        # With a GPU, `tolist` waits, in the thread that may.
         return Chunk(tick, actions[0, :, 0].tolist(), time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
 class Drive:
-    """The actions of all ticks, the chunks that they are of, and the number of missed ticks."""
+    """The actions of all ticks, the chunks that they are from, and the number of missed ticks."""
 
     actions: list[float]
     chunks: list[Chunk]
     missed: int
 
     def largest_change(self) -> float:
-        """The most that an action differs from the one of the tick before."""
+        """The largest change of the action from one tick to the next."""
         return max(abs(after - before) for before, after in pairwise(self.actions))
 
 
 def drive(planner: Planner, *, rate: float, ticks: int) -> Drive:
     """Act `rate` times a second.
 
-    A control tick is missed if it is over before it has an action, or if the chunk has ended; then
-    the last action is held. An exception of the planner is raised here, at the first tick after it.
+    A control tick is missed if it is over before it has an action, or if the chunk has ended; the
+    last action is then held. An exception of the planner is raised here, at the next tick.
     """
     chunk = planner.plan(0, executed=0, frozen=0)
     chunks, delays = [chunk], deque([ceil(chunk.seconds * rate)], maxlen=5)

@@ -1,6 +1,6 @@
-"""A loop of your own around `fastddim.step`: complete an image of which one half is known.
+"""A loop of your own around `fastddim.step`: complete an image from one known half.
 
-After every step the known half is put back, noised to where the state is. Planners and robot
+After every step the known half is restored, noised to the level of the state. Planners and robot
 policies fix the current state of a trajectory in the same way.
 
 python examples/custom_loop.py --out runs/custom_loop.png

@@ -1,6 +1,6 @@
-"""Any diffusers U-Net works as it is: the same images as diffusers' own loop.
+"""A U-Net of diffusers, unchanged, gives the same images as in diffusers' own loop.
 
-The network is random, so the images are noise; what counts is that they agree.
+The network is random, so the images are noise; the example shows that they agree.
 
 python examples/diffusers_unet.py
 """

@@ -1,7 +1,8 @@
 """Start from an image instead of noise: a sketch becomes a digit.
 
-The sketch is noised to a timestep t and denoised from there. The higher t, the less of it is left.
-Each row of the picture is one draw of the noise: the sketch, then the results from t = 199, 399, …
+The sketch is noised to a timestep t and denoised from there. The higher t is, the less of the
+sketch is left. Each row of the picture is one draw of the noise: the sketch, then the results from
+t = 199, 399, …
 
 python examples/img2img.py --out runs/img2img.png
 """

@@ -3,13 +3,13 @@
     python examples/navigation.py --out runs/navigation
     python examples/navigation.py --out runs/navigation --quick
 
-A point robot drives among three discs to a goal, as fast as it may. The demonstrations pass every
-disc on the one side or the other, by the toss of a coin, and a mean of two ways ends in the disc
-between them. The policy is Diffusion Policy's (arXiv 2303.04137) in small: it is told the last two
-positions and the goal, and predicts the epsilon of the next 16 velocities, of which 8 are executed
-before it is asked again. Its schedule is the squared cosine with T = 100, samples are clipped to
-±1, and its weights are averaged. All timesteps count alike in v, and not in epsilon, where those
-of much noise, at which a side is chosen, hardly count.
+A point robot drives between three discs to a goal, as fast as it may. The demonstrations pass every
+disc on one side or the other, by the toss of a coin, and the mean of both ways hits the disc. The
+policy is a small version of Diffusion Policy (arXiv 2303.04137): it gets the last two positions and
+the goal, and predicts the epsilon of the next 16 velocities, of which 8 are executed before it is
+asked again. Its schedule is the squared cosine with T = 100, samples are clipped to ±1, and its
+weights are averaged. All timesteps count equally in v. In epsilon, those with much noise would
+hardly count, although they choose the side.
 
 The weights go to `policy.safetensors` in the folder `--out`, with the recipe and the command.
 Training takes some minutes on one core, and seconds with `--quick`, which learns less.
@@ -43,23 +43,23 @@ Numbers = npt.NDArray[np.float64]
 DISCS = np.array([(-0.3, 0.0, 0.3), (0.4, 0.4, 0.2), (0.4, -0.4, 0.2)])  # x, y, radius
 CENTERS, RADII = DISCS[:, :2], DISCS[:, 2]
 SPEED = 0.05
-ARRIVED = 0.05  # this near to the goal
+ARRIVED = 0.05  # the largest distance from the goal that counts as arrived
 LIMIT = 72  # ticks of an episode
-CLEARANCE = 0.1  # of the demonstrations from a disc
+CLEARANCE = 0.1  # distance of the demonstrations from a disc
 
 HORIZON, EXECUTED = 16, 8
 OBSERVED = 6
 
 
 def clearance(points: Numbers) -> Numbers:
-    """The way from points `[..., 2]` to the nearest disc's edge, negative inside: `[...]`."""
+    """The distance from points `[..., 2]` to the nearest disc's edge, negative inside: `[...]`."""
     away = np.linalg.norm(points[..., None, :] - CENTERS, axis=-1) - RADII
     nearest: Numbers = away.min(-1)
     return nearest
 
 
 class Episodes:
-    """Robots that drive side by side, each on its own, by a velocity each tick.
+    """Robots that drive in parallel, each on its own, by a velocity each tick.
 
     Attributes:
         goal: `[N, 2]`.
@@ -74,8 +74,8 @@ class Episodes:
 
     @classmethod
     def draw(cls, count: int, seed: int, *, anywhere: bool = False) -> Episodes:
-        """Random ones, the same for the same seed: from the left, or from `anywhere` that is free,
-        to a goal on the right.
+        """Draw random episodes, the same for the same seed: from the left, or from any free place
+        with `anywhere`, to a goal on the right.
         """
         rng = np.random.default_rng(seed)
         goal = rng.uniform((0.9, -0.2), (1.0, 0.2), (count, 2))
@@ -90,9 +90,9 @@ class Episodes:
         return self.arrived | self.crashed
 
     def tick(self, velocity: Numbers) -> None:
-        """Move by velocities `[N, 2]` in units of the greatest speed, and shortened to it.
+        """Move by velocities `[N, 2]` in units of the greatest speed; larger ones are shortened.
 
-        The way of a tick, and not its end alone, has to be free.
+        The whole way of a tick has to be free, not only its end.
         """
         speed = np.linalg.norm(velocity, axis=1, keepdims=True)
         moved = self.position + SPEED * velocity / np.maximum(speed, 1)
@@ -111,17 +111,17 @@ class Episodes:
 
 def planned(episodes: Episodes, sides: Numbers) -> Numbers:
     """The velocities `[N, 2]` of the demonstrations: to the goal, or along the tangent of the disc
-    that is in the way, and of the disc in the way of that.
+    in the way, and then of the disc in the way of that tangent.
 
     Args:
-        sides: on which each disc is passed, −1 or 1, `[N, len(DISCS)]`.
+        sides: side on which each disc is passed, −1 or 1, `[N, len(DISCS)]`.
     """
     here = episodes.position
     centers, reach = CENTERS - here[:, None], RADII + CLEARANCE
     distance = np.linalg.norm(centers, axis=2)
     wide = np.arcsin(np.minimum(1, reach / distance))
     bearing = np.arctan2(centers[..., 1], centers[..., 0])
-    # Tangents are as long as the disc is far away; what lies behind one is no obstacle yet.
+    # Tangents are as long as the disc is far away; discs beyond the end are not obstacles yet.
     tangent = np.sqrt(np.maximum(0, distance**2 - reach**2))
     goal = episodes.goal - here
     heading, ahead = np.arctan2(goal[:, 1], goal[:, 0]), np.linalg.norm(goal, axis=1)
@@ -145,10 +145,10 @@ def _wrapped(angle: Numbers) -> Numbers:
 
 
 def demonstrations(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """What the planner saw and did in the first `EXECUTED` ticks of `count` episodes.
+    """The observations and actions of the planner in the first `EXECUTED` ticks of episodes.
 
-    They begin anywhere, and each has sides of its own, so the policy sees the choice between two
-    ways as often as it will be asked for one.
+    The episodes begin anywhere, and each has its own sides, so the policy sees the choice between
+    two ways as often as it will have to make it.
 
     Returns:
         Observations `[M, OBSERVED]`, and the velocities of the `HORIZON` ticks from each on,
@@ -169,7 +169,7 @@ def demonstrations(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a policy is made; every field is in its file."""
+    """The settings that a policy is made with; every field is in its file."""
 
     width: int = 128
     blocks: int = 2
@@ -187,8 +187,8 @@ QUICK = Recipe(width=64, blocks=1, episodes=1000, steps=300, batch=256, ema=0.98
 
 
 class Block(nn.Module):
-    """Two layers around which the input goes on; the context scales and shifts what is between
-    them (arXiv 1709.07871).
+    """Two layers with a residual path; the context scales and shifts the features between them
+    (arXiv 1709.07871).
     """
 
     def __init__(self, width: int, context: int) -> None:
@@ -205,7 +205,7 @@ class Block(nn.Module):
 
 
 class Policy(nn.Module):
-    """ε of chunks of actions `[B, HORIZON, 2]`, after what was observed, `[B, OBSERVED]`."""
+    """ε of chunks of actions `[B, HORIZON, 2]`, given observations `[B, OBSERVED]`."""
 
     def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ class Policy(nn.Module):
         return (1 - a).sqrt() * actions + a.sqrt() * self.velocity(actions, t, observation)
 
     def velocity(self, actions: Tensor, t: Tensor, observation: Tensor) -> Tensor:
-        """v = √ᾱ·ε − √(1−ᾱ)·x_0 (arXiv 2202.00512, appendix D), which is as large at every t."""
+        """v = √ᾱ·ε − √(1−ᾱ)·x_0 (arXiv 2202.00512, appendix D), equally large at every t."""
         told = torch.cat([t[:, None] / self.schedule.T, observation[:, [0, 1, 4, 5]]], 1)
         phases = (told[:, :, None] * self.frequencies).flatten(1)
         context = self.look(torch.cat([observation, phases.sin(), phases.cos()], 1))
@@ -269,7 +269,7 @@ class Trainer:
         return (self.policy.velocity(noised, t, self.observed[index]) - v).square().mean()
 
     def train_step(self) -> float:
-        """One update; its loss."""
+        """Take one update, and return its loss."""
         recipe = self.recipe
         rate = recipe.learning_rate * min(1.0, (self.step + 1) / recipe.warmup)
         for group in self.optimizer.param_groups:
@@ -298,7 +298,7 @@ def trained(recipe: Recipe) -> Policy:
 
 
 def save(policy: Policy, path: Path, recipe: Recipe, command: str) -> None:
-    """Write the weights, in float16, and what made them."""
+    """Write the weights, in float16, with the recipe and the command that made them."""
     metadata = {"recipe": json.dumps(asdict(recipe)), "command": command}
     tensors = {name: tensor.half() for name, tensor in policy.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -307,20 +307,20 @@ def save(policy: Policy, path: Path, recipe: Recipe, command: str) -> None:
 
 
 def recipe_of(path: Path) -> Recipe:
-    """The recipe of a policy that was saved."""
+    """The recipe of a saved policy."""
     with safetensors.safe_open(path, framework="pt") as file:
         return Recipe(**json.loads(file.metadata()["recipe"]))
 
 
 def load(path: Path) -> Policy:
-    """A policy that was saved, in float32 and eval mode."""
+    """Load a saved policy, in float32 and eval mode."""
     recipe = recipe_of(path)
     policy = Policy(recipe.width, recipe.blocks)
     policy.load_state_dict(safetensors.torch.load_file(path))
     return policy.requires_grad_(False).eval()
 
 
-# DDPM as it was trained: its mean is one of x_t and the clipped x_0, and so is this with ε anew.
+# DDPM as in training: its mean is one of x_t and the clipped x_0, and so is this with ε re-derived.
 DDPM: dict[str, Any] = {"eta": 1.0, "rederive_eps": True}
 
 
@@ -340,7 +340,7 @@ def sampler_of(
 
 
 def drive(sampler: fastddim.ActionSampler, episodes: Episodes) -> None:
-    """Drive until the time is up, `EXECUTED` ticks of each chunk."""
+    """Drive until the time is up, executing `EXECUTED` ticks of each chunk."""
     for _ in range(LIMIT // EXECUTED):
         seen = {"observation": episodes.observation()}
         actions = sampler(model_kwargs=seen, executed=EXECUTED)

@@ -1,8 +1,8 @@
-"""Stop a run in the middle and go on later, to the very bits of the run without a stop.
+"""Stop a run in the middle and continue it later, with the bits of a run without a stop.
 
-A callback stops the run after 20 of 50 steps. Its state goes into a file, with the step to go on
-with and the seed; a second call reads it. Noise is a function of seed and step, so this holds at
-every η.
+A callback stops the run after 20 of 50 steps. Its state goes into a file, together with the next
+step and the seed; a second call reads the file. Noise is a function of seed and step, so this works
+at every η.
 
 python examples/resume.py --out runs/resume.safetensors
 """
@@ -24,7 +24,7 @@ STOP_AFTER = 20
 
 
 def stop(step_index: int, timestep: int, x_t: Tensor, x_0: Tensor) -> object:
-    """A callback for a run that is to stop after `STOP_AFTER` steps."""
+    """A callback that stops a run after `STOP_AFTER` steps."""
     return fastddim.STOP if step_index + 1 == STOP_AFTER else None
 
 

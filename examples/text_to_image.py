@@ -1,15 +1,16 @@
 """Text to image with the parts of Stable Diffusion, outside a pipeline.
 
-A text encoder turns token ids into embeddings, `fastddim.sample` takes them as conditions, with
-those of the empty prompt for guidance, and the VAE decodes the latents. Here the parts are random
-and small, so that nothing has to be downloaded and the picture is noise; with
+A text encoder turns token ids into embeddings. `fastddim.sample` takes them as conditions, with
+those of the empty prompt for guidance, and the VAE decodes the latents. The parts are random and
+small here, so nothing has to be downloaded, and the picture is noise. To get a real picture, take
+the ids from `pipe.tokenizer` and use
 
     pipe = StableDiffusionPipeline.from_pretrained(...)
     parts = Parts(pipe.unet, pipe.vae, pipe.text_encoder, pipe.scheduler)
 
-and `pipe.tokenizer` for the ids it is a picture. The result is that of the pipeline with the same
-latents, to rounding, where the scheduler's `set_alpha_to_one` is True. Where it is False, as Stable
-Diffusion has it, the pipeline ends at the ᾱ of timestep 0, and `sample` at 1, the clean image.
+If the scheduler's `set_alpha_to_one` is True, the result is that of the pipeline with the same
+latents, to rounding. If it is False, as in Stable Diffusion, the pipeline ends at the ᾱ of
+timestep 0, and `sample` ends at 1, the clean image.
 
 Needs diffusers and transformers (`pip install fastddim[diffusers] transformers`).
 
@@ -33,14 +34,14 @@ import fastddim
 
 STEPS = 20
 GUIDANCE = 7.5
-# Ids as a tokenizer gives them, padded with that of the end of the text.
+# Ids as a tokenizer gives them, padded with the id for the end of the text.
 START, END, LENGTH = 98, 99, 16
 PROMPT = (23, 5, 61, 42)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a Stable Diffusion pipeline is made of, of classes that tell type checkers little."""
+    """The parts of a Stable Diffusion pipeline, whose classes tell type checkers little."""
 
     unet: Any
     vae: Any
@@ -100,7 +101,7 @@ def embed(parts: Parts, tokens: Sequence[int]) -> Tensor:
 
 
 def draw(parts: Parts, prompt: Tensor, empty: Tensor, x_T: Tensor) -> Tensor:
-    """Images `[B, 3, H, W]` from latents `x_T`; one prompt serves all B."""
+    """Draw images `[B, 3, H, W]` from latents `x_T`, with one prompt for all B."""
     config = parts.scheduler.config
     latents = fastddim.sample(
         parts.unet,
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = random_parts(args.device)
     size = parts.unet.config.sample_size
     shape = (2, parts.unet.config.in_channels, size, size)
-    # The same on every device, since it is a function of the seed.
+    # These latents are the same on every device, since they are a function of the seed.
     x_T = fastddim.philox.initial_latents(shape, seed=0, device=args.device)
     images = draw(parts, embed(parts, PROMPT), embed(parts, ()), x_T)
     args.out.parent.mkdir(parents=True, exist_ok=True)

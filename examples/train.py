@@ -4,13 +4,13 @@
     python examples/train.py fashion --out runs/fashion
 
 `digits` reads scikit-learn's 8×8 digits; `fashion` reads Fashion-MNIST from the Debian package
-dataset-fashion-mnist (`--data` points elsewhere). From the first checkpoint on, the averaged
-weights can be loaded with `fastddim.models.load("runs/digits")`. `--resume` continues a run that
-was interrupted, to the very weights that it would have had.
+dataset-fashion-mnist, or from the folder `--data`. From the first checkpoint on, you can load the
+averaged weights with `fastddim.models.load("runs/digits")`. `--resume` continues an interrupted
+run, to exactly the weights that it would have had.
 
 The bundled models, in `fastddim/models/weights/`, are copies of `model.safetensors` and
-`model.json`: of the first run for digits, and for fashion of a third one. The second starts from
-the weights of the first, and the third, on a GPU, from those of the second:
+`model.json`: those of the first run for digits, and of a third run for fashion. The second run of
+fashion starts from the weights of the first, and the third, on a GPU, from those of the second:
 
     python examples/train.py fashion --start runs/fashion --seed 1 --steps 15000 \\
         --learning-rate 1e-3 --out runs/fashion-2
@@ -22,10 +22,10 @@ rises from 0.33 to 0.50 at timestep 50.
 
 On a GPU, images, timesteps and noise are drawn there, and a step's draw, forward and backward pass
 are one CUDA graph (`--no-graph` launches them one by one). The third run of fashion took two
-minutes on an NVIDIA H100. It was given `--seconds` instead of `--steps`: as many steps are taken
-then as so many seconds hold, judged by the time of 200 that are thrown away, and the weights are
-averaged over a tenth of them, if that is more than the recipe does. The record has both numbers,
-and `--steps` and `--ema` with them repeat such a run.
+minutes on an NVIDIA H100. It was given `--seconds` instead of `--steps`. The number of steps is
+then the one that fits the seconds, judged by the time of 200 discarded steps, and the weights are
+averaged over a tenth of them, if that is more than in the recipe. The record has both numbers, and
+`--steps` and `--ema` with these numbers repeat such a run.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ HELD_OUT_TIMESTEPS = (1, 10, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 99
 # Held-out images behind the quoted losses: a few at every checkpoint, and many at the end.
 FEW, MANY = 64, 2000
 HELD_OUT = 360  # of the digits
-# Steps between two looks at the loss, for which a GPU has to be waited.
+# Steps between two readings of the loss, each of which waits for the GPU.
 LOOK_EVERY = 20
-# Calls before a capture; steps before those that are timed, and those; their share of `--seconds`,
-# of which checkpoints take the rest.
+# Calls before a capture; untimed steps, then timed ones; the share of `--seconds` for steps, since
+# checkpoints take the rest.
 WARM_UPS, UNTIMED, TIMED, SHARE = 3, 20, 200, 0.93
 FUSED_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -72,7 +72,7 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained; every field is in its record."""
+    """The settings that a model is trained with; every field is in its record."""
 
     config: UNetConfig
     steps: int
@@ -108,7 +108,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Data:
-    """Images `[N, C, H, W]` in [−1, 1], and where they come from."""
+    """Images `[N, C, H, W]` in [−1, 1], and their source."""
 
     train: Tensor
     held_out: Tensor
@@ -148,7 +148,7 @@ def fashion_data(folder: Path) -> Data:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """What a gzipped IDX file of bytes holds: images `[N, H, W]` or classes `[N]`, uint8."""
+    """The content of a gzipped IDX file of bytes: images `[N, H, W]` or classes `[N]`, uint8."""
     if not path.is_file():
         raise SystemExit(
             f"no {path}: install the Debian package (apt-get install dataset-fashion-mnist), or "
@@ -174,8 +174,8 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def stream_seed(seed: int, index: int) -> int:
-    """Of the random numbers of each step (`index` = step) and epoch (2³¹ + epoch) of a run."""
-    # torch's CPU generator heeds 32 bits; no two runs below 1,000,003 steps share a stream.
+    """The seed of the random numbers of a step (`index` = step) or an epoch (2³¹ + epoch)."""
+    # torch's CPU generator uses 32 bits; no two runs below 1,000,003 steps share a stream.
     return (seed * 1_000_003 + index) % 2**32
 
 
@@ -212,7 +212,7 @@ def spread(uniform: Tensor) -> Tensor:
     """One timestep from each of N equal parts of [0, T), which keeps the loss from jumping.
 
     Args:
-        uniform: where in its part each lies, `[N]` in [0, 1).
+        uniform: the place of each within its part, `[N]` in [0, 1).
     """
     count = len(uniform)
     part = (torch.arange(count, device=uniform.device) + uniform) / count
@@ -235,7 +235,7 @@ def start_from(model: UNet, path: str) -> None:
 
 
 def training_of(path: str) -> dict[str, Any]:
-    """How the model at `path` was trained, from its record."""
+    """The training of the model at `path`, from its record."""
     training: dict[str, Any] = json.loads(locate(path).with_suffix(".json").read_text())["training"]
     return training
 
@@ -243,8 +243,8 @@ def training_of(path: str) -> dict[str, Any]:
 def captured(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """`function` as one CUDA graph, which repeats its kernels on the same memory.
 
-    It may take no input but tensors that stay where they are, and its result is overwritten by the
-    next call. Its random numbers are those of torch's CUDA generator at the time of the call.
+    The function may read only tensors that stay in place, and the next call overwrites its result.
+    Its random numbers are those of torch's CUDA generator at the time of the call.
 
     Raises:
         RuntimeError: the graph gives another result than `function` itself.
@@ -252,12 +252,12 @@ def captured(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        # Kernels are chosen and compiled in the first calls, which a capture does not allow.
+        # The first calls choose and compile kernels, which a capture does not allow.
         for _ in range(WARM_UPS):
             torch.cuda.manual_seed(0)
             expected = function().item()
     torch.cuda.current_stream().wait_stream(side)
-    # An earlier graph that is found to be garbage during a capture would spoil it.
+    # Collecting an earlier graph as garbage during a capture would spoil the capture.
     gc.collect()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
@@ -278,9 +278,9 @@ class Trainer:
     """A model, its averaged copy and its optimiser, at a step.
 
     Args:
-        recipe: of the run.
-        images: to train on; they are copied to the recipe's device.
-        graph: whether a CUDA device gets its work as a graph.
+        recipe: settings of the run.
+        images: images to train on; they are copied to the recipe's device.
+        graph: whether the work for a CUDA device becomes a graph.
     """
 
     def __init__(self, recipe: Recipe, images: Tensor, *, graph: bool = True) -> None:
@@ -311,7 +311,7 @@ class Trainer:
             self.backward = captured(self.loss_and_gradients)
 
     def loss_and_gradients(self) -> Tensor:
-        """The loss of the step's batch; its gradients go where the optimiser looks for them."""
+        """The loss of the step's batch; its gradients go where the optimiser reads them."""
         recipe, kind = self.recipe, self.device.type
         self.optimizer.zero_grad()
         if kind == "cuda":
@@ -319,9 +319,9 @@ class Trainer:
         else:
             x_0, t, noise = draw_batch(recipe, self.images, self.step)
         x_t = diffuse(self.alphas_cumprod, x_0, t, noise)
-        # Scaled dot products of 49 tokens: the plain formula has the faster backward pass on CPUs.
+        # Scaled dot products of 49 tokens: on CPUs the plain formula has the faster backward pass.
         backends = FUSED_ATTENTION if kind == "cuda" else [SDPBackend.MATH]
-        # A weight is used once a step, and a graph may not read what autocast keeps outside of it.
+        # A weight is used once a step, and a graph may not read copies that autocast keeps outside.
         with (
             sdpa_kernel(backends),
             torch.autocast(kind, torch.bfloat16, recipe.bfloat16, cache_enabled=False),
@@ -332,7 +332,7 @@ class Trainer:
         return loss.detach()
 
     def train_step(self) -> Tensor:
-        """One update; returns the loss, which the next step overwrites."""
+        """Take one update, and return the loss, which the next step overwrites."""
         recipe = self.recipe
         if self.device.type == "cuda":
             torch.cuda.manual_seed(stream_seed(recipe.seed, self.step))
@@ -407,7 +407,7 @@ def held_out_loss(model: UNet, images: Tensor) -> dict[int, float]:
 
 
 def export(trainer: Trainer, name: str, data: Data, out: Path, counts: Sequence[int]) -> float:
-    """Write the averaged model and its record; the quality is that of the file as written.
+    """Write the averaged model and its record; the recorded quality is that of the written file.
 
     Returns:
         The mean of the losses on the most held-out images.
@@ -443,16 +443,16 @@ def export(trainer: Trainer, name: str, data: Data, out: Path, counts: Sequence[
 
 
 def processor(device: torch.device) -> dict[str, Any]:
-    """What a run's record says of where it ran."""
+    """The machine of a run, for its record."""
     if device.type == "cuda":
         return {"gpu": torch.cuda.get_device_name(device)}
     return {"threads": torch.get_num_threads()}
 
 
 def steps_until(end: float, recipe: Recipe, data: Data, *, graph: bool = True) -> int:
-    """How many steps a run has time for until `end`, by the clock `time.monotonic`.
+    """The number of steps that a run has time for until `end`, by the clock `time.monotonic`.
 
-    Some are made for it, and thrown away.
+    Some steps are taken to measure it, and discarded.
     """
     trainer = Trainer(recipe, data.train, graph=graph)
     times = []
@@ -476,7 +476,7 @@ def train(
     resume: bool,
     graph: bool = True,
 ) -> None:
-    """Train to the recipe's last step, with a checkpoint and an export every so many steps."""
+    """Train to the recipe's last step, with a checkpoint and an export at regular intervals."""
     checkpoint = out / "checkpoint.safetensors"
     if checkpoint.exists() and not resume:
         raise SystemExit(f"{checkpoint} exists: continue it with --resume, or name another --out")
@@ -487,7 +487,7 @@ def train(
 
     losses: list[Tensor] = []
     started = time.monotonic() - 60 * trainer.minutes
-    # A log gets a line now and then.
+    # In a log, a line now and then is enough.
     interval = 0.1 if sys.stderr.isatty() else 20.0
     with tqdm(
         total=recipe.steps, initial=trainer.step, desc=name, unit="step", mininterval=interval
@@ -516,7 +516,7 @@ def train(
 
 
 def mean(losses: Sequence[Tensor]) -> float:
-    """Of one-element tensors."""
+    """The mean of one-element tensors."""
     return torch.stack(tuple(losses)).double().mean().item()
 
 

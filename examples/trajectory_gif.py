@@ -1,4 +1,4 @@
-"""A GIF of the way from noise to images: every state of one run.
+"""A GIF from noise to images: every state of one run.
 
 python examples/trajectory_gif.py --out runs/trajectory.gif
 """
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     model = fastddim.models.load("digits", device=args.device)
-    # [51, 16, 1, 8, 8]: x_T, the state after each step, and so the samples at the end.
+    # [51, 16, 1, 8, 8]: x_T, and the state after each step; the last states are the samples.
     trajectory = fastddim.sample(model, 50, batch_size=16, seed=0, return_trajectory=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     fastddim.images.save_gif(args.out, trajectory)

@@ -1,9 +1,9 @@
 """Warm starts: a robot plans again at every tick, from its last plan instead of from noise.
 
-Demonstrations go round an obstacle on either side, so the policy has two modes. Planned from noise
-at every tick, the robot changes its mind. Planned from its last plan, moved on by a tick and noised
-to the middle of the schedule, it keeps its side, with 4 evaluations of the policy a tick instead of
-10. The observation, how far the robot is, comes anew with every call.
+Demonstrations pass an obstacle on either side, so the policy has two modes. If the robot plans from
+noise at every tick, it changes its mind. If it plans from its last plan, shifted by a tick and
+noised to the middle of the schedule, it keeps its side, with 4 evaluations of the policy a tick
+instead of 10. Each call gets a new observation: the part of the way behind the robot.
 
 The policy is exact, not trained: ε of two Gaussians around the two ways.
 
@@ -22,12 +22,12 @@ import fastddim
 
 STEPS, WARM = 10, 4  # all steps, and those of a warm start
 HORIZON, TICKS = 16, 24
-PACE = 1 / (TICKS + HORIZON)  # of the way to the goal, each tick
-WIDTH = 0.05  # how much demonstrations vary
+PACE = 1 / (TICKS + HORIZON)  # part of the way to the goal that is covered each tick
+WIDTH = 0.05  # the spread of the demonstrations
 
 
 class Policy(nn.Module):
-    """ε for plans `[B, HORIZON, 1]`: how far left or right to be at each of the next ticks."""
+    """ε for plans `[B, HORIZON, 1]`: the places between left and right at the next ticks."""
 
     schedule = fastddim.Schedule.cosine()
 
@@ -37,13 +37,13 @@ class Policy(nn.Module):
         self.register_buffer("alphas_cumprod", self.schedule.alphas_cumprod.float())
 
     def forward(self, plan: Tensor, t: Tensor, observation: Tensor) -> Tensor:
-        """ε where `observation` `[B, 1]` is the part of the way that is behind the robot."""
+        """ε, given the part of the way behind the robot as `observation` `[B, 1]`."""
         a = self.alphas_cumprod[t][:, None, None]
         variance = a * WIDTH**2 + 1 - a
         ahead = observation + PACE * torch.arange(1, HORIZON + 1, device=plan.device)
         left = torch.sin(math.pi * ahead)[:, :, None]
         agreement = (plan * left).sum((1, 2), keepdim=True)
-        # E[the way | plan]: the two are equally likely, and each other's mirror image.
+        # E[the way | plan]: both ways are equally likely, and mirror images.
         way = left * torch.tanh(a.sqrt() * agreement / variance)
         return (1 - a).sqrt() / variance * (plan - a.sqrt() * way)
 
@@ -59,7 +59,7 @@ def make_sampler(*, warm: bool) -> fastddim.ActionSampler:
 
 
 def drive(sampler: fastddim.ActionSampler) -> list[float]:
-    """Where the robot is after each tick."""
+    """The place of the robot after each tick."""
     places = []
     for tick in range(TICKS):
         now = {"observation": torch.full((1, 1), PACE * tick)}

@@ -1,14 +1,14 @@
 """Every option of sampling, declared once: name, type, default and check.
 
-The arguments of `sample`, `Sampler`, `invert`, `Stream` and `generate` are the fields of one class
-each, put together from groups: an option that is added to a group belongs to every call that has
-the group. Packages with calls of their own have such classes in an `options.py` of their own.
-`fastddim.signatures.takes` gives the function their signature, and `fastddim.sample` says what each
-of them means. Only `fastddim.step`, whose call is shorter than the making of such an object, and
-the command line name theirs again.
+Each of `sample`, `Sampler`, `invert`, `Stream` and `generate` has a class whose fields are its
+arguments. The classes are put together from groups: an option that is added to a group belongs to
+every call that has the group. A package with calls of its own has such classes in its own
+`options.py`. `fastddim.signatures.takes` gives a function the signature of its class, and the
+docstring of `fastddim.sample` explains the options. Only `fastddim.step` and the command line name
+options again: a call of `step` takes less time than the construction of such an object.
 
-Nothing changes an object of options once it is made. They are not frozen, since that makes them
-three times as slow to make, and each call of a `Sampler` makes one.
+Nothing changes an object of options after it is made. The classes are not frozen, since that would
+triple the time to make an object, and each call of a `Sampler` makes one.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ class Noising:
 
 
 class Rescaling(NamedTuple):
-    """The part of a row that comes from the data of its sample; see `reference.rescaled_rows`.
+    """The part of a row that depends on the data of its sample; see `reference.rescaled_rows`.
 
     Attributes:
         rescale: φ of guidance rescale, in [0, 1].
         ratio: quantile of dynamic thresholding, in (0, 1], or 0 for none.
-        limit: the most that its threshold can be, or infinity.
+        limit: upper limit of its threshold, or infinity.
     """
 
     rescale: float
@@ -105,14 +105,13 @@ PER_STEP = ("eta", "guidance_scale", "temperature")
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class Update(Noising, Direction, Thresholding, Reading):
-    """A kind of step, wherever it is on the schedule."""
+    """A kind of step, independent of its place in the schedule."""
 
     def checked(self, batch: int | None, *, per_step: bool = False) -> Update:
-        """An `Update` alone, with every field checked, synonyms replaced and tensors turned to
-        float64.
+        """An `Update` with every field checked, synonyms replaced and tensors turned to float64.
 
         Args:
-            batch: B, or None where tensors cannot be used.
+            batch: B, or None if tensors cannot be used.
             per_step: whether sequences with one value a step can be used.
 
         Raises:
@@ -169,18 +168,18 @@ class Update(Noising, Direction, Thresholding, Reading):
 
     @property
     def noisy(self) -> bool:
-        """True where any noise is added at all."""
+        """True if any step adds noise."""
         etas = self.eta if isinstance(self.eta, tuple) else (self.eta,)
         return any(isinstance(eta, Tensor) or eta > 0 for eta in etas)
 
     @property
     def guided(self) -> bool:
-        """True where the model is evaluated on 2B samples."""
+        """True if the model is evaluated on 2B samples."""
         return self.guidance_scale is not None
 
     @property
     def rescaling(self) -> Rescaling | None:
-        """The part of each row that comes from the data, if any does."""
+        """The part of each row that depends on the data; None if no part does."""
         ratio, limit = self.dynamic_thresholding_ratio, self.sample_max_value
         if ratio is None and self.guidance_rescale == 0:
             return None
@@ -190,7 +189,7 @@ class Update(Noising, Direction, Thresholding, Reading):
         """The update of every step.
 
         Raises:
-            ValueError: a sequence has not one value a step.
+            ValueError: a sequence does not have one value a step.
         """
         series = {}
         for name in PER_STEP:
@@ -215,7 +214,7 @@ class Solver:
 
 @dataclass(kw_only=True, init=False, repr=False, eq=False)
 class Visited:
-    """The timesteps that are visited, where `steps` only says how many."""
+    """The timesteps to visit, if `steps` is only their number."""
 
     spacing: Spacing | SpacingSynonym = "trailing"
     steps_offset: int = 0
@@ -258,14 +257,14 @@ class Conditioning:
 
 @dataclass(kw_only=True, init=False, repr=False, eq=False)
 class Autoguidance:
-    """The model of the unconditional half, if it is another one."""
+    """The model of the unconditional half, if it differs from that of the conditional half."""
 
     uncond_model: Model | None = None
 
 
 @dataclass(kw_only=True, init=False, repr=False, eq=False)
 class Drawing:
-    """The sample that is drawn, and what it is made from."""
+    """The sample to draw, and its ingredients."""
 
     seed: Seed | None = None
     sample_offset: int = 0
@@ -277,7 +276,7 @@ class Drawing:
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class Progress:
-    """Reports on the way."""
+    """Reports during a run."""
 
     progress: bool = False
     callback: Callback | None = None
@@ -285,7 +284,7 @@ class Progress:
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class Reporting(Progress):
-    """Reports on the way, and the states that are kept."""
+    """Reports during a run, and the states to keep."""
 
     return_trajectory: bool = False
 

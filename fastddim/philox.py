@@ -1,8 +1,8 @@
-"""The noise specification: which float32 normal every element of every step gets.
+"""The noise specification: the float32 normal that each element gets at each step.
 
 Noise is a pure function of (seed, step, sample, element), so it does not depend on batch size,
 chunking, thread count or device. This module defines it in PyTorch integers and correctly rounded
-float32 operations; every compiled backend reproduces its bits.
+float32 operations. Every compiled backend gives the same bits.
 
 - Generator: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 - Key: the 64-bit seed, low word first.
@@ -27,7 +27,7 @@ from fastddim.transforms import bare
 from fastddim.validation import check_sample_range, check_seed, check_step_index, readable
 
 LATENTS, STEP_NOISE = 0, 1
-"""Streams: the last word of the counter tells initial latents from step noise."""
+"""Streams: the last word of the counter, which separates initial latents from step noise."""
 
 _CPU = torch.device("cpu")
 _WORD = 0xFFFFFFFF
@@ -97,15 +97,15 @@ def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor
 
 
 def uniform(word: Tensor) -> Tensor:
-    """float32 u = r·2⁻³² + 2⁻³³ in (0, 1] of an unsigned 32-bit word; the word is rounded to
-    float32 once.
+    """float32 u = r·2⁻³² + 2⁻³³ in (0, 1] of an unsigned 32-bit word, which is rounded to float32
+    once.
     """
     return word.to(torch.float32) * 2.0**-32 + 2.0**-33
 
 
 def box_muller(u_0: Tensor, u_1: Tensor) -> tuple[Tensor, Tensor]:
     """Two float32 normals from two float32 uniforms in (0, 1]."""
-    # By way of float64, since torch's square root is not correctly rounded on every CPU: the root
+    # Computed in float64, since torch's square root is not correctly rounded on every CPU: the root
     # of a float32 lies at least 4 ulp of float64 from where its rounding to float32 changes.
     radius = (ln(u_0) * -2.0).double().sqrt().to(torch.float32)
     sine, cosine = sincos_2pi(u_1)
@@ -162,13 +162,13 @@ def normal(keys: Keys, sample_shape: Sequence[int], stream: int) -> Tensor:
 
 
 class Samples(NamedTuple):
-    """The samples of a batch, as their noise is keyed.
+    """The samples of a batch, by the numbers that key their noise.
 
     Attributes:
-        seed: 64 bits as a signed integer; int64 `[B]` where each sample has its own; int64 `[]` for
-            one that `fresh_seed` draws where it has no value yet.
-        first: index of the first sample, from which the others follow; None where each has its own
-            seed, and index 0.
+        seed: 64 bits as a signed integer; int64 `[B]` if each sample has its own seed; int64 `[]`
+            for a seed from `fresh_seed` whose value is not known yet.
+        first: index of the first sample, from which the others count; None if each sample has its
+            own seed, and index 0.
     """
 
     seed: int | Tensor
@@ -178,15 +178,15 @@ class Samples(NamedTuple):
 def fresh_seed(device: torch.device) -> int | Tensor:
     """A seed in [0, 2⁶³) from torch's default generator of the CPU, for noise on a device.
 
-    `torch.manual_seed` decides it, and nothing waits for the device.
+    `torch.manual_seed` determines the seed. Drawing it does not wait for the device.
 
     Returns:
-        A number; or int64 `[]` where its value is not known yet: in a program, which draws one
-        whenever it runs, under a transform of `torch.func`, whose rules of randomness hold, and in
-        a mode of fake tensors.
+        A number, or int64 `[]` if its value is not known yet: in a program, which draws a seed
+        whenever it runs, under a transform of `torch.func`, whose rules of randomness apply, and
+        in a mode of fake tensors.
 
     Raises:
-        ValueError: a CUDA graph is being captured on the device, whose replays would all have the
+        ValueError: a CUDA graph is being captured on the device. All its replays would have the
             noise of this one seed.
     """
     traced = in_program()
@@ -213,7 +213,7 @@ def check_samples(
     sample_offset: int = 0,
     device: torch.device = _CPU,
 ) -> Samples:
-    """Samples by the arguments of `make_keys`.
+    """The `Samples` that the arguments of `make_keys` describe.
 
     Raises:
         TypeError, ValueError: see `make_keys`.
@@ -239,7 +239,7 @@ def write_sample_indices(first: int | None, keys: Keys) -> None:
     if first is None:
         keys.sample.zero_()
     elif len(keys.sample) == 1:
-        # In half of the time of `arange`, at every tick of a robot.
+        # This takes half the time of `arange`, and happens at every tick of a robot.
         keys.sample.fill_(first)
     else:
         end = first + len(keys.sample)
@@ -254,16 +254,16 @@ def make_keys(
     step_index: int | Tensor = 0,
     device: torch.device | str | None = None,
 ) -> Keys:
-    """Keys of a batch: one seed and running sample indices, or one seed per sample and sample index
-    0.
+    """Keys of a batch: one seed and consecutive sample indices, or a seed per sample and sample
+    index 0.
 
     Args:
         seed: int in [0, 2⁶⁴), a sequence of `batch` such ints, or an int64 tensor `[batch]` read as
             unsigned bits; None for a `fresh_seed`.
         batch: number of samples.
-        sample_offset: global index of the first sample; 0 where each sample has its own seed.
-        step_index: step in the plan, or an integer tensor `[batch]`.
-        device: where the keys are made, without waiting for it; by default the CPU.
+        sample_offset: global index of the first sample; 0 if each sample has its own seed.
+        step_index: index of the step in the plan, or an integer tensor `[batch]`.
+        device: device of the keys, which is not waited for; by default the CPU.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
@@ -283,7 +283,7 @@ def make_keys(
 def _on_device(value: int | Tensor, batch: int, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         if value.ndim == 0 and bare(value):
-            # An argument of the kernel that adds it, as a copy is not.
+            # The kernel of an addition takes the value as an argument; a copy does not.
             return filled(0, batch, device) + value
         return upload(value.expand(batch).contiguous(), device)
     return filled(value, batch, device)
@@ -315,8 +315,8 @@ def step_noise(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """z of step `step_index` (from 0, in the order visited), shape `[B, …]`: what the fused update
-    adds.
+    """z of step `step_index` (from 0, in the order visited), shape `[B, …]`: the noise that the
+    fused update adds.
 
     Raises:
         TypeError, ValueError: see `make_keys`.
@@ -342,9 +342,9 @@ def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     """float32 a·b + c rounded once.
 
-    The product is exact in float64; the sum is rounded to odd there (Boldo and Melquiond,
-    "Emulation of a FMA and correctly rounded sums", 2008), so that the rounding to float32 is the
-    only one that counts.
+    The product is exact in float64. There the sum is rounded to odd (Boldo and Melquiond,
+    "Emulation of a FMA and correctly rounded sums", 2008), so the rounding to float32 is the only
+    one that counts.
     """
     product = a.double() * (b.double() if isinstance(b, Tensor) else b)
     addend = c.double() if isinstance(c, Tensor) else torch.full_like(product, c)

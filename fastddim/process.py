@@ -43,7 +43,7 @@ from fastddim.validation import (
     with_derivatives,
 )
 
-# σ² = 1 − α_{t−1} may come out of eq. 16 a few units of 2⁻⁵³ too large.
+# σ² = 1 − α_{t−1} may come out of eq. 16 too large by a few units of 2⁻⁵³.
 _ROUNDING = 1e-15
 
 
@@ -51,7 +51,7 @@ class Gaussian(NamedTuple):
     """N(mean, variance·I).
 
     Attributes:
-        mean: `[B, …]`, in the dtype of the state that it was worked out from.
+        mean: `[B, …]`, in the dtype of the state that it is computed from.
         variance: float64 `[1 or B, 1, …]`.
     """
 
@@ -79,7 +79,7 @@ def sigma(alpha_t: Coefficient, alpha_prev: Coefficient, eta: Coefficient) -> Te
 def sigma_hat(alpha_t: Coefficient, alpha_prev: Coefficient) -> Tensor:
     """`σ̂_t = √(1 − α_t/α_{t−1})`, DDPM's larger deviation, float64, 0-dim or `[B]`.
 
-    It is for the noise alone: the mean keeps the direction term of `sigma(…, eta=1)`.
+    Only the noise has this deviation: the mean keeps the direction term of `sigma(…, eta=1)`.
     """
     a, p = _alphas(alpha_t, alpha_prev, _batch(alpha_t, alpha_prev))
     return sqrt(1 - a / p)
@@ -148,8 +148,9 @@ def training_loss(
 ) -> Tensor:
     """mean_b γ_t·‖ε_θ(√α_t·x_0 + √(1 − α_t)·ε, t) − ε‖²: the terms of L_γ (eq. 5) at `t`.
 
-    The norm is the paper's, a sum over the elements of a sample: divide by their number for a mean
-    squared error. Summed over all t it estimates L_γ; with t uniform, L_γ/T. float64, 0-dim.
+    The norm is the paper's, a sum over the elements of a sample. Divide the loss by their number
+    for a mean squared error. The sum over all t estimates L_γ; for uniform t, the mean estimates
+    L_γ/T. The result is float64, 0-dim.
 
     Args:
         model: called as `model(x_t, t)` with x_t = `schedule.add_noise(x_0, t, epsilon)` and t
@@ -176,16 +177,16 @@ def training_loss(
 def gamma(schedule: Schedule, sigma: Coefficient) -> Tensor:
     """γ of theorem 1, float64 `[T]`: J_σ = L_γ + C, where C does not depend on the model.
 
-    The terms of J_σ that see the model are KL(q_σ(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)) for the
-    paper's t > 1 and −log p_θ(x_0 | x_1) for t = 1. The two Gaussians have the same variance σ_t²,
-    so each is ‖difference of means‖²/(2σ_t²), and a constant at t = 1. By eq. 7 and 10 the means
-    differ by (√α_{t−1} − √α_t·√(1 − α_{t−1} − σ_t²)/√(1 − α_t))·(f_θ − x_0), by f_θ − x_0 at t = 1,
-    and by eq. 9 f_θ − x_0 = √((1 − α_t)/α_t)·(ε − ε_θ).
+    The terms of J_σ that depend on the model are KL(q_σ(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t))
+    for the paper's t > 1 and −log p_θ(x_0 | x_1) for t = 1. The two Gaussians have the same
+    variance σ_t², so each term is ‖difference of means‖²/(2σ_t²), plus a constant at t = 1. By eq.
+    7 and 10 the means differ by (√α_{t−1} − √α_t·√(1 − α_{t−1} − σ_t²)/√(1 − α_t))·(f_θ − x_0), or
+    by f_θ − x_0 at t = 1. By eq. 9, f_θ − x_0 = √((1 − α_t)/α_t)·(ε − ε_θ).
 
     Args:
         schedule: α of every t; for a sub-sequence, `Schedule.from_alphas_cumprod` of its own α.
-        sigma: σ of every t, a number or a tensor `[T]`, above 0 (eq. 16 gives 0 at t = 0, which
-            the theorem excludes) and, for t ≥ 1, with σ² ≤ 1 − α_{t−1}.
+        sigma: σ of every t, a number or a tensor `[T]`. It is above 0 (eq. 16 gives 0 at t = 0,
+            which the theorem excludes) and, for t ≥ 1, σ² ≤ 1 − α_{t−1}.
     """
     _check_schedule(schedule)
     a = schedule.alphas_cumprod
@@ -205,7 +206,7 @@ def _direction(p: Tensor, s: Tensor) -> Tensor:
 
 
 def _direction_sigma(p: Tensor, s: Tensor) -> Tensor:
-    """σ in the mean of eq. 10: at α_{t−1} = 1 that is f_θ, which is eq. 7's with σ = 0."""
+    """σ in the mean of eq. 10: 0 at α_{t−1} = 1, where the mean is f_θ."""
     return torch.where(p == 1, 0.0, s)
 
 
@@ -235,7 +236,7 @@ def _vector(name: str, value: Coefficient, batch: int | None, high: float = math
 
 
 def _column(vector: Tensor, x: Tensor) -> Tensor:
-    """`[1 or B, 1, …]`: having dimensions, it makes torch compute in float64 whatever x's dtype."""
+    """`[1 or B, 1, …]`; with dimensions, it makes torch compute in float64 for every dtype of x."""
     return vector.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -250,8 +251,8 @@ def _check_schedule(schedule: Schedule) -> None:
 
 
 def _refuse(bad: Tensor, expected: str, **given: Tensor) -> None:
-    """ValueError with the `given` values at the first place where `bad` holds, unless a transform
-    of `torch.func` hides them.
+    """Raise a ValueError with the `given` values at the first place where `bad` holds, unless a
+    transform of `torch.func` hides the values.
     """
     if bare(bad) and bool(bad.any()):
         i = int(bad.flatten().nonzero()[0])

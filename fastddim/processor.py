@@ -1,4 +1,4 @@
-"""What the CPU has instructions for."""
+"""The instructions that the CPU has."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU multiplies in bfloat16 (AVX512_BF16 or AMX); False where torch cannot tell.
+    """Tell whether the CPU multiplies in bfloat16 (AVX512_BF16 or AMX); False if torch cannot tell.
 
     Elsewhere torch emulates it, and networks run many times slower than in float32.
     """

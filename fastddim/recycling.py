@@ -1,7 +1,7 @@
-"""Large results in memory that an earlier one has left.
+"""Large results in memory that earlier results have left.
 
-The C library gives memory of this size back to the system when it is freed, and the system clears
-every page of it when it is asked for again, which takes several times as long as a step.
+The C library returns freed memory of this size to the system, and the system clears every page when
+the memory is requested again. Clearing takes several times as long as a step.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 LARGE = 2 << 20
-"""Bytes from which on results are recycled; smaller ones the C library tends to keep."""
+"""The smallest size in bytes that is recycled; the C library tends to keep smaller blocks."""
 
 KEPT = 4
-"""How many unused blocks of memory are kept."""
+"""The number of unused blocks of memory that are kept."""
 
 
 class Recycler:
-    """Makes tensors in the memory of earlier ones that are no longer held.
+    """Makes tensors in the memory of earlier tensors that are no longer held.
 
-    A tensor made here holds its memory by way of an array that is its alone. PyTorch lets go of the
-    array when the last tensor, view or array on the memory is gone, and the block comes back then.
+    Each tensor made here holds its memory through an array of its own. PyTorch releases that array
+    with the last tensor, view or array on the memory, and the block then comes back.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Recycler:
 
         Its storage cannot be resized.
         """
-        # Of a contiguous tensor this is known, and a meta tensor takes as long as a small step.
+        # A contiguous tensor tells the layout; making a meta tensor takes as long as a small step.
         wanted = like if like.is_contiguous() else torch.empty_like(like, device="meta")
         block = self._block(wanted.nbytes)
         array = block.numpy()
@@ -66,4 +66,4 @@ class Recycler:
 
 
 RECYCLER = Recycler()
-"""The recycler of the process: one, so that the memory it keeps is bounded."""
+"""The only recycler of the process, so the memory that it keeps is bounded."""

@@ -1,4 +1,4 @@
-"""The specification: one DDIM update in eager PyTorch, and what it may take from the data first.
+"""The specification: one DDIM update in eager PyTorch, and the rescaling of its rows by the data.
 
     name here   paper (arXiv 2010.02502)                        where
     x           x_{τ_i}                                         eq. 12
@@ -41,7 +41,7 @@ class Updated(NamedTuple):
 
 
 def rows_in(table: Tensor, row: Tensor | None) -> Tensor:
-    """The rows `[1 or B, K]` of a table `[R, K]` that `row` names; the first without it."""
+    """The rows `[1 or B, K]` of a table `[R, K]` that `row` names; without `row`, the first one."""
     return table[:1] if row is None else table.index_select(0, row)
 
 
@@ -95,10 +95,10 @@ def gradients(
     rows: Tensor,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the model output, from those of x_prev and x_0, of which None is 0.
+    """The gradients of x and of the model output, from those of x_prev and x_0; None stands for 0.
 
-    The other arguments are those of `updated`. There is none through an x_0 that the clip has
-    changed, nor for channels that are not read.
+    The other arguments are those of `updated`. No gradient flows through an x_0 that the clip has
+    changed, or to channels that are not read.
     """
     row = _columns(rows, x)
     state, m = x.to(row.cx.dtype), _model_output(x, model_output, row)
@@ -125,12 +125,13 @@ def rescaled_rows(x: Tensor, model_output: Tensor, rows: Tensor, rescaling: Resc
 
     `rescale` φ multiplies the guided model output by φ·σ_c/σ + 1 − φ, where σ_c and σ are the
     standard deviations of the conditional and of the guided output of a sample (arXiv 2305.08891,
-    section 3.4). `ratio` and `limit` are dynamic thresholding (arXiv 2205.11487, section 2.3): with
-    s that quantile of |x_0| of a sample, but at least 1 and at most `limit`, x_0 is clamped to
-    [−s, s] and divided by s. Both are factors of coefficients, so that the update takes one pass.
+    section 3.4). `ratio` and `limit` are those of dynamic thresholding (arXiv 2205.11487, section
+    2.3): with s the quantile `ratio` of |x_0| of a sample, but at least 1 and at most `limit`, x_0
+    is clamped to [−s, s] and divided by s. Both rescalings are factors of coefficients, so the
+    update takes one pass.
 
-    The compiled kernels work the deviations out in float64, in an order of sums that csrc/fitting.h
-    specifies, and so give one another's bits; torch's own sums are close to theirs.
+    The compiled kernels compute the deviations in float64, in an order of sums that csrc/fitting.h
+    specifies, and so agree with one another to the bit. PyTorch's own sums come close to theirs.
     """
     row = _columns(rows, x)
     state, m = x.to(row.cx.dtype), _model_output(x, model_output, row)
@@ -149,7 +150,7 @@ def rescaled_rows(x: Tensor, model_output: Tensor, rows: Tensor, rescaling: Resc
 
 
 def _columns(rows: Tensor, x: Tensor) -> Any:
-    """A `Row` of tensors in the dtype that is computed in, each ready to be multiplied with x."""
+    """A `Row` of tensors in the dtype that is computed in, each shaped to be multiplied with x."""
     columns = rows.to(compute_dtype(x.dtype)).reshape(rows.shape + (1,) * (x.ndim - 1))
     return Row(*columns.unbind(1))
 
@@ -170,16 +171,16 @@ def _model_output(x: Tensor, model_output: Tensor, row: Any) -> Tensor:
 
 
 def _clamped(x0: Tensor, limit: Tensor) -> Tensor:
-    """x0 in [−limit, limit], or NaN; of derivative 1 where it is at a limit from the start.
+    """x0 in [−limit, limit], or NaN; the derivative is 1 where x0 already equals a limit.
 
-    The derivative of `torch.clamp` by tensors is another there, from one version to the next.
+    The derivative of `torch.clamp` by tensors differs there from one version to the next.
     """
     floored = torch.where(x0 < -limit, -limit, x0)
     return torch.where(floored > limit, limit, floored)
 
 
 def _deviation(m: Tensor) -> Tensor:
-    """Standard deviation of each sample, without bias."""
+    """The standard deviation of each sample, without bias."""
     samples = m.flatten(1)
     several = samples.shape[0] > 0 and samples.shape[1] > 1
     deviation = samples.std(dim=1) if several else m.new_ones(m.shape[0])
@@ -187,14 +188,14 @@ def _deviation(m: Tensor) -> Tensor:
 
 
 def _threshold(x_0: Tensor, rescaling: Rescaling) -> Tensor:
-    """s of each sample, NaN where any element is."""
+    """s of each sample, or NaN if any of its elements is NaN."""
     magnitudes = x_0.abs().flatten(1)
     count = magnitudes.shape[1]
     if magnitudes.numel() == 0:
         return magnitudes.new_ones(magnitudes.shape[0])
     position = rescaling.ratio * (count - 1)
     k = math.floor(position)
-    # From the largest down: the ratio is close to 1.
+    # Counted from the largest value, since the ratio is close to 1.
     largest = magnitudes.topk(count - k, dim=1).values
     low, high = largest[:, -1], largest[:, -min(2, count - k)]
     quantile = low + (high - low) * (position - k)
@@ -203,5 +204,5 @@ def _threshold(x_0: Tensor, rescaling: Rescaling) -> Tensor:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a state of `dtype` is computed in, and its coefficients are stored in."""
+    """The dtype in which a state of `dtype` is computed and its coefficients are stored."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Sampling that is prepared once and drawn from many times."""
+"""Sampling that is prepared once and run many times."""
 
 from __future__ import annotations
 
@@ -26,32 +26,33 @@ from fastddim.tracing import in_program
 class Sampler(Rebuilt):
     """Sampling prepared once: checked arguments, plan, coefficient table, buffers, CUDA graph.
 
-    `sampler(seed=3)` then draws a batch. The arguments are those of `fastddim.sample` that do not
-    change from call to call. Buffers and graphs are the sampler's own and go with it.
+    Each call, such as `sampler(seed=3)`, then draws a batch. The arguments are those of
+    `fastddim.sample` that do not change from call to call. The sampler owns its buffers and graphs,
+    which are freed with it.
 
-    Copies and pickles have the same plan, and buffers and graphs of their own. In a deep copy of a
-    module that holds a sampler of itself or of a part, the copy's sampler evaluates the copy; so it
-    does for a method, or a `functools.partial`, of one.
+    Copies and pickles have the same plan, and buffers and graphs of their own. If a module holds a
+    sampler of itself or of a part of itself, the sampler in a deep copy of the module evaluates the
+    copy. The same holds for a sampler of a method, or of a `functools.partial`, of the module.
 
     Attributes:
         plan: timesteps and coefficients, a `fastddim.plan.Plan`.
         shape: (B, …) of the state.
-        dtype: of the state.
-        device: of the state.
+        dtype: dtype of the state.
+        device: device of the state.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
             it.
     """
 
-    # What is kept serves calls outside the caller's inference mode too.
+    # Tensors made here also serve calls outside the caller's inference mode.
     @method_takes(SamplerOptions)
     @torch.inference_mode(False)
     def __init__(self, options: SamplerOptions) -> None:
         self._prepare(options, prepare_sampling(options))
 
     def _prepare(self, options: SamplerOptions, setup: Setup) -> None:
-        """Hold what the options have led to, and make buffers for it."""
+        """Store what the options resolve to, and make the buffers."""
         self.plan = setup.plan
         self.shape = setup.shape
         self.dtype = setup.dtype
@@ -81,26 +82,28 @@ class Sampler(Rebuilt):
 
     @method_takes(DrawOptions)
     def __call__(self, options: DrawOptions) -> Tensor:
-        """Draw one batch, in tensors that are the caller's own.
+        """Draw one batch into new tensors, or into `out`.
 
         The arguments are those of `fastddim.sample` that may change from call to call.
 
         Args:
-            model_kwargs, uncond_kwargs: values for this call in place of those that the sampler was
-                made with, by their names: tensors of the same shape, dtype and device, of B rows or
-                one. Graphs are not captured anew. A tensor that the sampler was made with may also
-                be written in place.
-            out: where the samples are written, like the state; without a trajectory. Such a call
-                allocates no memory but what the model and a callback do.
+            model_kwargs, uncond_kwargs: values for this call that replace those of the sampler, by
+                their names: tensors of the same shape, dtype and device, with B rows or one. Graphs
+                are not captured anew. You may also write in place into a tensor that the sampler
+                was made with.
+            out: tensor that the samples are written to, with the shape, dtype and device of the
+                state; not with a trajectory. Such a call allocates no memory, except for what the
+                model and a callback allocate.
 
         Returns:
-            The samples `[B, …]`, in `out` where that is given, or the states `[S + 1, B, …]`, as
-            `fastddim.sample` does.
+            The samples `[B, …]`, which are `out` if it is given, or the states `[S + 1, B, …]`, as
+            from `fastddim.sample`.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type, shape or range, or the model
                 was converted or moved since the sampler was made; the message names it.
-            RuntimeError: another call is running, in a thread or around this one's callback.
+            RuntimeError: another call is running, in another thread or around the callback that
+                makes this call.
         """
         if in_program():
             from fastddim.loop import traced
@@ -117,10 +120,10 @@ class Sampler(Rebuilt):
         return self._loop.sample(options, arguments, options.out)
 
     def _evaluate_in_inference_mode(self, value: bool) -> None:
-        """Let the model of the next calls be evaluated in inference mode, or outside of it.
+        """Set whether the next calls evaluate the model in inference mode.
 
-        Outside is the default, whatever the caller's mode is, so that models which differentiate
-        work everywhere. In inference mode PyTorch's own operators take less time.
+        The default is outside of it, whatever the caller's mode is, so that models which
+        differentiate work everywhere. In inference mode PyTorch's own operators take less time.
         """
         self._loop.inference = value
 

@@ -1,6 +1,6 @@
 """Noise schedules: the cumulative product ᾱ_t of every schedule in use, in float64.
 
-`alphas_cumprod[t]` is what the paper calls α_t (arXiv 2010.02502, section 2).
+The paper calls `alphas_cumprod[t]` α_t (arXiv 2010.02502, section 2).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Schedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float] | np.ndarray) -> Schedule:
-        """From β_t, shape `[T]`, each in (0, 1]: ᾱ_t = Π (1 − β).
+        """Make a schedule from β_t, shape `[T]`, each in (0, 1]: ᾱ_t = Π (1 − β).
 
         Raises:
             TypeError: `betas` does not hold numbers.
@@ -116,7 +116,7 @@ class Schedule:
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor | Sequence[float] | np.ndarray) -> Schedule:
-        """From ᾱ_t itself, shape `[T]`, strictly decreasing inside [0, 1).
+        """Make a schedule from ᾱ_t, shape `[T]`, strictly decreasing inside [0, 1).
 
         Raises:
             TypeError: `alphas_cumprod` does not hold numbers.
@@ -126,15 +126,15 @@ class Schedule:
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> Schedule:
-        """From a diffusers scheduler or its config.
+        """Make a schedule from a diffusers scheduler or its config.
 
-        A scheduler object gives its own float32 `alphas_cumprod`, so that the numbers are the ones
-        it uses. A config (a mapping) is evaluated in float64 from `beta_schedule`, `beta_start`,
-        `beta_end`, `num_train_timesteps`, `trained_betas` and `rescale_betas_zero_snr`.
+        A scheduler has a float32 `alphas_cumprod`, which is taken unchanged. A config (a mapping)
+        is evaluated in float64 from `beta_schedule`, `beta_start`, `beta_end`,
+        `num_train_timesteps`, `trained_betas` and `rescale_betas_zero_snr`.
 
         Raises:
-            TypeError: `scheduler` is neither.
-            ValueError: the config names a `beta_schedule` that is not known here.
+            TypeError: `scheduler` is neither a scheduler nor a config.
+            ValueError: the config names an unknown `beta_schedule`.
         """
         if isinstance(scheduler, Mapping):
             return cls._from_diffusers_config(scheduler)
@@ -160,8 +160,7 @@ class Schedule:
         elif name == "squaredcos_cap_v2":
             schedule = cls.cosine(T)
         elif name == "sigmoid":
-            # diffusers' "sigmoid" is a logistic curve in β, unlike `Schedule.sigmoid`, which is one
-            # in ᾱ.
+            # diffusers' "sigmoid" is a logistic curve in β; that of `Schedule.sigmoid` is in ᾱ.
             schedule = cls.from_betas(_logistic(np.linspace(-6, 6, T)) * (end - start) + start)
         else:
             raise ValueError(
@@ -176,7 +175,7 @@ class Schedule:
         return cls.from_betas(np.minimum(1.0 - curve[1:] / curve[:-1], max_beta))
 
     def zero_terminal_snr(self) -> Schedule:
-        """√ᾱ shifted and scaled: ᾱ_{T−1} = 0, ᾱ_0 stays (arXiv 2305.08891, algorithm 1)."""
+        """Shift and scale √ᾱ so that ᾱ_{T−1} = 0 and ᾱ_0 stays (arXiv 2305.08891, algorithm 1)."""
         if self.T < 2:
             raise ValueError("zero_terminal_snr: expected a schedule with T >= 2, got T = 1")
         root = elementary.sqrt(self.alphas_cumprod)
@@ -192,15 +191,14 @@ class Schedule:
         seed: int | Sequence[int] | Tensor | None = None,
         sample_offset: int = 0,
     ) -> Tensor:
-        """Draw from the marginal q(x_t | x_0) = N(√ᾱ_t·x_0, (1 − ᾱ_t)·I).
+        """Draw x_t from the marginal q(x_t | x_0) = N(√ᾱ_t·x_0, (1 − ᾱ_t)·I).
 
         Args:
             x_0: clean data `[B, …]`, floating point.
             t: timestep in [0, T), a number or an integer tensor `[B]`.
-            noise: standard normal noise shaped like `x_0`; by default the initial-latent noise of
-                `seed` (the `x_T` that `sample(seed=seed, sample_offset=sample_offset)` would start
-                from).
-            seed: as in `fastddim.sample`, by default a fresh one.
+            noise: standard normal noise shaped like `x_0`. By default the latents of `seed`, which
+                are the `x_T` that `sample(seed=seed, sample_offset=sample_offset)` starts from.
+            seed: as in `fastddim.sample`; by default a fresh one.
 
         Returns:
             x_t, with the shape, dtype and device of `x_0`.
@@ -244,7 +242,7 @@ def _beta_range(beta_start: float, beta_end: float) -> tuple[float, float]:
 
 def _vector(name: str, values: Tensor | Sequence[float] | np.ndarray) -> Tensor:
     try:
-        # NumPy first: torch would round Python floats to float32.
+        # NumPy converts Python floats, which torch would round to float32.
         tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, float))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected a vector of numbers, got {values!r}") from error

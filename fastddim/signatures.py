@@ -1,4 +1,4 @@
-"""Objects of options as the arguments of functions, and of one another."""
+"""Objects of options, made from the arguments of functions and from one another."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Shared = TypeVar("Shared")
 def takes(
     options: Callable[Arguments, Options],
 ) -> Callable[[Callable[[Options], Result]], Callable[Arguments, Result]]:
-    """Make a function of `options` one of the arguments that make them.
+    """Give a function of `options` the signature of their constructor.
 
     Type checkers, `inspect.signature` and `help` see these arguments with their types and defaults.
 
     Args:
-        options: the class of the options, which serves one function.
+        options: the class of the options, used by one function only.
     """
 
     def decorate(function: Callable[[Options], Result]) -> Callable[Arguments, Result]:
@@ -42,7 +42,7 @@ def method_takes(
 ) -> Callable[
     [Callable[[Owner, Options], Result]], Callable[Concatenate[Owner, Arguments], Result]
 ]:
-    """Do the same for a method."""
+    """Do the same as `takes` for a method."""
 
     def decorate(
         function: Callable[[Owner, Options], Result],
@@ -60,7 +60,7 @@ def method_takes(
 def _show_arguments(
     call: Any, options: Any, function: Callable[..., Any], before: list[str]
 ) -> None:
-    # Else tools would follow it to the function of one object.
+    # With this attribute, tools would show the function that takes one object.
     del call.__wrapped__
     first = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in before]
     made = inspect.signature(options).parameters
@@ -68,11 +68,11 @@ def _show_arguments(
     call.__signature__ = inspect.Signature([*first, *made.values()], return_annotation=result)
     call.__annotations__ = {name: given.annotation for name, given in made.items()}
     call.__annotations__["return"] = result
-    # The error of an argument that is missing or unknown names it.
+    # Python names the constructor in its error for a missing or unknown argument.
     options.__init__.__qualname__ = function.__qualname__
 
 
 def shared(cls: type[Shared], options: Any, **others: Any) -> Shared:
-    """An object of `cls` with the fields that `options` has too, and `others`."""
+    """An object of `cls` made of the fields that `options` also has, and of `others`."""
     names = [field.name for field in fields(cast(Any, cls)) if hasattr(options, field.name)]
     return cls(**{name: getattr(options, name) for name in names} | others)

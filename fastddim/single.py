@@ -1,4 +1,4 @@
-"""A single step except for its tensors: what `fastddim.step` computes from numbers and keeps."""
+"""A prepared step without its tensors, which `fastddim.step` makes from numbers and keeps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastddim.validation import check_coefficient, with_derivatives
 
 
 class StepOptions(TypedDict, total=False):
-    """The options of `fastddim.step` besides `return_x0`, which decides what it returns."""
+    """The options of `fastddim.step` besides `return_x0`, which selects the type of the result."""
 
     eta: Coefficient
     variance: Variance | VarianceSynonym
@@ -45,7 +45,7 @@ class StepOptions(TypedDict, total=False):
 
 
 class PreparedStep(NamedTuple):
-    """A step except for its tensors."""
+    """A step without its tensors."""
 
     backend: backends.Backend
     table: Tensor  # [1 or B, K]
@@ -53,8 +53,8 @@ class PreparedStep(NamedTuple):
     rescaling: Rescaling | None
     noisy: bool
     guided: bool
-    tracked: bool  # whether the table has derivatives
-    in_graph: bool = False  # whether it is traced
+    tracked: bool  # the table has derivatives
+    in_graph: bool = False  # the step is traced
 
 
 def prepared_step(
@@ -64,18 +64,18 @@ def prepared_step(
     impl: str,
     update: Mapping[str, Any],
 ) -> PreparedStep:
-    """Everything about a step except its tensors; what follows from plain numbers is remembered."""
+    """A step without its tensors, remembered if it follows from plain numbers."""
     has_values = type(x_t) in PLAIN
     if is_dynamo_compiling() or (not has_values and is_compiling()):
         return _step_in_graph(x_t, alpha_t, alpha_prev, impl, update)
     coefficients = (alpha_t, alpha_prev, *map(update.__getitem__, PER_STEP))
     plain = has_values and not any(map(_is_tensor, coefficients))
-    # What is made while a graph is captured holds its values only once the graph was replayed.
+    # A table made while a graph is captured holds its values only after the graph is replayed.
     if plain and not transfer.captured(x_t.device):
         try:
             return _remembered_step(x_t.dtype, x_t.device, alpha_t, alpha_prev, impl, **update)
         except TypeError:
-            pass  # of something unhashable, which the checks below name, or from those checks
+            pass  # An argument is not hashable, or a check failed; the checks below name it.
     device, batch = x_t.device, x_t.shape[0]
     return _prepare_step(x_t.dtype, device, alpha_t, alpha_prev, impl, batch, **update)
 
@@ -91,7 +91,7 @@ def _remembered_step(
 ) -> PreparedStep:
     def prepared() -> PreparedStep:
         step = _prepare_step(dtype, device, alpha_t, alpha_prev, impl, None, **update)
-        transfer.wait(device)  # Another stream may use it.
+        transfer.wait(device)  # Another stream may use the step.
         return step
 
     return ordinary(prepared)
@@ -119,7 +119,7 @@ def _prepare_step(
 def _checked(
     alpha_t: Coefficient, alpha_prev: Coefficient, batch: int | None, given: Mapping[str, Any]
 ) -> tuple[Coefficient, Coefficient, Update]:
-    """The coefficients and the kind of step; coefficients have the derivatives of those given."""
+    """The coefficients and the kind of step; coefficients keep the derivatives of the arguments."""
     update = Update(**given).checked(batch)
     changed: dict[str, Any] = {
         name: with_derivatives(getattr(update, name), given[name]) for name in PER_STEP
@@ -138,8 +138,8 @@ def _step_in_graph(
     impl: str,
     given: Mapping[str, Any],
 ) -> PreparedStep:
-    """`prepared_step` for a graph that is traced: numbers that it holds constant become a constant
-    table, and numbers that are its inputs become tensors.
+    """`prepared_step` for a graph that is traced: numbers that the graph holds constant become a
+    constant table, and numbers that are inputs of the graph become tensors.
     """
     device, batch = x_t.device, x_t.shape[0]
     a, p, update = _checked(alpha_t, alpha_prev, batch, given)
@@ -154,7 +154,7 @@ def _step_in_graph(
         def tensor(value: Any) -> Any:
             if value is None or _is_tensor(value) or is_constant(value):
                 return _on(device, value)
-            # A factor of a tensor may be an input of a graph; what fills one is made a constant.
+            # A factor of a tensor may be an input of a graph; a fill value becomes a constant.
             return torch.ones(count, dtype=torch.float64, device=device) * value
 
         changed = {name: tensor(getattr(update, name)) for name in PER_STEP}
@@ -174,7 +174,7 @@ def _step_in_graph(
 
 @constant
 def _constant_table(*arguments: Any, **update: Any) -> str:
-    """The name of the table that is held by the graph."""
+    """The name under which the graph holds the table."""
     return HELD.name_of(_remembered_step(*arguments, **update).table)
 
 

@@ -1,4 +1,4 @@
-"""The steps of a plan, prepared for a loop of one's own."""
+"""The steps of a plan, prepared for a loop that the caller writes."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from fastddim.validation import check_bool, check_int, check_state
 
 
 class Stepper(Rebuilt):
-    """The steps of a plan, prepared for a loop of one's own.
+    """The steps of a plan, prepared for a loop of your own.
 
     `stepper(x, model_output, i)` is the update of step i as `fastddim.sample` takes it: with its
-    coefficients, its η and, by the same seed, its noise. Each call is that of `fastddim.step` with
-    the numbers of step i, which are worked out once, and takes the least time that a call from
-    Python can. A loop between which and `sample` nothing differs gives the same bits.
+    coefficients, its η and, for the same seed, its noise. A call does the same as `fastddim.step`
+    with the numbers of step i. These are computed once, and a call takes the least time that a call
+    from Python can. A loop that matches `sample` in everything else gives the same bits.
 
     Copies and pickles take the same steps. Calls may come from any number of threads.
 
     Args:
-        schedule: ᾱ the model was trained with, a `fastddim.Schedule`.
+        schedule: ᾱ that the model was trained with, a `fastddim.Schedule`.
         steps: number of steps, or the timesteps themselves in the order visited. Tuned steps are
-            refused, since they read the epsilons of earlier ones.
+            refused, since they read the epsilons of earlier steps.
 
     The other arguments are those of `fastddim.sample`. η, the guidance scale and the temperature
-    are numbers, or sequences with one a step.
+    are numbers, or sequences with one number a step.
 
     Attributes:
         plan: timesteps and coefficients, a `fastddim.plan.Plan`.
-        timesteps: int64 `[S]` in the order visited: the model is evaluated at `timesteps[i]`
+        timesteps: int64 `[S]` in the order visited; the model is evaluated at `timesteps[i]`
             before step i.
 
     Raises:
@@ -125,8 +125,8 @@ class Stepper(Rebuilt):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Take step `i`, in [0, S).
 
-        The other arguments, the results and what is raised are those of `fastddim.step`, also
-        that the result is differentiable without `out`.
+        The other arguments, the results and the errors are those of `fastddim.step`. Without `out`
+        the result is differentiable, as there.
         """
         if not is_dynamo_compiling():
             taken = self._direct(

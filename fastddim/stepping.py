@@ -1,4 +1,4 @@
-"""The call of a single step: its tensors checked, its noise keyed, its results made."""
+"""The call of a single step: checks its tensors, keys its noise and makes its results."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def take(
     out: Tensor | None,
     return_x0: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Take a step as `fastddim.step` does, whose arguments these are.
+    """Take a step for `fastddim.step`, which has the same arguments.
 
     Args:
-        step: everything but its tensors.
-        x_t: checked, as `return_x0` is.
+        step: all that the step needs besides its tensors.
+        x_t: the state, already checked, as is `return_x0`.
 
     Raises:
         TypeError, ValueError, RuntimeError: see `fastddim.step`.
@@ -68,7 +68,7 @@ def take(
         backend, table, row = rescaled_differentiably(x_t, model_output, table, row, rescaling)
     elif rescaling is not None:
         table, row = rescaled(backend, x_t, model_output, table, row, rescaling)
-    # In a graph, an operator that returns its results is one that compilers can move.
+    # In a graph, compilers can move an operator only if it returns its results.
     if differentiable or (in_graph and out is None):
         x_prev, x_0 = backend.update(x_t, model_output, table, row, noise=noise, keys=keys)
         return (x_prev, x_0) if return_x0 else x_prev
@@ -85,7 +85,7 @@ def take(
         x_0=predicted,
         model_input=None,
     )
-    # An operator that writes into what it is given does not tell autograd.
+    # Autograd does not notice an operator that writes into its arguments.
     if out is not None and not in_graph:
         increment_version(out)
     return x_prev if predicted is None else (x_prev, predicted)

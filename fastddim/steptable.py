@@ -1,7 +1,7 @@
-"""Steps by row: the coefficients of many steps computed once, so that a step only names its row.
+"""Tables of steps: the coefficients of many steps computed once, so that a step names only its row.
 
-It serves code with a loop of its own (`fastddim.integrations`): `step` computes its coefficients
-from ᾱ at each call, and a `Sampler` owns the loop.
+A table serves code with a loop of its own (`fastddim.integrations`). In contrast, `step` computes
+its coefficients from ᾱ at each call, and a `Sampler` owns the loop.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from fastddim.reference import compute_dtype
 from fastddim.tracing import HELD, PLAIN, constant, is_traced
 from fastddim.transforms import check_unfollowed, functorch_active, tracked
 
-# Kinds of states that a table is prepared for at the same time.
+# The number of kinds of states that a table is prepared for at the same time.
 _KINDS_KEPT = 8
 
 
 class _RowIndices(dict[int, Tensor]):
-    """Rows as the kernel takes them, int64 `[1]` on a device, made when first asked for."""
+    """Row indices as the kernel takes them, int64 `[1]` on a device, made on the first request."""
 
     def __init__(self, count: int, device: torch.device, position: Callable[[int, int], int]):
         super().__init__()
@@ -49,13 +49,13 @@ class PreparedTable(NamedTuple):
     backend: backends.Backend
     table: Tensor  # [R, K]
     indices: _RowIndices
-    fast: bool  # whether `ops.step` takes the step
-    noiseless: Callable[..., direct.Result]  # steppers of `fastddim.direct`, this one without noise
-    noised: Callable[..., direct.Result]  # and this one with noise that is given
+    fast: bool  # `ops.step` takes the step
+    noiseless: Callable[..., direct.Result]  # a stepper of `fastddim.direct`, without noise
+    noised: Callable[..., direct.Result]  # the same with noise that is given
 
 
 class StepTable:
-    """Coefficient rows `[R, K]` of any R steps.
+    """Coefficient rows `[R, K]` of R arbitrary steps.
 
     Values are not checked: coefficients that `fastddim.step` refuses give infinity or NaN here, and
     only in the steps that use their row.
@@ -69,10 +69,11 @@ class StepTable:
         impl: str = "auto",
         checked: bool = False,
     ) -> None:
-        """
+        """Make a table of rows.
+
         Args:
             rows: float64 `[R, K]`, from `plan.stack_row`.
-            rescaling: how the rows depend on the data of a step, if they do.
+            rescaling: the dependence of the rows on the data of a step, if any.
             impl: the backend, as in `fastddim.sample`.
             checked: whether rows that overflow the dtype of a state are refused.
         """
@@ -94,26 +95,26 @@ class StepTable:
         epsilon: Tensor | None = None,
         return_x0: bool = True,
     ) -> tuple[Tensor, Any]:
-        """(x_prev, x_0), in new tensors like `x`; x_0 is None unless `return_x0`.
+        """Return (x_prev, x_0), in new tensors like `x`; x_0 is None unless `return_x0`.
 
         Args:
             x, model_output, noise, keys, history, epsilon: as in
                 `fastddim.backends.Backend.update_out`.
-            row: of all samples, or an int64 tensor `[1]` or `[B]` on the device of `x`, which is
-                read there.
+            row: row of all samples, or an int64 tensor `[1]` or `[B]` on the device of `x`, where
+                it is read.
 
-        Differentiable to any order in `x`, `model_output` and `noise`, and under the transforms of
-        `torch.func`, but not where `epsilon` is written.
+        The result is differentiable to any order in `x`, `model_output` and `noise`, also under
+        the transforms of `torch.func`, unless `epsilon` is written.
 
         Raises:
-            RuntimeError: a tensor does not fit, or has gradients where there are none; the message
-                names it.
+            RuntimeError: a tensor does not fit, or has gradients that cannot be followed; the
+                message names it.
         """
         prepared = self.prepared(x.dtype, x.device)
         backend, table, indices, fast, noiseless, noised = prepared
         plain = type(x) in PLAIN
         apart = keys is None and history is None and epsilon is None
-        # For an int, `isinstance` with Tensor costs ten times as much as its type.
+        # For an int, `isinstance` with Tensor takes ten times as long as a comparison of its type.
         if type(row) is int or not isinstance(row, Tensor):
             number, row = row, indices[row]
             if fast and plain and apart and x.nbytes < LARGE:
@@ -121,7 +122,7 @@ class StepTable:
                 taken = stepper(x, model_output, number, noise, None, 0, 0, None, return_x0)
                 if taken is not None:
                     return taken if isinstance(taken, tuple) else (taken, None)
-        # Levels are those of all threads, and `tracked` would take a hundredth of a step.
+        # Levels count for all threads. Calling `tracked` first would take a hundredth of a step.
         if (
             forward_ad._current_level >= 0
             or (
@@ -136,14 +137,14 @@ class StepTable:
             return self._differentiable(
                 prepared, x, model_output, row, noise, keys, history, epsilon
             )
-        # The size of a tensor of another class, such as a fake one, may be unknown. Traced by
-        # `torch.jit`, memory that is lent would become a constant.
+        # The size of a tensor of another class, such as a fake one, may be unknown. A trace of
+        # `torch.jit` would turn recycled memory into a constant.
         large = fast and plain and x.nbytes >= LARGE and not is_traced(x)
         if fast and plain and not large and keys is None and epsilon is None:
             results = ops.step(x, model_output, table, row, noise)
             return results if return_x0 else (results[0], None)
-        # Transforms, which `ops.step` tells by itself, and every class of tensors are served by an
-        # operator that returns its results.
+        # Under transforms, which `ops.step` notices by itself, and for every other class of
+        # tensors, an operator that returns its results takes the step.
         if functorch_active() or (epsilon is None and not plain):
             return self._differentiable(
                 prepared, x, model_output, row, noise, keys, history, epsilon
@@ -169,7 +170,7 @@ class StepTable:
         return x_prev, x_0
 
     def __call__(self, *operands: Any, **others: Any) -> tuple[Tensor, Any]:
-        """Take the step, as a part of the graph where one is traced; see `take`."""
+        """Take the step, as a part of the graph if one is traced; see `take`."""
         if not is_dynamo_compiling():
             return self.take(*operands, **others)
         x: Tensor = operands[0]
@@ -179,28 +180,28 @@ class StepTable:
 
     @constant
     def name_in_graph(self, dtype: torch.dtype, device: torch.device) -> str:
-        """The name in `HELD` of the table for states of a dtype on a device."""
+        """The name in `HELD` of the table for states of one dtype on one device."""
         return HELD.name_of(self.prepared(dtype, device).table, owner=self)
 
     @staticmethod
     def position(count: int, row: int) -> int:
-        """The place of a row among `count`, which may be given from the end."""
+        """The place of a row among `count`; a negative row counts from the end."""
         if not -count <= row < count:
             raise IndexError(f"row: expected an index in [{-count}, {count}), got {row}")
         return row % count
 
     def prepared(self, dtype: torch.dtype, device: torch.device) -> PreparedTable:
-        """The table for states of a dtype on a device."""
+        """The table for states of one dtype on one device."""
         return self._prepared.get((device, dtype)) or self._prepare(dtype, device)
 
     def _prepare(self, dtype: torch.dtype, device: torch.device) -> PreparedTable:
-        """The table for states of a dtype on a device: the only place that puts coefficients on a
-        device.
+        """Prepare the table for states of one dtype on one device; only this puts coefficients on
+        a device.
         """
         backend = backends.choose(self._impl, device)
 
         def prepared() -> PreparedTable:
-            # A view of the rows would be of inference mode where they are.
+            # A view of rows that are of inference mode would be of inference mode too.
             rows = self.rows.clone()
             table = to_table(rows, compute_dtype(dtype), rows.device, checked=self._checked)
             table = transfer.upload(table, device)
@@ -230,8 +231,8 @@ class StepTable:
         if epsilon is not None:
             check_unfollowed("epsilon", x, model_output, noise)
             raise RuntimeError(
-                "epsilon: writing into a given tensor is not differentiable; "
-                "call under torch.no_grad()"
+                "epsilon: expected None with gradients, since writing into a given tensor is not "
+                "differentiable, got a tensor; call under torch.no_grad()"
             )
         backend, table = prepared.backend, prepared.table
         if self._rescaling is not None:
@@ -242,7 +243,7 @@ class StepTable:
 
 
 class TracedTable:
-    """A table in a graph that is traced, where each step is one operator that returns its results:
+    """A table in a graph that is traced. Each step is one operator that returns its results, since
     compilers can move such an operator.
     """
 
@@ -253,10 +254,11 @@ class TracedTable:
         rescaling: Rescaling | None,
         impl: str = "auto",
     ) -> None:
-        """
+        """Take over a table as the graph holds it.
+
         Args:
             table: `[R, K]` as the backend reads it.
-            position: the place of a row among R.
+            position: gives the place of a row among R.
             rescaling, impl: as in `StepTable`.
         """
         self._table = table
@@ -327,7 +329,7 @@ def rescaled(
     row: Tensor,
     rescaling: Rescaling,
 ) -> tuple[Tensor, Tensor]:
-    """A table with one row for each of these samples, and the index of the row of each."""
+    """A table with one row for each of these samples, and the row index of each sample."""
     batch = x.shape[0]
     rows = table.new_empty((batch, table.shape[1]))
     backend.rescale_rows(x, model_output, table, row, rescaling, rows)
@@ -337,8 +339,8 @@ def rescaled(
 def rescaled_differentiably(
     x: Tensor, model_output: Tensor, table: Tensor, row: Tensor, rescaling: Rescaling
 ) -> tuple[backends.Backend, Tensor, Tensor]:
-    """`rescaled`, and the backend for it: rows that come from the data have derivatives too, which
-    only the reference has.
+    """`rescaled`, and the backend for the result: only the reference has derivatives of rows that
+    depend on the data.
     """
     rows = reference.rescaled_rows(x, model_output, table.index_select(0, row), rescaling)
     return backends.BACKENDS["reference"], rows, torch.arange(x.shape[0], device=x.device)

@@ -1,4 +1,4 @@
-"""The value by which a callback ends a run."""
+"""The value with which a callback ends a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs that `torch.compile`, `torch.export` or `torch.jit` trace: whether, and constants."""
+"""Programs that `torch.compile`, `torch.export` or `torch.jit` trace, and their constants."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 TAKES_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
-"""Whether a function that is `constant` takes other objects than its own: not in torch 2.11."""
+"""True if a function marked `constant` takes objects besides its own; false in torch 2.11."""
 
 PLAIN = (Tensor, nn.Parameter)
-"""Classes of tensors whose values are at hand, as those of fake tensors are not."""
+"""Classes of tensors whose values can be read, unlike those of fake tensors."""
 
 WATCHERS: tuple[Callable[[], Any], ...] = (
     torch._C._len_torch_dispatch_stack,
@@ -27,7 +27,7 @@ WATCHERS: tuple[Callable[[], Any], ...] = (
     _is_tracing,
     torch._C._autograd._profiler_enabled,
 )
-"""Functions that are true where a mode, `torch.jit.trace` or a profiler watches the operators of
+"""Functions that return true if a mode, `torch.jit.trace` or a profiler watches the operators of
 this thread.
 """
 
@@ -37,31 +37,31 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a graph is traced in which a value may be another one when it runs, or the value is a
-    tensor of a class that may have none, as fake tensors have.
+    """Tell whether a value may be another one when the graph that is being traced runs, or is a
+    tensor of a class that may have no values, such as fake tensors.
     """
-    # The latter is `is_jit_traced`, at a tenth of its time.
+    # `_is_tracing` is `is_jit_traced`, at a tenth of its time.
     if is_dynamo_compiling() or _is_tracing():
         return True
-    # For an int, `isinstance` with Tensor costs ten times as much as its type.
+    # For an int, `isinstance` with Tensor takes ten times as long as a comparison of its type.
     cls = type(value)
     return cls is not int and cls not in PLAIN and isinstance(value, Tensor)
 
 
 def in_program() -> bool:
-    """Whether the calls of now go into a program: of `torch.compile`, `torch.export`,
+    """Tell whether calls now become part of a program: of `torch.compile`, `torch.export`,
     `torch.jit.trace` or `make_fx`.
     """
     return (
         is_compiling()
         or is_jit_traced()
-        # To ask for a mode takes longer than to ask whether there is any.
+        # Finding a mode takes longer than finding out that there is none.
         or (torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None)
     )
 
 
 def operators_are_seen() -> bool:
-    """Whether a mode or a profiler sees which operators are called."""
+    """Tell whether a mode or a profiler sees which operators are called."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._profiler_enabled()
@@ -76,33 +76,33 @@ def operators_are_seen() -> bool:
 def constant(function: Function) -> Function:
     """Mark a function whose result is a constant of the graph that is traced.
 
-    It runs while the graph is made. Besides its object, if it is a method, it takes constants, and
-    it returns a number or a string. Nothing else that it reads is guarded: callers pass the `id` of
-    each object that may be replaced by another.
+    The function runs while the graph is made. It takes constants and, if it is a method, its own
+    object, and returns a number or a string. Nothing else that it reads is guarded: callers pass
+    the `id` of each object that may be replaced.
 
-    It is `torch.compiler.assume_constant_result`, which imports the compiler.
+    The mark is that of `torch.compiler.assume_constant_result`, which imports the compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def specialized(number: Any) -> Any:
-    """A number as a constant of the graph: where it changes, there is another graph."""
+    """A number as a constant of the graph; another number leads to another graph."""
     from torch.fx.experimental.symbolic_shapes import guard_scalar
 
     return guard_scalar(number)
 
 
 def is_constant(number: float) -> bool:
-    """Whether a number is a constant of the graph, rather than one of its inputs."""
+    """Tell whether a number is a constant of the graph, rather than one of its inputs."""
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return has_static_value(number)
 
 
 class Held:
-    """What graphs hold, as attributes: an attribute of a global object is one that every tracer
-    knows how to find.
+    """Objects that graphs hold, as attributes of one global object, since every tracer finds
+    those.
     """
 
     def __init__(self) -> None:
@@ -110,11 +110,11 @@ class Held:
         self._unused = itertools.count()
 
     def name_of(self, value: Any, owner: Any = None) -> str:
-        """The name of a tensor or another object, which it gets when first asked for and is held by
+        """The name of a tensor or another object, given on the first request; the object is held
         from then on.
 
         Args:
-            owner: the value is let go with this object, if given.
+            owner: an object with which the value is released, if given.
         """
         name = self._names.get(id(value))
         if name is None:
@@ -130,4 +130,4 @@ class Held:
 
 
 HELD = Held()
-"""What the graphs of this process hold."""
+"""The objects that graphs of this process hold."""

@@ -1,8 +1,8 @@
-"""Which of PyTorch's transforms follow what is computed now.
+"""Checks of which PyTorch transforms follow the current computation.
 
 `torch.func` (grad, vjp, jvp, vmap, …) and forward-mode differentiation follow operators, but not
-what a kernel writes into a given tensor. `requires_grad` does not tell of them: a dual tensor has
-none, and a batch may hide it. PyTorch has no public names for what is asked here.
+a kernel that writes into a given tensor. `requires_grad` does not reveal these transforms: a dual
+tensor does not have it, and a batch may hide it. PyTorch has no public names for these checks.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-# Whether a transform of `torch.func` is at work in this thread.
+# Tells whether a transform of `torch.func` is active in this thread.
 functorch_active = torch._C._are_functorch_transforms_active
 
 
 def transformed() -> bool:
-    """True where a transform of `torch.func` is at work, or forward-mode differentiation, be it of
-    another thread.
+    """Tell whether a transform of `torch.func` or forward-mode differentiation is active, the
+    latter in any thread.
     """
     return functorch_active() or forward_ad._current_level >= 0
 
 
 def followed(*tensors: Tensor | None) -> bool:
-    """True where a transform follows what is computed from these tensors, or may: a graph that is
-    traced does not tell.
+    """Tell whether a transform follows, or may follow, a computation with these tensors; a graph
+    that is being traced does not reveal it.
     """
     if functorch_active() or is_compiling():
         return True
@@ -35,8 +35,8 @@ def followed(*tensors: Tensor | None) -> bool:
 
 
 def tracked(x: Tensor, model_output: Tensor, noise: Tensor | None) -> bool:
-    """True where a transform or autograd follows what is computed from these tensors."""
-    # `transformed()`, without the time of its call.
+    """Tell whether a transform or autograd follows a computation with these tensors."""
+    # This is `transformed()` without the time of its call.
     maybe_followed = functorch_active() or forward_ad._current_level >= 0
     if maybe_followed and followed(x, model_output, noise):
         return True
@@ -46,7 +46,7 @@ def tracked(x: Tensor, model_output: Tensor, noise: Tensor | None) -> bool:
 
 
 def bare(tensor: Tensor) -> bool:
-    """True for a tensor that is its values alone: no transform's own, and without derivatives."""
+    """Tell whether a tensor is only its values, without a transform or derivatives."""
     if transformed() and (
         is_compiling() or torch.func.debug_unwrap(tensor) is not tensor or _has_tangent(tensor)
     ):
@@ -55,7 +55,7 @@ def bare(tensor: Tensor) -> bool:
 
 
 def check_unfollowed(name: str, *tensors: Tensor | None) -> None:
-    """Refuse to write into an argument what a transform follows."""
+    """Refuse to write into an argument if a transform follows the tensors."""
     if transformed() and followed(*tensors):
         raise RuntimeError(
             f"{name}: expected None under torch.func or forward-mode differentiation, "
@@ -64,19 +64,19 @@ def check_unfollowed(name: str, *tensors: Tensor | None) -> None:
 
 
 def check_sampler_unfollowed() -> None:
-    """Refuse to run a sampler, which writes over its state, where a transform follows all that is
-    computed.
+    """Refuse to run a sampler, which overwrites its state, while a transform follows all
+    computations.
     """
     if functorch_active():
         raise RuntimeError(
             "model: expected to be sampled outside torch.func (grad, jvp, vmap, ...), since a "
-            "sampler has no derivatives and writes over its state; take the steps with "
+            "sampler has no derivatives and overwrites its state; take the steps with "
             "fastddim.step in a loop of your own, which these transforms follow"
         )
 
 
 def check_no_tangent(name: str, tensor: Tensor) -> None:
-    """Refuse a dual tensor of forward-mode differentiation where its tangent would be lost."""
+    """Refuse a dual tensor of forward-mode differentiation, whose tangent would be lost."""
     if _has_tangent(tensor):
         raise RuntimeError(
             f"{name}: expected a tensor without a tangent of forward-mode differentiation, since a "
@@ -89,7 +89,7 @@ def below_autograd(operator: Any, keys: Any, *inputs: Any) -> Any:
 
     Args:
         operator: an overload.
-        keys: the dispatch keys that the latter was called with.
+        keys: the dispatch keys that the autograd kernel was called with.
     """
     with torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *inputs)

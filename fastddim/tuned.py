@@ -1,8 +1,8 @@
 """Tuned steps: timesteps and weights that were chosen for one model, as an object and as a file.
 
 A step of any order takes the state to √ᾱ_prev·x_0 + direction·ε + history·ε_before (eq. 12 of arXiv
-2010.02502, with the epsilon of the step before as well). Where the schedule gives `direction` and
-an order gives `history`, tuned steps have numbers of their own, and timesteps of their own.
+2010.02502, with the epsilon of the step before added). Usually the schedule gives `direction` and
+the order gives `history`. Tuned steps have their own values of both, and their own timesteps.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ FORMAT = "fastddim tuned steps"
 VERSION = 1
 
 CHOICES = ("tuned", "order 1", "order 2")
-"""The steps that the tuner compares."""
+"""The kinds of steps that the tuner compares."""
 
-# Files come from anywhere, and the steps of a model take some kilobytes.
+# A file can come from anywhere; the steps of a model take some kilobytes.
 _LARGEST_FILE = 16 * 2**20
 _DIGITS = 64
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TunedFor:
-    """All that tuned weights depend on besides the model: they are not good for anything else.
+    """All that tuned weights depend on besides the model; they are valid for nothing else.
 
     Attributes:
         schedule: SHA-256 of ᾱ, as `schedule_digest` gives it.
-        T: its number of timesteps.
-        prediction: these and the following are options of `fastddim.sample`.
+        T: number of timesteps of the schedule.
+        prediction: an option of `fastddim.sample`, as are the following attributes.
     """
 
     schedule: str
@@ -74,9 +74,10 @@ class TunedFor:
         """The part of some options that weights depend on.
 
         Args:
-            schedule: of the model.
+            schedule: the model's schedule.
             options: an object with the names of the other fields, such as a checked
-                `fastddim.plan.Update`; guidance may be different numbers only if they are equal.
+                `fastddim.plan.Update`. Guidance may be a tensor or a sequence if all its numbers
+                are equal.
 
         Raises:
             TypeError, ValueError: an option is of the wrong type or range, or guidance differs
@@ -96,7 +97,7 @@ class TunedFor:
         return f"TunedFor({self.described()})"
 
     def described(self) -> str:
-        """The options that are not off, on one line."""
+        """T and the options that are in use, on one line."""
         given = {name: getattr(self, name) for name in ("T", *_OPTIONS)}
         return ", ".join(f"{name}={value!r}" for name, value in given.items() if value)
 
@@ -109,18 +110,18 @@ class TunedSteps:
     """Timesteps and weights chosen for one model, to be given as `steps` wherever it samples.
 
     A step takes x_t to √ᾱ_prev·x_0 + direction·ε + history·ε_before, with x_0 and ε predicted at
-    x_t and ε_before at the step before. After the last step ᾱ is 1.
+    x_t, and ε_before predicted at the step before. After the last step ᾱ is 1.
 
     Attributes:
-        timesteps: S of them, strictly decreasing.
-        direction: the factor of ε at each step.
-        history: the factor of ε_before at each step, 0 at the first.
-        tuned_for: what the weights are good for; anything else is refused.
-        errors: root mean squares of the distance to the exact solution, on latents that the tuner
-            did not see, by what took the steps: "tuned", "order 1" or "order 2".
-        chosen: what took them best; the weights of "order 1" or "order 2" are those of
+        timesteps: the S timesteps, strictly decreasing.
+        direction: factor of ε at each step.
+        history: factor of ε_before at each step, 0 at the first.
+        tuned_for: conditions that the weights are valid for; others are refused.
+        errors: root mean square distances to the exact solution, on latents that the tuner did not
+            use, for each kind of steps: "tuned", "order 1" and "order 2".
+        chosen: the best kind of steps; the weights of "order 1" or "order 2" are those of
             `fastddim.sample` at the same timesteps.
-        record: where the numbers come from, as JSON has it.
+        record: origin of the numbers, as JSON.
 
     Raises:
         TypeError, ValueError: a field is of the wrong type, length or range; the message names it.
@@ -147,7 +148,7 @@ class TunedSteps:
             checked[name] = tuple(check_number(f"{name}[{s}]", v) for s, v in enumerate(values))
         if checked["history"][0] != 0:
             raise ValueError(
-                "history[0]: expected 0, since the first step has none before it, "
+                "history[0]: expected 0, since no step comes before the first, "
                 f"got {checked['history'][0]}"
             )
         errors = _mapping("errors", self.errors)
@@ -166,7 +167,7 @@ class TunedSteps:
         for s, (before, after) in enumerate(itertools.pairwise(timesteps), start=1):
             if after >= before:
                 raise ValueError(
-                    "timesteps: expected strictly decreasing ones, "
+                    "timesteps: expected strictly decreasing values, "
                     f"got timesteps[{s}] = {after} after {before}"
                 )
         return timesteps
@@ -177,7 +178,7 @@ class TunedSteps:
         return len(self.timesteps)
 
     def __repr__(self) -> str:
-        """The number of steps, the errors and what they are for, on one line."""
+        """The number of steps, their errors and the conditions that they are for, on one line."""
         errors = (
             ", ".join(f"{name} {value:.3g}" for name, value in self.errors.items()) or "unknown"
         )
@@ -185,14 +186,14 @@ class TunedSteps:
         return f"TunedSteps(S={self.steps}, {given}; errors: {errors}; chosen: {self.chosen})"
 
     def check_valid(self, schedule: Schedule, options: Any) -> None:
-        """Refuse what the weights were not tuned for.
+        """Refuse a schedule or options that the weights were not tuned for.
 
         Args:
-            schedule: of the model.
+            schedule: the model's schedule.
             options: as for `TunedFor.of`.
 
         Raises:
-            ValueError: the schedule or an option is another; the message names it.
+            ValueError: the schedule or an option differs; the message names it.
         """
         wanted, given = self.tuned_for, TunedFor.of(schedule, options)
         if (given.T, given.schedule) != (wanted.T, wanted.schedule):
@@ -208,16 +209,16 @@ class TunedSteps:
                 )
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them, for `from_dict`."""
+        """The fields in the types of JSON, for `from_dict`."""
         content = asdict(self)
         return content | {n: list(v) for n, v in content.items() if isinstance(v, tuple)}
 
     @classmethod
     def from_dict(cls, content: Any) -> TunedSteps:
-        """The steps that `as_dict` describes.
+        """Make the steps that `as_dict` describes.
 
         Raises:
-            ValueError: `content` describes none; the message names the field.
+            ValueError: `content` does not describe tuned steps; the message names the field.
         """
         try:
             given = dict(_named("tuned steps", content, _FIELDS))
@@ -231,7 +232,7 @@ class TunedSteps:
         """Write a JSON file for `fastddim.load_steps`, whole or not at all.
 
         Raises:
-            ValueError: `record` holds what JSON cannot.
+            ValueError: `record` holds a value that JSON cannot.
             OSError: the file cannot be written.
         """
         write_json(path, self.as_dict())
@@ -241,11 +242,12 @@ _FIELDS = tuple(each.name for each in fields(TunedSteps))
 
 
 def load_steps(path: str | os.PathLike[str]) -> TunedSteps:
-    """The steps in a file that `TunedSteps.save` wrote.
+    """Load the steps from a file that `TunedSteps.save` wrote.
 
     Raises:
-        ValueError: the file is another, or of an unknown version; the message names the field.
-        OSError: it cannot be read.
+        ValueError: the file is not such a file, or of an unknown version; the message names the
+            field.
+        OSError: the file cannot be read.
     """
     content = read_json(path)
     try:
@@ -266,7 +268,7 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
     try:
         text = json.dumps({**heading, **content}, indent=1, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"record: expected what JSON can hold, got {error}") from error
+        raise ValueError(f"record: expected values that JSON can hold, got {error}") from error
     with atomic_file(path) as file:
         file.write((text + "\n").encode())
 
@@ -275,8 +277,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The fields of a file of tuned steps.
 
     Raises:
-        ValueError: the file is no such file, or of an unknown version.
-        OSError: it cannot be read.
+        ValueError: the file is not such a file, or of an unknown version.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         text = file.read(_LARGEST_FILE + 1)
@@ -302,7 +304,7 @@ def _tuned_for(given: Mapping[str, Any]) -> TunedFor:
 
 
 def _named(what: str, content: Any, names: Any) -> Mapping[str, Any]:
-    """A JSON object with these fields and no others."""
+    """A JSON object, checked to have these fields and no others."""
     given = _mapping(what, content)
     missing, unknown = set(names) - set(given), set(given) - set(names)
     if missing or unknown:
@@ -341,4 +343,4 @@ def _schedule(tuned_for: TunedFor) -> str:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name}, which is no number of JSON")
+    raise ValueError(f"{name}, which is not a number in JSON")

@@ -1,4 +1,4 @@
-"""Checks of public arguments: each names the argument, what was expected and what was given."""
+"""Checks of public arguments. Each error names the argument, the expectation and the value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def check_choice(
     name: str, value: Any, choices: Sequence[Any], synonyms: Mapping[Any, Any] | None = None
 ) -> Any:
-    """One of the choices; for a synonym, the one that it stands for."""
+    """One of the choices, which a synonym is replaced by."""
     if any(type(value) is type(choice) and value == choice for choice in choices):
         return value
     if synonyms is not None and isinstance(value, str) and value in synonyms:
@@ -42,8 +42,8 @@ def _suggestion(value: Any, choices: Sequence[Any], synonyms: Mapping[Any, Any])
 
 
 def check_int(name: str, value: Any, low: int, high: int) -> int:
-    """An integer in [low, high]; Python and NumPy integers are taken, booleans are not."""
-    # To ask for an abstract class takes longer than all of this.
+    """An integer in [low, high]; Python and NumPy integers are accepted, booleans are not."""
+    # A test against an abstract class takes longer than all of this.
     if type(value) is int and low <= value <= high:
         return value
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
@@ -63,14 +63,14 @@ def check_bool(name: str, value: Any) -> bool:
 def check_number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
 ) -> float:
-    """A finite real number in [low, high], or in (low, high] where `open_low`."""
+    """A finite real number in [low, high], or in (low, high] if `open_low`."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {_described(value)}")
     try:
         number = float(value)
-    except OverflowError:  # of an integer
+    except OverflowError:  # from an integer
         number = math.inf
-    # Comparisons alone, which NaN fails: `torch.compile` has them for a number that may change.
+    # NaN fails these comparisons, and `torch.compile` has them for a number that may change.
     inside = low <= number <= high and -math.inf < number < math.inf
     if not inside or (open_low and number == low):
         raise ValueError(f"{name}: expected {_interval(low, high, open_low)}, got {number}")
@@ -78,8 +78,8 @@ def check_number(
 
 
 def readable(values: Tensor) -> bool:
-    """True where values can be looked at without waiting for a device, breaking a traced graph or
-    losing a derivative. A subclass, as of fake tensors, may have none.
+    """Tell whether values can be read without waiting for a device, breaking a traced graph or
+    losing a derivative. A subclass, such as that of fake tensors, may have no values.
     """
     plain = type(values) is Tensor and values.device.type == "cpu"
     return plain and not torch.compiler.is_compiling() and bare(values)
@@ -90,7 +90,7 @@ def check_coefficient(
 ) -> float | Tensor:
     """A number, or a float64 tensor `[batch]`, inside [low, high].
 
-    It is without derivatives; a 0-dim tensor that has some is a tensor here too. The values of a
+    The result has no derivatives; a 0-dim tensor that has some stays a tensor. The values of a
     tensor on an accelerator are not read, since that would wait for the device.
     """
     if not isinstance(value, Tensor):
@@ -114,7 +114,7 @@ def check_coefficient(
 
 
 def _check_scalar(name: str, value: Tensor, low: float, high: float) -> float | Tensor:
-    """A number, or 0-dim where the value has derivatives."""
+    """A number, or a 0-dim tensor if the value has derivatives."""
     scalar = value.detach()
     if bare(scalar):
         number = check_number(name, scalar.item(), low, high)
@@ -124,7 +124,7 @@ def _check_scalar(name: str, value: Tensor, low: float, high: float) -> float | 
 
 
 def with_derivatives(checked: float | Tensor, given: Any) -> float | Tensor:
-    """A coefficient that was checked, with the derivatives that it was given with."""
+    """A checked coefficient, with the derivatives of the given one."""
     if not isinstance(checked, Tensor) or bare(given):
         return checked
     derived: Tensor = given.expand_as(checked).double()
@@ -189,7 +189,7 @@ def check_device(name: str, value: Tensor, like_name: str, device: torch.device)
 
 
 def check_working_device(name: str, value: Any) -> torch.device:
-    """The device that is asked for, after a trial."""
+    """The requested device, after a trial."""
     if not isinstance(value, torch.device | str | int):
         raise TypeError(f"{name}: expected a torch.device or its name, got {value!r}")
     try:
@@ -201,7 +201,7 @@ def check_working_device(name: str, value: Any) -> torch.device:
 
 
 def first_sentence(error: BaseException) -> str:
-    """What an error of torch says, without the many lines of what to look into."""
+    """The first sentence of an error of torch, without the many lines of advice."""
     return str(error).partition("\n")[0].partition(". ")[0]
 
 
@@ -213,7 +213,7 @@ def check_same_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
 def check_initial(
     name: str, x: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """A starting state must be exactly what was asked for; nothing is converted silently."""
+    """Check that a starting state is exactly of the expected kind, since nothing is converted."""
     check_state(name, x)
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
@@ -223,7 +223,7 @@ def check_initial(
 
 
 def check_overlap(name: str, written: Tensor, read_name: str, read: Tensor) -> None:
-    """Memory that is written may be exactly what is read, or apart from it."""
+    """Refuse to write memory that overlaps memory to read, unless both are exactly the same."""
     if written is read or torch.compiler.is_compiling():
         return
     same = written.data_ptr() == read.data_ptr() and written.stride() == read.stride()
@@ -251,8 +251,8 @@ def check_noise(name: str, value: Any, x: Tensor) -> Tensor:
 
 
 def check_model_output(name: str, value: Any, x: Tensor, *, guided: bool) -> Tensor:
-    """A model output for the state `x`: 2B samples where guided, C or 2C channels (learned
-    variance).
+    """A model output checked for the state `x`: 2B samples if `guided`, and C or 2C channels
+    (learned variance).
     """
     check_state(name, value)
     batch = (2 if guided else 1) * x.shape[0]
@@ -275,11 +275,11 @@ def check_same_output(unconditional: Tensor, conditional: Tensor) -> None:
 
 
 def check_finite_output(output: Tensor, where: Callable[[], str]) -> None:
-    """Refuse a model's NaN and infinity; this waits for the device.
+    """Refuse NaN and infinity in a model's output; this waits for the device.
 
     Args:
-        output: of the model.
-        where: how the error says at which step.
+        output: output of the model.
+        where: gives the words for the step, in the error.
     """
     if not bool(output.isfinite().all()):
         raise ValueError(f"model output: expected finite values, got NaN or infinity {where()}")
@@ -302,8 +302,8 @@ def check_timestep(name: str, value: Any, batch: int, T: int) -> Tensor:
 
 
 def check_seed(name: str, value: Any, batch: int) -> int | Tensor:
-    """The seed's 64 bits, signed: an integer, or int64 `[batch]` where each sample has its own; or
-    int64 `[]` under `torch.vmap` over seeds.
+    """The 64 bits of the seed, signed: an integer, or int64 `[batch]` if each sample has its own;
+    or int64 `[]` under `torch.vmap` over seeds.
     """
     if isinstance(value, int):
         return signed_bits(check_int(name, value, 0, 2**64 - 1))
@@ -347,9 +347,7 @@ def check_step_index(name: str, value: Any, batch: int) -> int | Tensor:
 def check_sample_range(sample_offset: Any, batch: int, *, per_sample_seed: bool) -> None:
     offset = check_int("sample_offset", sample_offset, 0, 2**32 - 1)
     if per_sample_seed and offset:
-        raise ValueError(
-            f"sample_offset: expected 0 where each sample has its own seed, got {offset}"
-        )
+        raise ValueError(f"sample_offset: expected 0 if each sample has its own seed, got {offset}")
     if offset + batch > 2**32:
         raise ValueError(
             f"sample_offset: expected sample indices below 2**32, got {offset} + {batch} samples"
@@ -357,7 +355,7 @@ def check_sample_range(sample_offset: Any, batch: int, *, per_sample_seed: bool)
 
 
 def _mapped_integer(value: Any) -> TypeGuard[Tensor]:
-    """True for an int64 that differs between the calls of `torch.vmap`, and so cannot be read."""
+    """Tell whether an int64 differs between the calls of `torch.vmap` and so cannot be read."""
     one = isinstance(value, Tensor) and value.ndim == 0 and value.dtype == torch.int64
     return one and not bare(value)
 

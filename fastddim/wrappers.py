@@ -1,5 +1,5 @@
-"""What is inside of a model: what it hands its arguments on to, what it holds, and the hooks of
-accelerate and diffusers on its modules.
+"""The inside of a model: the callables that it passes its arguments on to, the modules that it
+holds, and the hooks of accelerate and diffusers on these modules.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-# Parallel and averaging wrappers, what torch.compile makes, and decorated functions.
+# Attributes of parallel and averaging wrappers, results of torch.compile and decorated functions.
 _INNER = ("module", "_orig_mod", "__wrapped__")
 
 
 def layers(model: Any) -> Iterator[Any]:
-    """The model and, each inside of the one before, all that it hands its arguments on to."""
+    """The model and, one inside of the other, all that it passes its arguments on to."""
     passed: list[int] = []
     while callable(model) and id(model) not in passed:
         yield model
@@ -35,10 +35,11 @@ def _inner(model: Any) -> Any:
 
 
 def reachable(model: Any, *, named: bool = True) -> list[Any]:
-    """The model, and what it reaches besides its arguments.
+    """The model, and the objects that it reaches besides its arguments.
 
-    That is what a method is bound to, what a partial holds, the closure of a function and the
-    globals that it names, and the modules that other objects hold. A module is not looked into.
+    These are the object that a method is bound to, the contents of a partial, the closure of a
+    function and the globals that it names, and the modules that other objects hold. Modules are not
+    searched.
 
     Args:
         named: whether the globals count, which may be more than a function calls.
@@ -75,7 +76,7 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def _named_globals(function: types.FunctionType) -> Iterator[Any]:
-    """What a function may read by a name, without the functions of other files."""
+    """The objects that a function may read by a name, without the functions of other files."""
     names = function.__globals__
     for name in function.__code__.co_names:
         if name in names and getattr(names[name], "__globals__", names) is names:
@@ -89,7 +90,7 @@ def held_modules(model: Any) -> Iterator[nn.Module]:
 
 
 def modules(root: nn.Module) -> list[nn.Module]:
-    """`root` and all modules in it, each once; `root.modules()` also makes names of them."""
+    """`root` and all modules in it, each once; unlike `root.modules()`, without making names."""
     found, seen = [root], {root}
     for part in found:
         for child in part._modules.values():
@@ -100,7 +101,7 @@ def modules(root: nn.Module) -> list[nn.Module]:
 
 
 def tensors(parts: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """The parameters of modules, and then their buffers, as far as there are any."""
+    """The parameters of modules as one list, and then their buffers; empty lists are left out."""
     for kind in ("_parameters", "_buffers"):
         held = [value for part in parts for value in getattr(part, kind).values()]
         found = [value for value in held if value is not None]
@@ -112,7 +113,7 @@ def weights(root: nn.Module, *, last: bool = False) -> Iterator[Tensor]:
     """The matrices among the parameters, in the order in which the modules were set.
 
     Args:
-        last: whether the order is reversed.
+        last: whether to reverse the order.
     """
     own = [p for p in root._parameters.values() if p is not None and not is_lazy(p) and p.ndim > 1]
     children = [child for child in root._modules.values() if child is not None]
@@ -133,7 +134,7 @@ def hooks(parts: Sequence[nn.Module]) -> Iterator[Any]:
 
 
 def _flattened(hook: Any) -> Iterator[Any]:
-    """A hook of accelerate, or those that it calls in turn."""
+    """A hook of accelerate, or the hooks that it calls in turn."""
     parts = getattr(hook, "hooks", None)
     if parts is None:
         return iter((hook,))

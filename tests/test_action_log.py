@@ -195,7 +195,7 @@ class TestRefusals:
             next(ticks)
         ticks = replay(path, sampler_of(), OBSERVATIONS[:1])
         next(ticks)
-        with pytest.raises(ValueError, match="observations: expected one of tick 1, got no more"):
+        with pytest.raises(ValueError, match="observations: expected one for tick 1, got no more"):
             next(ticks)
 
     @pytest.mark.parametrize(

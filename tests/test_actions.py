@@ -534,7 +534,7 @@ class TestGuidance:
         with pytest.raises(ValueError, match=r"model: expected parameters .* got weight made insi"):
             made(inside, chunking="guide")
         kinds: dict[str, Any] = {
-            "to depend on x": torch.no_grad()(Net().forward),
+            "a tensor that autograd follows to x": torch.no_grad()(Net().forward),
             r"shape \(2, 6, 3\) with chunking='guide', got \(2, 12, 3\)": lambda x, t, obs: (
                 torch.cat([x, x], 1)
             ),

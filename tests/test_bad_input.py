@@ -364,7 +364,7 @@ CALL = {
         {"seed": [1, 2], "sample_offset": 1},
         ValueError,
         "sample_offset",
-        "0 where each",
+        "0 if each",
         "1",
     ),
     "noise type": ({"noise": "randn"}, TypeError, "noise", "torch.Generator", "str"),
@@ -902,7 +902,7 @@ class TestPhilox:
                 lambda c=call: c((2, 3), [1, 2], sample_offset=1),
                 ValueError,
                 "sample_offset",
-                "0 where",
+                "0 if",
                 "1",
             )
             fails(

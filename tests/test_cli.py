@@ -635,7 +635,7 @@ class TestEnd:
             (["sample", "digits", "--timesteps", "a"], "expected integers separated by commas"),
             (
                 ["sample", "digits", "--timesteps", "5,1", "--steps", "2"],
-                "--timesteps: expected no --steps beside it",
+                "--timesteps: expected no --steps with it, got one",
             ),
             (["sample", "digits", "--spacing", "odd"], "Invalid value for '--spacing'"),
             (["sample", "digits", "--steps-offset", "1"], "steps_offset: expected 0 unless"),

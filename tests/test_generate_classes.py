@@ -149,8 +149,8 @@ class TestClasses:
             (["--classes", "unet/config.json"], 1, "config.json: expected one integer a line"),
             (["--classes", "odd.npy"], 1, "odd.npy: expected integers [N], got float64 [2]"),
             (["--classes", "odd.npz"], 1, "odd.npz: expected an array of labels, got"),
-            (["--guidance", "2"], 2, "--guidance: expected --classes beside it"),
-            (["--null-class", "2"], 2, "--null-class: expected --classes beside it"),
+            (["--guidance", "2"], 2, "--guidance: expected --classes with it, got none"),
+            (["--null-class", "2"], 2, "--null-class: expected --classes with it, got none"),
             (["--classes", "1", "--null-class", "2"], 2, "--null-class: expected --guidance"),
             (["--classes", "1", "--guidance", "2"], 2, "label that stands for no class, since"),
             (
@@ -258,7 +258,7 @@ class TestModelsThatTell:
 
     def test_a_model_that_tells_no_number(self):
         assert Labelling("7,9", None, None).of(Own(), 0, 2).values == [7, 9]
-        with pytest.raises(Exception, match="does not tell how many classes it has"):
+        with pytest.raises(Exception, match="does not declare the number of its classes"):
             Labelling("balanced", None, None).of(Own(), 0, 2)
 
     def test_without_classes(self):

@@ -269,7 +269,7 @@ class TestObject:
             (
                 {"timesteps": (9, 9, 1)},
                 ValueError,
-                r"timesteps: expected strictly decreasing ones, got timesteps\[1\] = 9 after 9",
+                r"timesteps: expected strictly decreasing values, got timesteps\[1\] = 9 after 9",
             ),
             (
                 {"timesteps": (1000, 9, 1)},
@@ -387,7 +387,9 @@ class TestFile:
         path = tmp_path / "steps.json"
         random_steps().save(path)
         for value in (object(), math.nan):
-            with pytest.raises(ValueError, match=r"^record: expected what JSON can hold, got "):
+            with pytest.raises(
+                ValueError, match=r"^record: expected values that JSON can hold, got "
+            ):
                 replace(random_steps(), record={"x": value}).save(path)
         assert load_steps(path) == random_steps()
 

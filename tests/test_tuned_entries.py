@@ -200,7 +200,7 @@ class TestCommands:
         assert "steps: expected clip 1.0, for which they were tuned, got None" in error
         for other, value in (("steps", "4"), ("timesteps", "5,1"), ("spacing", "linspace")):
             error = self.run(*given, *file, f"--{other}", value, code=2)
-            assert f"--steps-file: expected no --{other} beside it" in error
+            assert f"--steps-file: expected no --{other} with it, got one" in error
         assert "nowhere.json" in self.run(*given, "--steps-file", "nowhere.json", code=1)
         Path("wrong.json").write_text("{}")
         error = self.run(*given, "--steps-file", "wrong.json", code=1)

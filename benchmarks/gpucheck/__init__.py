@@ -1,4 +1,4 @@
 """The GPU check: bits, graphs, times and tools on a GPU, by one command, without network.
 
-docs/gpu.md says how it is prepared and run. `table.py` lists its stages.
+docs/gpu.md says how to prepare and run it. `table.py` lists its stages.
 """

@@ -1,4 +1,4 @@
-"""The installation from source that a user would do, in the background of the other stages."""
+"""An installation from source, as a user would do it, in the background of the other stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOURCES = ("csrc", "fastddim", "kernels")
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 LIMIT = 300
 
-# `nice`, since other stages take times meanwhile.
+# With `nice`, since other stages measure times meanwhile.
 SCRIPT = f"""
 nice -n 15 timeout {LIMIT} "$0" -m pip install -q --no-build-isolation --no-deps --no-index \
     --disable-pip-version-check --target "$1" . > build.log 2>&1
@@ -40,7 +40,7 @@ def begin(settings: Settings) -> subprocess.Popen[bytes]:
 
 
 def copy_sources(root: Path, folder: Path) -> None:
-    """Copy what an installation needs, without anything that was built before."""
+    """Copy the files that an installation needs, without earlier results of a build."""
     for name in SOURCES:
         ignored = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(root / name, folder / name, ignore=ignored)
@@ -49,7 +49,7 @@ def copy_sources(root: Path, folder: Path) -> None:
 
 
 def end(build: subprocess.Popen[bytes]) -> None:
-    """Stop it, if it still runs."""
+    """Stop the installation, if it still runs."""
     with suppress(ProcessLookupError):
         os.killpg(build.pid, signal.SIGKILL)
     build.wait()

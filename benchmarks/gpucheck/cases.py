@@ -1,6 +1,6 @@
-"""A few updates that between them use every operand, and their comparison with the CPU kernel.
+"""A few updates that together use every operand, and their comparison with the CPU kernel.
 
-As a script it is what compute-sanitizer watches: `python -m gpucheck.cases DEVICE IMPL …`.
+As a script, it is what compute-sanitizer watches: `python -m gpucheck.cases DEVICE IMPL …`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gpucheck.device import on_device
 
 OUTPUTS = ("out", "x_0", "model_input", "epsilon")
 WRONG = 3
-"""Exit code of the script where a result differs."""
+"""The exit code of the script if a result differs."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Case:
     def arguments(self) -> dict[str, Any]:
         """Arguments of `update_out` on the CPU; outputs hold NaN.
 
-        Every tensor has a storage of its own that ends where the tensor ends, so that a tool that
-        watches allocations sees an access beyond it.
+        Every tensor has its own storage, which ends where the tensor ends, so a tool that watches
+        allocations sees an access beyond it.
         """
         generator = torch.Generator().manual_seed(3)
         model_dtype = self.model_dtype or self.dtype
@@ -81,7 +81,7 @@ class Case:
         guidance = 3.0 if self.guided else None
         update = Update(eta=float(self.noise), clip=self.clip, guidance_scale=guidance)
         row = coefficient_row(0.4, 0.5, update)
-        # The history counts; Update alone leaves its coefficient at 0.
+        # Update alone would leave the coefficient of the history at 0.
         row = row._replace(ph=0.3 if self.history else 0.0)
         table = stack_row(row)[None]
         return table if self.dtype == torch.float64 else table.float()
@@ -114,7 +114,7 @@ def results(update_out: Callable[..., None], case: Case) -> dict[str, Tensor]:
 
 
 def differing(update_out: Callable[..., None], case: Case) -> dict[str, int]:
-    """For each output, how many elements are not those of the kernel on the CPU."""
+    """The number of elements of each output that differ from those of the kernel on the CPU."""
     expected = results(backends.BACKENDS["cpu"].update_out, case)
     got = results(update_out, case)
     return {name: int((got[name] != expected[name]).sum()) for name in expected}

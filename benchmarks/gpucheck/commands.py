@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-# As this process was started, and then the folder of `gpucheck`.
+# The path of this process, and then the folder of `gpucheck`.
 PATH = (os.environ.get("PYTHONPATH", ""), str(Path(__file__).resolve().parents[1]))
 
 
 def output(*words: str, limit: float = 20) -> str:
-    """Everything that a program prints, or why it could not be run to its end."""
+    """The whole output of a program, or the reason why it did not run to its end."""
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, errors="replace", timeout=limit, check=False
@@ -30,8 +30,8 @@ def python(
     under: tuple[str, ...] = (),
     **env: str,
 ) -> int | None:
-    """The exit code of a module that is run as a script in a folder, under a tool where one is
-    given. It prints where this process prints. None: it was out of time.
+    """Run a module as a script in a folder, optionally under a tool, and return its exit code; None
+    if it was out of time. It prints to the output of this process.
     """
     path = os.pathsep.join(filter(None, (env.pop("PYTHONPATH", ""), *PATH)))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **env}

@@ -1,4 +1,4 @@
-"""CPU tensors on another device, laid out there as they are here."""
+"""CPU tensors on another device, with the same layout there."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fastddim.philox import Keys
 class Moved:
     """Copies of storages on a device.
 
-    A tensor moves with its whole storage, so a view keeps its strides and its offset from an
-    aligned address, tensors that share memory share it there, and what a kernel writes outside a
-    view comes back too.
+    A tensor moves with its whole storage. So a view keeps its strides and its offset from an
+    aligned address, tensors that share memory share it there, and a write of a kernel outside a
+    view is copied back too.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,7 +34,7 @@ class Moved:
         return view.set_(storage, value.storage_offset(), value.shape, value.stride())
 
     def bring_back(self) -> None:
-        """Copy every storage over the one that it was made from."""
+        """Copy every storage back over the one that it was made from."""
         for here, there in self._storages.values():
             here.copy_(there)
 
@@ -47,7 +47,7 @@ class Moved:
 
 
 def on_device(function: Callable[..., None], device: torch.device) -> Callable[..., None]:
-    """A backend's function for CPU tensors: they are moved, and the results come back."""
+    """A backend's function for CPU tensors, which moves them and brings the results back."""
 
     def call(*arguments: Any, **named: Any) -> None:
         moved = Moved(device)

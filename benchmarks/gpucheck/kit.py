@@ -16,7 +16,7 @@ SITE, WHEELS, KERNELS = "site", "wheels", "triton.zip"
 
 
 def unpack(kit: Path, work: Path) -> None:
-    """Unpack whatever of a kit is there; print what is not."""
+    """Unpack the parts of a kit that exist; print which ones are missing."""
     site = work / SITE
     if (kit / SITE).is_dir():
         shutil.copytree(kit / SITE, site, dirs_exist_ok=True)
@@ -43,7 +43,7 @@ def extract(archive: Path, folder: Path) -> None:
 
 
 def relocate(cache: Path) -> None:
-    """Make a Triton cache that was made elsewhere valid here: its groups name absolute paths."""
+    """Make a Triton cache from another machine valid here: its groups name absolute paths."""
     for group in cache.glob("*/__grp__*.json"):
         paths = json.loads(group.read_text())["child_paths"]
         here = {name: str(group.with_name(Path(path).name)) for name, path in paths.items()}
@@ -51,7 +51,7 @@ def relocate(cache: Path) -> None:
 
 
 def read_ahead() -> None:
-    """Read torch's libraries in one go: the first import takes them page by page."""
+    """Read torch's libraries in one pass, since the first import reads them page by page."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         return

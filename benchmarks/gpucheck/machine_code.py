@@ -15,7 +15,9 @@ def nvcc() -> Path | None:
 
 
 def tool(name: str) -> Path | None:
-    """nvcc and ptxas come with nvidia-cuda-nvcc, nvdisasm and cuobjdump with Triton."""
+    """The path of a tool: nvcc and ptxas come with nvidia-cuda-nvcc, nvdisasm and cuobjdump with
+    Triton.
+    """
     for package, folder in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
         spec = importlib.util.find_spec(package)
         for place in spec.submodule_search_locations or [] if spec else []:
@@ -54,7 +56,7 @@ def sections(listing: str) -> dict[str, str]:
 
 
 def sass_of(listing: str) -> dict[str, Counter[str]]:
-    """Instructions of each function by opcode with its modifiers."""
+    """The instructions of each function, by opcode with its modifiers."""
     instruction = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
     return {
         name: Counter(re.findall(instruction, section, re.MULTILINE))

@@ -1,7 +1,7 @@
-"""Names of the times that the GPU check measures and that are predicted for it.
+"""Names of the times that the GPU check measures and that were predicted for it.
 
-A measure is the key of a time in both result files. Nothing but the standard library is imported,
-so that the check can say what it lacks.
+A measure is the key of a time in both result files. This module imports only the standard library,
+so the check can say what it lacks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ IMPLEMENTATIONS = ("cuda", "triton")
 DTYPES = ("float32", "bfloat16")
 UPDATE_ETAS = (0.0, 1.0)
 MEBIBYTES = (256, 1024, 64, 16, 1)
-"""Sizes of one state tensor, the most telling first."""
+"""Sizes of one state tensor, the most informative first."""
 
 LOOP_ETAS: dict[str, tuple[float, ...]] = {
     "null model": (0.0, 1.0),
@@ -23,24 +23,24 @@ LOOP_ETAS: dict[str, tuple[float, ...]] = {
     "fashion U-Net": (0.0,),
     "diffusers U-Net": (0.0,),
 }
-"""η of the loops by model, whose names are those of `loops.MODELS`."""
+"""η of the loops by model, under the names in `loops.MODELS`."""
 LOOP_STEPS = 50
 LOOP_CONTENDERS = ("graph=False", "graph=True", "graph=loop", "diffusers")
 
 LATENT_STEPS = 20
 LATENT_ALONE = "network alone"
-"""The network in a graph, once a step, and nothing else: what no loop around it can beat."""
+"""The network alone in a graph, once a step: a bound that no loop around it can beat."""
 LATENT_CONTENDERS = (*LOOP_CONTENDERS, LATENT_ALONE)
 
 DDPM_MODELS = ("digits U-Net", "fashion U-Net")
 DDPM_CONTENDERS = ("diffusers DDIM, 50", "diffusers DDPM, 1000", "fastddim, 50", "fastddim, 1000")
-"""The loop and its steps; fastddim takes 50 at η = 0 and 1000 at η = 1."""
+"""Each loop with its steps; fastddim takes 50 at η = 0 and 1000 at η = 1."""
 DDPM_AGAINST = ("diffusers DDPM, 1000", "fastddim, 50")
 
 COMPILED_MODELS = ("policy head", "digits U-Net")
 
 POLICIES = ("MLP", "small U-Net", "transformer", "default U-Net")
-"""Networks of robots' policies, whose names are those of `policy_networks.NETWORKS`."""
+"""Networks of robots' policies, under the names in `policy_networks.NETWORKS`."""
 
 
 def update(impl: str, dtype: str, eta: float, mib: int) -> str:
@@ -74,7 +74,7 @@ def policy(network: str, contender: str) -> str:
 
 
 def every() -> Iterator[str]:
-    """All measures that were predicted, in the order in which the tables show them."""
+    """All measures that were predicted, in the order of the tables."""
     for impl in IMPLEMENTATIONS:
         for dtype in DTYPES:
             for eta in UPDATE_ETAS:

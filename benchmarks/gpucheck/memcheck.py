@@ -1,7 +1,7 @@
 """compute-sanitizer's memcheck over the updates of `gpucheck.cases`.
 
 torch's caching allocator is off, so that every tensor is an allocation of its own and an access
-beyond it is seen. initcheck and racecheck would see nothing here: updates use no shared memory,
+beyond it is noticed. initcheck and racecheck would find nothing here: updates use no shared memory,
 and outputs are filled before they are written.
 """
 
@@ -28,7 +28,7 @@ def memcheck(
 ) -> str | None:
     """The first fault in the updates of these implementations, or None.
 
-    On the CPU they are run without the tool.
+    On the CPU, the updates run without the tool.
     """
     found = tool()
     under: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
 """Prepares the kit of the GPU check, on a machine with network: `python -m gpucheck.prepare`.
 
-The Python that runs it is like the GPU machine's: the same versions of Python, torch and Triton,
-and nvcc. The kit holds the package built here, the wheel of diffusers, Triton's compiled kernels,
-and `kit.json`, which says of what.
+The Python that runs it must be like that of the GPU machine: the same versions of Python, torch and
+Triton, and nvcc. The kit holds the package built here, the wheel of diffusers, Triton's compiled
+kernels, and `kit.json` with the sources and versions.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
 
 
 def cuda_home() -> Path | None:
-    """The toolkit of the environment: CUDA_HOME, or what PyPI's packages brought."""
+    """The toolkit of the environment: CUDA_HOME, or the packages from PyPI."""
     if "CUDA_HOME" in os.environ:
         return Path(os.environ["CUDA_HOME"])
     for folder in map(Path, sys.path):
@@ -65,7 +65,7 @@ def nvcc_release(home: Path | None) -> str | None:
 
 
 def mismatches(options: argparse.Namespace, home: Path | None) -> Iterator[str]:
-    """One message for each version that is not the GPU machine's."""
+    """Give one message for each version that differs from the GPU machine's."""
     python = ".".join(platform.python_version_tuple()[:2])
     plain_torch = torch.__version__.partition("+")[0]
     for name, expected, got in (
@@ -103,7 +103,7 @@ def pip(*words: str, cwd: str | Path = ROOT, **variables: str) -> None:
 
 
 def compile_kernels(kit: Path, capability: int) -> None:
-    """Compile what the check launches in Triton, and pack Triton's cache."""
+    """Compile the kernels that the check launches in Triton, and pack Triton's cache."""
     with tempfile.TemporaryDirectory() as folder:
         stub, cache = Path(folder) / "stub", Path(folder) / "cache"
         stub.mkdir()

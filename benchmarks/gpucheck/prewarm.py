@@ -1,8 +1,9 @@
 """Fills Triton's cache on a machine without a GPU: `python -m gpucheck.prewarm ROOT CAPABILITY`.
 
-Compiles what the check and the GPU tests launch, by way of Triton's own `JITFunction.run`, so that
-the keys of the cache are those of the GPU machine: there Triton is of the same version, and no
-TRITON_ variable but those of the cache is set. `prepare.py` sets the environment.
+Compiles the kernels that the check and the GPU tests launch, through Triton's own
+`JITFunction.run`. So the keys of the cache are those of the GPU machine, if Triton has the same
+version there and no TRITON_ variable is set except those of the cache. `prepare.py` sets the
+environment.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from gpucheck.measures import DTYPES, MEBIBYTE, MEBIBYTES
 from gpucheck.stages.smoke import LOOP, STEPS
 from gpucheck.update import BATCH
 
-# H100's; Triton compares what a kernel wants with it.
+# The value of an H100; Triton compares the needs of a kernel with it.
 SHARED_BYTES = 232448
 WARP = 32
 
@@ -52,7 +53,7 @@ def stand_in(capability: int) -> Any:
         driver.CudaLauncher(source, metadata)
         return lambda *_: None
 
-    # Builds the module that the real driver loads first.
+    # This builds the module that the real driver loads first.
     driver.CudaUtils()
     return types.SimpleNamespace(
         utils=Utils,
@@ -65,7 +66,7 @@ def stand_in(capability: int) -> Any:
 
 
 def tests_of(root: Path) -> None:
-    """Make `tests` of the checkout importable, and nothing else of it."""
+    """Make `tests` of the checkout importable, and nothing else of the checkout."""
     package = types.ModuleType("tests")
     package.__path__ = [str(root / "tests")]
     sys.modules["tests"] = package
@@ -87,7 +88,7 @@ def check_launches(backend: Any) -> Iterator[Launch]:
             size = torch.empty(0, dtype=dtype).element_size()
             shape = (BATCH, mebibytes * MEBIBYTE // size // BATCH)
             for keys in (None, philox.make_keys(7, BATCH)):
-                # Never touched, so that they take no memory.
+                # The tensors are never touched, so they take no memory.
                 x, model_output, out = (torch.empty(shape, dtype=dtype) for _ in range(3))
                 yield partial(
                     backend.update_out,
@@ -145,7 +146,7 @@ def test_launches(backend: Any) -> Iterator[Launch]:
 
 
 def launches_of_fits(backend: Any) -> Iterator[Launch]:
-    """Those of tests/test_gpu.py that make rows from data, and gradients."""
+    """Launches of tests/test_gpu.py that make rows from data, and gradients."""
     fits = importlib.import_module("tests.support.gpuless.fits")
     updates = importlib.import_module("tests.support.updates")
     cpu = torch.device("cpu")

@@ -15,7 +15,7 @@ from gpucheck.commands import output
 
 UNKNOWN, DRY = "unknown", "dry run"
 
-# What a kit is built from, and what tests it.
+# The sources of a kit, and its tests.
 SOURCES = ("csrc", "fastddim", "kernels", "tests")
 SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".py")
 
@@ -28,7 +28,7 @@ def kit() -> dict[str, Any] | None:
 
 
 def digest(root: Path) -> str:
-    """SHA-256 of the sources in a checkout, which git need not know."""
+    """SHA-256 of the sources in a checkout, which need not be known to git."""
     total = hashlib.sha256()
     for folder in SOURCES:
         for file in sorted((root / folder).rglob("*")):
@@ -40,7 +40,7 @@ def digest(root: Path) -> str:
 
 
 def provenance(dry: bool) -> dict[str, Any]:
-    """Facts that every result of this machine depends on; found without CUDA."""
+    """Facts that every result of this machine depends on, found without CUDA."""
     facts = {
         **machine(),
         "cuda": torch.version.cuda,
@@ -54,7 +54,7 @@ def provenance(dry: bool) -> dict[str, Any]:
 
 
 def driver() -> dict[str, Any]:
-    """The GPU and its driver as nvidia-smi tells them."""
+    """The GPU and its driver, from nvidia-smi."""
     query = "--query-gpu=name,driver_version,memory.total"
     line = output("nvidia-smi", query, "--format=csv,noheader").splitlines()[:1]
     values = [value.strip() for value in line[0].split(",")] if line else []

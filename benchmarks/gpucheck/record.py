@@ -1,7 +1,7 @@
 """The record of a check: `results.jsonl`, one line for each finding.
 
-A line is on the disk before the next thing is tried, so a stage that dies or hangs loses nothing
-but its own rest. Nothing here raises for a finding: a difference or an exception becomes a line.
+A line is on the disk before the next step, so a stage that dies or hangs loses only its own rest.
+Nothing here raises for a finding: a difference or an exception becomes a line.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Record:
 
     @property
     def code(self) -> int:
-        """`FAILED` after a problem, else `LACKING` where something was not there to be used."""
+        """`FAILED` after a problem, else `LACKING` if something needed was missing."""
         return FAILED if self._failed else LACKING if self._lacking else OK
 
     def row(self, **values: Any) -> None:
-        """A finding, into the file."""
+        """Write a finding into the file."""
         at = round(time.time() - self._began, 2)
         line = json.dumps({"stage": self._stage, "at": at, **values}, default=str)
         with self._path.open("a", encoding="utf-8") as file:
@@ -48,16 +48,16 @@ class Record:
             os.fsync(file.fileno())
 
     def show(self, **values: Any) -> None:
-        """A finding that the summary prints."""
+        """Write a finding that the summary prints."""
         self.row(show=True, **values)
 
     def problem(self, **values: Any) -> None:
-        """A finding after which the stage counts as failed."""
+        """Write a finding after which the stage counts as failed."""
         self._failed = True
         self.show(problem=True, **values)
 
     def lacks(self, what: str) -> None:
-        """Something that is not there, so that a part of the stage is left out."""
+        """Write down something that is missing, without which a part of the stage is left out."""
         self._lacking = True
         self.show(lacks=what)
 
@@ -66,9 +66,9 @@ class Record:
         self.lacks(f"the Python package {error.name}")
 
     def attempt(self, function: Callable[[], T], **about: Any) -> T | None:
-        """The result of a call; None, and a problem that says `about`, where it raises.
+        """The result of a call; None if it raises, after a problem that says `about`.
 
-        A Python package that is not there is not a problem, but lacking.
+        A missing Python package is not a problem, but lacking.
         """
         try:
             return function()
@@ -82,7 +82,7 @@ class Record:
 
 
 def lines(folder: Path, start: int = 0) -> Iterator[dict[str, Any]]:
-    """The record's lines from a byte on; one that was cut off in the middle is left out."""
+    """The record's lines from a byte on, without a last one that was cut off."""
     path = folder / NAME
     if not path.exists():
         return
@@ -96,6 +96,6 @@ def lines(folder: Path, start: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def size(folder: Path) -> int:
-    """Bytes of the record so far."""
+    """The bytes of the record so far."""
     path = folder / NAME
     return path.stat().st_size if path.exists() else 0

@@ -1,7 +1,7 @@
 """Records of checks as one result file: `python -m gpucheck.results OUT … --into FOLDER`.
 
-Stages of a later record replace those of an earlier one, so a check may be run in parts. A result
-file of the same machine and code that is there already gains the stages.
+Stages of a later record replace those of an earlier one, so a check may be run in parts. An
+existing result file of the same machine and code gains the stages.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from gpucheck.table import STAGES
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 
-# Of one result file, all rows agree in these.
+# The entries in which all rows of one result file agree.
 SAME = ("gpu", "driver", "torch", "triton", "python", "commit", "modified")
-# Words of a GPU's name that do not tell it from another.
+# Words that do not distinguish GPUs by their names.
 COMMON = re.compile(r"nvidia|geforce|tesla|\d+gb|hbm\w*|")
 
 
@@ -43,7 +43,7 @@ def gather(folders: Iterable[Path]) -> dict[str, Any]:
 
 
 def merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """Both results in one; a stage that the later one has run is the later one's.
+    """Both results in one; a stage that both have run is that of the later one.
 
     Raises:
         ValueError: they are of different machines or code.
@@ -82,13 +82,13 @@ def _calls(folder: Path) -> list[dict[str, Any]]:
 
 
 def _add(call: dict[str, Any], line: dict[str, Any]) -> None:
-    """Put a line of the record where it belongs in the result."""
+    """Put a line of the record into its place in the result."""
     if line["stage"] != RUNNER:
         call["machine"] |= line.pop("machine", {})
         line.pop("show", None)
         call["rows"].append(line)
     elif "begins" in line:
-        # It stays so where the whole check was killed.
+        # The stage stays so if the whole check is killed.
         call["stages"].append({"name": line["begins"], "result": "cut off", "seconds": None})
     elif "ends" in line:
         end = {"name": line["ends"], "result": line["result"], "seconds": line["seconds"]}
@@ -97,7 +97,7 @@ def _add(call: dict[str, Any], line: dict[str, Any]) -> None:
 
 
 def name(gpu: str) -> str:
-    """A GPU's name for a file: "NVIDIA H100 80GB HBM3" is "h100"."""
+    """A GPU's name for a file: "h100" for "NVIDIA H100 80GB HBM3"."""
     words = re.split(r"[^a-z0-9]+", gpu.lower())
     return "-".join(word for word in words if not COMMON.fullmatch(word)) or UNKNOWN
 
@@ -114,7 +114,7 @@ def write(result: dict[str, Any], folder: Path) -> Path:
 
 
 def added(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The result, with the stages of the file that is there if it is of the same run."""
+    """The result, with the stages of an existing file of the same run."""
     file = path(result, folder)
     if not file.exists():
         return result

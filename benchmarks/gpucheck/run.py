@@ -1,7 +1,7 @@
 """The check itself: `python -m gpucheck.run OUT SECONDS`, started by run.sh.
 
-Prints one line for each stage as it ends, then what the stages found. The exit code is 1 unless
-every stage that was asked for is "ok" or only lacked something.
+Prints one line for each stage when it ends, then the findings of the stages. The exit code is 1
+unless every requested stage is "ok" or only lacked something.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gpucheck.table import Stage, select
 ROOT = Path(__file__).resolve().parents[2]
 # A rehearsal is no faster than its machine, which may do other work.
 DRY_PATIENCE = 20
-# Imported once, for all stages. diffusers imports its parts when they are first asked for.
+# Parts of diffusers to import once, for all stages; diffusers imports its parts on first use.
 DIFFUSERS = ("DDIMScheduler", "DDPMScheduler", "UNet2DConditionModel", "UNet2DModel")
 
 
@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
 
 
 def import_all(stages: Sequence[Stage]) -> None:
-    """Import what the stages use, as far as it is there; a stage says itself what it lacks."""
+    """Import the modules that the stages use, if they exist; a stage itself says what it lacks."""
     for stage in stages:
         if not stage.fresh:
             _attempt(partial(importlib.import_module, f"{runner.PACKAGE}.{stage.name}"))
@@ -74,7 +74,7 @@ def line(outcome: Outcome) -> str:
 
 
 def summary(out: Path, start: int, outcomes: list[Outcome]) -> None:
-    """Print what is to be shown of the record from a byte on, then the stages again."""
+    """Print the findings for the summary, in the record from a byte on, then the stages again."""
     print("\n----- findings")
     for row in record.lines(out, start):
         if row.pop("show", False):
@@ -86,7 +86,7 @@ def summary(out: Path, start: int, outcomes: list[Outcome]) -> None:
 
 def main() -> int:
     began = time.time()
-    # A limit from outside ends the stage too, by way of the runner's `finally`.
+    # A limit from outside also ends the stage, through the runner's `finally`.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -115,5 +115,5 @@ def main() -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    # No shutdown of the interpreter, which may wait for threads of what was imported.
+    # The interpreter is not shut down, since that may wait for threads of imported modules.
     os._exit(code)

@@ -1,8 +1,8 @@
-"""Runs stages one after the other, each in a process group and with a limit of its own.
+"""Runs stages one after the other, each in its own process group and with its own limit.
 
 The parent has imported what the stages use and never touches CUDA, so a forked stage starts at
-once. A stage that needs a new interpreter, and every stage where a fork would find no device, is
-this module run as a script.
+once. For a stage that needs a new interpreter, and for every stage if a fork would find no device,
+this module is run as a script.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PACKAGE = "gpucheck.stages"
 LOG = "log.txt"
 RESULTS = {OK: "ok", FAILED: "failed", LACKING: "lacking"}
 
-# Left of the time limit for the summary and the result file.
+# Seconds of the time limit that are left for the summary and the result file.
 RESERVE = 3.0
-# Before its limit a stage writes into the log where it hangs.
+# Seconds before its limit at which a stage writes into the log where it hangs.
 TRACEBACK = 3.0
 POLL = 0.05
-# A process that waits for a device may outlive its kill for good.
+# A process that waits for a device may never end after a kill.
 REAP = 2.0
 
 
@@ -57,7 +57,7 @@ def run_all(
     said: Callable[[Outcome], None],
     package: str = PACKAGE,
 ) -> list[Outcome]:
-    """Run the stages within `seconds` of `settings.began`; `said` is told of each end at once."""
+    """Run the stages within `seconds` of `settings.began`; call `said` at the end of each."""
     record = Record(settings.out, RUNNER, settings.began)
     outcomes = []
     for stage in stages:
@@ -76,7 +76,7 @@ def run_all(
 
 
 def run_one(stage: Stage, settings: Settings, package: str = PACKAGE) -> str:
-    """Run a stage in a process group of its own, which is gone afterwards; how it ended."""
+    """Run a stage in a process group of its own, end that group, and return how it ended."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -85,7 +85,7 @@ def run_one(stage: Stage, settings: Settings, package: str = PACKAGE) -> str:
     try:
         status = _awaited(pid, settings.seconds)
     finally:
-        # Whatever it started and left behind goes too.
+        # This also ends processes that the stage started and left behind.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
     if status is None:
@@ -97,7 +97,7 @@ def run_one(stage: Stage, settings: Settings, package: str = PACKAGE) -> str:
 
 
 def _awaited(pid: int, seconds: float) -> int | None:
-    """The wait status of a child, or None where it still runs after `seconds`."""
+    """The wait status of a child, or None if it still runs after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -124,17 +124,17 @@ def _become(stage: Stage, settings: Settings, module: str) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        # No shutdown of the interpreter: a device in a bad state could hang it.
+        # The interpreter is not shut down, since a device in a bad state could hang it.
         os._exit(code)
 
 
 def _fork_is_bad() -> bool:
-    """True if CUDA was asked for its devices already: after a fork it has none."""
+    """Tell whether CUDA was already asked for its devices: after a fork it has none then."""
     return bool(getattr(torch._C, "_cuda_isInBadFork", bool)())
 
 
 def run_here(module: str, name: str, settings: Settings) -> int:
-    """Run a stage in this process; its exit code."""
+    """Run a stage in this process, and return its exit code."""
     record = Record(settings.out, name, settings.began)
     faulthandler.dump_traceback_later(max(settings.seconds - TRACEBACK, 1), exit=False)
     try:

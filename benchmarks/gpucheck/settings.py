@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """The place that a stage runs in and the means that it may use.
+    """The place of a stage, and the means that it may use.
 
     Attributes:
         out: folder of the results.

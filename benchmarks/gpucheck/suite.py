@@ -15,13 +15,13 @@ from gpucheck.settings import Settings
 
 SHOWN_FAILURES = 12
 TEST_SECONDS = 60
-# Of the stage's limit; the rest is for reading the report.
+# The share of the stage's limit for the tests; the rest is for reading the report.
 SHARE = 0.93
 
 
 @dataclass(frozen=True)
 class Counts:
-    """A report of pytest: names of what passed, (name, message) of the rest."""
+    """A report of pytest: names of tests that passed, (name, message) of the others."""
 
     passed: list[str]
     failed: list[tuple[str, str]]
@@ -29,7 +29,7 @@ class Counts:
 
 
 def read(report: Path) -> Counts:
-    """Counts of a JUnit XML report; an error while collecting is a failure."""
+    """The counts in a JUnit XML report; an error while collecting is a failure."""
     counts = Counts([], [], [])
     for case in ET.parse(report).getroot().iter("testcase"):
         name = case.get("name", "")
@@ -47,8 +47,8 @@ def read(report: Path) -> Counts:
 def run_tests(
     record: Record, settings: Settings, *words: str, needed: Sequence[str] = ("",)
 ) -> None:
-    """Run pytest; problems are failures, and on a GPU each word of `needed` that is in the name of
-    no test that passed.
+    """Run pytest. Failures are problems, and on a GPU also each word of `needed` that is in the
+    name of no test that passed.
     """
     if importlib.util.find_spec("pytest") is None:
         record.lacks("the Python package pytest")
@@ -72,7 +72,7 @@ def run_tests(
 
 
 def judge(record: Record, counts: Counts, needed: Sequence[str]) -> None:
-    """Record the counts and what of them is a problem."""
+    """Record the counts, and the problems among them."""
     reasons = sorted({message[:120] for _, message in counts.skipped})
     record.show(
         passed=len(counts.passed),

@@ -1,4 +1,4 @@
-"""The stages of the check with their limits, in order of worth."""
+"""The stages of the check with their limits, the most valuable first."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class Stage:
     """One part of the check, in a process of its own.
 
     Attributes:
-        name: also the name of its module, which defines `run(record, settings)`.
-        limit: seconds after which it is killed.
-        least: seconds; with less left it is not begun.
+        name: name of the stage and of its module, which defines `run(record, settings)`.
+        limit: seconds after which the stage is killed.
+        least: seconds that must be left to begin it.
         about: one line for the documentation.
         fresh: whether it needs a new interpreter, since a fork would break what it uses.
     """

@@ -14,7 +14,7 @@ from gpucheck.measures import MEBIBYTE
 
 # More than the last cache of any GPU so far holds.
 FLUSHED = 256 * MEBIBYTE
-# Of `seconds_to_return`, where time allows.
+# The number of calls of `seconds_to_return`, if time allows.
 CALLS = 30
 
 
@@ -32,7 +32,7 @@ def wait(device: torch.device) -> None:
 
 
 def host_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call as the host sees them, the device awaited at the end."""
+    """Seconds of one call on the host, including the wait for the device at the end."""
     wait(device)
     start = time.perf_counter()
     run()
@@ -41,7 +41,7 @@ def host_seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def seconds_to_return(run: Callable[[], Any], device: torch.device, most: float) -> list[float]:
-    """Seconds until each of several calls returns, which it may do before the device is done.
+    """Seconds until each of several calls returns, which may be before the device is done.
 
     Args:
         most: seconds after which no further call begins.
@@ -49,7 +49,7 @@ def seconds_to_return(run: Callable[[], Any], device: torch.device, most: float)
     seconds: list[float] = []
     begin = time.perf_counter()
     while len(seconds) < CALLS and time.perf_counter() - begin < most:
-        # Where the device is idle, no call waits for room in its queue.
+        # If the device is idle, no call waits for room in its queue.
         wait(device)
         start = time.perf_counter()
         run()
@@ -59,7 +59,7 @@ def seconds_to_return(run: Callable[[], Any], device: torch.device, most: float)
 
 
 def device_seconds(run: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
-    """Seconds of single calls on the device, its caches flushed before each."""
+    """Seconds of single calls on the device, with its caches flushed before each."""
     for _ in range(3):
         run()
     if device.type == "cpu":
@@ -78,7 +78,7 @@ def device_seconds(run: Callable[[], Any], device: torch.device, rounds: int) ->
 def in_turn(
     contenders: dict[str, Callable[[], Any]], device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, so that a slow moment hits them all."""
+    """Seconds of each contender in each round, so that a slow moment affects them all."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():

@@ -1,4 +1,4 @@
-"""Triton's just-in-time functions compiled without a GPU, for any target and as a launch would."""
+"""Triton's just-in-time functions compiled without a GPU, for any target and as in a launch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastddim import ops
 
 
 def backend(module: Any) -> SimpleNamespace:
-    """The launchers of `module` and of those beside it as functions of a backend."""
+    """The launchers of `module` and its sibling modules, as functions of a backend."""
     fit_rows = sibling(module, "launch_rescaling").fit_rows
 
     def rescale_rows(*operands: Any) -> None:
@@ -58,7 +58,7 @@ HIP_TARGETS = (GPUTarget("hip", "gfx942", 64), GPUTarget("hip", "gfx1100", 32))
 @dataclass
 class Binary:
     kernel: Any
-    """triton.compiler.CompiledKernel"""
+    """The `triton.compiler.CompiledKernel`."""
     signature: dict[str, Any]
     arguments: dict[str, Any]
     grid: tuple[int, ...]
@@ -72,7 +72,7 @@ class Binary:
         return int(self.kernel.metadata.num_warps * self.kernel.metadata.target.warp_size)
 
     def parameters(self) -> list[tuple[str, str, Any]]:
-        """(name, type, value) of what the launch passes on: tuples flattened, constants gone."""
+        """(name, type, value) of each argument of the launch, without constants or tuples."""
         return [
             leaf
             for name, kind in self.signature.items()
@@ -84,7 +84,7 @@ def _leaves(name: str, kind: Any, value: Any) -> Iterator[tuple[str, str, Any]]:
     if isinstance(kind, tuple):
         names = getattr(value, "_fields", [name] * len(kind))
         for inner_name, inner_kind, inner in zip(names, kind, value, strict=True):
-            # A view's address bears the view's name.
+            # The address of a view has the name of the view.
             yield from _leaves(name if inner_name == "data" else inner_name, inner_kind, inner)
     elif kind != "constexpr":
         yield name, kind, value
@@ -92,7 +92,7 @@ def _leaves(name: str, kind: Any, value: Any) -> Iterator[tuple[str, str, Any]]:
 
 @dataclass
 class Compiler:
-    """Stands where a JITFunction stood: `[grid](...)` compiles for `target`, and does `then`."""
+    """Takes the place of a JITFunction: `[grid](...)` compiles for `target`, and calls `then`."""
 
     function: JITFunction
     target: GPUTarget
@@ -106,7 +106,7 @@ class Compiler:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
-            # JITFunction.run up to its launch, with the target given instead of asked for.
+            # This is JITFunction.run up to its launch, for a given target.
             kwargs |= {"debug": False, "instrumentation_mode": ""}
             bound, specialization, options = self._bind(*args, **kwargs)
             options, signature, constants, attributes = self.function._pack_args(
@@ -120,9 +120,9 @@ class Compiler:
 
 
 class Specializer(Compiler):
-    """Stands where a JITFunction stood: `[grid](...)` tells which of its kernels it would launch.
+    """Takes the place of a JITFunction: `[grid](...)` tells which of its kernels it would launch.
 
-    Triton compiles one for each, the first time that it is asked for.
+    Triton compiles each of them when it is first launched.
     """
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -141,8 +141,8 @@ def compiled_for(
     module: Any = launch,
     stand_in: type[Compiler] = Compiler,
 ) -> Iterator[None]:
-    """Launches from `fastddim.kernels`, or from the copy that `module` is in, are compiled for
-    `target`, then handed to `then`.
+    """Compile launches from `fastddim.kernels`, or from the copy that contains `module`, for
+    `target`, and hand the results to `then`.
     """
     launching = {sibling(module, name): kernels for name, kernels in KERNELS.items()}
     hip = "7.0" if target.backend == "hip" else None

@@ -9,7 +9,7 @@ from fastddim.plan import Update, coefficient_row, stack_row
 from gpucheck.measures import MEBIBYTE
 
 BATCH = 4
-# Elements of each sample that are compared: the CPU takes too long for all.
+# Elements of each sample that are compared; all of them would take the CPU too long.
 COMPARED = 2**18
 
 

@@ -1,1 +1,1 @@
-"""Trained policies, and how often they reach their goal by the steps they are given."""
+"""Trained policies, and the share of episodes that reach the goal by number of steps."""

@@ -1,10 +1,10 @@
-"""How often the trained policy of `examples/navigation.py` arrives, by the steps that it is given.
+"""The success of the trained policy of `examples/navigation.py`, by its number of steps.
 
     python benchmarks/policies/success.py
 
-writes `benchmarks/results/policy-success.json`: for each way to take S steps, the share of the
-same episodes that arrive, and what its chunks of actions miss of the exact solution. The second is
-measured on the same network without training too.
+writes `benchmarks/results/policy-success.json`. For each way to take S steps, the file has the
+share of the same episodes that arrive, and the distance of chunks of actions from the exact
+solution. The distance is measured on the same network without training too.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ RESULTS = FOLDER.parent / "results" / "policy-success.json"
 
 STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 16, 20)
 ALL = 100
-"""Steps of the policy's schedule, and so of DDPM and of the exact solution."""
-# Seeds of demonstrations and episodes, none of which was trained with.
+"""The steps of the policy's schedule, and so of DDPM and of the exact solution."""
+# Seeds of demonstrations and episodes that training does not use.
 SEED, TUNED_SEED, HELD_OUT_SEED = 2026, 2027, 2028
 
 
@@ -50,9 +50,9 @@ class Way:
 
     Attributes:
         label: its name in the results.
-        options: of `fastddim.ActionSampler`.
+        options: options of `fastddim.ActionSampler`.
         tuned: whether the steps are those tuned for the policy.
-        warm: whether chunks but an episode's first take only the last of `WARM_OF` steps.
+        warm: whether all chunks after an episode's first take only the last of `WARM_OF` steps.
     """
 
     label: str
@@ -62,7 +62,7 @@ class Way:
 
     @property
     def solves(self) -> bool:
-        """Whether its chunks follow from their latents by the ODE, and have an exact solution."""
+        """Tell whether its chunks follow from their latents by the ODE, so a solution exists."""
         return not self.warm and not self.options.get("eta")
 
 
@@ -79,17 +79,17 @@ WAYS = (
 
 @dataclass(frozen=True)
 class Work:
-    """How much is measured; the default is what is committed."""
+    """The amount of measurements; the default is that of the committed results."""
 
     steps: Sequence[int] = STEPS
     episodes: int = 2000
     observations: int = 512
-    """Of the demonstrations: so many to tune by, and as many others to measure by."""
+    """The number of demonstrations to tune with, and of others to measure with."""
     tuning: Mapping[str, Any] = field(default_factory=dict)
-    """More arguments for `fastddim.tune`."""
+    """Further arguments of `fastddim.tune`."""
 
     def cells(self) -> Iterator[tuple[Way, int]]:
-        """Each way with its numbers of steps, which may be all unless they are tuned or warm."""
+        """Each way with its numbers of steps; all steps are one unless they are tuned or warm."""
         for way in WAYS:
             few = [steps for steps in self.steps if not (way.warm and steps >= WARM_OF)]
             numbers = few if way.tuned or way.warm else [*few, ALL]
@@ -97,15 +97,15 @@ class Work:
 
 
 def observations(count: int, seed: int) -> Tensor:
-    """What the demonstrator saw at random moments, `[count, OBSERVED]`."""
+    """Observations of the demonstrator at random moments, `[count, OBSERVED]`."""
     seen, _ = navigation.demonstrations(count, seed)
     return seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
 def tuned_steps(policy: torch.nn.Module, work: Work) -> dict[int, fastddim.TunedSteps]:
-    """Steps for the policy at the observations to tune by, row i of which is that of latent i.
+    """Steps for the policy at the observations to tune with, row i of which belongs to latent i.
 
-    The tuner chooses and reports by latents that it has not fitted, at the same observations.
+    The tuner chooses and reports with latents that it has not fitted, at the same observations.
     """
     seen = observations(work.observations, TUNED_SEED)
     found = fastddim.tune(
@@ -122,7 +122,7 @@ def tuned_steps(policy: torch.nn.Module, work: Work) -> dict[int, fastddim.Tuned
 
 
 def arrivals(policy: torch.nn.Module, steps: Any, work: Work, **options: Any) -> dict[str, float]:
-    """The share of the episodes that arrive with its standard error, and that of those that crash.
+    """The share of the episodes that arrive, with its standard error, and the share that crash.
 
     Episodes and noise are the same for all.
     """
@@ -134,7 +134,7 @@ def arrivals(policy: torch.nn.Module, steps: Any, work: Work, **options: Any) ->
 
 
 def share(arrived: int, count: int) -> dict[str, float]:
-    """The share, and the standard deviation of the mean of so many tosses."""
+    """The share, and the standard deviation of the mean of so many tosses of a coin."""
     success = arrived / count
     return {
         "success": round(success, 4),
@@ -158,8 +158,8 @@ class Held:
         )
 
     def missed(self, steps: Any, **options: Any) -> dict[str, float]:
-        """Root mean square of the distance to the solution, in units of the greatest speed, and the
-        median of the chunks' own.
+        """The root mean square of the distance to the solution, in units of the greatest speed, and
+        the median distance of a chunk.
         """
         chunks = self.chunks(steps, **options)
         squares = (chunks - self.solution).double().square().flatten(1).mean(1)
@@ -170,11 +170,11 @@ class Held:
 
 
 def measure(name: str, policy: torch.nn.Module, work: Work, *, drive: bool) -> Iterator[Any]:
-    """One row for each way and number of steps.
+    """Measure one row for each way and number of steps.
 
     Args:
-        name: of the policy in the rows.
-        drive: whether it is worth its while to count arrivals.
+        name: name of the policy in the rows.
+        drive: whether to count arrivals too.
     """
     tuned, held = tuned_steps(policy, work), Held(policy, work)
     for way, steps in work.cells():
@@ -197,7 +197,7 @@ def measure(name: str, policy: torch.nn.Module, work: Work, *, drive: bool) -> I
 
 
 def untrained(recipe: navigation.Recipe) -> navigation.Policy:
-    """The policy that a training begins with."""
+    """The policy at the start of a training."""
     torch.manual_seed(recipe.seed)
     return navigation.Policy(recipe.width, recipe.blocks).requires_grad_(False).eval()
 

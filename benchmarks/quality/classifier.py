@@ -1,8 +1,8 @@
-"""A classifier for each data set, whose features samples are judged in.
+"""A classifier for each data set, whose features serve to judge samples.
 
     python benchmarks/quality/classifier.py digits
 
-trains one and writes it into `benchmarks/quality/classifiers/`.
+trains a classifier and writes it into `benchmarks/quality/classifiers/`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH, LEARNING_RATE, SEED = 128, 2e-3, 0
 
 
 class Classifier(nn.Module):
-    """Four convolutions and two linear layers; `features` are what the last one sees."""
+    """Four convolutions and two linear layers; `features` are the inputs of the last layer."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURES, CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
-        """`[N, 64]` of images `[N, 1, H, W]` in [−1, 1]."""
+        """Features `[N, 64]` of images `[N, 1, H, W]` in [−1, 1]."""
         features: Tensor = self.body(images)
         return features
 
@@ -67,7 +67,7 @@ def load(name: str) -> Classifier:
 
 
 def fit(images: Tensor, classes: Tensor, epochs: int) -> Classifier:
-    """Train on the images, shifted by up to a pixel each time one is seen."""
+    """Train on the images, each shifted by up to a pixel whenever it is used."""
     torch.manual_seed(SEED)
     model = Classifier(images.shape[-1])
     steps = epochs * (len(images) // BATCH)
@@ -90,13 +90,13 @@ def fit(images: Tensor, classes: Tensor, epochs: int) -> Classifier:
 
 @torch.no_grad()
 def accuracy(model: Classifier, images: Tensor, classes: Tensor) -> float:
-    """Share of the images whose class is found."""
+    """The share of the images whose class is found."""
     found = torch.cat([model(part).argmax(dim=1) for part in images.split(1000)])
     return (found == classes).float().mean().item()
 
 
 def write(model: Classifier, name: str, record: dict[str, Any]) -> None:
-    """Weights and record into `FOLDER`."""
+    """Write weights and record into `FOLDER`."""
     FOLDER.mkdir(exist_ok=True)
     state = {
         key: value.half() if value.is_floating_point() else value

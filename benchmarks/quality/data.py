@@ -1,4 +1,4 @@
-"""The data that the bundled models were trained on, with labels, split as it was for training."""
+"""The data of the bundled models with labels, split as for training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load(name: str) -> Labelled:
     """The data of the bundled model `name`.
 
     Raises:
-        SystemExit: Fashion-MNIST is not installed; the message says where it is to be had.
+        SystemExit: Fashion-MNIST is not installed; the message says how to get it.
     """
     return _digits() if name == "digits" else _fashion(train.FASHION_MNIST)
 

@@ -18,12 +18,12 @@ SPACES = ("classifier", "efficientnet-lite0")
 """The classifier of the data set (64 features), and ImageNet's EfficientNet-Lite0 (320)."""
 
 EFFICIENTNET_SIZE = 64
-# Real images behind the statistics of the slow space.
+# The number of real images behind the statistics of the slow space.
 EFFICIENTNET_REFERENCE = 10_000
 
 
 def quantized(images: Tensor) -> Tensor:
-    """Images `[N, C, H, W]` as they are once saved with 8 bits a pixel: float32 in [−1, 1]."""
+    """Images `[N, C, H, W]` rounded as when saved with 8 bits a pixel: float32 in [−1, 1]."""
     return from_uint8(to_uint8(images))
 
 
@@ -50,8 +50,8 @@ def reference(space: str, name: str) -> Statistics:
 def floor(space: str, name: str) -> tuple[float, int]:
     """The distance of one part of the real data to the other, and the images of the smaller one.
 
-    The parts are the held-out images and as many as the reference has of the training images; of
-    digits, which are few, the two halves.
+    The parts are the held-out images, and as many training images as the reference has; for digits,
+    which are few, they are the two halves.
     """
     if name == "digits":
         both = _real(space, name)
@@ -83,8 +83,8 @@ def _efficientnet() -> Callable[[Tensor], Tensor]:
     def extract(images: Tensor) -> Tensor:
         size = (EFFICIENTNET_SIZE, EFFICIENTNET_SIZE)
         images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-        # As in the package's extract_features, but without its head of 1280 features: 320 have a
-        # covariance that a few thousand images determine.
+        # As extract_features of the package, but without its head of 1280 features: a few thousand
+        # images determine the covariance of 320 features.
         x = model._swish(model._bn0(model._conv_stem(images.expand(-1, 3, -1, -1))))
         for block in model._blocks:
             x = block(x)

@@ -1,8 +1,8 @@
 """The Fréchet distance between two sets of features, and its error.
 
-The distance of Heusel et al. (arXiv 1706.08500) between Gaussians fitted to both sets. It is not
-called FID here, since that name stands for Inception's features: features of another network give
-other numbers, and numbers of two networks or two data sets cannot be compared.
+This is the distance of Heusel et al. (arXiv 1706.08500) between Gaussians fitted to both sets. It
+is not called FID here, since that name stands for Inception's features. Another network gives other
+numbers, and numbers of two networks or two data sets cannot be compared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Statistics:
 
 
 def statistics(features: np.ndarray) -> Statistics:
-    """Of features `[N, D]`, N ≥ 2; the covariance is the unbiased one.
+    """The statistics of features `[N, D]`, N ≥ 2, with the unbiased covariance.
 
     Raises:
         ValueError: `features` is not `[N, D]` with N ≥ 2, or not finite.
@@ -47,7 +47,7 @@ def distance(a: Statistics, b: Statistics) -> float:
 
 
 def bootstrap(features: np.ndarray, reference: Statistics, draws: int = 20, seed: int = 0) -> float:
-    """Standard deviation of the distance when the set `[N, D]` is drawn anew from itself."""
+    """The standard deviation of the distance when the set `[N, D]` is resampled from itself."""
     generator = np.random.default_rng(seed)
     values = [
         distance(

@@ -1,17 +1,18 @@
-"""The paper's table 1 on the bundled models, and few steps with tuned ones among them: one cell for
-each way of sampling.
+"""The paper's table 1 on the bundled models, and few steps including tuned ones: one cell for each
+way of sampling.
 
     python benchmarks/quality/grid.py digits --count 10000
     python benchmarks/quality/grid.py fashion --count 2000 --seconds 3600
     python benchmarks/quality/grid.py digits --count 10000 --only tuned
 
 Cells that the result file has for the same configuration are not drawn again, so a run that was
-stopped goes on where it was.
+stopped continues where it ended.
 
     python benchmarks/quality/grid.py fashion --count 2000 --long --images all --draw --device cuda
     python benchmarks/quality/grid.py fashion --count 2000 --long --images all
 
-draws all of them on a GPU first, into files, and judges them elsewhere.
+The first of these commands draws all cells on a GPU, into files. The second judges them on another
+machine.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ FEW_STEPS = (4, 5, 6, 8, 10, 12, 15, 20)
 """The numbers of steps that bundled models have tuned steps for."""
 
 TUNED = "tuned"
-# What tells one way of sampling from another in a row, where the steps are not tuned.
+# The columns that distinguish one way of sampling from another, unless the steps are tuned.
 KEY = ("weights", "steps", "eta", "variance", "spacing", "order", "count", "seed")
-# A cell in the slow feature space looks at this many of its images.
+# The number of images of a cell that the slow feature space uses.
 SLOW_COUNT = 2000
 
 
@@ -62,8 +63,8 @@ SLOW_COUNT = 2000
 class Cell:
     """One way of sampling: sample i is the i-th of `seed`.
 
-    `variance="large"` is the paper's σ̂, as its code has it: x_0 clipped to ±1 and ε re-derived.
-    `spacing="tuned"` are the model's tuned steps, which have timesteps and weights of their own.
+    `variance="large"` is the paper's σ̂, as in its code: x_0 is clipped to ±1 and ε re-derived.
+    `spacing="tuned"` stands for the model's tuned steps, with timesteps and weights of their own.
     """
 
     steps: int
@@ -76,7 +77,7 @@ class Cell:
 
     @property
     def tuned(self) -> bool:
-        """Whether the steps are the model's tuned ones."""
+        """Tell whether the steps are the model's tuned ones."""
         return self.spacing == TUNED
 
     def draw(self, model: Any, start: int, stop: int) -> Tensor:
@@ -98,30 +99,30 @@ class Cell:
         )
 
     def entry(self, weights: str, network: Any) -> dict[str, Any]:
-        """The part of the row that says what was drawn.
+        """The part of the row that describes the samples.
 
         Args:
-            weights: the fingerprint of the model's.
-            network: with its tuned steps, which a row names by their digest.
+            weights: fingerprint of the model's weights.
+            network: network with its tuned steps, which a row names by their digest.
         """
         found = {"weights": weights, **asdict(self)}
         return found | {TUNED: tuned_digest(network.tuned[self.steps])} if self.tuned else found
 
 
 def cells(count: int, *, long: bool) -> Iterator[Cell]:
-    """All cells, each once and the most telling ones first; `long` adds 1000 steps."""
+    """All cells, each once and the most informative ones first; `long` adds 1000 steps."""
     groups = (group(count, long=long) for group in GROUPS.values())
     yield from dict.fromkeys(itertools.chain.from_iterable(groups))
 
 
 def tuned_cells(count: int, *, long: bool) -> Iterator[Cell]:
-    """Tuned steps."""
+    """The cells of tuned steps."""
     for steps in FEW_STEPS:
         yield Cell(steps, spacing=TUNED, count=count)
 
 
 def few_cells(count: int, *, long: bool) -> Iterator[Cell]:
-    """What few tuned steps are compared with, at the default spacing; `long` adds DDPM's 1000."""
+    """The cells that few tuned steps are compared with; `long` adds DDPM's 1000 steps."""
     for order, eta in ((2, 0.0), (1, 0.0), (1, 1.0)):
         for steps in FEW_STEPS:
             yield Cell(steps, eta, spacing="trailing", order=order, count=count)
@@ -130,7 +131,7 @@ def few_cells(count: int, *, long: bool) -> Iterator[Cell]:
 
 
 def paper_cells(count: int, *, long: bool) -> Iterator[Cell]:
-    """The table of the paper, most telling cells first; `long` adds the columns of 1000 steps."""
+    """The paper's table, most informative cells first; `long` adds the columns of 1000 steps."""
     for eta, variance in ((0.0, "small"), (1.0, "small"), (1.0, "large")):
         for steps in STEPS:
             yield Cell(steps, eta, variance, count=count)
@@ -161,7 +162,7 @@ GROUPS: dict[str, Callable[..., Iterator[Cell]]] = {
 
 
 class Network(torch.nn.Module):
-    """The bundled model, computing in bfloat16 where the device does; takes and returns float32."""
+    """The bundled model, computing in bfloat16 if the device does; takes and returns float32."""
 
     def __init__(self, name_or_path: str, *, compiled: bool, device: str = "cpu") -> None:
         super().__init__()
@@ -187,18 +188,18 @@ def fingerprint(name_or_path: str) -> str:
 
 
 def tuned_digest(steps: fastddim.TunedSteps) -> str:
-    """The first 16 digits of the SHA-256 of the numbers that samples of tuned steps depend on."""
+    """The first 16 digits of the SHA-256 of all that samples of tuned steps depend on."""
     numbers = json.dumps([steps.timesteps, steps.direction, steps.history])
     return hashlib.sha256(numbers.encode()).hexdigest()[:16]
 
 
 def available(wanted: Iterable[Cell], network: Any) -> Iterator[Cell]:
-    """The cells that a model can draw: not all have tuned steps."""
+    """The cells that a model can draw, since not all models have tuned steps."""
     return (cell for cell in wanted if not cell.tuned or cell.steps in network.tuned)
 
 
 def draw(cell: Cell, network: Any) -> tuple[Tensor, dict[str, Any]]:
-    """A cell's samples on the CPU, and what its row says of how they were drawn."""
+    """A cell's samples on the CPU, and the part of its row that says how they were drawn."""
     began = time.perf_counter()
     images = torch.cat(
         [
@@ -213,14 +214,14 @@ def draw(cell: Cell, network: Any) -> tuple[Tensor, dict[str, Any]]:
 
 
 def store(path: Path, images: Tensor, row: dict[str, Any]) -> None:
-    """Write what `draw` gives, with 8 bits a pixel, which is all that is judged."""
+    """Write the result of `draw`, with 8 bits a pixel, since only these are judged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         np.savez_compressed(file, images=to_uint8(images), row=json.dumps(row))
 
 
 def stored(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """The images and the row that `store` wrote."""
+    """Read the images and the row that `store` wrote."""
     with np.load(path) as file:
         return from_uint8(file["images"]), json.loads(str(file["row"]))
 
@@ -235,7 +236,7 @@ def measure(
 ) -> dict[str, Any]:
     """Compare a cell's samples with the real images, in each space.
 
-    They are those in the file `path`, and drawn where there is none.
+    The samples are read from the file `path`, or drawn if there is none.
     """
     images, row = stored(path) if path and path.is_file() else draw(cell, network)
     for space in spaces:
@@ -261,19 +262,19 @@ def run(
     device: str = "cpu",
     images: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure the cells that `path` lacks, and write it after each; returns what it holds.
+    """Measure the cells that `path` lacks, write the file after each, and return its content.
 
-    A row of tuned steps takes the place of that of others with as many steps.
+    A row of tuned steps replaces the row of other tuned steps of the same number.
 
     Args:
         name: the data set, "digits" or "fashion".
-        path: of the result file, made if missing.
+        path: path of the result file, made if missing.
         wanted: the cells.
-        model: whose samples, default the bundled model of that name.
-        seconds: no cell is begun later than this.
-        compiled: whether the network goes through `torch.compile`.
-        device: where samples are drawn.
-        images: the folder of samples that are drawn already, if any.
+        model: model to sample from; by default the bundled model of that name.
+        seconds: time after which no cell is begun.
+        compiled: whether the network is compiled by `torch.compile`.
+        device: device that samples are drawn on.
+        images: folder of samples that are already drawn, if any.
     """
     model = model or name
     result = json.loads(path.read_text()) if path.is_file() else {"rows": []}
@@ -302,7 +303,7 @@ def run(
 
 
 def draw_all(model: str, wanted: Iterator[Cell], images: Path, device: str) -> None:
-    """Draw the cells that the folder `images` lacks, and measure nothing."""
+    """Draw the cells that the folder `images` lacks, without measuring them."""
     weights, network = fingerprint(model), Network(model, compiled=False, device=device)
     for cell in available(wanted, network):
         path = image_file(images, cell.entry(weights, network))
@@ -317,7 +318,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _context(name: str) -> dict[str, Any]:
-    """The numbers that the distances are compared with."""
+    """The numbers to compare the distances with."""
     floors = {}
     for space in SPACES:
         value, count = floor(space, name)

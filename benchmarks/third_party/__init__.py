@@ -1,1 +1,1 @@
-"""Networks of other people, trained elsewhere and sampled with fastddim."""
+"""Networks that others trained, sampled with fastddim."""

@@ -17,7 +17,7 @@ from fastddim.schedule import Schedule
 
 LAST_TIME = 10.0
 FIRST_TIME = 1e-4
-"""The first time of the schedule: its noise, σ = 0.01, cannot be seen in data of unit size."""
+"""The first time of the schedule: its noise, σ = 0.01, is invisible in data of unit size."""
 
 NETWORKS = {
     "hsc-32": "eqx_hsc_ScoreNet32",
@@ -36,7 +36,7 @@ NETWORKS = {
 def galaxy_schedule(T: int = 1000) -> Schedule:
     """ᾱ = e^−t at T times of EDM's grid (arXiv 2206.00364, eq. 5), where σ^(1/ρ) is uniform, ρ = 7.
 
-    Times uniform in [0, 10] would leave few where the noise is as small as the details of an image.
+    Uniform times in [0, 10] would leave few with noise as small as the details of an image.
     """
     rho = 7
     first, last = (np.sqrt(np.expm1(time)) for time in (FIRST_TIME, LAST_TIME))
@@ -49,7 +49,7 @@ class Mixer(nn.Module):
 
     Args:
         channels, patches: shape of the states `[B, channels, patches]`.
-        widths: of the hidden layers of the two MLPs.
+        widths: widths of the hidden layers of the two MLPs.
     """
 
     def __init__(self, channels: int, patches: int, widths: tuple[int, int]) -> None:
@@ -90,7 +90,7 @@ class ScoreNetwork(nn.Module):
         super().__init__()
         colours, height, width = sample_shape
         patches = (height // patch) * (width // patch)
-        # The order is that of the arrays in a file, which `load` reads the parameters from.
+        # The order is that of the arrays in a file, from which `load` reads the parameters.
         self.split = nn.Conv2d(colours + 1, channels, patch, stride=patch)
         self.join = nn.ConvTranspose2d(channels, colours, patch, stride=patch)
         self.blocks = nn.Sequential(*(Mixer(channels, patches, widths) for _ in range(blocks)))
@@ -116,8 +116,8 @@ class ScoreNetwork(nn.Module):
 def load(path: str | os.PathLike[str], schedule: Schedule | None = None) -> ScoreNetwork:
     """The network in an `.eqx` file, in eval mode and without gradients."""
     arrays = read_arrays(path)
-    # Weights of the patches in and out, then eight arrays of layers and four of norms a block, then
-    # a norm and the last time.
+    # A file holds the weights of the patches in and out, then eight arrays of layers and four of
+    # norms a block, then a norm and the last time.
     patch_in, patch_out, first = arrays[0], arrays[2], arrays[4]
     channels, patch = patch_in.shape[0], patch_in.shape[-1]
     widths = (first.shape[0], arrays[8].shape[0])
@@ -130,8 +130,8 @@ def load(path: str | os.PathLike[str], schedule: Schedule | None = None) -> Scor
         blocks=(len(arrays) - 7) // 12,
         schedule=schedule,
     )
-    # A transposed convolution of JAX leaves its kernel as it is; PyTorch's is the adjoint of a
-    # convolution, which flips it and swaps its channels.
+    # A transposed convolution of JAX uses its kernel unchanged; PyTorch's is the adjoint of a
+    # convolution, which flips the kernel and swaps its channels.
     arrays[2] = np.flip(patch_out, (2, 3)).swapaxes(0, 1)
     with torch.no_grad():
         for parameter, array in zip(network.parameters(), arrays[:-1], strict=True):
@@ -140,7 +140,7 @@ def load(path: str | os.PathLike[str], schedule: Schedule | None = None) -> Scor
 
 
 def read_arrays(path: str | os.PathLike[str]) -> list[np.ndarray]:
-    """The arrays of an `.eqx` file: one record of `numpy.save` after the other."""
+    """The arrays of an `.eqx` file, which holds one record of `numpy.save` after another."""
     arrays = []
     with Path(path).open("rb") as file:
         while file.peek(1):

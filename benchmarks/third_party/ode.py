@@ -1,6 +1,6 @@
 """The probability flow ODE of the galaxy networks, solved in their own time by Runge–Kutta methods.
 
-dx/dt = −(x + score(x, t)) / 2, from t = 10 to t = 0 (arXiv 2011.13456, eq. 13 with β = 1). It is
+It is dx/dt = −(x + score(x, t)) / 2, from t = 10 to t = 0 (arXiv 2011.13456, eq. 13 with β = 1),
 the ODE that fastddim's steps solve (arXiv 2010.02502, eq. 14).
 """
 
@@ -46,9 +46,9 @@ def slope(network: ScoreNetwork, x: Tensor, time: float) -> Tensor:
 
 
 def own_sampler(network: ScoreNetwork, x: Tensor, steps: int = OWN_STEPS) -> Tensor:
-    """Samples of latents as the package of the networks draws them, by Tsitouras' method.
+    """Draw samples of latents like the package of the networks, by Tsitouras' method.
 
-    Its steps are equal, by default as long as the package has them, 0.025.
+    The steps are equal; by default they have the length 0.025, as in the package.
     """
     h = -LAST_TIME / steps
     for step in range(steps):
@@ -61,15 +61,15 @@ def own_sampler(network: ScoreNetwork, x: Tensor, steps: int = OWN_STEPS) -> Ten
 
 
 def adaptive(network: ScoreNetwork, x: Tensor, tolerance: float) -> tuple[Tensor, int]:
-    """Samples of latents by the method of Dormand and Prince, which chooses its steps, and its
-    calls of the network.
+    """Draw samples of latents by the method of Dormand and Prince, which chooses its steps, and
+    count its calls of the network.
 
-    All latents take the same steps. The state is float64, the network computes in its own dtype.
+    All latents take the same steps. The state is float64; the network computes in its own dtype.
 
     Args:
-        network: whose ODE is solved.
+        network: network whose ODE is solved.
         x: latents `[B, C, H, W]`.
-        tolerance: absolute and relative, for the root mean square over all elements.
+        tolerance: absolute and relative tolerance, for the root mean square over all elements.
     """
     from scipy.integrate import solve_ivp
 

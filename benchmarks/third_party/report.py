@@ -1,9 +1,9 @@
-"""How near to the ODE's solution few steps come, on the galaxy networks that others trained.
+"""The distance of few steps from the ODE's solution, on galaxy networks trained by others.
 
     make third-party
 
-installs them and runs this; cells that the result file has are not measured again, so a run that
-was stopped goes on where it was.
+installs the networks and runs this script. Cells that the result file has are not measured again,
+so a run that was stopped continues where it ended.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ WEIGHTS, KEPT = INSTALLED / "galaxygrad", INSTALLED / "samples"
 STEPS = (4, 5, 6, 8, 10, 12, 15, 20)
 TUNED_STEPS = (5, 10)
 MANY_STEPS = (25, 30, 40, 50, 75, 100, 150, 200)
-"""Tried until they are as near as the package's own sampler, on its few latents."""
+"""Numbers of steps to try until they are as near as the package's own sampler, on few latents."""
 REFERENCE_STEPS = 500
 COUNT, FEW = 32, 8
-"""Latents of a cell, and of one that takes many calls of the network."""
+"""The number of latents of a cell, and of a cell that takes many calls of the network."""
 SHOWN = 2
-"""Latents of the picture."""
+"""The number of latents in the picture."""
 SEED = 2026
 METHODS = {"order 1": 1, "order 2": 2}
 
@@ -59,7 +59,7 @@ METHODS = {"order 1": 1, "order 2": 2}
 class Cell:
     """One way of sampling: its samples are those of the first `count` latents of `seed`.
 
-    `steps` is the number of network calls, None where the method finds it.
+    `steps` is the number of network calls, or None if the method determines it.
     """
 
     network: str
@@ -92,7 +92,7 @@ def pictured(name: str) -> dict[Cell, str]:
 
 
 class Subject:
-    """A network, its latents, and what is worked out of them once."""
+    """A network, its latents, and everything that is computed from them once."""
 
     def __init__(self, name: str, weights: Path) -> None:
         self.name = name
@@ -146,15 +146,15 @@ class Subject:
         return KEPT / f"{self.weights}-{name}.pt"
 
     def reference(self, count: int = COUNT) -> Tensor:
-        """Samples of the first latents in many steps."""
+        """The samples of the first latents in many steps."""
         return self.kept(Cell(self.name, "order 2", REFERENCE_STEPS))[:count]
 
 
 def measure(subject: Subject, cell: Cell) -> dict[str, Any]:
     """The root mean square of the differences to the reference, over pixels and latents.
 
-    `error` is its standard error, `median` that of the latents' own distances, `of_few` the same
-    mean of the first latents alone, and `apart` the distance of two samples of different latents.
+    `error` is its standard error, `median` the median distance of a latent, `of_few` the same mean
+    of only the first latents, and `apart` the distance of two samples of different latents.
     """
     reference = subject.reference(cell.count).double()
     began = time.perf_counter()
@@ -178,13 +178,14 @@ def measure(subject: Subject, cell: Cell) -> dict[str, Any]:
 
 
 def run(path: Path, weights: Path, names: list[str], seconds: float = float("inf")) -> bool:
-    """Measure the cells that `path` lacks, and write it after each; returns whether all are there.
+    """Measure the cells that `path` lacks, write the file after each, and return whether all are
+    there.
 
     Args:
-        path: of the result file, made if missing.
+        path: path of the result file, made if missing.
         weights: folder of the networks' files.
-        names: of the networks.
-        seconds: no cell is begun later than this.
+        names: names of the networks.
+        seconds: time after which no cell is begun.
     """
     result = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     done = {key(row) for row in result["rows"]}
@@ -212,7 +213,7 @@ def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def unneeded(cell: Cell, rows: list[dict[str, Any]]) -> bool:
-    """Whether a cell of many steps follows one that was as near as the package's own sampler."""
+    """Tell whether a cell with fewer steps was already as near as the package's own sampler."""
     if cell.steps not in MANY_STEPS:
         return False
     own = [row for row in rows if row["network"] == cell.network]
@@ -230,7 +231,7 @@ def draw(path: Path, weights: Path, names: list[str], *, columns: int = 5) -> No
         black, white = reference.quantile(0.01).item(), reference.max().item()
         images = np.stack([to_uint8(2 * (x - black) / (white - black) - 1) for x in rows.values()])
         labels = () if len(panels) % columns else tuple(rows)
-        # Noise of 256 levels would make a large file.
+        # Noise with 256 levels would make a large file.
         panels.append(Panel(name, images // 8 * 8, rows=labels))
     sheet(path, [panels[i : i + columns] for i in range(0, len(panels), columns)])
 

@@ -1,4 +1,4 @@
-"""Chunks of actions for robots: each planned from the last one, at every tick of a control loop."""
+"""Chunks of actions for robots, each planned from the last one at a tick of a control loop."""
 
 from fastddim.actions.log import ActionLog, LoggedTick
 from fastddim.actions.phases import ActionStream, ChunkTicket

@@ -1,4 +1,4 @@
-"""The number of steps whose ticks fit a budget of time, found by measuring."""
+"""The number of steps whose ticks fit a time budget, found by measuring."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ WARM_UPS = 3
 TICKS = 20
 QUANTILE = 0.95
 
-# Replaced by tests, which have no time to measure.
+# Tests replace the clock, since they have no time to measure.
 clock = time.perf_counter
 
 
 class Ticking(Protocol):
-    """A sampler of actions, as far as it is measured."""
+    """A sampler of actions, with the methods that measuring needs."""
 
     device: torch.device
 
@@ -40,15 +40,15 @@ class Ticking(Protocol):
 def within_budget(
     options: ActionOptions, make: Callable[..., Ticking]
 ) -> tuple[ActionOptions, dict[int, float]]:
-    """The options with the most steps whose ticks fit `budget_ms`, and what was measured.
+    """The options with the most steps whose ticks fit `budget_ms`, and the measured times.
 
     Args:
-        options: with a budget.
-        make: makes a sampler of the same options without one.
+        options: options with a budget.
+        make: makes a sampler of such options without a budget.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape or range, or not even the
-            fewest steps fit; the message names it.
+        TypeError, ValueError: an argument is of the wrong type, shape or range, or even the fewest
+            steps do not fit; the message names it.
     """
     budget_ms = check_number("budget_ms", options.budget_ms, 0.0, open_low=True)
     own = {**vars(options), "budget_ms": None, "log": None}
@@ -65,7 +65,7 @@ def within_budget(
             kinds.append(sampler)
         return max(time_of(tick, sampler.device) for tick in kinds)
 
-    # A warm start leaves out at least one step.
+    # A warm start omits at least one step.
     warm = options.warm_start
     least = warm + 1 if isinstance(warm, int) and warm > 0 else 1
     chosen, measured = most_that_fit(candidates_of(options.steps, least), measure, budget_ms)
@@ -76,11 +76,12 @@ def candidates_of(steps: Any, least: int = 1) -> list[Candidate]:
     """The steps that a budget chooses from, from the fewest to the most.
 
     Args:
-        steps: a number, for all numbers up to it; or a sequence of numbers and `TunedSteps`.
+        steps: a number, which stands for all numbers up to it; or a sequence of numbers and
+            `TunedSteps`.
         least: the fewest steps that a tick can have.
 
     Raises:
-        TypeError, ValueError: `steps` is neither, or two of them are equally many.
+        TypeError, ValueError: `steps` is neither, or two candidates have the same number of steps.
     """
     if isinstance(steps, numbers.Integral) and not isinstance(steps, bool):
         return list(range(min(least, int(steps)), int(steps) + 1))
@@ -109,28 +110,28 @@ def candidates_of(steps: Any, least: int = 1) -> list[Candidate]:
 
 
 def count_of(candidate: Candidate) -> int:
-    """The number of steps."""
+    """The number of steps of a candidate."""
     return candidate.steps if isinstance(candidate, TunedSteps) else candidate
 
 
 def most_that_fit(
     candidates: Sequence[Candidate], measure: Callable[[Candidate], float], budget_ms: float
 ) -> tuple[Candidate, dict[int, float]]:
-    """The most steps that fit a budget, by bisection, and what was measured.
+    """The candidate with the most steps that fit a budget, by bisection, and the measured times.
 
-    The most are measured first, then the fewest: often one of them settles it. Of n candidates
-    about log₂ n are measured.
+    The most steps are measured first, then the fewest: often one of the two decides. Of n
+    candidates, about log₂ n are measured.
 
     Args:
         candidates: from the fewest steps to the most; more steps take longer.
-        measure: the time of a tick with a candidate, in milliseconds.
-        budget_ms: the time that it may take, in milliseconds.
+        measure: gives the time of a tick with a candidate, in milliseconds.
+        budget_ms: the time that a tick may take, in milliseconds.
 
     Returns:
         (the candidate, {number of steps: milliseconds}).
 
     Raises:
-        ValueError: not even the fewest steps fit.
+        ValueError: even the fewest steps do not fit.
     """
     measured: dict[int, float] = {}
 
@@ -156,7 +157,7 @@ def most_that_fit(
 
 
 def time_of(tick: Callable[[], Any], device: torch.device) -> float:
-    """The time in milliseconds that 95 % of ticks keep to, each waited for on its device.
+    """The time in milliseconds that 95 % of ticks do not exceed, each waited for on its device.
 
     The first ticks, which may compile, capture and fill caches, are not measured.
     """
@@ -173,12 +174,12 @@ def time_of(tick: Callable[[], Any], device: torch.device) -> float:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The least value that at least this share of them keep to."""
+    """The least of the values that at least this share of them do not exceed."""
     return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
 def described_times(measured: Mapping[int, float]) -> str:
-    """Measured times in words, those of the most steps first."""
+    """Measured times in words, from the most steps to the fewest."""
     return ", ".join(
         f"{ms:.3g} ms for {steps} steps" for steps, ms in sorted(measured.items())[::-1]
     )

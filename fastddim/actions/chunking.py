@@ -1,14 +1,14 @@
-"""Real-time chunking (arXiv 2506.07339) in its DDIM form: a model that is guided to the last chunk.
+"""Real-time chunking (arXiv 2506.07339) in its DDIM form: a model guided towards the last chunk.
 
-There, a flow x_τ = τ·x_0 + (1 − τ)·ε with velocity v has v + min(β, (1 − τ)/(τ·r²))·Jᵀ(w·(Y − x̂_0))
-in place of v, with r² = (1 − τ)²/(τ² + (1 − τ)²), J = ∂x̂_0/∂x_τ, the last chunk Y and the soft mask
-w (equations 2 and 3). The states of a diffusion are those of a flow, scaled by √ᾱ + √(1 − ᾱ), at
-τ/(1 − τ) = √(ᾱ/(1 − ᾱ)), so that r² = 1 − ᾱ; and a change of v changes x̂_0 by (1 − τ) times as
-much. Written with the Jacobian with respect to the state of the diffusion:
+In the paper, a flow x_τ = τ·x_0 + (1 − τ)·ε with velocity v is guided by replacing v with
+v + min(β, (1 − τ)/(τ·r²))·Jᵀ(w·(Y − x̂_0)), where r² = (1 − τ)²/(τ² + (1 − τ)²), J = ∂x̂_0/∂x_τ,
+Y is the last chunk and w the soft mask (equations 2 and 3). The states of a diffusion are those of
+a flow, scaled by √ᾱ + √(1 − ᾱ), at τ/(1 − τ) = √(ᾱ/(1 − ᾱ)), so r² = 1 − ᾱ. A change of v changes
+x̂_0 by (1 − τ) times as much. Written with the Jacobian with respect to the state of the diffusion:
 
     x̂_0' = x̂_0 + min(β·√(1 − ᾱ), 1/√ᾱ)·Jᵀ(w·(Y − x̂_0))
 
-What the model predicts follows from x_t and x̂_0', for every prediction type.
+For every prediction type, the guided model's output follows from x_t and x̂_0'.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastddim.validation import check_choice
 from fastddim.wrappers import held_modules
 
 LAST = "fastddim_last_chunk"
-"""The argument of a guided model with the last chunk, shifted, and the weights of its actions."""
+"""The argument of a guided model that holds the last chunk, shifted, and its actions' weights."""
 
 
 def guided(
@@ -47,15 +47,15 @@ def guided(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Callable[..., Tensor]:
-    """A network as a model that is guided, by an argument `LAST` besides its own.
+    """A network as a model that is guided through an argument `LAST` besides its own arguments.
 
     Args:
-        network: of the user.
-        schedule: that it was trained with.
-        prediction: what it predicts, no synonym.
+        network: the user's network.
+        schedule: schedule that the network was trained with.
+        prediction: quantity that the network predicts, not a synonym.
         max_weight: β.
-        dtype: that is computed in.
-        device: of the state.
+        dtype: dtype that is computed in.
+        device: device of the state.
 
     Raises:
         ValueError: the network has parameters or buffers of inference mode, which autograd cannot
@@ -73,15 +73,15 @@ def guided(
 
 
 def guided_options(options: SamplerOptions, setup: Setup, max_weight: float) -> dict[str, Any]:
-    """The guided network of some options, and arguments in place of what it does not tell.
+    """The guided network of some options, and arguments that replace what it does not declare.
 
     Args:
-        options: with the network and what it was trained for.
-        setup: of these options.
+        options: options with the network and what it was trained for.
+        setup: setup of these options.
         max_weight: β.
 
     Raises:
-        ValueError: there is guidance by `guidance_scale` too, or as `guided` does.
+        ValueError: there is guidance by `guidance_scale` too, or `guided` refuses the network.
     """
     if options.guidance_scale is not None:
         raise ValueError(
@@ -107,24 +107,24 @@ def guided_options(options: SamplerOptions, setup: Setup, max_weight: float) -> 
 
 
 def rederives_eps(options: SamplerOptions) -> bool:
-    """Whether a guided step derives ε from x_0: where it is asked to, and where x_0 has a limit.
+    """Tell whether a guided step derives ε from x_0: if requested, and if x_0 has a limit.
 
-    The output of the guided network has ε of x̂_0' before the limit. With x_0 after it, this would
-    push the state the other way by all that the limit takes off.
+    The output of the guided network holds the ε of x̂_0' before the limit. Combined with x_0 after
+    the limit, that ε would push the state back by all that the limit removes.
     """
     limited = options.clip is not None or options.dynamic_thresholding_ratio is not None
     return options.rederive_eps or limited
 
 
 def guiding(model_kwargs: Any, chunks: Chunks) -> dict[str, Any]:
-    """The arguments of a guided model, with what they are guided to.
+    """The arguments of a guided model, including the chunk that guides it.
 
     Args:
-        model_kwargs: of the network.
+        model_kwargs: arguments of the network.
         chunks: the last chunk, shifted, and its weights.
 
     Raises:
-        TypeError: `model_kwargs` is no mapping.
+        TypeError: `model_kwargs` is not a mapping.
     """
     given = {} if model_kwargs is None else model_kwargs
     if not isinstance(given, Mapping):
@@ -133,8 +133,8 @@ def guiding(model_kwargs: Any, chunks: Chunks) -> dict[str, Any]:
 
 
 def _numbers(a: Tensor, prediction: Prediction, max_weight: float) -> Tensor:
-    """The numbers of each timestep, float64 `[3, T]`: x_0 is the first times the state and the
-    second times the network's output, which changes by the third times Jᵀ(w·(Y − x̂_0)).
+    """Three numbers a timestep, float64 `[3, T]`: x_0 is the first times the state plus the second
+    times the network's output, which changes by the third times Jᵀ(w·(Y − x̂_0)).
     """
     signal, sigma = sqrt(a), sqrt(1 - a)
     of_state, of_output, *_ = prediction_coefficients(signal, sigma, prediction)
@@ -148,7 +148,7 @@ def _guided_output(
 ) -> Tensor:
     """The network's output for states `[B, …]` at timesteps `[B]`, changed so that x_0 is x̂_0'.
 
-    Autograd follows the network from x alone, outside of inference mode.
+    Autograd follows only the path from x, outside of inference mode.
     """
     last, weights = kwargs.pop(LAST)
     of_state, of_output, gain = numbers.index_select(1, t)[:, :, None, None]
@@ -164,7 +164,7 @@ def _guided_output(
 
 
 def _ordinary(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that autograd can save: copies of tensors of inference mode."""
+    """Arguments that autograd can save: tensors of inference mode are replaced by copies."""
     ordinary: dict[str, Any] = tree_map_only(
         Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, kwargs
     )
@@ -179,6 +179,6 @@ def _check_followed(output: Any, x: Tensor) -> None:
         )
     if not output.requires_grad:
         raise ValueError(
-            "model output: expected to depend on x by what autograd follows with chunking='guide', "
-            "got a tensor without gradients, as from torch.no_grad() inside of the model"
+            "model output: expected a tensor that autograd follows to x with chunking='guide', got "
+            "one without gradients, as from torch.no_grad() inside the model"
         )

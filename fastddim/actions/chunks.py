@@ -1,4 +1,4 @@
-"""The last chunk of actions, and what the next one takes over from it, in memory that stays."""
+"""The last chunk of actions and its part in the next chunk, in memory that stays."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ Counts: TypeAlias = int | npt.NDArray[np.int64]
 class Chunks:
     """The last chunk, shifted to the time at which the next one begins.
 
-    All work is done by operators that write into these tensors, so that a tick allocates nothing
-    and does not wait for the device. Indices and weights follow from how many actions are executed
-    and frozen, and are worked out again only when these numbers change.
+    All work is done by operators that write into these tensors, so a tick allocates nothing and
+    does not wait for the device. Indices and weights depend on the numbers of executed and frozen
+    actions, and are recomputed only when these numbers change.
 
     Attributes:
         last: the last chunk `[B, horizon, action_dim]`.
-        shifted: the same after `shift`: without what is executed, its last action repeated.
+        shifted: the last chunk after `shift`: executed actions are removed, and the last action is
+            repeated.
         mask: bool `[B, horizon, 1]`, True for actions that are frozen.
-        weights: `[B, horizon, 1]`, how much each action of `shifted` counts in the new chunk: the
-            soft mask of arXiv 2506.07339, equation 5.
+        weights: `[B, horizon, 1]`, weight of each action of `shifted` in the new chunk: the soft
+            mask of arXiv 2506.07339, equation 5.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -41,8 +42,8 @@ class Chunks:
         self.last, self.shifted = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.mask = torch.zeros((batch, horizon, 1), dtype=torch.bool, device=device)
 
-        # How many actions are executed and how many frozen: as asked for, on the host as they are
-        # on the device, and there. None are, until they are loaded.
+        # The numbers of executed and frozen actions: as requested and as last loaded, both on the
+        # host, and then on the device. Before the first load, -1 makes the first two differ.
         self._asked = np.zeros((2, batch, 1, 1), np.int64)
         self._on_host = np.full((2, batch, 1, 1), -1, np.int64)
         self._host = torch.from_numpy(self._on_host)
@@ -50,7 +51,7 @@ class Chunks:
         self._place = torch.arange(horizon, device=device)[None, :, None]
         self._index = torch.zeros(shape, dtype=torch.int64, device=device)
 
-        # Constants are tensors: the CPU allocates one for every number that an operator is given.
+        # Constants are tensors, since the CPU allocates one for every number given to an operator.
         self.weights = torch.zeros((batch, horizon, 1), dtype=compute_dtype(dtype), device=device)
         self._share = torch.zeros_like(self.weights)
         self._spent = self.weights.new_zeros(self._counts.shape)
@@ -65,7 +66,7 @@ class Chunks:
         return self.shifted, self.weights
 
     def shift(self, executed: Counts, frozen: Counts) -> None:
-        """Write `shifted`, `mask` and `weights` from the last chunk and these numbers."""
+        """Write `shifted`, `mask` and `weights`, from the last chunk and these numbers."""
         self._asked[0, :, 0, 0], self._asked[1, :, 0, 0] = executed, frozen
         if not np.array_equal(self._asked, self._on_host):
             self._on_host[:] = self._asked
@@ -74,8 +75,8 @@ class Chunks:
         torch.gather(self.last, 1, self._index, out=self.shifted)
 
     def keep_frozen(self) -> None:
-        """Write the frozen actions over those of a new chunk in `last`, which a sum of the state
-        and the known data may have rounded.
+        """Write the frozen actions over those of a new chunk in `last`, since the sum of state and
+        known data may have rounded them.
         """
         torch.where(self.mask, self.shifted, self.last, out=self.last)
 
@@ -102,7 +103,7 @@ class Chunks:
 
 
 def listed(counts: Counts) -> int | list[int]:
-    """The numbers as Python has them."""
+    """The numbers as an int or a list of ints."""
     return counts if isinstance(counts, int) else [int(count) for count in counts]
 
 
@@ -114,11 +115,11 @@ def check_shape(shape: tuple[int, ...]) -> None:
 def checked_counts(
     executed: Actions, frozen: Actions, batch: int, horizon: int
 ) -> tuple[Counts, Counts]:
-    """How many actions of the last chunk are executed, and how many of the new one frozen.
+    """The number of executed actions of the last chunk, and of frozen actions of the new one.
 
     Raises:
-        TypeError, ValueError: a number is no integer, or not in [0, horizon], or more are frozen
-            than the last chunk has left; the message names it.
+        TypeError, ValueError: a number is not an integer, or not in [0, horizon], or more actions
+            are frozen than the last chunk has left; the message names it.
     """
     done = _checked("executed", executed, batch, horizon)
     return done, _checked("frozen", frozen, batch, horizon - done)

@@ -1,14 +1,13 @@
-"""The log of a control loop: what every chunk of actions was made from, and the actions.
+"""The log of a control loop: the inputs of every chunk of actions, and the actions.
 
 A log is a file of JSON lines. The header comes first and describes all that the actions depend on
-besides the observations; then each tick has a line. Actions are written as numbers, since a reader
-can look at these: the float64 that JSON has shows every value of the state's dtypes exactly, and
-Python reads back the number that it wrote. NaN and infinities stand there as Python's `json` writes
-them.
+besides the observations; then each tick has a line. Actions are written as numbers, which people
+can read: a float64 of JSON shows every value of the state's dtypes exactly, and Python reads back
+the number that it wrote. NaN and infinities appear as Python's `json` writes them.
 
-A line is written by one call of the system, so that a process that is killed leaves whole lines;
-whatever is torn at the end nevertheless, by a full disk or a lost machine, is left out by readers
-and cut off by the next writer.
+A line is written by one system call, so a process that is killed leaves whole lines. A full disk
+or a machine failure can still tear the last line. Readers ignore a torn end, and the next writer
+cuts it off.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ class LoggedTick(NamedTuple):
     """One tick of a control loop.
 
     Attributes:
-        tick: its number.
-        sample: index of its first sample, by which its noise is keyed.
-        executed, frozen: as they were given.
-        before: whether a chunk came before, from which the tick went on.
+        tick: number of the tick.
+        sample: index of its first sample, which keys its noise.
+        executed, frozen: the arguments of the call.
+        before: whether the tick went on from an earlier chunk.
         observation: digest of the model's tensors, as `observation_digest` gives it.
         actions: the chunk, nested lists `[B][horizon][action_dim]`.
     """
@@ -67,9 +66,9 @@ def header_of(setup: Setup, update: Update, **own: Any) -> Header:
     """The header of a log.
 
     Args:
-        setup: of a tick that has no chunk before it.
+        setup: setup of a tick without an earlier chunk.
         update: the arguments of each step.
-        own: what else the ticks depend on, ready for JSON.
+        own: further values that the ticks depend on, in the types of JSON.
     """
     model, uncond_model = setup.model, setup.uncond_model
     header = {
@@ -96,8 +95,8 @@ def header_of(setup: Setup, update: Update, **own: Any) -> Header:
 def observation_digest(arguments: ModelArguments) -> str:
     """SHA-256 over the names, dtypes, shapes and bytes of the tensors that a model is called with.
 
-    Tensors come in the order of their names, so that the order of a mapping does not matter. Values
-    that are no tensors are left out: they are the same in all calls of a sampler.
+    Tensors are taken in the order of their names, so the order of a mapping does not matter. Values
+    that are not tensors are left out, since they are the same in all calls of a sampler.
     """
     digest = hashlib.sha256()
     groups = {"model_kwargs": arguments.tensors, "uncond_kwargs": arguments.uncond_kwargs or {}}
@@ -106,7 +105,7 @@ def observation_digest(arguments: ModelArguments) -> str:
         if isinstance(value, Tensor):
             add_tensor(digest, name, value)
         else:
-            # A number that fills the rows of a tensor, and may be another in each call.
+            # The number fills the rows of a tensor, and may differ between calls.
             digest.update(f"{name} {value!r}\n".encode())
     return digest.hexdigest()
 
@@ -115,21 +114,21 @@ class LogWriter:
     """Appends the ticks of one sampler to a log.
 
     Attributes:
-        path: of the log.
+        path: path of the log.
         next_tick: the number after that of the last tick in the log.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
-        """Open the log, or begin one.
+        """Open a log, or begin a new one.
 
         Raises:
-            TypeError: `path` is no path.
-            ValueError: there is a log with another header, or a file that is no log.
-            BlockingIOError: another sampler writes it.
-            OSError: it cannot be written, or is not an ordinary file.
+            TypeError: `path` is not a path.
+            ValueError: the log has another header, or the file is not a log.
+            BlockingIOError: another sampler writes the log.
+            OSError: the file cannot be written, or is not an ordinary file.
         """
         self.path = _checked_path(path)
-        # Every write goes to the end, which is the end of a line.
+        # In append mode, every write goes to the end of the file, which is the end of a line.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
         self._descriptor = os.open(self.path, flags, 0o666)
         self._close = weakref.finalize(self, os.close, self._descriptor)
@@ -144,7 +143,7 @@ class LogWriter:
         """Append the line of a tick.
 
         Raises:
-            OSError: it cannot be written; the log is as it was.
+            OSError: the line cannot be written; the log is unchanged.
         """
         self._append(tick._asdict())
         self.next_tick = tick.tick + 1
@@ -160,12 +159,12 @@ class LogWriter:
             ) from error
 
     def _take_up(self, header: Header) -> int:
-        """Check the header, or write it; the number of the next tick."""
+        """Check the header, or write it, and return the number of the next tick."""
         line = _encoded(header)
         with open(self.path, "rb") as file:
             start = file.read(len(line))
             if not start.endswith(b"\n") and line.startswith(start):
-                # There is nothing yet, or a header that was torn.
+                # The file is empty, or holds a torn header.
                 os.ftruncate(self._descriptor, 0)
                 self._append(header)
                 return 0
@@ -191,16 +190,17 @@ class ActionLog:
     """A log of actions, read from its file.
 
     Attributes:
-        path: of the file.
-        header: what the actions depend on besides the observations.
+        path: path of the file.
+        header: all that the actions depend on besides the observations.
     """
 
     def __init__(self, path: Path) -> None:
-        """
+        """Open the log in a file.
+
         Raises:
             ValueError: the file is not a log of actions, or has an unknown version.
-            TypeError: `path` is no path.
-            OSError: it cannot be read.
+            TypeError: `path` is not a path.
+            OSError: the file cannot be read.
         """
         self.path = _checked_path(path)
         with open(self.path, "rb") as file:
@@ -210,19 +210,19 @@ class ActionLog:
         return f"ActionLog({self.path!r})"
 
     def __iter__(self) -> Iterator[LoggedTick]:
-        """The ticks, in their order; a torn line at the end is left out.
+        """Give the ticks in order, without a torn line at the end.
 
         Raises:
-            ValueError: a line before the end is not that of a tick.
+            ValueError: a line before the end does not hold a tick.
         """
         with open(self.path, "rb") as file:
             file.readline()
             yield from _read_ticks(file, self.path)
 
     def actions(self, tick: LoggedTick) -> Tensor:
-        """The actions of a tick `[B, horizon, action_dim]` on the CPU, with the bits that they had.
+        """The actions of a tick `[B, horizon, action_dim]` on the CPU, with their original bits.
 
-        (Of a NaN, that it was one.)
+        The payload of a NaN is not kept.
         """
         dtypes = {dtype_name(dtype): dtype for dtype in STATE_DTYPES}
         dtype = dtypes[self.header["dtype"]]
@@ -230,7 +230,7 @@ class ActionLog:
 
 
 def refuse_other(found: Header, wanted: Header, path: str) -> None:
-    """Refuse a log whose header is another.
+    """Refuse a log with another header.
 
     Raises:
         ValueError: some entries differ; the message names them.
@@ -269,7 +269,7 @@ def _read_header(file: BinaryIO, path: str) -> Header:
 
 
 def _read_ticks(file: BinaryIO, path: str) -> Iterator[LoggedTick]:
-    """The ticks after the header; afterwards, the file stands where the last whole line ends."""
+    """The ticks after the header; when they end, the file is at the end of the last whole line."""
     number, end = 1, file.tell()
     while (line := file.readline()).endswith(b"\n"):
         number += 1

@@ -31,7 +31,7 @@ Actions: TypeAlias = int | Sequence[int] | Tensor
 
 @dataclass(kw_only=True, init=False, repr=False, eq=False)
 class Planning:
-    """The noise of chunks, and what the next one takes over from the last."""
+    """The noise of chunks, and the part of the last chunk that the next one takes over."""
 
     seed: int = 0
     warm_start: int | None = None

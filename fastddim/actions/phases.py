@@ -31,14 +31,14 @@ class ChunkTicket(Future[Tensor]):
     """A request to an `ActionStream`, as a `concurrent.futures.Future` of its chunk
     `[horizon, action_dim]`.
 
-    `result()` waits for another thread to take the steps; where there is none, call
-    `ActionStream.run` or `ActionStream.step` first. `cancel()` works until the chunk is there.
-    `asyncio.wrap_future` makes it awaitable.
+    `result()` waits for another thread to take the steps. If there is no such thread, call
+    `ActionStream.run` or `ActionStream.step` first. `cancel()` works until the chunk is done.
+    `asyncio.wrap_future` makes the ticket awaitable.
 
     Attributes:
-        environment: whose chunk it is.
-        tick: the number of the environment's request, from 0.
-        index: how many requests the stream got before.
+        environment: environment that the chunk is for.
+        tick: number of the request among those of its environment, from 0.
+        index: number of earlier requests to the stream.
     """
 
     def __init__(self, environment: int, tick: int) -> None:
@@ -46,7 +46,7 @@ class ChunkTicket(Future[Tensor]):
         self.environment = environment
         self.tick = tick
         self.index = -1
-        # The actions that the chunk begins with, `[frozen, action_dim]`.
+        # The first actions of the chunk, `[frozen, action_dim]`.
         self._frozen: Tensor | None = None
         self._request: Ticket | None = None
 
@@ -55,12 +55,12 @@ class ChunkTicket(Future[Tensor]):
         return f"ChunkTicket(environment={self.environment}, tick={self.tick}, {state})"
 
     def cancel(self) -> bool:
-        """Cancel the request, unless its chunk is there; whether it is cancelled."""
-        # That of the request settles this ticket too.
+        """Cancel the request, unless its chunk is done, and return whether it is cancelled."""
+        # Cancelling the request also settles this ticket.
         return self._request is not None and self._request.cancel()
 
     def _follow(self, request: Ticket) -> None:
-        """Be settled as a request to the stream is, by its callback."""
+        """Settle with a request to the stream, by a callback of that request."""
         self._request, self.index = request, request.index
 
     def _take_over(self, request: Future[Tensor]) -> None:
@@ -81,7 +81,7 @@ class ChunkTicket(Future[Tensor]):
 
 
 def _check_hook(options: SamplerOptions, *, guided: bool) -> None:
-    """Refuse what a stream would refuse at a later request."""
+    """Refuse options that a stream would refuse only at a later request."""
     hook = options.denoised_fn
     if hook is not None and (rederives_eps(options) if guided else options.rederive_eps):
         raise ValueError(
@@ -98,43 +98,44 @@ class ActionStream(Rebuilt):
         stream.run()
         chunk = ticket.result()
 
-    `submit` asks for the next chunk of one environment, `step` takes one step of all requests that
+    `submit` requests the next chunk of one environment. `step` takes one step of all requests that
     share the batch, each at a step of its own; see `fastddim.Stream`. The last chunk of every
-    environment is kept, and the next one goes on from it as in an `ActionSampler`, with
+    environment is kept, and its next chunk continues from it as in an `ActionSampler`, with
     `warm_start` and `chunking`.
 
-    The noise of tick k of environment e has the sample index k·N + e, whoever else is in the batch:
-    environment e gets the chunks of row e of an `ActionSampler` with `shape=(N, …)`, the same seed
-    and the same ticks, bit for bit where the network's output for a sample does not depend on the
-    batch.
+    The noise of tick k of environment e has the sample index k·N + e, whichever other requests
+    share the batch. So environment e gets the chunks of row e of an `ActionSampler` with
+    `shape=(N, …)`, the same seed and the same ticks. The bits are equal if the network's output for
+    a sample does not depend on the batch.
 
-    Threads: `submit`, `reset` and everything of a ticket may be called from any thread, at any
-    time; `step`, `run` and iteration are for one thread at a time.
+    Call `submit`, `reset` and the methods of a ticket from any thread, at any time. Call `step`,
+    `run` and iterate in one thread at a time.
 
-    A copy or a pickle, which can be made while there are no requests, goes on from the same chunks.
+    A copy or a pickle continues from the same chunks. It can be made while there are no requests.
 
     Args:
         shape: `(B, horizon, action_dim)`; up to B requests share a step.
-        environments: N, how many environments there are; by default B.
-        seed: of all requests, one integer.
-        warm_start: how many of the last steps a request takes that has a chunk before it; as in an
+        environments: number N of environments; by default B.
+        seed: seed of all requests, one integer.
+        warm_start: number of steps of a request that has an earlier chunk; as in an
             `ActionSampler`.
-        chunking: how a new chunk agrees with the last one; as in an `ActionSampler`. With
-            `"guide"`, requests that have no chunk before them take backward passes too.
+        chunking: method by which a new chunk is made to agree with the last one; as in an
+            `ActionSampler`. With `"guide"`, requests without an earlier chunk take backward passes
+            too.
         max_guidance_weight: β of `"guide"`.
-        max_pending: how many requests may wait for a place in the batch; None is no limit.
+        max_pending: number of requests that may wait for a place in the batch; None for no limit.
 
-    The other arguments are those of `fastddim.Sampler`, without `model_kwargs` and `uncond_kwargs`,
-    which come with the requests; tensors with a number for each sample have one element, for all.
-    `denoised_fn` is without `rederive_eps`, and so without `clip` and thresholding with `"guide"`.
+    The other arguments are those of `fastddim.Sampler`. `model_kwargs` and `uncond_kwargs` come
+    with the requests instead. Tensors with a number for each sample have one element, for all
+    samples. `denoised_fn` excludes `rederive_eps`, and with `"guide"` also `clip` and thresholding.
 
     Attributes:
         plan: timesteps and coefficients, a `fastddim.plan.Plan`.
         shape: `(B, horizon, action_dim)`.
         environments: N.
-        seed: of all requests.
-        dtype: of the actions.
-        device: of the actions.
+        seed: seed of all requests.
+        dtype: dtype of the actions.
+        device: device of the actions.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
@@ -162,7 +163,7 @@ class ActionStream(Rebuilt):
                 shared(
                     StreamOptions,
                     options,
-                    # Tuned weights need the history that a stream of order 2 keeps.
+                    # Tuned weights need the history, which a stream of order 2 keeps.
                     order=2 if tuned else options.order,
                     guided=options.guidance_scale is not None,
                     masked=self._chunking is not None,
@@ -187,14 +188,14 @@ class ActionStream(Rebuilt):
 
     @torch.inference_mode(False)
     def _build(self) -> None:
-        # Held while a request is put together, and while a chunk is kept.
+        # Held while a request is put together, and while a chunk is stored.
         self._lock = threading.RLock()
         self._order = StreamOrder(self.device)
         self._asked: list[ChunkTicket | None] = [None] * self.environments
         self._settled: list[ChunkTicket] = []
         one = (1, *self.shape[1:])
         self._chunk = Chunks(one, self.dtype, self.device)
-        # In place of a chunk that is not there.
+        # Stands in for the chunk of a request that has no earlier one.
         self._nothing = Chunks(one, self.dtype, self.device)
         self._warm = WarmStart.of(
             self.plan, self._first, self.seed, one, self.dtype, self.device, self._impl
@@ -218,20 +219,20 @@ class ActionStream(Rebuilt):
         executed: int = 0,
         frozen: int = 0,
     ) -> ChunkTicket:
-        """Ask for the next chunk of an environment. Tensors are copied.
+        """Request the next chunk of an environment. Tensors are copied.
 
-        The first request of an environment, and the first after `reset`, has no chunk before it:
-        it takes all steps, from noise, and `executed` and `frozen` are checked and not read. A
-        request that fails or is cancelled leaves the last chunk as it is; its tick has passed.
+        The first request of an environment, and the first one after `reset`, has no earlier chunk:
+        it takes all steps, from noise, and `executed` and `frozen` are only checked. A request that
+        fails or is cancelled leaves the last chunk unchanged, and its tick counts.
 
         Args:
-            environment: in [0, N).
+            environment: index in [0, N).
             model_kwargs, uncond_kwargs: the observation of this environment, as in
                 `Stream.submit`: tensors `[1, …]`.
-            executed: how many actions of the last chunk are past when the first of the new one is
-                due, in [0, horizon].
-            frozen: how many of the first actions of the new chunk will be executed from the last
-                one, in [0, horizon − executed]. Read with `chunking`.
+            executed: number of actions of the last chunk that are past when the first action of
+                the new one is due, in [0, horizon].
+            frozen: number of actions, at the start of the new chunk, that will be executed from the
+                last one, in [0, horizon − executed]. Used with `chunking`.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type, shape or range; the message
@@ -265,7 +266,7 @@ class ActionStream(Rebuilt):
         return ticket
 
     def _sample_index(self, ticket: ChunkTicket) -> int:
-        """The sample index of the noise that a request draws."""
+        """The sample index of the noise of a request."""
         at, tick = ticket.environment, ticket.tick
         index = tick * self.environments + at
         if index >= 2**32:
@@ -278,8 +279,8 @@ class ActionStream(Rebuilt):
     def _taken_over(
         self, ticket: ChunkTicket, index: int, executed: int, frozen: int, model_kwargs: Any
     ) -> dict[str, Any]:
-        """What a request takes over from the last chunk of its environment, and the arguments of
-        the model with it.
+        """The inputs that a request takes over from the last chunk of its environment, and the
+        arguments of the model that include them.
         """
         taken: dict[str, Any] = {"model_kwargs": model_kwargs}
         at, chunk = ticket.environment, self._nothing
@@ -300,7 +301,7 @@ class ActionStream(Rebuilt):
         return taken
 
     def _settle(self, ticket: ChunkTicket, request: Future[Tensor]) -> None:
-        """Keep the chunk of a request that is done, and tell its owner."""
+        """Keep the chunk of a request that is done, and settle its ticket."""
         try:
             if not request.cancelled():
                 with self._lock:
@@ -316,20 +317,20 @@ class ActionStream(Rebuilt):
         at = ticket.environment
         with without_autograd(), self._order.use(self._tensors):
             if ticket._frozen is not None:
-                # A sum of the state and the known data may have rounded them.
+                # The sum of state and known data may have rounded them.
                 chunk[0, : len(ticket._frozen)].copy_(ticket._frozen)
-            # Unless it was forgotten by a reset meanwhile.
+            # A reset in the meantime may have dropped the request.
             if self._asked[at] is ticket:
                 self._last[at : at + 1].copy_(chunk)
                 self._continues[at] = True
 
     @outside_of_programs
     def step(self) -> list[ChunkTicket]:
-        """Take one step of every request in the batch, and give the tickets that are done, in the
-        order of their `index`: with a chunk, or with an error. Cancelled ones are left out.
+        """Take one step of every request in the batch, and return the tickets that are done, in the
+        order of their `index`. Each holds a chunk or an error. Cancelled tickets are left out.
 
         Raises:
-            RuntimeError, ValueError: as `fastddim.Stream.step` does.
+            RuntimeError, ValueError: as from `fastddim.Stream.step`.
         """
         self._stream.step()
         with self._lock:
@@ -337,17 +338,17 @@ class ActionStream(Rebuilt):
         return sorted(settled, key=lambda ticket: ticket.index)
 
     def run(self) -> list[ChunkTicket]:
-        """Step until no request is left; the tickets in the order in which they were done."""
+        """Step until no request is left, and return the tickets in the order of completion."""
         return list(self)
 
     def __iter__(self) -> Iterator[ChunkTicket]:
-        """Step until no request is left, also those that come meanwhile."""
+        """Step until no request is left, also a later one, and give each ticket when it is done."""
         while self.pending or self.running:
             yield from self.step()
 
     def reset(self, environment: int | None = None) -> None:
-        """Forget the last chunk of an environment, or of all, as where an episode ends; a request
-        that is not done is cancelled. The numbers of ticks go on.
+        """Drop the last chunk of an environment, or of all of them, at the end of an episode. A
+        request that is not done is cancelled. The numbers of ticks continue.
         """
         if environment is None:
             chosen = range(self.environments)

@@ -1,4 +1,4 @@
-"""Logged ticks drawn again, and compared with what they gave."""
+"""Logged ticks drawn again, and compared with the logged actions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastddim.actions.log import ActionLog, LoggedTick, Path, refuse_other
 from fastddim.actions.sampler import ActionSampler
 from fastddim.validation import check_bool, check_int
 
-# They may differ from log to sampler: the actions tell whether it matters.
+# Entries that may differ between log and sampler: the actions show whether the difference matters.
 _CIRCUMSTANCES = ("versions", "computation")
 
 
@@ -25,9 +25,9 @@ class Replayed(NamedTuple):
     """A tick that was drawn again.
 
     Attributes:
-        tick: its number.
+        tick: number of the tick.
         actions: the new actions `[B, horizon, action_dim]`, on the sampler's device.
-        logged: those of the log, on the CPU.
+        logged: the logged actions, on the CPU.
     """
 
     tick: int
@@ -48,18 +48,19 @@ def replay(
         for tick, actions, logged in replay("run.jsonl", sampler, observations):
             ...
 
-    Every tick goes on from the last chunk in the log, so that a replay may begin at any of them.
-    The bits are the same on the same kind of machine with the same versions; the header of the log
-    says what these were. Afterwards the sampler stands behind the last tick that was drawn.
+    Every tick continues from the last chunk in the log, so a replay may begin at any tick. The bits
+    are the same on the same kind of machine with the same versions, which the header of the log
+    names. Afterwards the sampler continues after the last tick that was drawn.
 
     Args:
         log: a file that an `ActionSampler` with `log=` has written, or an `ActionLog` of it.
-        sampler: made as that one was, with the same weights, and without a log.
-        observations: the `model_kwargs` of each call from `first_tick` on, in order; None where a
-            call had none, and `(model_kwargs, uncond_kwargs)` where it had both. What is left over
-            is not looked at.
+        sampler: a sampler without a log, made with the arguments and the weights of the one that
+            wrote the log.
+        observations: the `model_kwargs` of each call from `first_tick` on, in order; None for a
+            call without any, and `(model_kwargs, uncond_kwargs)` for a call with both. Surplus
+            observations are not read.
         first_tick: number of the tick to begin with.
-        exact: whether other actions than the logged ones are an error. False is for comparisons
+        exact: whether actions that differ from the logged ones are an error. Pass False to compare
             with another machine.
 
     Yields:
@@ -67,8 +68,9 @@ def replay(
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: the log is of another sampler or has no such tick; later: an observation is
-            missing or is not that of its tick, or actions differ. The message names the tick.
+        ValueError: the log is of another sampler or has no such tick. While iterating: an
+            observation is missing or is not that of its tick, or actions differ; the message names
+            the tick.
         OSError: the log cannot be read.
     """
     found = log if isinstance(log, ActionLog) else ActionLog(log)
@@ -110,7 +112,7 @@ def _drawn_again(
     try:
         given = next(observations)
     except StopIteration:
-        raise ValueError(f"observations: expected one of tick {entry.tick}, got no more") from None
+        raise ValueError(f"observations: expected one for tick {entry.tick}, got no more") from None
     model_kwargs, uncond_kwargs = given if isinstance(given, tuple) else (given, None)
     digest = sampler.observed(model_kwargs, uncond_kwargs)
     if digest != entry.observation:
@@ -154,5 +156,5 @@ def _check_actions(actions: Tensor, logged: Tensor, tick: int, log: ActionLog) -
 
 
 def same_bits(a: Tensor, b: Tensor) -> Tensor:
-    """Where values are equal to the bit, signs of zeros included; two NaN count as the same."""
+    """A mask of values that are equal to the bit, with signs of zeros; any two NaN are equal."""
     return ((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())

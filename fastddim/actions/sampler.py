@@ -36,43 +36,43 @@ class ActionSampler(Rebuilt):
         sampler = fastddim.ActionSampler(network, 10, shape=(1, 16, 2), warm_start=4, ...)
         chunk = sampler(model_kwargs={"global_cond": features}, executed=8)
 
-    A call is a tick: it draws the actions of the next `horizon` moments by a prepared `Sampler`,
-    and remembers them. What the next chunk takes over from them is the last chunk, shifted by the
-    actions that were executed meanwhile:
+    A call is a tick: it draws the actions of the next `horizon` moments with a prepared `Sampler`,
+    and remembers them as the last chunk. The next tick shifts the last chunk by the actions that
+    were executed meanwhile, and takes over from it:
 
-    - with `warm_start` it is noised to the middle of the schedule, as `Schedule.add_noise` does,
-      and only the last steps are taken (SDEdit, arXiv 2108.01073);
-    - with `chunking="freeze"` the actions that will be executed before the new chunk is there are
-      kept exactly, as known data of a `mask`;
-    - with `chunking="guide"` they are, and the predicted x_0 is also pulled towards the other old
-      actions, the less the later they are: real-time chunking (arXiv 2506.07339), with a forward
-      and a backward pass of the network in each step.
+    - with `warm_start`, its state: the chunk is noised to the middle of the schedule, as
+      `Schedule.add_noise` does, and only the last steps are taken (SDEdit, arXiv 2108.01073);
+    - with `chunking="freeze"`, the actions that will be executed before the new chunk is drawn:
+      they are kept exactly, as known data of a `mask`;
+    - with `chunking="guide"`, these actions too. In addition, the predicted x_0 is pulled towards
+      the other old actions, less for later ones: real-time chunking (arXiv 2506.07339), with a
+      forward and a backward pass of the network in each step.
 
-    With `out` a tick allocates no memory and does not wait for the device, except for what the
-    network does, and autograd with `"guide"`. Where steps are captured, all of them are one launch
-    of a graph, and a tick allocates nothing at all.
+    With `out`, a tick allocates no memory and does not wait for the device, apart from the network
+    and, with `"guide"`, autograd. If steps are captured, all of them are one launch of a graph, and
+    a tick allocates nothing at all.
 
-    Without a graph, the network is evaluated in inference mode where the caller is in it, which
-    makes PyTorch's own operators a little faster.
+    Without a graph, the network is evaluated in inference mode if the caller is in it, which makes
+    PyTorch's own operators a little faster.
 
-    Copies and pickles go on from the same tick and the same chunk, with memory of their own.
+    Copies and pickles continue from the same tick and the same chunk, with memory of their own.
 
     Args:
-        seed: an integer in [0, 2⁶⁴), of all ticks: the noise of tick k has the sample indices
+        seed: seed of all ticks, an integer in [0, 2⁶⁴); the noise of tick k has the sample indices
             k·B + i.
-        warm_start: how many of the last steps a tick takes that has a chunk before it, in
-            [1, S − 1]; None for all of them. At order 1 only, and not with tuned steps.
-        chunking: how the new chunk agrees with the last one; see above. `"guide"` is without
-            `guidance_scale`; `clip` and `denoised_fn` come after the pull, and ε is derived from an
-            x_0 that `clip` or thresholding limits.
+        warm_start: number of steps of a tick that has an earlier chunk, in [1, S − 1]: the last
+            ones of the schedule. None for all steps. At order 1 only, and not with tuned steps.
+        chunking: method by which a new chunk is made to agree with the last one; see above.
+            `"guide"` excludes `guidance_scale`. With it, `clip` and `denoised_fn` are applied after
+            the pull, and ε is derived from an x_0 that `clip` or thresholding limits.
         max_guidance_weight: β of `"guide"`, which bounds the pull.
-        budget_ms: the time that a tick may take. With it, ticks are measured here, with the given
-            observation and of the kinds that will be taken, the first of an episode as well, and
-            `steps` is lowered until 95 % of them fit. `steps` may then also be a sequence to choose
-            from, of numbers and `fastddim.TunedSteps`.
+        budget_ms: the time that a tick may take. With it, the constructor measures ticks with the
+            given observation, of each kind that will occur, including the first one of an episode.
+            It lowers `steps` until 95 % of the ticks fit. `steps` may then also be a sequence of
+            numbers and `fastddim.TunedSteps` to choose from.
         log: a file to which each tick is appended: its number, `executed` and `frozen`, a digest of
-            the model's tensors, and the actions, from which `fastddim.actions.replay` draws it
-            again. A file of the same sampler goes on with the next number of a tick. Whoever logs
+            the model's tensors, and the actions. `fastddim.actions.replay` draws the ticks again
+            from it. A file of the same sampler is continued with the next tick number. Logging
             waits for the device at every tick.
 
     The other arguments are those of `fastddim.Sampler`, with `shape` `(B, horizon, action_dim)`.
@@ -80,16 +80,16 @@ class ActionSampler(Rebuilt):
     Attributes:
         plan: timesteps and coefficients, a `fastddim.plan.Plan`.
         shape: `(B, horizon, action_dim)` of a chunk.
-        dtype: of the actions.
-        device: of the actions.
-        seed: of all ticks.
-        steps: S, how many steps a tick takes that has no chunk before it.
-        measured: with `budget_ms`, `{steps: milliseconds}` of what was measured; else empty.
-        tick: the number of the next tick, from 0.
+        dtype: dtype of the actions.
+        device: device of the actions.
+        seed: seed of all ticks.
+        steps: number S of steps of a tick without an earlier chunk.
+        measured: with `budget_ms`, the measured times as `{steps: milliseconds}`; else empty.
+        tick: number of the next tick, from 0.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names
-            it. Or not even the fewest steps fit `budget_ms`, or `log` is one of another sampler.
+            it. Or even the fewest steps do not fit `budget_ms`, or `log` is one of another sampler.
         OSError: the log cannot be written, or another sampler writes it.
     """
 
@@ -124,7 +124,7 @@ class ActionSampler(Rebuilt):
         self.tick = 0
         self._continues = False
         self._rebuild()
-        # The last of all, so that a sampler that is refused leaves no file.
+        # The log is opened last, so that a sampler that is refused leaves no file.
         self._log = None if options.log is None else LogWriter(options.log, self.header())
         if self._log is not None:
             self.tick = self._log.next_tick
@@ -139,26 +139,26 @@ class ActionSampler(Rebuilt):
 
     @method_takes(TickOptions)
     def __call__(self, options: TickOptions) -> Tensor:
-        """Draw the next chunk, in a tensor that is the caller's own.
+        """Draw the next chunk into a new tensor, or into `out`.
 
-        On the first tick and after `reset` there is no last chunk: all steps are taken, from noise,
-        and `executed` and `frozen` are checked and not read, since a control loop passes the same
-        at every tick. A call that fails is no tick: the next one is taken in its place.
+        The first tick, and the first one after `reset`, has no earlier chunk: it takes all steps,
+        from noise. `executed` and `frozen` are then only checked, since a control loop passes the
+        same values at every tick. A call that fails does not count as a tick.
 
         Args:
-            model_kwargs, uncond_kwargs: the observation, in place of the values that the sampler
+            model_kwargs, uncond_kwargs: the observation, which replaces the values that the sampler
                 was made with; see the call of a `fastddim.Sampler`.
-            executed: how many actions of the last chunk are past when the first of the new one is
-                due, in [0, horizon]; an integer, or one for each environment: B integers or an
-                int64 tensor `[B]` on the CPU.
-            frozen: how many of the first actions of the new chunk will be executed from the last
-                one, while the new one is being drawn; in [0, horizon − executed], likewise. Read
-                with `chunking`.
-            out: where the actions are written, `[B, horizon, action_dim]` in the sampler's dtype
-                and on its device.
+            executed: number of actions of the last chunk that are past when the first action of
+                the new one is due, in [0, horizon]: an integer, or one for each environment, as B
+                integers or an int64 tensor `[B]` on the CPU.
+            frozen: number of actions, at the start of the new chunk, that will be executed from the
+                last one while the new one is being drawn, in [0, horizon − executed]: an integer,
+                or one for each environment. Used with `chunking`.
+            out: tensor `[B, horizon, action_dim]` that the actions are written to, in the sampler's
+                dtype and on its device.
 
         Returns:
-            The actions `[B, horizon, action_dim]`, in `out` where that is given.
+            The actions `[B, horizon, action_dim]`, which are `out` if it is given.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type, shape or range; the message
@@ -174,8 +174,8 @@ class ActionSampler(Rebuilt):
         with self._alone, self._order.use(self._tensors), without_autograd():
             if transfer.captured(self.device):
                 raise RuntimeError(
-                    "ActionSampler: expected calls outside of a CUDA graph that is being captured, "
-                    "whose replays would all be the same tick"
+                    "ActionSampler: expected calls outside of the capture of a CUDA graph, whose "
+                    "replays would all be the same tick, got a call inside"
                 )
             batch, horizon, _ = self.shape
             executed, frozen = checked_counts(options.executed, options.frozen, batch, horizon)
@@ -208,7 +208,7 @@ class ActionSampler(Rebuilt):
             return made
 
     def _draw_on(self, call: dict[str, Any], inference: bool) -> None:
-        """Draw the next chunk from the last one, once it is shifted."""
+        """Draw the next chunk from the last one, which is already shifted."""
         chunks = self._chunks
         if self._warm is not None:
             call["x_T"] = self._warm.state(chunks.shifted, call["sample_offset"])
@@ -234,9 +234,9 @@ class ActionSampler(Rebuilt):
         return self.tick * batch
 
     def prepare(self) -> None:
-        """Take a tick of each kind, with the observation that the sampler was made with, and forget
-        them: what the first ones compile and capture is then there before the robot moves. The last
-        chunk is forgotten too.
+        """Take a tick of each kind, with the observation that the sampler was made with, and drop
+        the results. What first ticks compile and capture is then ready before the robot moves. The
+        last chunk is dropped too.
         """
         tick = self.tick
         self.reset()
@@ -249,20 +249,20 @@ class ActionSampler(Rebuilt):
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The digest by which a log knows the observation of a call with these arguments: SHA-256
+        """The digest that a log has for the observation of a call with these arguments: SHA-256
         over the names, dtypes, shapes and bytes of the tensors that the model gets.
 
         Raises:
-            TypeError, ValueError: as a call does.
+            TypeError, ValueError: as from a call.
         """
         return observation_digest(
             self._sampler._setup.arguments.replaced(model_kwargs, uncond_kwargs)
         )
 
     def header(self) -> Header:
-        """All that the actions depend on besides the observations, as a log begins with it.
+        """All that the actions depend on besides the observations, as the header of a log.
 
-        The weights of a network that is a module are read once, for their SHA-256.
+        If the network is a module, its weights are read once, for their SHA-256.
         """
         return header_of(
             self._sampler._setup,
@@ -274,7 +274,7 @@ class ActionSampler(Rebuilt):
         )
 
     def _check_unlogged(self) -> None:
-        """Refuse to do what a log could not tell.
+        """Refuse an action that a log could not record.
 
         Raises:
             ValueError: the sampler has a log.
@@ -286,17 +286,17 @@ class ActionSampler(Rebuilt):
             )
 
     def reset(self) -> None:
-        """Forget the last chunk, where an episode ends; the number of the tick goes on."""
+        """Drop the last chunk, at the end of an episode; the number of the tick continues."""
         with self._alone, self._order.use(self._tensors), without_autograd():
             self._continues = False
 
     def restore(self, tick: int, chunk: Tensor | None = None) -> None:
-        """Go on from another tick.
+        """Continue from another tick.
 
         Args:
-            tick: the number of the next one.
+            tick: number of the next tick.
             chunk: the last chunk `[B, horizon, action_dim]`, in the sampler's dtype and on its
-                device; None as after `reset`.
+                device; None for no earlier chunk, as after `reset`.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type, shape or range; the message

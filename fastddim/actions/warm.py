@@ -1,4 +1,4 @@
-"""A warm start: a state in the middle of the schedule, of a chunk and the noise of a tick."""
+"""A warm start: a state in the middle of the schedule, from a chunk and the noise of a tick."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class WarmStart:
         device: torch.device,
         backend: Backend,
     ) -> None:
-        """
+        """Make the tensors of a warm start.
+
         Args:
             alpha_cumprod: ᾱ of the state.
             seed: 64 bits as a signed integer.
@@ -59,10 +60,10 @@ class WarmStart:
         device: torch.device,
         impl: str,
     ) -> WarmStart | None:
-        """The warm start before the step `first` of a plan; None where there is none.
+        """The warm start before step `first` of a plan; None if `first` is None.
 
         Args:
-            seed: in [0, 2⁶⁴).
+            seed: integer in [0, 2⁶⁴).
             impl: the backend, as in `fastddim.sample`.
         """
         if first is None:
@@ -72,7 +73,7 @@ class WarmStart:
         return cls(alpha_cumprod, signed_bits(seed), shape, dtype, device, backend)
 
     def state(self, chunk: Tensor, sample_offset: int) -> Tensor:
-        """The state for a chunk and the samples from an index on, until the next call."""
+        """The state for a chunk and the samples from an index on; valid until the next call."""
         philox.write_sample_indices(sample_offset, self._keys)
         self._backend.normal_out(self._keys, philox.LATENTS, self._latents)
         self._backend.update_out(
@@ -93,7 +94,7 @@ class WarmStart:
 
 
 def first_step_of(warm_start: int | None, plan: Plan) -> int | None:
-    """The index of the step at which a tick begins that has a chunk before it."""
+    """The index of the first step of a tick that has an earlier chunk; None to take all steps."""
     if warm_start is None:
         return None
     if plan.kind.history:
@@ -107,5 +108,5 @@ def first_step_of(warm_start: int | None, plan: Plan) -> int | None:
 
 
 def warm_steps(first: int | None, plan: Plan) -> int | None:
-    """The `warm_start` that `first_step_of` gives this index for."""
+    """The `warm_start` for which `first_step_of` gives this index."""
     return None if first is None else plan.steps - first

@@ -1,4 +1,4 @@
-"""The command line, `fastddim`: one module a command, or a few that belong together."""
+"""The command line, `fastddim`: a module for each command, or for a few related ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m fastddim.cli`, where the `fastddim` command is not on the path."""
+"""`python -m fastddim.cli`, for use when the `fastddim` command is not on the path."""
 
 from fastddim.cli import main
 

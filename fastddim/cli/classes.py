@@ -21,14 +21,14 @@ _BALANCED = "balanced"
 
 @dataclass(frozen=True)
 class Labelling:
-    """The classes to draw, and how strongly."""
+    """The classes to draw, and the strength of guidance to them."""
 
     classes: str | None
     guidance: float | None
     null_class: int | None
 
     def asked(self) -> bool:
-        """True where labels are asked for.
+        """Tell whether labels are requested.
 
         Raises:
             click.UsageError: an option is given without another that it needs.
@@ -38,18 +38,18 @@ class Labelling:
             for other in others:
                 if getattr(self, option) is not None and getattr(self, other) is None:
                     name = option.replace("_", "-")
-                    raise click.UsageError(f"--{name}: expected --{other} beside it, got none")
+                    raise click.UsageError(f"--{name}: expected --{other} with it, got none")
         return self.classes is not None
 
     def files(self) -> dict[str, str]:
-        """The file of labels under the name of its option, or nothing."""
+        """The path of the labels by the name of its option, or nothing."""
         classes = self.classes
         if classes is None or classes == _BALANCED or _listed(classes) is not None:
             return {}
         return {"classes": classes}
 
     def of(self, model: Any, start: int, stop: int) -> ClassLabels | None:
-        """The labels of the images [start, stop); None where none are asked for.
+        """The labels of the images [start, stop); None if no labels are requested.
 
         Raises:
             click.UsageError: the options do not fit the model.
@@ -68,7 +68,7 @@ class Labelling:
         if null is None:
             raise click.UsageError(
                 "--null-class: expected the label that stands for no class, since the model does "
-                "not tell it, got none"
+                "not declare it, got none"
             )
         known.check("--null-class", [null])
         return null
@@ -79,10 +79,10 @@ class ClassLabels:
     """A label for each image.
 
     Attributes:
-        argument: the argument of the model that takes them.
+        argument: the argument of the model that takes the labels.
         values: the labels in the order of the images.
         guidance: the guidance scale, or None.
-        null: the label that stands for no class, where there is guidance.
+        null: the label that stands for no class, under guidance.
     """
 
     argument: str
@@ -97,7 +97,7 @@ class ClassLabels:
         return {self.argument: torch.tensor(self.values, dtype=torch.int64, device=device)}
 
     def guided(self) -> dict[str, Any]:
-        """The arguments of `fastddim.sample` for guidance; none where there is none."""
+        """The arguments of `fastddim.sample` for guidance; empty without guidance."""
         if self.guidance is None:
             return {}
         return {"guidance_scale": self.guidance, "uncond_kwargs": {self.argument: self.null}}
@@ -105,12 +105,12 @@ class ClassLabels:
 
 @dataclass(frozen=True)
 class _KnownClasses:
-    """What a model tells about its classes.
+    """The classes of a model, as far as it declares them.
 
     Attributes:
-        argument: its argument for labels.
-        count: how many labels it takes, the null label included; None where it does not tell.
-        null: the label that stands for no class; None where it does not tell.
+        argument: the argument of the model for labels.
+        count: number of labels, with the null label; None if the model does not declare it.
+        null: the label that stands for no class; None if the model does not declare it.
     """
 
     argument: str
@@ -131,7 +131,7 @@ class _KnownClasses:
         return cls(argument, embedded if classes is None else classes + 1, classes)
 
     def drawable(self, null: int | None) -> list[int] | None:
-        """All labels that stand for a class; None where the model does not tell."""
+        """All labels that stand for a class; None if the model does not declare them."""
         if self.count is None:
             return None
         return [label for label in range(self.count) if label not in (self.null, null)]
@@ -152,7 +152,7 @@ def _values(classes: str, drawable: list[int] | None, start: int, stop: int) -> 
         if not drawable:
             raise click.UsageError(
                 "--classes: expected labels such as 0,1,2 or a file of them, since the model does "
-                f"not tell how many classes it has, got {classes!r}"
+                f"not declare the number of its classes, got {classes!r}"
             )
         cycle = drawable
     if cycle is None:
@@ -161,7 +161,7 @@ def _values(classes: str, drawable: list[int] | None, start: int, stop: int) -> 
 
 
 def _listed(classes: str) -> list[int] | None:
-    """Integers separated by commas; None for anything else, which is the name of a file."""
+    """Integers separated by commas; None for any other text, which is the name of a file."""
     try:
         return [int(part) for part in classes.split(",")]
     except ValueError:
@@ -179,7 +179,7 @@ def _of_file(path: Path, start: int, stop: int) -> list[int]:
 
 
 def _read(path: Path) -> list[int]:
-    """All labels in a text file with one a line, an .npy file or an .npz file."""
+    """All labels in a text file with one label a line, an .npy file or an .npz file."""
     if path.suffix.lower() not in (".npy", ".npz"):
         try:
             return [int(line) for line in path.read_text(encoding="utf-8").split()]
@@ -206,7 +206,7 @@ def _read_array(path: Path) -> np.ndarray[Any, Any]:
             content = np.load(file, allow_pickle=False)
             if isinstance(content, np.ndarray):
                 return content
-            # The labels of images that 'generate' wrote, or the only array.
+            # Either the labels of images that 'generate' wrote, or the only array.
             name = "arr_1" if "arr_1" in content.files else content.files[0]
             array: np.ndarray[Any, Any] = content[name]
             return array
@@ -224,13 +224,13 @@ labelling_options = bundled(
             show_default="none",
             help="Labels for a class-conditional model: all classes in turn, those in the list in "
             "turn, or those of a file (one integer a line, .npy or .npz), where image i has label "
-            "i. Each depends on the number of its image alone.",
+            "i. Each label depends only on the number of its image.",
         ),
         click.option(
             "--guidance",
             type=float,
             show_default="none",
-            help="Scale of classifier-free guidance to --classes; 1 is none.",
+            help="Scale of classifier-free guidance to --classes; 1 is no guidance.",
         ),
         click.option(
             "--null-class",

@@ -14,8 +14,8 @@ from fastddim.choices import Impl
 def complete_model(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """The bundled models, and whatever files the shell finds."""
-    # First, since bash forgets what stood before it.
+    """The bundled models, and the files that the shell finds."""
+    # Files come first, since bash forgets the values before them.
     files = CompletionItem(incomplete, type="file")
     return [files, *map(CompletionItem, _begun(incomplete, available()))]
 
@@ -26,7 +26,7 @@ def complete_device(ctx: click.Context, param: click.Parameter, incomplete: str)
 
 
 def complete_backend(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """The backends, whether they work here or not: that is known only by trying."""
+    """All backends, since only a trial shows which ones work here."""
     return _begun(incomplete, get_args(Impl))
 
 

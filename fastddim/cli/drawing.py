@@ -1,4 +1,4 @@
-"""The library run in batches; a batch size never changes the noise."""
+"""The library run in batches, whose size never changes the noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastddim.plan import make_inversion_plan
 
 
 class Drawing:
-    """Sampling whose options are checked before anything is drawn.
+    """Sampling with options that are checked before anything is drawn.
 
     Raises:
         click.UsageError: `arguments`, those of `fastddim.Sampler`, are refused.
@@ -48,10 +48,10 @@ class Drawing:
         latents: Tensor | None = None,
         return_trajectory: bool = False,
     ) -> Iterator[Tensor]:
-        """All samples `[b, C, H, W]`, one batch at a time.
+        """Give all samples `[b, C, H, W]`, one batch at a time.
 
         Args:
-            latents: `[count, C, H, W]` to start from instead of the seed's.
+            latents: `[count, C, H, W]` to start from, instead of the seed's latents.
             return_trajectory: give all states of each batch, `[S + 1, b, C, H, W]`.
         """
         for start, stop in _spans("sampling", self._count, self._machine):
@@ -86,7 +86,7 @@ class Drawing:
 
 
 class Encoding:
-    """Inversion whose options are checked before anything is computed.
+    """Inversion with options that are checked before anything is computed.
 
     Raises:
         click.UsageError: `visits`, the steps of `fastddim.invert`, is refused.
@@ -100,7 +100,7 @@ class Encoding:
             backends.choose(machine.impl, machine.torch_device)
 
     def batches(self, x_0: Tensor) -> Iterator[Tensor]:
-        """The latents of `x_0` `[N, C, H, W]`, one batch at a time."""
+        """Give the latents of `x_0` `[N, C, H, W]`, one batch at a time."""
         count = len(x_0)
         for start, stop in _spans("encoding", count, self._machine):
             yield fastddim.invert(
@@ -119,7 +119,7 @@ def _state(x: Tensor, machine: Machine) -> Tensor:
 
 
 def _spans(task: str, count: int, machine: Machine) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each batch, with one bar for all where there are several."""
+    """Give (start, stop) of each batch, with one progress bar for all if there are several."""
     size = machine.batch_size
     hidden = count <= size or not shows_progress(machine.progress)
     with tqdm(total=count, desc=task, unit="image", disable=hidden) as bar:

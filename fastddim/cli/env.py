@@ -28,7 +28,7 @@ Examples:
 def command(as_json: bool) -> None:
     """Show what works on this machine.
 
-    That is versions, devices, and each backend: available, or why not.
+    The report lists versions, devices, and each backend, with the reason if it is not available.
     """
     report = collect()
     click.echo(json.dumps(report, indent=2) if as_json else _as_text(report))
@@ -57,7 +57,7 @@ def _version(package: str) -> str | None:
     if package == "torch":
         import torch
 
-        return torch.__version__  # which names the build, as its metadata need not
+        return torch.__version__  # This names the build; the package's metadata may not.
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

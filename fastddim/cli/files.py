@@ -25,7 +25,7 @@ LATENTS = "latents"
 
 
 class Sink(Protocol):
-    """Takes images in order; all are in place after `finish`."""
+    """Takes images in order; all of them are in place after `finish`."""
 
     def add(self, images: Images) -> None: ...
 
@@ -35,16 +35,16 @@ class Sink(Protocol):
 def open_sink(
     out: str, record: Record, *, first: int, columns: int | None, scale: int | None
 ) -> Sink:
-    """The place that `--out` names for images: a grid (.png), an archive (.npz) or a folder.
+    """The destination for images that `--out` names: a grid (.png), an archive (.npz) or a folder.
 
     Args:
-        record: what PNG files say of themselves.
+        record: the record for PNG files.
         first: number of the first image in a folder.
-        columns, scale: of a grid; a scale of None enlarges small images.
+        columns, scale: layout of a grid; a scale of None enlarges small images.
 
     Raises:
-        click.UsageError: the name does not tell which.
-        OSError: the place cannot be written.
+        click.UsageError: the name does not tell which of these it is.
+        OSError: the destination cannot be written.
     """
     path = Path(out)
     suffix = path.suffix.lower()
@@ -112,7 +112,7 @@ class Animation:
 
     Raises:
         click.UsageError: the name of the file does not end in .gif.
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, out: str, *, columns: int | None, scale: int | None) -> None:
@@ -132,10 +132,10 @@ class Animation:
 
 
 class Pictures:
-    """The files of a command: its images, and the way to them if that is asked for.
+    """The files of a command: its images, and the states up to them if requested.
 
     Args:
-        rows: the part that is kept of what is drawn; None for all.
+        rows: the part of the drawn images that is kept; None for all.
     """
 
     def __init__(self, sink: Sink, animation: Animation | None, rows: Rows | None) -> None:
@@ -145,7 +145,7 @@ class Pictures:
             self._kept = slice(rows.image - rows.start, rows.image - rows.start + 1)
 
     def add(self, drawn: Tensor) -> None:
-        """Take a batch of samples `[b, C, H, W]`, or for an animation of all their states."""
+        """Take a batch of samples `[b, C, H, W]` or, for an animation, all their states."""
         if self._animation is None:
             self._sink.add(to_uint8(drawn[self._kept]))
         else:
@@ -209,7 +209,7 @@ def latents_path(option: str, name: str) -> Path:
 
 
 def write_latents(path: Path, latents: Tensor) -> None:
-    """`latents` `[N, C, H, W]` in float32, or float64 where they are."""
+    """Write `latents` `[N, C, H, W]` in float64 if they are, else in float32."""
     wide = latents.cpu() if latents.dtype == torch.float64 else latents.cpu().float()
     with atomic_file(path) as file:
         if path.suffix.lower() == WEIGHTS:
@@ -219,11 +219,11 @@ def write_latents(path: Path, latents: Tensor) -> None:
 
 
 def read_latents(path: Path, sample_shape: tuple[int, int, int]) -> Tensor:
-    """The reverse of `write_latents`.
+    """Read a file that `write_latents` wrote.
 
     Raises:
         click.ClickException: the file is corrupt, or holds no latents of that shape.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     if path.suffix.lower() == WEIGHTS:
         latents = _read_tensor(path, LATENTS)
@@ -246,7 +246,7 @@ def read_latents(path: Path, sample_shape: tuple[int, int, int]) -> Tensor:
 
 def _read_array(path: Path, key: str) -> np.ndarray[Any, Any]:
     try:
-        # NumPy leaves a file that it opens itself open where it is no archive.
+        # NumPy leaves a file that it opens itself open if the file is not an archive.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             array: np.ndarray[Any, Any] = archive[key]
             return array

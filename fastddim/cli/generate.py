@@ -1,4 +1,4 @@
-"""`fastddim generate`, and `merge` and `digest` for what it writes."""
+"""`fastddim generate`, and `merge` and `digest` for its results."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ Examples:
   fastddim digest run/
 
 \b
-Killed at any moment and started again, with any number of processes, it goes
-on where it was and ends with the same bytes; with a larger --count it draws
-those that are missing. It refuses to go on with other arguments, another model,
-other versions or another number of threads (torchrun gives each process one
-thread on the CPU, see --threads), and says what differs.""",
+Killed at any moment and started again, with any number of processes, the
+command continues its run and ends with the same bytes. With a larger --count
+it draws those that are missing. It refuses to continue with other arguments,
+another model, other versions or another number of threads (torchrun gives each
+process one thread on the CPU, see --threads), and says what differs.""",
 )
 @model_argument
 @click.option(
@@ -75,7 +75,7 @@ thread on the CPU, see --threads), and says what differs.""",
     type=click.Path(),
     required=True,
     show_default="none",
-    help="Folder of the run: new, empty, or one to go on with.",
+    help="Folder of the run: new, empty, or that of a run to continue.",
 )
 @click.option(
     "--start",
@@ -87,7 +87,7 @@ thread on the CPU, see --threads), and says what differs.""",
     "--count",
     type=click.IntRange(1, 2**32),
     show_default="to --stop",
-    help="Number of samples in all, those of earlier calls included.",
+    help="Number of samples in total, including those of earlier calls.",
 )
 @click.option(
     "--stop",
@@ -105,7 +105,7 @@ thread on the CPU, see --threads), and says what differs.""",
     "--format",
     type=click.Choice(get_args(Format)),
     default="npz",
-    help="Of the shards: npz (uint8), safetensors (float32), or one PNG file an image.",
+    help="Format of the shards: npz (uint8), safetensors (float32), or one PNG file an image.",
 )
 @click.option(
     "--merged",
@@ -124,14 +124,14 @@ thread on the CPU, see --threads), and says what differs.""",
     "--memory",
     callback=_bytes,
     metavar="SIZE",
-    show_default="a share of what is free",
-    help="What --batch-size auto may use besides the model, such as 4GiB.",
+    show_default="a share of the free memory",
+    help="Memory that --batch-size auto may use besides the model, such as 4GiB.",
 )
 @click.option(
     "--threads",
     type=click.IntRange(1, 4096),
     show_default="PyTorch's choice",
-    help="Threads of each process on the CPU; a run keeps to one number.",
+    help="Threads of each process on the CPU; a run keeps its number.",
 )
 @click.option("--check-finite", is_flag=True, help="Name the step of a NaN or infinity.")
 @computation_options
@@ -148,10 +148,10 @@ def command(
     stop: int | None,
     **options: Any,
 ) -> None:
-    """Draw COUNT samples of a seed from MODEL into a folder, or on to STOP.
+    """Draw COUNT samples of a seed from MODEL into a folder, or all samples up to STOP.
 
-    Under torchrun every process draws its share. MODEL is as for 'fastddim sample', or a diffusers
-    folder with a class-conditional UNet2DModel and --classes.
+    Under torchrun every process draws its share. MODEL is as in 'fastddim sample', or a diffusers
+    folder with a class-conditional UNet2DModel, with --classes.
     """
     stop = _stop(start, count, stop)
     import torch
@@ -209,8 +209,8 @@ Example:
 def merge(folders: tuple[str, ...], out: str) -> None:
     """Join the runs of 'fastddim generate' in FOLDERS into one .npz file.
 
-    It holds arr_0, uint8 [N, H, W, 3], as the evaluators of sample quality read it. The ranges of
-    samples must follow one another.
+    The file holds arr_0, uint8 [N, H, W, 3], as the evaluators of sample quality read it. The
+    ranges of samples must follow one another.
     """
     from fastddim import runs
 
@@ -237,7 +237,7 @@ def digest(folders: tuple[str, ...]) -> None:
 
 
 def _stop(start: int, count: int | None, stop: int | None) -> int:
-    """The number after that of the last sample, from the option that tells it."""
+    """The number after that of the last sample, from the option that gives it."""
     if count is not None and stop is None:
         return start + count
     if stop is not None and count is None:
@@ -247,7 +247,7 @@ def _stop(start: int, count: int | None, stop: int | None) -> int:
 
 
 def _device_of_rank(computation: Computation) -> torch.device:
-    """The device asked for; under torchrun each process of a machine gets a GPU of its own."""
+    """The requested device; under torchrun each process of a machine gets a GPU of its own."""
     import torch
 
     local = os.environ.get("LOCAL_RANK", "")

@@ -104,13 +104,13 @@ def command(
 
 
 def mixed(ends: Tensor, frames: int) -> Tensor:
-    """Latents `[frames, …]` between two ends, or row by row `[frames·frames, …]` between four."""
+    """Latents `[frames, …]` between two ends, or `[frames·frames, …]` row by row between four."""
     import numpy as np
     import torch
 
     from fastddim.interpolation import slerp
 
-    # NumPy's rounds the same on every CPU, which torch's does not.
+    # NumPy rounds the same on every CPU; torch does not.
     weights = torch.from_numpy(np.linspace(0, 1, frames))
     if len(ends) == STRIP:
         return slerp(ends[:1], ends[1:], weights).flatten(0, 1)

@@ -52,7 +52,7 @@ encoding. The error falls as --steps grows.""",
     "--decode",
     type=click.Path(),
     show_default="no decoding",
-    help="Also decode, and draw each image beside its reconstruction (.png, .npz or folder/).",
+    help="Also decode, and draw each image next to its reconstruction (.png, .npz or folder/).",
 )
 @scale_option
 @machine_options
@@ -114,7 +114,7 @@ def command(
 
 
 def _columns(originals: Tensor) -> int:
-    """An even number, so that no pair is torn apart, of about square grid."""
+    """The columns of a nearly square grid, an even number so that pairs stay together."""
     return 2 * math.ceil(math.sqrt(len(originals) / 2))
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, each group handed to the command as one object."""
+"""Options that several commands share, in groups that a command gets as one object each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 def integers(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
-    """The callback of an option that takes integers separated by commas."""
+    """Parse the value of an option that takes integers separated by commas."""
     try:
         return None if value is None else [int(part) for part in value.split(",")]
     except ValueError as error:
@@ -43,7 +43,7 @@ def integers(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 
 
 class Word(click.Choice):  # type: ignore[type-arg]  # click is generic from 8.2 on
-    """A choice among words that other libraries have other names for."""
+    """A choice among words for which other libraries have other names."""
 
     def __init__(self, words: Iterable[str], synonyms: Mapping[Any, str]) -> None:
         super().__init__(tuple(words))
@@ -54,7 +54,7 @@ class Word(click.Choice):  # type: ignore[type-arg]  # click is generic from 8.2
         return word
 
 
-# They choose timesteps, and mean nothing where these are given.
+# These options choose timesteps, and mean nothing if timesteps are given.
 _CHOOSING = ("steps", "spacing", "steps_offset")
 
 
@@ -79,17 +79,17 @@ class Visits:
 
     @property
     def listed(self) -> list[int] | None:
-        """The timesteps, where they decide."""
+        """The timesteps, if they take precedence."""
         return self.timesteps if _decides("timesteps", _CHOOSING) else None
 
     def decided(self) -> dict[str, Any]:
-        """The options that may have given way to others, None where they did."""
+        """The options that may have given way to others; None for those that did."""
         return {"timesteps": self.listed}
 
 
 @dataclass(frozen=True)
 class TunableVisits(Visits):
-    """The same, or tuned steps in a file."""
+    """The timesteps to visit, which may also be tuned steps in a file."""
 
     steps_file: str | None
 
@@ -108,35 +108,35 @@ class TunableVisits(Visits):
 
     @property
     def file(self) -> str | None:
-        """The file of tuned steps, where it decides."""
+        """The file of tuned steps, if it takes precedence."""
         return self.steps_file if _decides("steps_file", ("timesteps", *_CHOOSING)) else None
 
     def files(self) -> dict[str, str]:
-        """That file under the name of its option, or nothing."""
+        """The file of tuned steps by the name of its option, or nothing."""
         return {} if self.file is None else {"steps_file": self.file}
 
     def decided(self) -> dict[str, Any]:
-        """The options that may have given way to others, None where they did."""
+        """The options that may have given way to others; None for those that did."""
         listed = self.listed if self.file is None else None
         return {"timesteps": listed, "steps_file": self.file}
 
 
 def is_given(name: str) -> bool:
-    """True where the user gave the parameter; a default, or a value of `--like`, is not given."""
+    """Tell whether the user gave the parameter; defaults and values of `--like` do not count."""
     source = click.get_current_context().get_parameter_source(name)
     return source not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
 
 
 def _decides(option: str, others: Sequence[str]) -> bool:
-    """True unless the option has its value from `--like`, and gives way to others that are given.
+    """Tell whether an option takes precedence: not if `--like` set it and others are given.
 
     Raises:
-        click.UsageError: such others are given beside it.
+        click.UsageError: the user gave the option and one of the others.
     """
     beside = [name for name in others if is_given(name)]
     if beside and is_given(option):
         names = [name.replace("_", "-") for name in (option, beside[0])]
-        raise click.UsageError(f"--{names[0]}: expected no --{names[1]} beside it")
+        raise click.UsageError(f"--{names[0]}: expected no --{names[1]} with it, got one")
     return not beside
 
 
@@ -167,20 +167,20 @@ class Placing:
 
     @functools.cached_property
     def torch_device(self) -> torch.device:
-        """See `working_device`."""
+        """The device, see `working_device`."""
         return working_device(self.device)
 
 
 @dataclass(frozen=True)
 class Computation(Placing):
-    """The same with the backend of the update."""
+    """The device, the number type and the backend of the update."""
 
     impl: Impl
 
 
 @dataclass(frozen=True)
 class Machine(Computation):
-    """The same with a batch size chosen by the user."""
+    """The device, the number type, the backend, and a batch size chosen by the user."""
 
     batch_size: int
 
@@ -209,29 +209,29 @@ def working_device(name: str = "auto") -> torch.device:
 
 
 def fresh_seeds(count: int) -> list[int]:
-    """Seeds for a command that got none, small enough to be typed again."""
+    """Seeds for a command without given seeds, small enough to be typed again."""
     return [secrets.randbelow(2**32) for _ in range(count)]
 
 
 def tell_seeds(seeds: Sequence[int]) -> None:
-    """Name seeds that the user did not choose."""
+    """Print seeds that the user did not choose."""
     names = "seed" if len(seeds) == 1 else "seeds"
     click.echo(f"fastddim: {names} {','.join(map(str, seeds))}", err=True)
 
 
 def shows_progress(asked: bool | None = None) -> bool:
-    """Return the user's choice; without one, True if stderr is a terminal."""
+    """Return the user's choice; without one, tell whether stderr is a terminal."""
     return sys.stderr.isatty() if asked is None else asked
 
 
 def bundled(
     name: str, kind: type[Any], options: Sequence[Callable[[Any], Any]]
 ) -> Callable[[Command], Command]:
-    """A decorator that adds `options` to a command, which gets their values as one argument.
+    """Make a decorator that adds `options` to a command, which gets their values as one argument.
 
     Args:
-        name: of the argument.
-        kind: its dataclass, with a field for each option.
+        name: name of the argument.
+        kind: dataclass of the argument, with a field for each option.
     """
 
     def decorate(command: Command) -> Command:
@@ -262,13 +262,13 @@ _VISITS = [
         "--spacing",
         type=Word(get_args(Spacing), SPACING_SYNONYMS),
         default="trailing",
-        help="How --steps timesteps are chosen out of the model's.",
+        help="Rule that chooses --steps of the model's timesteps.",
     ),
     click.option(
         "--steps-offset",
         type=int,
         default=0,
-        help="Added to every timestep of 'leading'.",
+        help="Number added to every timestep of 'leading'.",
     ),
 ]
 
@@ -309,7 +309,7 @@ denoising_options = bundled(
             "--variance",
             type=Word(VARIANCES, VARIANCE_SYNONYMS),
             default="small",
-            help="Of the noise under --eta; with --eta 1, 'large' is DDPM's other choice.",
+            help="Variance of the noise under --eta; with --eta 1, 'large' is DDPM's other choice.",
         ),
         clip_option,
         rederive_option,
@@ -321,7 +321,7 @@ _device_option = click.option(
     default="auto",
     shell_complete=complete_device,
     show_default="cuda where there is one, else cpu",
-    help="Where to compute: cpu, cuda, cuda:1, ...",
+    help="Device to compute on: cpu, cuda, cuda:1, ...",
 )
 
 _dtype_option = click.option(
@@ -336,7 +336,7 @@ _impl_option = click.option(
     default="auto",
     shell_complete=complete_backend,
     show_default="the fastest that works here",
-    help="Backend of the update, used or refused with the reason; see 'fastddim env'.",
+    help="Backend of the update; if it cannot be used, an error says why (see 'fastddim env').",
 )
 
 _progress_option = click.option(
@@ -376,8 +376,8 @@ prediction_option = click.option(
     "--prediction",
     type=Word(PREDICTIONS, PREDICTION_SYNONYMS),
     default=None,
-    show_default="what the model says, else epsilon",
-    help="What the model predicts.",
+    show_default="the model's own, else epsilon",
+    help="Quantity that the model predicts.",
 )
 
 columns_option = click.option(

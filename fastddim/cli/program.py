@@ -16,7 +16,7 @@ INTERRUPTED = 130
 class Program(click.Group):
     """A group that reports every error as `fastddim: error: …` on stderr.
 
-    Exit codes: 0, 1 where something failed, 2 for wrong arguments, 130 after Ctrl-C.
+    Exit codes: 0, 1 after a failure, 2 for wrong arguments, 130 after Ctrl-C.
     """
 
     def main(
@@ -39,7 +39,7 @@ class Program(click.Group):
         except click.ClickException as error:
             click.echo(f"fastddim: error: {_line(error)}", err=True)
             sys.exit(error.exit_code)
-        # Without standalone mode click returns the code of `ctx.exit`, or what the command returns.
+        # Without standalone mode click returns the code of `ctx.exit` or the command's own result.
         sys.exit(code or 0)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -54,7 +54,7 @@ class Program(click.Group):
 
 
 class Command(click.Command):
-    """A command of the library's. Its options are parsed before the library is imported."""
+    """A command of the library, whose options are parsed before the library is imported."""
 
     def invoke(self, ctx: click.Context) -> Any:
         import_library()
@@ -62,9 +62,9 @@ class Command(click.Command):
 
 
 def import_library() -> None:
-    """Import `fastddim` as any program does, where `fastddim_command` has put it off.
+    """Import `fastddim` as other programs do, if `fastddim_command` has postponed it.
 
-    Modules that are imported one by one could be so in an order that nothing else has.
+    Importing modules one by one could happen in an order that nothing else uses.
     """
     import fastddim
 
@@ -73,7 +73,7 @@ def import_library() -> None:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Errors of the library about its arguments are errors about the options of the same names."""
+    """Turn the library's errors about arguments into errors about options of the same names."""
     try:
         yield
     except (TypeError, ValueError) as error:

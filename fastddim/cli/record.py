@@ -1,4 +1,4 @@
-"""What an image says of how it was drawn, in text chunks of its PNG file; `--like` reads it."""
+"""The record of how an image was drawn, in text chunks of its PNG file; `--like` reads it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fastddim._version import __version__
 from fastddim.cli.options import Placing, is_given
 from fastddim.runs.fingerprints import fingerprint
 
-# The name of the whole record in a file; other names are there for people.
+# The name of the whole record in a file; the texts with other names are for people.
 RECORD = "fastddim"
 
 _RECALLED = "fastddim.cli.record"
-# What becomes of an image has no part in how it is drawn.
+# The destination of an image does not affect how it is drawn.
 _UNRECORDED = ("decode", "gif", "images", "out", "progress")
 
 
@@ -29,7 +29,7 @@ _UNRECORDED = ("decode", "gif", "images", "out", "progress")
 class Rows:
     """An image of a run and the images that it was drawn together with, numbered from 0 in the run.
 
-    The model's rounding depends on the size of the batch, so the same bytes take the same batch.
+    The model's rounding depends on the size of the batch, so the same bytes need the same batch.
     """
 
     start: int
@@ -42,11 +42,11 @@ class Record:
     """All that an image depends on.
 
     Attributes:
-        command: the name of the command that drew it.
-        options: those of the command that are not None.
-        digests: SHA-256 of what some of the options name: of the model's weights and of files.
+        command: name of the command that drew the image.
+        options: options of the command that are not None.
+        digests: SHA-256 of the model's weights and of files that options name.
         computed_by: the kind of device, the threads, and the versions of fastddim and torch.
-        rows: the part of the run that the file shows, where it is one image of several.
+        rows: the part of the run that the file shows, if it is one image of several.
     """
 
     command: str
@@ -56,7 +56,7 @@ class Record:
     rows: Rows | None = None
 
     def text(self, rows: Rows | None = None) -> dict[str, str]:
-        """The text of a file with the whole run, or the `rows` of it."""
+        """The text of a file with the whole run, or with the `rows` of it."""
         whole = self if self.rows is not None or rows is None else replace(self, rows=rows)
         shown = ("seed", "seeds", "steps", "timesteps", "steps_file", "eta", "model")
         text = {name: str(self.options[name]) for name in shown if name in self.options}
@@ -71,8 +71,8 @@ def record(model: Any, placing: Placing, files: Mapping[str, str], **decided: An
 
     Args:
         model: a module.
-        files: the path of each file whose content they depend on, by the name of its option.
-        decided: values that the command decided on, in the place of options.
+        files: path of each file that the images depend on, by the name of its option.
+        decided: values that the command chose, which replace those of options.
     """
     import torch
 
@@ -107,11 +107,11 @@ class Recalled:
     record: Record
 
     def compare(self, now: Record) -> None:
-        """Refuse other weights and other files under the names in the file, and tell what else may
-        change the pixels.
+        """Refuse other weights and other contents of files with the same names, and report other
+        differences that may change the pixels.
 
         Raises:
-            click.ClickException: the content of a file is another than it was.
+            click.ClickException: the content of a file has changed.
         """
         for name, digest in now.digests.items():
             before = self.record.digests.get(name)
@@ -132,10 +132,10 @@ class Recalled:
             )
 
     def rows_of(self, count: int) -> Rows | None:
-        """The rows to draw out of `count`; None for all, and where the user says which.
+        """The rows to draw out of `count`; None for all, and if the user chooses them.
 
         Raises:
-            click.ClickException: there are not so many.
+            click.ClickException: there are fewer rows.
         """
         chosen = ("batch_size", "count", "latents", "sample_offset")
         rows = None if any(map(is_given, chosen)) else self.record.rows
@@ -151,11 +151,11 @@ def recalled() -> Recalled | None:
 
 
 def recall(ctx: click.Context, path: str) -> None:
-    """Take the options of the current command from a file where the user does not give them.
+    """Take the options that the user does not give to the current command from a file.
 
     Raises:
         click.ClickException: the file holds no record of this command and its options.
-        ValueError, OSError: it is no PNG file, or cannot be read.
+        ValueError, OSError: it is not a PNG file, or cannot be read.
     """
     found = _read(path)
     if found.command != ctx.info_name:

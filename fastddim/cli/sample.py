@@ -84,7 +84,7 @@ together draw the 5000 images of the folder.""",
     expose_value=False,
     callback=_recall,
     show_default="none",
-    help="PNG file of this command, to draw the same again: MODEL and all options that are not "
+    help="PNG file that this command wrote, to draw it again: MODEL and all options that are not "
     "given are those of the file.",
 )
 @click.option(
@@ -98,7 +98,7 @@ together draw the 5000 images of the folder.""",
     "--gif",
     type=click.Path(),
     show_default="none",
-    help="Also write the way from the noise to the images, one frame a step.",
+    help="Also write the states from the noise to the images, one frame a step.",
 )
 @columns_option
 @scale_option
@@ -123,11 +123,11 @@ def command(
 
     MODEL is the name of a bundled model (digits, fashion), a .safetensors file or folder written by
     examples/train.py, or a diffusers folder: a UNet2DModel, or a pipeline with one, whose scheduler
-    tells the noise schedule. A class-conditional one takes --classes.
+    gives the noise schedule. A class-conditional model needs --classes.
 
-    PNG files hold the seed and all else that they depend on, for --like. One that was drawn into a
-    folder is drawn again by itself, with the same bytes where --out is a folder; --count draws
-    others with it.
+    PNG files hold the seed and all else that they depend on, for --like. An image from a folder is
+    drawn again alone, with the same bytes if --out is a folder; with --count, others are drawn with
+    it.
     """
     from fastddim.cli.drawing import Drawing
     from fastddim.cli.files import Animation, Pictures, latents_path, open_sink, read_latents

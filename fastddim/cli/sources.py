@@ -20,7 +20,7 @@ from fastddim.schedule import Schedule
 
 @dataclass(frozen=True)
 class Source:
-    """A model, and the arguments of sampling that go with it."""
+    """A model, and the sampling arguments that belong to it."""
 
     model: Model
     sample_shape: tuple[int, int, int]
@@ -34,12 +34,12 @@ def load(
     """Load the model that `name` stands for onto `device`.
 
     Args:
-        prediction: what the model predicts, if the user says so.
-        labelled: whether it will be given class labels.
+        prediction: the quantity that the model predicts, if the user gives it.
+        labelled: whether the model will get class labels.
 
     Raises:
-        click.UsageError: `name` stands for nothing.
-        click.ClickException, ValueError, OSError: the files are there, but no usable model.
+        click.UsageError: `name` does not stand for a model.
+        click.ClickException, ValueError, OSError: the files exist, but hold no usable model.
     """
     source = _load(name, device, labelled)
     if len(source.sample_shape) != 3 or source.sample_shape[0] not in (1, 3):

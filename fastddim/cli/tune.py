@@ -49,7 +49,7 @@ read with the model: fastddim.models.load("runs/digits").tuned[10]""",
     type=click.Path(),
     required=True,
     show_default="none",
-    help="Folder of a file for each number, or one .json file for all.",
+    help="Folder with a file for each number, or one .json file for all.",
 )
 @click.option(
     "--effort",
@@ -61,13 +61,13 @@ read with the model: fastddim.models.load("runs/digits").tuned[10]""",
     "--samples",
     type=int,
     show_default="by the size of the images",
-    help="Latents in each of three sets: to fit, to choose and to report by.",
+    help="Latents in each of three sets: to fit, to choose, and to report the errors.",
 )
 @click.option(
     "--teacher-steps",
     type=int,
     show_default="that of --effort",
-    help="Steps by which the exact solution is found.",
+    help="Steps of the solution that is taken as exact.",
 )
 @seed_option
 @clip_option
@@ -84,8 +84,8 @@ def command(
 ) -> None:
     """Choose few timesteps, and the weights of each step, for MODEL.
 
-    They come as close to the exact solution of DDIM's ODE as that many evaluations of the model
-    can. MODEL is as for 'fastddim sample'.
+    The tuned steps come as close to the exact solution of DDIM's ODE as that many evaluations of
+    the model can. MODEL is as in 'fastddim sample'.
     """
     from dataclasses import replace
 
@@ -126,7 +126,7 @@ def command(
 
 
 def _given(model: str) -> str:
-    """The command, with what was given of the options that the result depends on."""
+    """The command, with the given options that the result depends on."""
     ctx = click.get_current_context()
     words = ["fastddim tune", model]
     for name, value in ctx.params.items():

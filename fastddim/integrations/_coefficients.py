@@ -1,4 +1,4 @@
-"""Coefficients of the steps of diffusers' schedulers, by its operations and in its dtype.
+"""Coefficients of the steps of diffusers' schedulers, computed with its operations and its dtype.
 
 diffusers itself is not imported: a config is a mapping, and ᾱ a tensor.
 """
@@ -22,13 +22,13 @@ from fastddim.plan import (
     settled,
 )
 
-# In the place of 1/0, so that infinity is not taken from infinity before the clip.
+# Stands in for 1/0, so that no infinity is subtracted from another before the clip.
 _HUGE = 1e30
 
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
-"""The variances of DDPM that the model has no part in."""
+"""The variances of DDPM that do not depend on the model."""
 
 
 def ddim_row(
@@ -52,7 +52,7 @@ def ddim_row(
 def ancestral_row(config: Mapping[str, Any], a: Tensor, p: Tensor) -> Row:
     """The coefficients of DDPM's steps (arXiv 2006.11239, eq. 7) from ᾱ = a to ᾱ = p.
 
-    Those of the noise are of a step that adds some; diffusers adds none at t = 0.
+    The noise coefficients apply to steps that add noise; diffusers adds none at t = 0.
 
     Args:
         a, p: ᾱ `[R]`, floating point.
@@ -87,7 +87,7 @@ def posterior(a: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _fixed_deviation(variance_type: str, variance: Tensor, large: Tensor) -> Tensor:
-    """Standard deviation of the noise of each timestep; 1 where the noise is scaled before."""
+    """Standard deviation of the noise of each timestep; 1 if the noise is scaled elsewhere."""
     if variance_type == "fixed_small":
         return roots(variance)
     if variance_type == "fixed_small_log":
@@ -100,7 +100,7 @@ def _fixed_deviation(variance_type: str, variance: Tensor, large: Tensor) -> Ten
 
 
 def finite(row: Row) -> Row:
-    """The row with a huge number in the place of 1/0."""
+    """The row with a huge number instead of 1/0."""
     return Row(
         *(
             v.nan_to_num(nan=float("nan"), posinf=_HUGE, neginf=-_HUGE)
@@ -128,13 +128,13 @@ def scales(a: Tensor, p: Tensor, eta: float = 0.0) -> Scales:
 
 
 def valid(config: Any) -> bool:
-    """Return True for a config that has rows; diffusers raises the error for one that has none."""
+    """Tell whether a config has rows; if not, diffusers raises the error."""
     thresholded = not config.get("thresholding") or 0 < config["dynamic_thresholding_ratio"] <= 1
     return thresholded and config["prediction_type"] in _PREDICTION_TYPES
 
 
 def limits(config: Any) -> tuple[float | None, Rescaling | None]:
-    """The clip and the rescaling of a config, at most one of which is not None."""
+    """The clip and the rescaling of a config; at least one of them is None."""
     if config.get("thresholding"):
         return None, Rescaling(
             0.0, config["dynamic_thresholding_ratio"], config["sample_max_value"]

@@ -1,4 +1,4 @@
-"""`conditional_sample` of a policy, or of the part of one that has it, replaced on the object."""
+"""The replacement of `conditional_sample` on a policy, or on the part of a policy that has it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ METHOD = "conditional_sample"
 
 
 class ConditionalSample(Rebuilt):
-    """A callable in place of the method of one object, which samples by prepared samplers.
+    """A callable that replaces the method of one object, and samples with prepared samplers.
 
-    A copy of the object has one that samples with the copy.
+    In a copy of the object, the callable samples with the copy.
 
     Attributes:
-        peer: the code base, as messages name it.
-        hooks: which know the method of the peer.
+        peer: name of the code base in messages.
+        hooks: hooks that know the peer's method.
     """
 
     peer: ClassVar[str]
     hooks: ClassVar[Hooks]
 
     def __init__(self, owner: Any, graph: Graph, impl: Impl) -> None:
-        """
+        """Make the callable for one object.
+
         Args:
-            owner: the object, with the method and a `noise_scheduler`.
+            owner: the object, which has the method and a `noise_scheduler`.
             graph, impl: as in `fastddim.Sampler`.
 
         Raises:
@@ -42,7 +43,7 @@ class ConditionalSample(Rebuilt):
 
     @classmethod
     def install(cls, owner: Any, graph: Graph, impl: Impl) -> None:
-        """Put one on an object, or another in its place.
+        """Put a callable on an object, in place of an earlier one.
 
         Raises:
             TypeError: the object's scheduler is neither DDPM's nor DDIM's.
@@ -54,7 +55,7 @@ class ConditionalSample(Rebuilt):
 
     @staticmethod
     def uninstall(owner: Any) -> None:
-        """Take it from an object, if it is there."""
+        """Remove the callable from an object that has one."""
         if _is_on(owner):
             delattr(owner, METHOD)
 
@@ -79,7 +80,7 @@ class ConditionalSample(Rebuilt):
         return (self._owner,)
 
     def _own_loop(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The samples of the peer's method."""
+        """Sample with the peer's own method."""
         samples: Tensor = getattr(type(self._owner), METHOD)(self._owner, *args, **kwargs)
         return samples
 

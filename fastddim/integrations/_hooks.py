@@ -1,7 +1,7 @@
-"""Methods that a peer's code calls on its own objects, and that a drop-in computes in another way.
+"""Methods that a peer's code calls on its own objects, and that a drop-in replaces by other code.
 
-A class of the user's, or an attribute of one object, may override such a method: a hook. A drop-in
-asks for it, and then calls the object's methods, as the peer's code does.
+A class of the user, or an attribute of one object, may override such a method: a hook. A drop-in
+checks for hooks. If there is one, it calls the object's methods, as the peer's code does.
 """
 
 from __future__ import annotations
@@ -10,34 +10,36 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-# Classes of one peer that a process uses; more are looked at again.
+# The number of classes of one peer that are remembered; further ones are inspected again.
 _CLASSES_KEPT = 64
 
 
 class _Known(NamedTuple):
-    """A class that was looked at."""
+    """The result of inspecting a class."""
 
     get: Callable[[Any], Any]
     methods: Any
-    """What `get` gave, and gives as long as nobody changes the class."""
+    """The methods that `get` gave. While they stay the same, the result is valid."""
     overridden: str | None
 
 
 class Hooks:
-    """The methods of a peer's classes that a drop-in does without.
+    """The methods of a peer's classes that a drop-in does not call.
 
-    Peers are told by their names, so that none has to be imported: a class of that name, the last
-    one among the bases, is the peer's own.
+    Peers are recognised by names, so they need not be imported: the last class of that name among
+    the bases is the peer's own.
     """
 
     def __init__(
         self, *methods: str, of: tuple[str, ...], attributes: tuple[str, ...] = ()
     ) -> None:
-        """
+        """Describe the peer's classes.
+
         Args:
             methods: names of the methods; a peer need not have all of them.
             of: names of the classes that define them in the peer's code.
-            attributes: names that the peer sets on its objects and a class may make properties of.
+            attributes: names that the peer sets on its objects, and that a class may turn into
+                properties.
         """
         self.methods = frozenset(methods)
         self._of = of
@@ -45,10 +47,10 @@ class Hooks:
         self._known: dict[type, _Known] = {}
 
     def overridden(self, owner: Any) -> str | None:
-        """A name that an object does not have from the peer's code, or None.
+        """The name of a method or attribute that is not from the peer's code, or None.
 
-        A method that somebody has set on the peer's class counts too. Where in doubt, as for a
-        method under a decorator, the answer is its name.
+        A method that was set on the peer's class counts too. In doubt, as for a method under a
+        decorator, the result is its name.
         """
         cls = type(owner)
         own: set[str] = vars(owner).keys() & self.methods
@@ -73,7 +75,7 @@ class Hooks:
 
 
 def _is_of(function: Any, name: str, peers: list[type]) -> bool:
-    """Whether a method of this name is from the code of one of the peer's classes."""
+    """Tell whether a method of this name is from the code of one of the peer's classes."""
     where = getattr(function, "__qualname__", None), getattr(function, "__module__", None)
     defined = any((f"{peer.__qualname__}.{name}", peer.__module__) == where for peer in peers)
     return defined and not hasattr(function, "__wrapped__")

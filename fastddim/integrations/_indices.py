@@ -1,6 +1,6 @@
 """Timesteps and other indices that users give, read as the peers read them: as indices of tensors.
 
-So a float is refused and not truncated, and a boolean is no number.
+So a float is refused rather than truncated, and a boolean is not a number.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# PyTorch takes others for masks, or for no index at all.
+# PyTorch reads tensors of other dtypes as masks, or refuses them as indices.
 _NUMBERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8))
 _INDICES = frozenset((torch.int64, torch.int32))
 
 
 def one_index(name: str, value: Any, otherwise: str = "") -> int | None:
-    """The value of an index that all samples share, or None where it lies on a device.
+    """The value of an index that all samples share, or None if it lies on a device.
 
     Args:
-        name: of the argument.
-        value: an int, or anything with one that indexes a tensor: a tensor, a number of NumPy.
-        otherwise: what to do with an index for each sample, the end of the error.
+        name: name of the argument.
+        value: an int, or another value with one element that indexes a tensor: a tensor, or a
+            number of NumPy.
+        otherwise: advice for an index per sample, at the end of the error.
 
     Raises:
-        IndexError: a number that is no integer, or a tensor of such.
-        TypeError: no number.
-        ValueError: a tensor of another size than one.
+        IndexError: the value is a number, or a tensor of numbers, that is not an integer.
+        TypeError: the value is not a number.
+        ValueError: the value is a tensor with more or fewer than one element.
     """
     if isinstance(value, Tensor):
         if value.dtype in _NUMBERS:
@@ -55,7 +56,7 @@ def one_index(name: str, value: Any, otherwise: str = "") -> int | None:
 
 
 def is_one_index(value: Any) -> bool:
-    """Whether a value is a tensor that `one_index` takes, wherever it lies."""
+    """Tell whether a value is a tensor that `one_index` takes, on any device."""
     return isinstance(value, Tensor) and value.dtype in _NUMBERS and value.numel() == 1
 
 
@@ -63,8 +64,8 @@ def check_indices(name: str, value: Any) -> Tensor:
     """Return a tensor of indices, one a sample.
 
     Raises:
-        IndexError: a tensor of another dtype than int64 and int32.
-        TypeError: no tensor.
+        IndexError: the tensor has a dtype other than int64 and int32.
+        TypeError: the value is not a tensor.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected an int64 tensor, got {value!r}")

@@ -4,8 +4,8 @@ Such a loop draws x_T, and then takes `scheduler.step(model(x_t, t, ...), t, x_t
 scheduler's timesteps. `Samplers` prepares a `fastddim.Sampler` of the same steps, which draws the
 same noise with the same calls from the same generators.
 
-An integration asks `Samplers.takes` first, describes the call as a `LoopCall`, and draws from what
-`Samplers.find` gives it. Where either says no, it calls the policy's own loop.
+An integration asks `Samplers.takes` first, describes the call as a `LoopCall`, and draws with the
+sampler from `Samplers.find`. If either refuses, it calls the policy's own loop.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ _KEPT = 4
 
 
 _SETTINGS = ("config", "variance_type", "alphas_cumprod", "final_alpha_cumprod")
-"""Attributes of schedulers that their steps follow from."""
+"""Attributes of schedulers that determine their steps."""
 
 
 class LoopCall(NamedTuple):
     """A call of a policy's loop.
 
     Attributes:
-        model: `model(x_t, t, **model_kwargs)`, a network or what stands for one; the same object at
-            every call.
-        scheduler: of diffusers.
+        model: `model(x_t, t, **model_kwargs)`, a network or its stand-in; the same object in every
+            call.
+        scheduler: a scheduler of diffusers.
         steps: `num_inference_steps`.
-        shape: of the state, (B, …).
-        dtype: of the state.
-        device: of the state.
-        model_kwargs: tensors with a row for each sample, or one, and other values.
-        step_kwargs: what the loop gives to the scheduler's `step` besides a generator.
+        shape: (B, …) of the state.
+        dtype: dtype of the state.
+        device: device of the state.
+        model_kwargs: tensors with one row, or one for each sample, and other values.
+        step_kwargs: arguments of the scheduler's `step` besides a generator.
     """
 
     model: Model
@@ -69,7 +69,7 @@ class LoopCall(NamedTuple):
 
     @property
     def key(self) -> Hashable:
-        """All that a sampler depends on, except the values of tensors; objects by their `id`."""
+        """All that a sampler depends on except the values of tensors; objects count by `id`."""
         alphas = getattr(self.scheduler, "alphas_cumprod", None)
         return (
             *map(id, self.sources),
@@ -85,35 +85,35 @@ class LoopCall(NamedTuple):
 
     @property
     def sources(self) -> tuple[Any, ...]:
-        """The objects in the key. A scheduler whose settings change has another config."""
+        """The objects in the key. A scheduler with changed settings has a new config."""
         scheduler = self.scheduler
         return self.model, scheduler, *(getattr(scheduler, name, None) for name in _SETTINGS)
 
 
 class Samplers:
-    """The prepared samplers of one policy, each found again by all that it depends on.
+    """The prepared samplers of one policy, each found by all that it depends on.
 
-    Threads may share them.
+    Threads may share the samplers.
     """
 
     def __init__(self, peer: str, *, graph: Graph = "auto", impl: Impl = "auto") -> None:
-        """
+        """Prepare for one policy.
+
         Args:
-            peer: the code base whose loop it is, as warnings name it.
+            peer: the code base of the loop, as warnings name it.
             graph, impl: as in `fastddim.Sampler`.
 
         Raises:
-            ValueError: one of them is unknown.
+            ValueError: an option is unknown.
         """
         check_choice("graph", graph, GRAPH_MODES)
         check_choice("impl", impl, get_args(Impl))
         self._peer, self._graph, self._impl = peer, graph, impl
-        # A string is the reason for which there is no sampler.
+        # A string gives the reason why there is no sampler.
         self._kept: Cache[PolicySampler | str] = Cache(_KEPT)
 
     def find(self, call: LoopCall) -> PolicySampler | None:
-        """The sampler for a call; None, with a warning, where only the policy's own loop does what
-        it does.
+        """The sampler for a call; None, with a warning, if only the policy's own loop can take it.
 
         Raises:
             ValueError: the scheduler refuses the number of steps, in its own words.
@@ -130,7 +130,7 @@ class Samplers:
 
     def _prepared(self, call: LoopCall) -> PolicySampler | str:
         try:
-            # In none of the caller's modes, since the steps are kept.
+            # Prepared outside the caller's modes, since the steps are kept.
             steps = elsewhere(
                 lambda: SchedulerSteps.of(call.scheduler, call.steps, call.step_kwargs)
             )
@@ -150,18 +150,18 @@ class Samplers:
         return PolicySampler(steps, options)
 
     def warn(self, reason: str) -> None:
-        """Warn, once in a process, of a reason for which the policy's own loop is taken."""
+        """Warn, once in a process, of a reason why the policy's own loop is used."""
         warn_once(
             f"{self._peer}: the policy's own loop is taken, since {reason}", self._peer, reason
         )
 
     def takes(self, network: nn.Module, *tensors: Tensor | None) -> bool:
-        """Whether a sampler can stand for the loop in what is going on: not in programs, under
-        transforms, in a capture of the caller's, where gradients are asked for, or for a network in
-        training mode, which is warned of.
+        """Tell whether a sampler can replace the loop now: not in programs, under transforms, in
+        the caller's capture, or when gradients are requested. A network in training mode is refused
+        with a warning.
 
         Args:
-            tensors: all that the loop is given.
+            tensors: all tensors that the loop is given.
         """
         if in_program() or transformed():
             return False
@@ -177,29 +177,30 @@ class Samplers:
 
 
 class PolicySampler:
-    """A sampler of the steps of a policy's loop, which draws noise as the loop does.
+    """A sampler of the steps of a policy's loop, with the noise of that loop.
 
-    Calls of several threads wait for each other.
+    Calls from several threads wait for each other.
     """
 
     def __init__(self, steps: SchedulerSteps, options: SamplerOptions) -> None:
-        """
+        """Prepare the sampler.
+
         Args:
-            steps: of the scheduler.
-            options: all but these.
+            steps: steps of the scheduler.
+            options: all options except the steps.
         """
         self._sampler = _Planned(steps.plan, options)
         self._steps = steps
         self._noise_dtype = self._sampler.dtype
         if steps.drawn:
-            # The loop draws noise like the model's output, which may be of another dtype.
+            # The loop draws noise like the model's output, whose dtype may differ.
             self._noise_dtype = _output(options, self._sampler, steps.plan.timesteps[0]).dtype
-        # Reentrant: a network that samples from its own policy has an error then, and no deadlock.
+        # Reentrant, so a network that samples from its own policy gets an error, not a deadlock.
         self._alone = threading.RLock()
 
     @property
     def current(self) -> bool:
-        """Whether the network is where it was, and of the dtype that it was of."""
+        """Tell whether the network still has the device and the dtype that it had."""
         try:
             for weight in self._sampler._weights:
                 weight.check()
@@ -213,16 +214,16 @@ class PolicySampler:
         generator: torch.Generator | None = None,
         x_T: Tensor | None = None,
     ) -> Tensor:
-        """The samples `[B, …]` of the loop, in a tensor that is the caller's own.
+        """Draw the samples `[B, …]` of the loop into a new tensor.
 
         Args:
-            model_kwargs: as those that the sampler was made for.
-            generator: of x_T and of the noise, which is left in the state in which the loop leaves
-                it; None for torch's own of the device.
-            x_T: in place of one that is drawn.
+            model_kwargs: like those that the sampler was made for.
+            generator: generator of x_T and of the noise, left in the state in which the loop leaves
+                it; None for torch's own generator of the device.
+            x_T: starting state, instead of one that is drawn.
 
         Raises:
-            RuntimeError: x_T is drawn, and the generator is of another device.
+            RuntimeError: x_T is drawn, and the generator belongs to another device.
         """
         sampler = self._sampler
         with self._alone:
@@ -230,7 +231,7 @@ class PolicySampler:
                 x_T = torch.randn(
                     sampler.shape, generator=generator, dtype=sampler.dtype, device=sampler.device
                 )
-            # As the loop does.
+            # The policy's loop evaluates the network in the caller's mode.
             sampler._evaluate_in_inference_mode(torch.is_inference_mode_enabled())
             drawn: Tensor = sampler(
                 model_kwargs=model_kwargs or None, x_T=x_T, noise=self._noise(generator)
@@ -238,7 +239,7 @@ class PolicySampler:
         return drawn
 
     def _noise(self, generator: torch.Generator | None) -> Tensor | None:
-        """The noise `[S, B, …]` of all steps, drawn for those that the loop draws it for."""
+        """The noise `[S, B, …]` of all steps, drawn only for steps that draw it in the loop."""
         if not self._steps.drawn:
             return None
         shape = (self._steps.plan.steps, *self._sampler.shape)
@@ -250,7 +251,7 @@ class PolicySampler:
 
 
 def _trains(network: nn.Module) -> bool:
-    """Whether a network is in training mode, and not only a wrapper around it."""
+    """Tell whether a network itself, not only a wrapper around it, is in training mode."""
     try:
         check_eval(network)
     except ValueError:
@@ -259,7 +260,7 @@ def _trains(network: nn.Module) -> bool:
 
 
 def _output(options: SamplerOptions, sampler: Sampler, timestep: Tensor) -> Tensor:
-    """The output of the model at a step."""
+    """The output of the model at a timestep."""
     x = torch.zeros(sampler.shape, dtype=sampler.dtype, device=sampler.device)
     t = torch.full((len(x),), int(timestep), device=x.device)
     with torch.no_grad():
@@ -268,9 +269,9 @@ def _output(options: SamplerOptions, sampler: Sampler, timestep: Tensor) -> Tens
 
 
 def _draw(out: Tensor, generator: torch.Generator | None) -> None:
-    """Standard normals as diffusers draws them, on the CPU where the generator is there.
+    """Fill a tensor with standard normals as diffusers draws them, on the CPU for a CPU generator.
 
-    They are the numbers of `torch.randn`, which fills its result by `normal_`.
+    The numbers are those of `torch.randn`, which fills its result with `normal_`.
     """
     if generator is None or generator.device.type == out.device.type:
         out.normal_(generator=generator)
@@ -281,7 +282,7 @@ def _draw(out: Tensor, generator: torch.Generator | None) -> None:
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast computes in, or None where it is off."""
+    """The dtype that autocast computes in, or None without autocast."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -294,7 +295,7 @@ def _leaf_key(item: tuple[str, Any]) -> Hashable:
 
 
 class _Planned(Sampler):
-    """A sampler of a plan that is given, in place of one that is made from a schedule."""
+    """A sampler of a given plan, rather than one made from a schedule."""
 
     @torch.inference_mode(False)
     def __init__(self, plan: Plan, options: SamplerOptions) -> None:

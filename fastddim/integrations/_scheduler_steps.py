@@ -1,7 +1,7 @@
 """The steps that a scheduler of diffusers takes, as a plan.
 
-Timesteps, ᾱ and the timestep before each are the scheduler's own, and coefficients are computed by
-its operations in its dtype. Then steps of the plan are compared with those of the scheduler.
+Timesteps, ᾱ and the timestep before each are the scheduler's own. Coefficients are computed with
+its operations in its dtype. Then some steps of the plan are compared with those of the scheduler.
 
 diffusers is not imported: a scheduler is known by the name of its class.
 """
@@ -30,18 +30,18 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {
     "DDIMScheduler": ("eta", "use_clipped_model_output"),
     "DDPMScheduler": (),
 }
-"""The schedulers whose steps are known, with the arguments of `step` that are."""
+"""The schedulers whose steps are known, each with the known arguments of its `step`."""
 
 _COMPARED = 8
-"""The most steps of a scheduler that are compared with the plan's."""
+"""The largest number of steps of a scheduler that are compared with the plan's."""
 
 
 class Uncovered(Exception):
-    """A reason for which a policy's own loop is taken."""
+    """A reason to use a policy's own loop."""
 
 
 def scheduler_kind(scheduler: Any) -> str | None:
-    """The one of `SCHEDULERS` that an object is of, by the names of its classes, or None."""
+    """The class among `SCHEDULERS` that an object belongs to, by class names, or None."""
     names = {base.__name__ for base in type(scheduler).__mro__}
     return next((name for name in SCHEDULERS if name in names), None)
 
@@ -51,7 +51,7 @@ class SchedulerSteps(NamedTuple):
 
     Attributes:
         plan: timesteps and coefficients.
-        drawn: the steps that the scheduler draws noise for.
+        drawn: the steps for which the scheduler draws noise.
     """
 
     plan: Plan
@@ -59,13 +59,13 @@ class SchedulerSteps(NamedTuple):
 
     @classmethod
     def of(cls, scheduler: Any, steps: int, step_kwargs: Mapping[str, Any]) -> SchedulerSteps:
-        """The steps of a scheduler, which is left as it is.
+        """The steps of a scheduler, which is not changed.
 
         Args:
             steps, step_kwargs: as in `LoopCall`.
 
         Raises:
-            Uncovered: it takes other steps than those of DDPM and DDIM.
+            Uncovered: its steps are not those of DDPM or DDIM.
             ValueError: the scheduler refuses the number of steps, in its own words.
         """
         kind = scheduler_kind(scheduler)
@@ -76,7 +76,7 @@ class SchedulerSteps(NamedTuple):
         for name, value in step_kwargs.items():
             if name not in SCHEDULERS[kind] or not isinstance(value, int | float):
                 raise Uncovered(f"it calls {kind}.step with {name}={value!r}")
-        # A copy, since other threads may be walking the scheduler's own timesteps.
+        # A copy, since other threads may be using the scheduler's own timesteps.
         own = copy.deepcopy(scheduler)
         own.alphas_cumprod = own.alphas_cumprod.detach().cpu()
         own.set_timesteps(steps)
@@ -105,7 +105,7 @@ def _ddim(
     scheduler: Any, eta: float = 0.0, use_clipped_model_output: bool = False
 ) -> SchedulerSteps:
     config, timesteps = scheduler.config, scheduler.timesteps
-    # Whatever is visited next.
+    # The timestep before is this one, whatever timestep is visited next.
     before = timesteps - config["num_train_timesteps"] // scheduler.num_inference_steps
     a, p = _alphas(scheduler, before, scheduler.final_alpha_cumprod)
     row = ddim_row(config, a, p, eta, use_clipped_model_output)
@@ -113,7 +113,7 @@ def _ddim(
 
 
 def _alphas(scheduler: Any, before: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
-    """ᾱ `[S]` of the timesteps, and of those before them, which are negative past the last."""
+    """ᾱ `[S]` of the timesteps, and of the timesteps before them, negative past the last."""
     alphas = scheduler.alphas_cumprod
     return alphas[scheduler.timesteps], torch.where(
         before >= 0, alphas[before.clamp(min=0)], final.to(alphas)
@@ -134,11 +134,11 @@ def _as_plan(scheduler: Any, p: Tensor, row: Row, noisy: Tensor) -> SchedulerSte
 
 
 def _compare(scheduler: Any, steps: SchedulerSteps, step_kwargs: Mapping[str, Any]) -> None:
-    """Refuse steps that are not those of the scheduler, which may be a subclass or of a
+    """Refuse steps that differ from those of the scheduler, which may be of a subclass or of a
     release with other formulas.
 
     Raises:
-        Uncovered: a step of the scheduler gives something else, or fails.
+        Uncovered: a step of the scheduler gives another result, or fails.
     """
     plan = steps.plan
     table = step_table(Row(*plan.table.unbind(-1)), plan.kind.rescaling)
@@ -160,8 +160,8 @@ def _compare(scheduler: Any, steps: SchedulerSteps, step_kwargs: Mapping[str, An
         limit = 1e-6 * max(1.0, theirs.abs().max().item())
         if not torch.allclose(own, theirs, rtol=0, atol=limit, equal_nan=True):
             raise Uncovered(
-                f"the step of its scheduler, {type(scheduler).__name__}, at timestep {t} is none "
-                "of DDPM's or DDIM's"
+                f"the step of its scheduler, {type(scheduler).__name__}, at timestep {t} is "
+                "neither DDPM's nor DDIM's"
             )
 
 

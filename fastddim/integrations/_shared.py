@@ -1,4 +1,4 @@
-"""Functions that several drop-ins share: methods set on a class, and roots taken one by one."""
+"""Functions that several drop-ins share: setting methods, and taking roots one by one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def give_methods(target: Any, methods: Sequence[Callable[..., Any]]) -> None:
-    """Set functions as methods, under their own names, of a class or of one object."""
+    """Set functions as methods of a class or of one object, under their own names."""
     for method in methods:
         own = method if isinstance(target, type) else types.MethodType(method, target)
         setattr(target, method.__name__, own)
@@ -19,11 +19,11 @@ def give_methods(target: Any, methods: Sequence[Callable[..., Any]]) -> None:
 
 def each(function: Callable[[Tensor], Tensor], values: Tensor, count: int | None = None) -> Tensor:
     """Apply a function to each value alone, as a 0-dim tensor or, with `count`, as `[count]` equal
-    ones.
+    values.
 
-    PyTorch takes roots and logarithms from a vector library, in which the last bit of one may
-    depend on the length of the vector. Where numbers cancel afterwards, as in 1 − ᾱ_prev − σ², only
-    the shape that a peer gives to its function leads to the numbers of the peer.
+    PyTorch takes roots and logarithms from a vector library, whose last bit may depend on the
+    length of the vector. If numbers cancel afterwards, as in 1 − ᾱ_prev − σ², only the shape that
+    the peer gives to its function leads to the peer's numbers.
     """
     distinct, place = values.unique(return_inverse=True)
     if count is None:

@@ -1,11 +1,11 @@
-"""Step tables of drop-ins: the one place that makes them, and finds those of an object again.
+"""Step tables of drop-ins: the one place that makes them, and the caches that keep them.
 
-Every drop-in makes its tables by `step_table`. One that is called for each step keeps them in a
-`Cache`: its own, or the one that `CacheOf` has for an object of another library. The key of a table
-has everything that the table depends on: numbers by value, objects by their `id`, and tensors also
-by their `version`.
+Every drop-in makes its tables with `step_table`. A drop-in that is called for each step keeps them
+in a `Cache`: its own, or the one that `CacheOf` has for an object of another library. The key of a
+table covers everything that the table depends on: numbers by value, objects by their `id`, and
+tensors also by their `version`.
 
-`fastddim.kept` makes each outside the modes of the call that it is made in.
+`fastddim.kept` makes each table outside the modes of the call.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def step_table(row: Row, rescaling: Rescaling | None = None) -> StepTable:
     """Make a table from coefficients that are float64 `[R]` or numbers.
 
     Args:
-        rescaling: how the rows depend on the data of a step, if they do.
+        rescaling: the dependence of the rows on the data of a step, if any.
     """
     return StepTable(stack_row(row), rescaling=rescaling)
 
 
 def version(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place, or −1 for a tensor of inference mode, whose
-    changes are not counted. PyTorch has no public name for it.
+    """Return the number of times that a tensor was changed in place, or −1 for a tensor of
+    inference mode, whose changes are not counted. PyTorch has no public name for it.
     """
     try:
         return tensor._version
@@ -40,15 +40,16 @@ def version(tensor: Tensor) -> int:
 
 
 class CacheOf:
-    """A cache for each object of another library, as long as the object lives.
+    """A cache for each object of another library, for as long as the object lives.
 
-    It is not kept in the objects themselves, which users copy and pickle.
+    The caches are not kept in the objects themselves, since users copy and pickle those.
     """
 
     def __init__(self, size: int) -> None:
-        """
+        """Make no cache yet.
+
         Args:
-            size: how many values are kept for each object.
+            size: number of values that are kept for each object.
         """
         self._size = size
         self._caches: WeakKeyDictionary[Any, Cache[Any]] = WeakKeyDictionary()

@@ -8,7 +8,7 @@ diffusion = GaussianDiffusion(model, image_size=16, timesteps=100, sampling_time
 images = diffusion.sample(batch_size=2)
 ```
 
-Or assign the one for the class: `GaussianDiffusion.ddim_sample = fast.ddim_sample`.
+Or assign the one for your class: `GaussianDiffusion.ddim_sample = fast.ddim_sample`.
 
 | Module of the class | Drop-in |
 | --- | --- |
@@ -17,13 +17,13 @@ Or assign the one for the class: `GaussianDiffusion.ddim_sample = fast.ddim_samp
 | `guided_diffusion` | `guided_ddim_sample` |
 | `classifier_free_guidance` | `classifier_free_ddim_sample` |
 
-Other classes have no DDIM; a drop-in refuses them, and those that it is not for. Coefficients are
-those of the buffers that the object holds, noise is drawn with the same calls, and images are those
-of the original to rounding. So are the deviations from the paper: x_0 is always clipped, except
-with `clip_denoised=False`; an η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
+Other classes have no DDIM. A drop-in refuses these, and the classes of other drop-ins. Coefficients
+come from the buffers of the object, noise is drawn with the same calls, and images are those of the
+original to rounding. The deviations from the paper are kept: x_0 is always clipped, except with
+`clip_denoised=False`; an η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
 
-They evaluate the model themselves, except where `model_predictions` or a method that it calls is
-overridden: then a step begins with what `model_predictions` returns.
+The drop-ins evaluate the model themselves, unless `model_predictions` or a method that it calls is
+overridden: then a step begins with the result of `model_predictions`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _HOOKS = Hooks(
     of=("GaussianDiffusion", "GaussianDiffusion1D"),
 )
 
-# The drop-ins by the module of the class that they are for.
+# The drop-ins, by the module of the class that each is for.
 _drop_ins: dict[str, Callable[..., Any]] = {}
 
 
@@ -64,7 +64,7 @@ def install(diffusion: Any) -> None:
     """Give a class, or one object, the drop-in for its `ddim_sample`.
 
     Raises:
-        TypeError: it has none.
+        TypeError: there is no drop-in for it.
     """
     cls = diffusion if isinstance(diffusion, type) else type(diffusion)
     method = _drop_in(cls)
@@ -76,14 +76,14 @@ def install(diffusion: Any) -> None:
 
 
 def _drop_in(cls: type) -> Callable[..., Any] | None:
-    """The drop-in for a class, by the modules of the package that it and its bases are from."""
+    """The drop-in for a class, found by the modules of the package that define it and its bases."""
     modules = (base.__module__.rpartition(".") for base in cls.__mro__)
     found = (_drop_ins.get(name) for package, _, name in modules if package == _PACKAGE)
     return next((method for method in found if method is not None), None)
 
 
 def _of(*modules: str) -> Callable[[Method], Method]:
-    """Make a method the drop-in for the classes of modules, which refuses other classes."""
+    """Make a method the drop-in for the classes of some modules; it then refuses other classes."""
 
     def decorate(method: Method) -> Method:
         @functools.wraps(method)
@@ -107,10 +107,10 @@ def _of(*modules: str) -> Callable[[Method], Method]:
 @_of("denoising_diffusion_pytorch", "repaint")
 @torch.inference_mode()
 def ddim_sample(self: Any, shape: Sequence[int], return_all_timesteps: bool = False) -> Tensor:
-    """Draw samples with DDIM (arXiv 2010.02502, eq. 12), `sampling_timesteps` of them.
+    """Draw samples with DDIM (arXiv 2010.02502, eq. 12) in `sampling_timesteps` steps.
 
-    Every objective, with or without self-conditioning. x_0 is clipped to [−1, 1] and epsilon
-    re-derived from it; the last step returns x_0.
+    Supports every objective, with or without self-conditioning. x_0 is clipped to [−1, 1] and
+    epsilon re-derived from it; the last step returns x_0.
 
     Args:
         self: `denoising_diffusion_pytorch.GaussianDiffusion`, or `LearnedGaussianDiffusion`.
@@ -140,16 +140,16 @@ def ddim_sample_1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Draw sequences with DDIM.
 
-    As in `ddim_sample`, except that epsilon is not re-derived from the clipped x_0 where the model
-    predicts it.
+    As in `ddim_sample`, except that epsilon is not re-derived from the clipped x_0 if the model
+    predicts epsilon.
 
     Args:
         self: `denoising_diffusion_pytorch.GaussianDiffusion1D`.
         shape: `[B, C, N]`, or `[B, N, C]`.
         clip_denoised: whether x_0 is clipped to [−1, 1].
         model_forward_kwargs: passed to the model.
-        return_noise: whether to return noise too: that of the last step that adds any, as the
-            original does, or x_T where none does.
+        return_noise: whether to return noise too: that of the last step that adds any, as in the
+            original, or x_T if no step does.
 
     Returns:
         Unnormalized samples like `shape`, or (samples, noise).
@@ -184,13 +184,13 @@ def guided_ddim_sample(
 ) -> Tensor:
     """Draw samples with DDIM; `cond_fn` and `guidance_kwargs` are ignored, as in the original.
 
-    As in `ddim_sample`, except that epsilon is not re-derived from the clipped x_0 where the model
-    predicts it.
+    As in `ddim_sample`, except that epsilon is not re-derived from the clipped x_0 if the model
+    predicts epsilon.
 
     Args:
         self: `denoising_diffusion_pytorch.guided_diffusion.GaussianDiffusion`.
         shape: `[B, C, H, W]`.
-        return_all_timesteps: whether to return the states that the model saw, x_T twice.
+        return_all_timesteps: whether to return the states that the model got, with x_T twice.
 
     Returns:
         Unnormalized samples like `shape`, or states `[B, S + 1, C, H, W]`.
@@ -219,20 +219,21 @@ def classifier_free_ddim_sample(
 ) -> Tensor:
     """Draw samples of classes with DDIM and classifier-free guidance (arXiv 2207.12598).
 
-    As in `ddim_sample`, except that epsilon is not re-derived from the clipped x_0 where the model
-    predicts it. Guidance is the model's own `forward_with_cond_scale`; with `use_cfg_plus_plus`
-    (arXiv 2406.08070) epsilon comes from its unconditional output. At cond_scale=1 that method
-    returns no such pair and the original fails, but takes a batch of two for one: so here.
+    As in `ddim_sample`, except that epsilon is not re-derived from the clipped x_0 if the model
+    predicts epsilon. Guidance is the model's own `forward_with_cond_scale`; with
+    `use_cfg_plus_plus` (arXiv 2406.08070) epsilon comes from its unconditional output. At
+    cond_scale=1 that method returns only one output instead of a pair. As in the original, this
+    fails, except that a batch of two is mistaken for the pair.
 
     Args:
         self: `denoising_diffusion_pytorch.classifier_free_guidance.GaussianDiffusion`.
         classes: int64 `[B]`.
         shape: `[B, C, H, W]`.
-        cond_scale, rescaled_phi: guidance scale, and how much of the result is rescaled.
+        cond_scale, rescaled_phi: guidance scale, and the share of the result that is rescaled.
         clip_denoised: whether x_0 is clipped to [−1, 1].
 
     Returns:
-        Samples like `shape`, in [0, 1] where x_0 is in [−1, 1].
+        Samples like `shape`, in [0, 1] if x_0 is in [−1, 1].
 
     Raises:
         TypeError: `self` is of another class.
@@ -248,7 +249,7 @@ def classifier_free_ddim_sample(
     clip = 1.0 if clip_denoised else math.inf
     row = _row(self, steps, clip, rederive=self.objective != "pred_noise")
     if self.use_cfg_plus_plus:
-        # Two steps: the first gives the part from epsilon, which the second adds to that from x_0.
+        # Two steps: the first gives the term of epsilon, which the second adds to the term of x_0.
         direction = step_table(row._replace(k0=row.k0 - steps.signal))
         row = row._replace(k0=steps.signal, kx=0.0, km=0.0, pn=1.0)
     table = step_table(row)
@@ -274,11 +275,11 @@ def _states(
     clip: float = math.inf,
     rederive: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """x_T and the state after each step, with the noise that was drawn last.
+    """Give x_T and the state after each step, each with the noise that was drawn last.
 
     Args:
         evaluate: `evaluate(x, t, x_0)` returns the model's output.
-        hooked: `hooked(x, t, x_0)` returns epsilon and x_0, where the object's own methods make
+        hooked: `hooked(x, t, x_0)` returns epsilon and x_0, if the object's own methods compute
             them.
         clip, rederive: as in `_row`.
     """
@@ -344,7 +345,7 @@ class _Steps(NamedTuple):
 def _row(diffusion: Any, steps: _Steps, clip: float, *, rederive: bool) -> Row:
     """The steps, with epsilon re-derived from x_0, or else that of the model.
 
-    After the last ᾱ is 1, so that it returns x_0.
+    After the last step ᾱ is 1, so that step returns x_0.
     """
 
     def buffer(name: str) -> Tensor:
@@ -371,7 +372,7 @@ def _row(diffusion: Any, steps: _Steps, clip: float, *, rederive: bool) -> Row:
 
 
 def _concluding_row(steps: _Steps) -> Row:
-    """The steps from epsilon as the state and x_0 as the model output."""
+    """The steps that take epsilon as the state and x_0 as the model output."""
     return Row(
         cx=0.0,
         cm=1.0,
@@ -385,6 +386,6 @@ def _concluding_row(steps: _Steps) -> Row:
 
 
 def _progress(steps: _Steps, img: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The index of each step, and its timestep as the model is given it."""
+    """The index of each step, and its timestep as a tensor for the model."""
     for i, timestep in enumerate(tqdm(steps.timesteps, desc="sampling loop time step")):
         yield i, torch.full((img.shape[0],), timestep, device=img.device, dtype=torch.long)

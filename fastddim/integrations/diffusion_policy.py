@@ -8,26 +8,27 @@ with torch.inference_mode():
 ```
 
 `install` gives one policy another `conditional_sample`, in which the loop over a scheduler of
-diffusers is one call of a prepared `fastddim.Sampler`: on a GPU one launch of a CUDA graph a tick.
-The observation is encoded once a tick, by the policy itself, and copied into what was captured.
-Actions are those of the original to rounding, and so is the state of the generator afterwards. Kept
-from the original:
+diffusers is one call of a prepared `fastddim.Sampler`: on a GPU, one launch of a CUDA graph a tick.
+The policy itself encodes the observation once a tick, and the result is copied into the memory that
+the graph reads. Actions, and the state of the generator afterwards, are those of the original to
+rounding. Two properties of the original are kept:
 
-- known data, such as inpainted observations, are clean at every step, where `mask` and `known` of
-  `fastddim.sample` mix them to the noise level of the step: the network reads them in the place of
-  the state, and they are written over the result;
-- the steps are those of diffusers' `DDIMScheduler` or `DDPMScheduler`, its deviations from the
-  paper included.
+- known data, such as inpainted observations, are clean at every step, while `mask` and `known` of
+  `fastddim.sample` mix them to the noise level of the step: the network reads known data in place
+  of the state, and they overwrite the result;
+- the steps are those of diffusers' `DDIMScheduler` or `DDPMScheduler`, including their deviations
+  from the paper.
 
-Different: the network gets a timestep for each sample, `[B]`, where the original gives it one; in
-half precision and under autocast a step is computed in float32 and rounded once; the scheduler's
-own `timesteps` are not set.
+Three things differ. The network gets a timestep for each sample, `[B]`, while the original gives it
+one. In half precision and under autocast, a step is computed in float32 and rounded once. The
+scheduler's own `timesteps` are not set.
 
-The policy's own loop is taken, with a warning that says why, for a network in training mode, a
-scheduler that is neither DDPM's nor DDIM's or learns its variance, dynamic thresholding, whose
-threshold depends on known data, a mask that has not the shape of the data, and arguments of the
-scheduler's `step` other than `eta` and `use_clipped_model_output`. So it is, without one, where
-gradients are asked for, and in programs of `torch.compile` and CUDA graphs of the caller's.
+The policy's own loop runs instead, with a warning that gives the reason, for a network in training
+mode, for a scheduler that is neither DDPM's nor DDIM's or learns its variance, for dynamic
+thresholding, whose threshold depends on known data, for a mask without the shape of the data, and
+for arguments of the scheduler's `step` other than `eta` and `use_clipped_model_output`. It also
+runs, without a warning, when gradients are requested, and inside the caller's programs of
+`torch.compile` and CUDA graphs.
 """
 
 from __future__ import annotations
@@ -56,22 +57,22 @@ _TRANSFORMERS = ("DiffusionTransformerLowdimPolicy", "DiffusionTransformerHybrid
 
 
 def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Policy:
-    """Let a policy sample through prepared samplers; again, to change the options.
+    """Let a policy sample with prepared samplers. Call it again to change the options.
 
-    Copies and pickles of the policy, such as averaged ones, do so too, each with its own network.
-    The network may be trained, replaced, converted or moved later, and the scheduler and
-    `num_inference_steps` set anew.
+    Copies and pickles of the policy, such as averaged ones, do the same, each with its own network.
+    You may train, replace, convert or move the network later, and set another scheduler and
+    `num_inference_steps`.
 
     Args:
-        policy: of one of the repository's six diffusion policies, or of a subclass that does not
-            override `conditional_sample`. Its class and other policies stay as they are.
+        policy: one of the repository's six diffusion policies, or of a subclass that does not
+            override `conditional_sample`. Its class and other policies stay unchanged.
         graph, impl: as in `fastddim.Sampler`.
 
     Returns:
         The policy.
 
     Raises:
-        TypeError: it is no such policy, or its scheduler neither DDPM's nor DDIM's.
+        TypeError: it is not such a policy, or its scheduler is neither DDPM's nor DDIM's.
         ValueError: its `conditional_sample` is not the repository's, or an option is unknown.
     """
     _kind_of(policy).install(policy, graph, impl)
@@ -79,7 +80,7 @@ def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Po
 
 
 def uninstall(policy: Policy) -> Policy:
-    """Take back what `install` has done to a policy, or to what it is a copy of, if anything.
+    """Undo `install` on a policy, or on a copy of one; without `install`, do nothing.
 
     Returns:
         The policy.
@@ -92,8 +93,8 @@ def uninstall(policy: Policy) -> Policy:
 
 
 def _kind_of(policy: Any) -> type[_OfUnet] | type[_OfTransformer]:
-    """How a policy calls its network, told by the names of its classes: nothing of the repository
-    is imported.
+    """The class for a policy's way of calling its network, by the names of the policy's classes,
+    since nothing of the repository is imported.
     """
     names = {base.__name__ for base in type(policy).__mro__}
     if not names.isdisjoint(_UNETS):
@@ -105,7 +106,7 @@ def _kind_of(policy: Any) -> type[_OfUnet] | type[_OfTransformer]:
 
 
 class _ConditionalSample(ConditionalSample):
-    """The method of a policy."""
+    """The `conditional_sample` of a policy."""
 
     peer = "diffusion_policy"
     hooks = Hooks(METHOD, of=(*_UNETS, *_TRANSFORMERS))
@@ -128,10 +129,10 @@ class _ConditionalSample(ConditionalSample):
         """Sample as the policy does.
 
         Args:
-            data: `[B, T, D]`, floating point; where `mask` is true, what is known.
+            data: `[B, T, D]`, floating point; known data where `mask` is true.
             mask: bool `[B, T, D]`.
             conditions: further arguments of the network, by name.
-            generator: of x_T and the noise, or None for torch's own.
+            generator: generator of x_T and the noise, or None for torch's own.
             kwargs: further arguments of the scheduler's `step`.
 
         Returns:
@@ -147,14 +148,14 @@ class _ConditionalSample(ConditionalSample):
         return self._own_loop(data, mask, **conditions, generator=generator, **kwargs)
 
     def _takes(self, data: Tensor, mask: Tensor, *conditions: Tensor) -> bool:
-        """Whether a sampler may stand for the loop, as far as that does not depend on the steps."""
+        """Tell whether a sampler may replace the loop, as far as the steps do not matter."""
         if not self._samplers.takes(self._owner.model, data, mask, *conditions):
             return False
         scheduler, reason = self._owner.noise_scheduler, None
         if mask.dtype is not torch.bool or mask.shape != data.shape:
-            reason = f"condition_mask is no bool tensor of shape {tuple(data.shape)}"
+            reason = f"condition_mask is not a bool tensor of shape {tuple(data.shape)}"
         elif getattr(scheduler.config, "thresholding", False):
-            # The sampler's state has other values there than the known ones.
+            # There, the sampler's state has values other than the known ones.
             reason = "its scheduler has thresholding=True, whose threshold depends on known data"
         if reason is not None:
             self._samplers.warn(reason)
@@ -175,7 +176,7 @@ class _ConditionalSample(ConditionalSample):
         )
 
     def _inpainting(self, network: Any) -> Any:
-        """The network as samplers evaluate it: one object as long as the network is the same."""
+        """The network as samplers evaluate it: the same object while the network is the same."""
         model = self._model
         if model is None or model.args[0] is not network:
             model = self._model = partial(self._evaluate, network)

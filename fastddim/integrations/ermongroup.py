@@ -10,12 +10,12 @@ xs, x0_preds = denoising.generalized_steps(x, seq, model, betas, eta=0.5)
 
 In its repository, `functions.denoising.generalized_steps = denoising.generalized_steps` is the
 whole change. Samples are those of the original to rounding: noise is drawn with `torch.randn_like`
-at every step, also where it is multiplied by 0.
+at every step, even if it is multiplied by 0.
 
-Its deviations from the paper are kept: `ddpm_steps` clips x_0 and takes the larger
+The deviations of the original from the paper are kept: `ddpm_steps` clips x_0, takes the larger
 variance β, and adds no noise at t = 0 rather than at the last step; a `seq` that repeats a timestep
-visits it twice. The state is in the dtype to which x and `b` promote. Unlike the original, the
-loops run on x's device, which need not be called "cuda", and take any number of dimensions.
+visits it twice. The state has the dtype to which x and `b` promote. Unlike the original, the loops
+run on x's device, which need not be called "cuda", and take any number of dimensions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Steps = tuple[list[Tensor], list[Tensor]]
 def generalized_steps(
     x: Tensor, seq: Iterable[float], model: Model, b: Tensor, **kwargs: Any
 ) -> Steps:
-    """DDIM down the timesteps `seq` (arXiv 2010.02502, eq. 12 and 16).
+    """Sample with DDIM down the timesteps `seq` (arXiv 2010.02502, eq. 12 and 16).
 
     Args:
         x: x_T `[B, …]`, of a floating dtype.
@@ -52,7 +52,7 @@ def generalized_steps(
         step, on the CPU. An η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
 
     Raises:
-        TypeError: `seq` has something else than numbers.
+        TypeError: `seq` holds something other than numbers.
     """
     timesteps, a, p = _visited(seq, b)
     sigma = kwargs.get("eta", 0) * _root((1 - a / p) * (1 - p) / (1 - a), x)
@@ -63,10 +63,10 @@ def generalized_steps(
 
 
 def ddpm_steps(x: Tensor, seq: Iterable[float], model: Model, b: Tensor, **kwargs: Any) -> Steps:
-    """DDPM's ancestral sampling down the timesteps `seq`, with variance 1 − ᾱ_t/ᾱ_prev (σ-hat of
-    arXiv 2010.02502, appendix D.3) and x_0 clipped to [−1, 1].
+    """Sample with DDPM down the timesteps `seq`, with variance 1 − ᾱ_t/ᾱ_prev (σ-hat of arXiv
+    2010.02502, appendix D.3) and x_0 clipped to [−1, 1].
 
-    Takes and returns the same as `generalized_steps`, except that `kwargs` are all ignored.
+    Takes and returns the same as `generalized_steps`, but ignores all `kwargs`.
     """
     timesteps, a, p = _visited(seq, b)
     beta = 1 - a / p
@@ -81,7 +81,7 @@ def ddpm_steps(x: Tensor, seq: Iterable[float], model: Model, b: Tensor, **kwarg
 def _visited(seq: Iterable[float], b: Tensor) -> tuple[list[float], Tensor, Tensor]:
     """The timesteps in the order visited, ᾱ of each, and ᾱ after each.
 
-    They, and coefficients that cancel, are rounded as the original rounds them: to the dtype of b.
+    ᾱ, like coefficients that cancel, is rounded as in the original: to the dtype of b.
     """
     timesteps = [_number(t) for t in seq][::-1]
     alphas = (1 - b.detach().cpu()).cumprod(0)[[int(t) for t in timesteps]]
@@ -95,7 +95,7 @@ def _number(t: Any) -> float:
 
 
 def _root(values: Tensor, x: Tensor) -> Tensor:
-    """√, which the original takes of one value for each sample."""
+    """√, taken of one value for each sample as in the original."""
     return each(torch.sqrt, values, len(x))
 
 

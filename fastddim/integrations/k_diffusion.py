@@ -1,4 +1,4 @@
-"""DDIM for k-diffusion, in the form of its samplers.
+"""DDIM in the form of k-diffusion's samplers.
 
 ```python
 import torch, fastddim.integrations.k_diffusion as fast
@@ -8,10 +8,11 @@ x = torch.randn(2, 3, 32, 32) * sigmas[0]
 image = fast.sample_ddim(model, x, sigmas, disable=True, eta=0.5)
 ```
 
-k-diffusion itself has no sampler of that name. In its x̄ = x/√ᾱ and σ = √((1 − ᾱ)/ᾱ), DDIM at η = 0
-is its `sample_euler` (arXiv 2010.02502, eq. 13), and at η the `sample_euler_ancestral` of that η:
-σ(η) of eq. 16 there is `sigma_up`. `sample_ddim` takes the arguments of the latter in their order,
-gives its numbers to rounding, and can be assigned over it; but eta is 0 by default.
+k-diffusion itself has no sampler of that name. In its variables x̄ = x/√ᾱ and σ = √((1 − ᾱ)/ᾱ),
+DDIM at η = 0 is its `sample_euler` (arXiv 2010.02502, eq. 13). At other η, DDIM is its
+`sample_euler_ancestral` with the same η, whose `sigma_up` is σ(η) of eq. 16. `sample_ddim` takes
+the arguments of `sample_euler_ancestral` in the same order, gives its numbers to rounding, and can
+be assigned over it. Only the default of eta differs: it is 0.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def sample_ddim(
     s_noise: float = 1.0,
     noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """DDIM down the noise levels `sigmas`.
+    """Sample with DDIM down the noise levels `sigmas`.
 
     Args:
         model: `model(x, sigma, **extra_args)` returns x_0; sigma is `[B]` in the dtype of x_T.
@@ -50,12 +51,12 @@ def sample_ddim(
         sigmas: `[S + 1]`, decreasing, the last usually 0: a tensor, or a sequence of numbers.
         callback: called after each evaluation with a dict of `x` (before the step), `i`, `sigma`,
             `sigma_hat` (the same) and `denoised` (what the model returned).
-        disable: no progress bar.
+        disable: hide the progress bar.
         eta: η of arXiv 2010.02502, eq. 16.
         s_noise: factor of the noise.
         noise_sampler: `noise_sampler(sigma, sigma_next)` returns noise like x; by default
-            `torch.randn_like(x)`. Drawn at every step that does not end at 0, also at eta=0, as
-            `sample_euler_ancestral` does.
+            `torch.randn_like(x)`. It is called at every step that does not end at 0, even at eta=0,
+            as in `sample_euler_ancestral`.
 
     Returns:
         The state at the last level, in the dtype to which x and `sigmas` promote.
@@ -84,13 +85,13 @@ def sample_ddim(
 
 
 def _table(sigmas: Tensor, eta: float, s_noise: float) -> StepTable:
-    """One row a step; terms that cancel are rounded to the dtype of `sigmas`, as in k-diffusion."""
+    """The table of one row a step; terms that cancel are rounded to the dtype of `sigmas`."""
     levels = sigmas.detach().cpu()
     sigma, after = levels[:-1], levels[1:]
     down, up = after, torch.zeros_like(after)
     if eta:
         up = eta * each(torch.sqrt, after**2 * (sigma**2 - after**2) / sigma**2)
-        # Where η asks for more noise than there is, or for any on the way up.
+        # At these steps η asks for more noise than possible, or for noise on the way up.
         up = torch.where(up < after, up, after)
         down = each(torch.sqrt, after**2 - up**2)
     moved = (down - sigma).double() / sigma.double()

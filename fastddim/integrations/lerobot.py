@@ -1,4 +1,4 @@
-"""Sampling of LeRobot's diffusion policies by prepared samplers.
+"""Prepared sampling for LeRobot's diffusion policies.
 
 ```python
 import fastddim.integrations.lerobot
@@ -8,35 +8,35 @@ fastddim.integrations.lerobot.install(policy)
 action = policy.select_action(observation)
 ```
 
-The policy's actions stay the same to rounding, with noise that is drawn by the same calls from the
-same generator. Only the loop over the scheduler is another one: prepared once, without Python
-between the evaluations of the U-Net, and on CUDA one graph. A tick encodes its observations as
-before, and copies the features to where the graph reads them.
+The policy's actions stay the same to rounding. Noise is drawn by the same calls from the same
+generator. Only the loop over the scheduler is replaced: it is prepared once, without Python between
+the evaluations of the U-Net, and on CUDA it is one graph. A tick encodes its observations as
+before, and copies the features to the memory that the graph reads.
 
-A sampler is prepared at the first tick, and again where something changes that it depends on: the
-number of environments, `num_inference_steps`, the scheduler or its config, the dtype or the device.
-The last four are kept. Weights may be loaded or trained in between. Copies and pickles of the
-policy have samplers of their own, and a pickle needs fastddim where it is loaded. Threads that
-share a policy wait for each other.
+The first tick prepares a sampler. Another one is prepared when something changes that the sampler
+depends on: the number of environments, `num_inference_steps`, the scheduler or its config, the
+dtype or the device. The last four samplers are kept. Weights may be loaded or trained in between.
+Copies and pickles of the policy have samplers of their own, and loading a pickle needs fastddim.
+Threads that share a policy wait for each other.
 
-A policy that PEFT has wrapped is taken as the policy in it, and may be wrapped afterwards. But a
-CUDA graph goes on with the adapter that it was captured with: `install` again after another one is
-set, or all are disabled.
+A policy that PEFT has wrapped is handled as the policy inside it. You may also wrap it afterwards.
+A CUDA graph keeps the adapter that it was captured with: `install` again after you set another
+adapter or disable them.
 
-LeRobot's own loop is taken, with a warning that says why, for a policy in training mode, a learned
-variance, and schedulers that are neither DDPM's nor DDIM's or have steps of their own. So it is,
-without one, where gradients are asked for, and in programs of `torch.compile` and CUDA graphs of
-the caller's. LeRobot makes such a program of `predict_action_chunk` where a rollout is asked for
-`use_torch_compile`. Its `compile_model` compiles the U-Net alone, which a sampler evaluates; modes
-of the compiler with CUDA graphs of their own have not been tried in a captured loop.
+LeRobot's own loop runs instead, with a warning that gives the reason, for a policy in training
+mode, a learned variance, and schedulers that are neither DDPM's nor DDIM's or have steps of their
+own. It also runs, without a warning, when gradients are requested, and inside the caller's programs
+of `torch.compile` and CUDA graphs. LeRobot makes such a program of `predict_action_chunk` for a
+rollout with `use_torch_compile`. Its `compile_model` compiles only the U-Net, which a sampler
+evaluates; modes of the compiler with CUDA graphs of their own are untested in a captured loop.
 
-Different: in half precision and under autocast a step is computed in float32 and rounded once,
-where diffusers rounds every operation. The scheduler's own `timesteps` are not set.
+Two things differ. In half precision and under autocast, a step is computed in float32 and rounded
+once, while diffusers rounds every operation. The scheduler's own `timesteps` are not set.
 
 Compared with lerobot 0.6.1 on Python 3.12 and 3.13, with 0.4.4 on older ones, and by hand with
-0.3.3, 0.4.0, 0.5.0, 0.5.1 and 0.6.0. LeRobot 0.6 asks for Python 3.12 and a torch below 2.12, and
-has diffusers in its extra: `pip install "lerobot[diffusion]"`. Earlier releases ask for a torch
-below 2.11, which is older than what fastddim runs with: pip cannot satisfy both.
+0.3.3, 0.4.0, 0.5.0, 0.5.1 and 0.6.0. LeRobot 0.6 needs Python 3.12 and a torch below 2.12, and has
+diffusers in an extra: `pip install "lerobot[diffusion]"`. Earlier releases need a torch below 2.11,
+and fastddim a newer one: pip cannot satisfy both.
 """
 
 from __future__ import annotations
@@ -57,17 +57,18 @@ _CLASS = "DiffusionModel"
 
 
 def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Policy:
-    """Let a `DiffusionPolicy` sample by prepared samplers; again, to change the options.
+    """Let a `DiffusionPolicy` sample with prepared samplers. Call it again to change the options.
 
     Args:
-        policy: of LeRobot. Its class and other policies stay as they are.
+        policy: a policy of LeRobot. Its class and other policies stay unchanged.
         graph, impl: as in `fastddim.Sampler`.
 
     Returns:
         The policy.
 
     Raises:
-        TypeError: it is no diffusion policy of LeRobot, or its scheduler neither DDPM's nor DDIM's.
+        TypeError: it is not a diffusion policy of LeRobot, or its scheduler is neither DDPM's nor
+            DDIM's.
         ValueError: its `conditional_sample` is not LeRobot's, or an option is unknown.
     """
     _ConditionalSample.install(_diffusion_of(policy), graph, impl)
@@ -75,20 +76,20 @@ def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Po
 
 
 def uninstall(policy: Policy) -> Policy:
-    """Take back what `install` has done to a policy, or to what it is a copy of, if anything.
+    """Undo `install` on a policy, or on a copy of one; without `install`, do nothing.
 
     Returns:
         The policy.
 
     Raises:
-        TypeError: it is no diffusion policy of LeRobot.
+        TypeError: it is not a diffusion policy of LeRobot.
     """
     _ConditionalSample.uninstall(_diffusion_of(policy))
     return policy
 
 
 def _diffusion_of(policy: Any) -> Any:
-    """The `DiffusionModel` of a policy, told by the name of its class: LeRobot is not imported."""
+    """The `DiffusionModel` of a policy, known by its class name, since LeRobot is not imported."""
     diffusion = getattr(policy, "diffusion", None)
     if all(base.__name__ != _CLASS for base in type(diffusion).__mro__):
         raise TypeError(
@@ -98,7 +99,7 @@ def _diffusion_of(policy: Any) -> Any:
 
 
 class _ConditionalSample(ConditionalSample):
-    """The method of a `DiffusionModel`."""
+    """The `conditional_sample` of a `DiffusionModel`."""
 
     peer = "lerobot"
     hooks = Hooks(METHOD, of=(_CLASS,))
@@ -115,7 +116,7 @@ class _ConditionalSample(ConditionalSample):
         Args:
             batch_size: B, the number of environments.
             global_cond: features of the observations `[B, …]`.
-            generator: of the noise; None for torch's own.
+            generator: generator of the noise; None for torch's own.
             noise: x_T `[B, horizon, action_dim]`; None to draw it.
 
         Returns:
@@ -126,7 +127,7 @@ class _ConditionalSample(ConditionalSample):
             sampler = self._samplers.find(call)
             if sampler is not None:
                 return sampler.draw(call.model_kwargs, generator, noise)
-        # LeRobot 0.3.3 has no noise=.
+        # LeRobot 0.3.3 does not have the argument noise.
         given = {} if noise is None else {"noise": noise}
         return self._own_loop(batch_size, global_cond, generator, **given)
 

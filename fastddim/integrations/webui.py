@@ -7,8 +7,9 @@ x = torch.randn(2, 4, 64, 64)
 image = webui.ddim(model, x, timesteps, extra_args={}, disable=True, eta=0.5)
 ```
 
-There, assign it over `ddim` in `modules.sd_samplers_timesteps_impl` before
-`modules.sd_samplers_timesteps` is imported, which copies it into its list of samplers.
+In the webui, assign this function over `ddim` in `modules.sd_samplers_timesteps_impl`. Do so before
+`modules.sd_samplers_timesteps` is imported, since that module copies `ddim` into its list of
+samplers.
 """
 
 from __future__ import annotations
@@ -38,27 +39,28 @@ def ddim(
     disable: bool | None = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """DDIM down the timesteps, from the last to the second (arXiv 2010.02502, eq. 12 and 16).
+    """Sample with DDIM down the timesteps, from the last to the second (arXiv 2010.02502, eq. 12
+    and 16).
 
-    The deviations of the original are kept: the last step ends at ᾱ of `timesteps[0]`, not at 1,
-    and noise is drawn at every step, also at eta=0, from where the webui has put its own generators
-    (`k_diffusion.sampling.torch`, if that is imported).
+    The deviations of the original are kept: the last step ends at ᾱ of `timesteps[0]`, not at 1.
+    Noise is drawn at every step, even at eta=0, from the module in which the webui has put its own
+    generators (`k_diffusion.sampling.torch`, if that is imported).
 
     Args:
-        model: `model(x, t, **extra_args)` predicts epsilon; t is `[B]` in the dtype of x_T. It has
-            ᾱ in `inner_model.inner_model.alphas_cumprod`.
+        model: `model(x, t, **extra_args)` predicts epsilon; t is `[B]` in the dtype of x_T. ᾱ is
+            read from its `inner_model.inner_model.alphas_cumprod`.
         x: x_T `[B, …]`, of a floating dtype.
         timesteps: int64 or int32 `[S + 1]`, increasing.
         callback: called after each step with a dict of `x`, `i`, `denoised` (the predicted x_0) and
             `sigma` and `sigma_hat`, both 0.
-        disable: no progress bar.
+        disable: hide the progress bar.
 
     Returns:
         The state at `timesteps[0]`, in the dtype to which x and epsilon promote. An η for which
         1 − ᾱ_prev − σ² < 0 gives NaN.
 
     Raises:
-        IndexError, TypeError: the timesteps are no tensor of integers.
+        IndexError, TypeError: `timesteps` is not a tensor of integers.
     """
     check_indices("timesteps", timesteps)
     alphas = model.inner_model.inner_model.alphas_cumprod[timesteps].cpu()
@@ -80,7 +82,7 @@ def _row(alphas: Tensor, eta: float, x: Tensor) -> Row:
     the other roots of one value for each sample, in the dtype of the state.
     """
     a, p = alphas[1:].flip(0), alphas[:-1].flip(0).double()
-    # The original divides arrays of NumPy by tensors, which Tensor does by way of the reciprocal.
+    # The original divides NumPy arrays by tensors, which Tensor computes with the reciprocal.
     sigma = eta * elementary.sqrt((1 - a).reciprocal() * (1 - p) * (1 - a / p))
     deviation = (1 - alphas).sqrt()[1:].flip(0)
     dtype = torch.promote_types(x.dtype, torch.float32)

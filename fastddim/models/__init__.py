@@ -32,27 +32,27 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> UNet:
-    """A trained model, ready to sample from.
+    """Load a trained model, ready to sample from.
 
     Args:
         name_or_path: one of `available()`, a `.safetensors` file, or a folder written by `save`
-            (and so by `examples/train.py`). Where a folder has a bundled model's name, write
-            `./digits` for the folder.
-        device: default the CPU.
-        dtype: of the parameters, default float32 (they are stored as float16).
+            (and so by `examples/train.py`). For a folder with the name of a bundled model, write
+            `./digits`.
+        device: device of the model; by default the CPU.
+        dtype: dtype of the parameters; by default float32 (files hold float16).
 
     Returns:
-        The model in eval mode and without gradients. It carries `sample_shape` (C, H, W),
-        `schedule` and `prediction`, so that `fastddim.sample(model, 50)` needs no more, and
-        `tuned`, its tuned steps by number of steps, from `<stem>-tuned.json` beside the weights:
-        `fastddim.sample(model, model.tuned[10])`. These are none where there is no such file, and
-        are read when first asked for.
+        The model in eval mode and without gradients. Its `sample_shape` (C, H, W), `schedule` and
+        `prediction` make `fastddim.sample(model, 50)` work without further arguments. Its `tuned`
+        maps numbers of steps to tuned steps, as in `fastddim.sample(model, model.tuned[10])`. They
+        are read from `<stem>-tuned.json`, next to the weights, on first use; without that file
+        there are none.
 
     Raises:
         FileNotFoundError: a file of the model is missing.
-        ValueError: an unknown name, a corrupt file, weights that do not fit the architecture, or a
-            file that is a link out of its folder; or a device that does not work here.
-        TypeError: `dtype` is not a floating-point dtype, or `device` names no device.
+        ValueError: the name is unknown, a file is corrupt or is a link out of its folder, the
+            weights do not fit the architecture, or the device does not work here.
+        TypeError: `dtype` is not a floating-point dtype, or `device` does not name a device.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
@@ -63,11 +63,11 @@ def load(
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
-    """The file of the weights that `load` reads; the record is next to it, as `.json`.
+    """Find the file of the weights that `load` reads; the record is next to it, as `.json`.
 
     Raises:
-        ValueError: neither a bundled model's name nor a path that could be one, or a link out of
-            its folder.
+        ValueError: the argument is neither the name of a bundled model nor a path that could be a
+            model, or it is a link out of its folder.
     """
     if name_or_path in available():
         return FOLDER / f"{name_or_path}{WEIGHTS}"

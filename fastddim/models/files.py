@@ -1,5 +1,5 @@
-"""Model files: `<stem>.safetensors` holds the weights, `<stem>.json` everything else, and
-`<stem>-tuned.json`, if it is there, tuned steps.
+"""Model files: `<stem>.safetensors` holds the weights, `<stem>.json` everything else, and the
+optional `<stem>-tuned.json` tuned steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastddim.schedule import Schedule
 RECORD = ".json"
 MODEL = "model"
 
-# A record is a text file from anywhere: it may not ask for more memory than a real schedule needs.
+# A record can come from anywhere: it may not request more memory than a real schedule needs.
 _MAX_TIMESTEPS = 1_000_000
 
 
@@ -35,8 +35,8 @@ def save(model: UNet, folder: str | os.PathLike[str], record: Mapping[str, Any])
     Args:
         model: the network.
         folder: created if missing.
-        record: what the JSON says besides the architecture. It must hold `schedule`, the arguments
-            of `Schedule.linear` (`T`, `beta_start`, `beta_end`) that give the model's schedule.
+        record: further contents of the JSON, besides the architecture. It must hold `schedule`, the
+            arguments of `Schedule.linear` (`T`, `beta_start`, `beta_end`) for the model's schedule.
 
     Returns:
         The path of the weights, for `load`.
@@ -70,7 +70,7 @@ def save(model: UNet, folder: str | os.PathLike[str], record: Mapping[str, Any])
 
 
 def read(path: Path) -> UNet:
-    """The model in `path` (a `.safetensors` file with a `.json` next to it), float32 on the CPU.
+    """Load the model in `path` (a `.safetensors` file with a `.json` next to it) in float32.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -84,7 +84,7 @@ def read(path: Path) -> UNet:
     config, schedule = _read_record(record_path)
     if config.blocks > len(state):
         raise ValueError(f"{record_path}: expected blocks <= {len(state)}, got {config.blocks}")
-    # On "meta" a network takes neither memory nor random numbers.
+    # On "meta" a network needs neither memory nor random numbers.
     with torch.device("meta"):
         model = UNet(config, schedule)
     _check_state(path, state, model.state_dict())
@@ -97,7 +97,7 @@ def refuse_links(path: Path) -> None:
     """Refuse a model whose files are links out of their folder.
 
     Raises:
-        ValueError: one of them is.
+        ValueError: a file is such a link.
     """
     folder = path.parent.resolve()
     for file in (path, path.with_suffix(RECORD), tuned_path(path)):

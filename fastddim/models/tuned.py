@@ -1,4 +1,4 @@
-"""The tuned steps of a model: `<stem>-tuned.json` beside its weights."""
+"""The tuned steps of a model, in `<stem>-tuned.json` next to its weights."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ _FIELD = "steps"
 
 
 def tuned_path(weights: Path) -> Path:
-    """The file of tuned steps that goes with a file of weights; it need not be there."""
+    """The path of the tuned steps that belong to a file of weights; the file may be missing."""
     return weights.with_name(weights.stem + _ENDING)
 
 
 def write_tuned(path: str | os.PathLike[str], tuned: Mapping[int, TunedSteps]) -> None:
-    """Write tuned steps, each under its number of steps, into one file, whole or not at all.
+    """Write tuned steps into one file, each under its number of steps, whole or not at all.
 
     Args:
-        path: of the file, as `tuned_path` gives it.
-        tuned: by number of steps.
+        path: path of the file, as from `tuned_path`.
+        tuned: tuned steps by number of steps.
 
     Raises:
-        ValueError: a key is not the number of its steps, or a record holds what JSON cannot.
+        ValueError: a key is not the number of its steps, or a record holds a value that JSON
+            cannot.
         OSError: the file cannot be written.
     """
     for S, steps in tuned.items():
@@ -39,8 +40,9 @@ def read_tuned(path: str | os.PathLike[str]) -> dict[int, TunedSteps]:
     """The tuned steps in a file, by number of steps.
 
     Raises:
-        ValueError: the file is another, or of an unknown version; the message names the field.
-        OSError: it cannot be read.
+        ValueError: the file is not such a file, or of an unknown version; the message names the
+            field.
+        OSError: the file cannot be read.
     """
     content = read_json(path)
     listed = content.get(_FIELD)
@@ -65,7 +67,7 @@ def read_tuned(path: str | os.PathLike[str]) -> dict[int, TunedSteps]:
 
 
 class TunedFile(Mapping[int, TunedSteps]):
-    """Tuned steps by number of steps, read when first asked for; none where there is no file."""
+    """Tuned steps by number of steps, read from a file on first use; empty without the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

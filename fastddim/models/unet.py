@@ -1,7 +1,8 @@
 """A small U-Net that predicts the noise in an image: the architecture of the bundled models.
 
-DDPM's network (arXiv 2006.11239, appendix B) in miniature: residual blocks that are told the
-timestep, self-attention at the lowest resolution, skip connections from the way down to the way up.
+This is DDPM's network (arXiv 2006.11239, appendix B) in miniature: residual blocks that get the
+timestep, self-attention at the lowest resolution, and skip connections from the way down to the way
+up.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ class UNetConfig:
 
     Attributes:
         sample_shape: (C, H, W) of one image.
-        channels: feature channels of each level, from the highest resolution to the lowest; every
-            level but the last is followed by a halving of height and width.
+        channels: feature channels of each level, from the highest resolution to the lowest; height
+            and width are halved after every level except the last.
         blocks: residual blocks per level on the way down, and as many on the way up.
-        patch: side of the squares of pixels that are folded into channels first (pixel unshuffle);
-            1 leaves the image as it is.
+        patch: side of the squares of pixels that are first folded into channels (pixel unshuffle);
+            1 folds nothing.
         groups: groups of each group norm.
         heads: heads of each attention.
     """
@@ -82,10 +83,10 @@ class UNet(nn.Module):
 
     Attributes:
         config: the architecture.
-        schedule: the noise schedule it is trained with.
-        prediction: `"epsilon"`, what `forward` returns.
+        schedule: the noise schedule that it is trained with.
+        prediction: `"epsilon"`, the quantity that `forward` returns.
         sample_shape: (C, H, W) of one image.
-        tuned: the tuned steps that came with its file, by number of steps.
+        tuned: the tuned steps from its file, by number of steps.
     """
 
     prediction: Prediction = "epsilon"
@@ -100,7 +101,7 @@ class UNet(nn.Module):
 
         a = schedule.alphas_cumprod
         coefficients = torch.stack([sqrt(1 - a), sqrt(a)]).float()
-        # Kept as integers, because `.to(dtype)` would narrow any floating-point buffer.
+        # Stored as integers, since `.to(dtype)` would narrow a floating-point buffer.
         bits = coefficients.view(torch.int32)
         self.register_buffer("coefficient_bits", bits, persistent=False)
 
@@ -148,7 +149,7 @@ class UNet(nn.Module):
         self.conv_out = _zeroed(nn.Conv2d(c, pixels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """ε(x_t, t).
+        """Predict ε(x_t, t).
 
         Args:
             x: noisy images `[B, C, H, W]`, any floating-point dtype.
@@ -172,7 +173,7 @@ class UNet(nn.Module):
         return epsilon.to(x.dtype)
 
     def predict_velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """v(x_t, t), from the layers; shapes as in `forward`, `x` in the parameters' dtype."""
+        """Predict v(x_t, t), with shapes as in `forward` and `x` in the parameters' dtype."""
         emb = self.embed_time(timestep_embedding(t, self.config.channels[0]).to(x.dtype))
         h = self.conv_in(F.pixel_unshuffle(x, self.config.patch))
 
@@ -197,7 +198,7 @@ class UNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions around a skip; the timestep scales and shifts what is between them."""
+    """Two 3×3 convolutions around a skip; the timestep scales and shifts the features between."""
 
     def __init__(self, c_in: int, c_out: int, emb: int, groups: int) -> None:
         super().__init__()
@@ -217,7 +218,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every position attends to every other one, around a skip."""
+    """Self-attention around a skip: every position attends to every other one."""
 
     def __init__(self, channels: int, groups: int, heads: int) -> None:
         super().__init__()
@@ -245,7 +246,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def _zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
-    """`layer` with zero weights, so that a residual branch starts as nothing."""
+    """`layer` with zero weights, which makes a residual branch start at zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

@@ -155,7 +155,7 @@ class TestGenerators:
         whole = drawn(scheduler, *seeded(3), x)
         scheduler.set_noise("philox", sample_offset=1)
         assert torch.equal(drawn(scheduler, *seeded(3), x[1:]), whole[1:])
-        with pytest.raises(ValueError, match=r"^sample_offset: expected 0 where each sample"):
+        with pytest.raises(ValueError, match=r"^sample_offset: expected 0 if each sample"):
             drawn(scheduler, seeded(3, 4), x)
 
     @pytest.mark.parametrize("name", DDIM)
@@ -230,7 +230,7 @@ class TestGenerators:
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
     def test_graphs_do_not_draw_from_them(self) -> None:
         scheduler, x = scheduler_of(), torch.randn(SHAPE)
-        message = "generator: expected None with noise='philox' where a step is traced"
+        message = "generator: expected None with noise='philox' while a step is traced"
 
         def step(x: Tensor) -> Tensor:
             generator = Generator().manual_seed(5)
@@ -329,5 +329,5 @@ class TestConfig:
             own.set_noise("philox", -1)
         with pytest.raises(TypeError, match=r"^seed: expected "):
             own.set_noise("philox", 0.5)
-        with pytest.raises(ValueError, match=r"^sample_offset: expected 0 where each sample"):
+        with pytest.raises(ValueError, match=r"^sample_offset: expected 0 if each sample"):
             own.set_noise("philox", [1, 2], 3)

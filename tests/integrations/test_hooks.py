@@ -197,7 +197,7 @@ class TestNoise:
         own = ours.DDPMScheduler.from_config({}, noise="philox", seed=3)
         own.set_timesteps(50)
         own.previous_timestep = lambda t: t - 1
-        with pytest.raises(ValueError, match=r"^noise: expected 'torch' where prev"):
+        with pytest.raises(ValueError, match=r"^noise: expected 'torch' if prev"):
             take(own)
 
 
@@ -207,7 +207,7 @@ class TestTunedSteps:
     def test_are_refused(self, cls: str, name: str) -> None:
         theirs, own = pair(cls, steps=None, clip_sample=False)
         steps = random_steps(5, schedule=Schedule.from_diffusers(theirs))
-        refusal = rf"^tuned: expected None where {name} is overridden"
+        refusal = rf"^tuned: expected None if {name} is overridden"
         changed = overriding(own, "object", name, lambda v: v, take)
         with pytest.raises(ValueError, match=refusal):
             changed.set_tuned(steps)

@@ -167,8 +167,8 @@ class Failing:
         ("DDIMScheduler", {"prediction_type": "score"}, {}, "prediction_type='score'"),
         ("DDPMScheduler", {}, {"eta": 0.5}, r"calls DDPMScheduler.step with eta=0.5"),
         ("DDIMScheduler", {}, {"variance_noise": None}, "step with variance_noise=None"),
-        ("DDIMScheduler", {}, {"eta": -1.0}, "timestep 40 is none of DDPM's or DDIM's"),
-        (OtherStep, {}, {}, "its scheduler, OtherStep, at timestep 40 is none of DDPM's or DDIM's"),
+        ("DDIMScheduler", {}, {"eta": -1.0}, "timestep 40 is neither DDPM's nor DDIM's"),
+        (OtherStep, {}, {}, "its scheduler, OtherStep, at timestep 40 is neither DDPM's nor"),
         (Failing, {}, {}, "its scheduler's step at timestep 40 fails: no step"),
     ],
 )
@@ -192,7 +192,7 @@ def test_schedulers_of_this_package(some):
     compare(DDIMScheduler(50), 5, eta=1.0)
     compare(DDPMScheduler(50), 5)
     seeded = DDIMScheduler.from_config(DDIMScheduler(50).config, noise="philox", seed=1)
-    with pytest.raises(Uncovered, match="none of DDPM's or DDIM's"):
+    with pytest.raises(Uncovered, match="neither DDPM's nor DDIM's"):
         SchedulerSteps.of(seeded, 5, {"eta": 1.0})
 
 

@@ -1,1 +1,1 @@
-"""One module for each stage of `gpucheck.table`, with `run(record, settings)`."""
+"""The stages of `gpucheck.table`: one module for each, with `run(record, settings)`."""

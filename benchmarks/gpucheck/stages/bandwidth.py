@@ -14,7 +14,7 @@ from gpucheck.timing import device_seconds, spread
 from gpucheck.update import PlainUpdate
 
 ROUNDS = 25
-# The eager reference is for comparison, and slow.
+# The eager reference is slow, and only serves for comparison.
 REFERENCE_ROUNDS = 5
 REFERENCE_MOST = 64
 
@@ -45,7 +45,7 @@ def one_update(
     eta: float,
     mebibytes: int,
 ) -> None:
-    """Time one update and, beside it, a copy of the state."""
+    """Time one update and, alternately, a copy of the state."""
     update = PlainUpdate(implementation, getattr(torch, dtype), eta, mebibytes, settings.device)
     measure = measures.update(implementation, dtype, eta, mebibytes)
     wrong = 0 if implementation == "reference" else update.wrong()

@@ -1,4 +1,4 @@
-"""An installation from source on this machine: whether it was made, and whether it works."""
+"""An installation from source on this machine: its end, and a check of the result."""
 
 from __future__ import annotations
 

@@ -28,14 +28,14 @@ def one_model(record: Record, settings: Settings, name: str) -> None:
     steps = DRY_STEPS if settings.dry else measures.LOOP_STEPS
     model, shape = make(name, str(settings.device))
     x_T = philox.initial_latents(shape, 0, device=settings.device)
-    # A rehearsal compiles nothing, which takes a minute on a CPU.
+    # A rehearsal compiles nothing, since that takes a minute on a CPU.
     options = {"backend": "eager"} if settings.dry else {"mode": "reduce-overhead"}
     contenders = {
         "graph=False": sampler(model, x_T, steps, 0.0, False),
         "torch.compile": compiled_loop(model, x_T, steps, 0.0, **options),
     }
     start = time.perf_counter()
-    # The compiled graphs would keep a setting of TF32 that they were recorded under.
+    # The compiled graphs would keep the setting of TF32 under which they were recorded.
     alive = agreeing(
         record, contenders, base="graph=False", most=TF32_AGREEMENT, precise=False, model=name
     )
@@ -43,7 +43,7 @@ def one_model(record: Record, settings: Settings, name: str) -> None:
     loop = alive.get("torch.compile")
     if loop is None:
         return
-    # Its first calls warm up and record.
+    # The first calls warm up and record.
     for _ in range(2):
         loop()
     rounds = DRY_ROUNDS if settings.dry else ROUNDS

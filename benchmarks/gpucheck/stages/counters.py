@@ -1,6 +1,6 @@
 """Hardware counters of one large update each, read by Nsight Compute.
 
-As a script it is the program that Nsight Compute watches.
+As a script, it is the program that Nsight Compute watches.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(record: Record, settings: Settings) -> None:
 
 
 def parse(text: str) -> list[dict[str, object]]:
-    """For each launch its kernel and metrics, from what `ncu --csv` prints among other lines."""
+    """Kernel and metrics of each launch, from `ncu --csv`, which prints other lines too."""
     table = [line for line in text.splitlines() if line.startswith('"')]
     launches: dict[str, dict[str, object]] = {}
     for cell in csv.DictReader(table):

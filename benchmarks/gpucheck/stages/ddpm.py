@@ -1,4 +1,4 @@
-"""DDPM's 1000 steps against the 50 of DDIM, in diffusers and here."""
+"""DDPM's 1000 steps against DDIM's 50, in diffusers and in fastddim."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def contenders(
 ) -> dict[str, Callable[[], Loop]]:
     """Functions that prepare the loops, by the contender's name.
 
-    The whole loop is one graph where it is short, else there is one graph a step.
+    The whole loop is one graph if it is short, else there is one graph a step.
     """
     mode_of_few, mode_of_many = modes[-1], modes[:2][-1]
     return {
@@ -60,7 +60,7 @@ def contenders(
 def one_contender(
     record: Record, settings: Settings, name: str, contender: str, loop: Loop
 ) -> None:
-    """Seconds of whole runs; of the slowest contender, of one."""
+    """Seconds of whole runs, and of only one run for the slowest contender."""
     slow = contender.startswith("diffusers DDPM")
     if not slow:
         loop()

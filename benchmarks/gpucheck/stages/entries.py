@@ -1,4 +1,4 @@
-"""The GPU tests of every entry point: what users call, bit for bit against the CPU."""
+"""The GPU tests of every entry point for users, bit for bit against the CPU."""
 
 from __future__ import annotations
 

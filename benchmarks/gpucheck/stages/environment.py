@@ -1,4 +1,4 @@
-"""Versions, the driver, tools, and which package is tested."""
+"""Versions, the driver, tools, and the package under test."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(record: Record, settings: Settings) -> None:
 
 
 def _package(record: Record, settings: Settings) -> None:
-    """The package under test is the one of the kit, and the kit is of this checkout."""
+    """Check that the package under test is that of the kit, and the kit of this checkout."""
     tested = Path(fastddim.__file__).resolve()
     record.show(tested=str(tested), extension=fastddim.ops.EXTENSION_ERROR)
     if fastddim.ops.EXTENSION_ERROR is not None:
@@ -63,14 +63,14 @@ def _package(record: Record, settings: Settings) -> None:
         here = version_of(package)
         if release(here) != release(kit[package]):
             record.problem(package=package, expected=kit[package], got=here)
-    # Not the commit: a copy of a checkout may lack its history.
+    # A digest rather than the commit, since a copy of a checkout may lack its history.
     sources = provenance.digest(settings.root)
     if sources != kit["sources"]:
         record.problem(expected=f"a kit of this checkout's sources, {sources}", got=kit["sources"])
 
 
 def release(version: str | None) -> str | None:
-    """A version without its local part, which says what torch was built for."""
+    """A version without its local part, which names the build of torch."""
     return version and version.partition("+")[0]
 
 

@@ -135,7 +135,7 @@ def network_alone(settings: Settings, problem: Problem) -> Loop:
 
 
 def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The same as a CUDA graph, whose output the next call overwrites."""
+    """`call` as a CUDA graph, whose output the next call overwrites."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

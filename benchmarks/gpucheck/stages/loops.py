@@ -1,4 +1,4 @@
-"""Whole loops around models from free to heavy, as the host sees them."""
+"""Whole loops around models from free to heavy, timed on the host."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from gpucheck.timing import (
 
 ROUNDS = 9
 DRY_STEPS, DRY_ROUNDS = 2, 1
-# For the calls whose return is timed: without a graph one takes as long as its loop.
+# Time for the calls whose return is timed: without a graph, one takes as long as its loop.
 CALL_SECONDS, DRY_CALL_SECONDS = 1.0, 0.01
-# Of the largest value. TF32 keeps ten bits, and fifty steps add up what it drops. In float16,
-# diffusers rounds several times a step where the fused update rounds once.
+# Shares of the largest value. TF32 keeps ten bits, and fifty steps add up the error. In float16,
+# diffusers rounds several times a step, and the fused update once.
 TF32_AGREEMENT, HALF_AGREEMENT = 2e-2, 1e-2
 
 
@@ -122,9 +122,9 @@ def agreeing(
     """The contenders that run; one whose result differs from that of `base` is a problem.
 
     Args:
-        other_noise: diffusers draws its own, so it is run and not compared.
+        other_noise: whether diffusers draws its own noise, and so is run but not compared.
         most: largest difference, as a share of the largest value.
-        precise: compare without TF32. Timed, they run with torch's own settings.
+        precise: whether to compare without TF32. Timed runs have torch's own settings.
     """
     results: dict[str, Tensor] = {}
     with full_precision() if precise else nullcontext():
@@ -136,7 +136,7 @@ def agreeing(
         if base not in results or (other_noise and contender == "diffusers"):
             continue
         differs = difference(result, results[base])
-        # Not `>`, so that NaN counts as a difference.
+        # With `<=`, NaN counts as a difference.
         say = record.row if differs <= most else record.problem
         say(**about, contender=contender, differs_from=base, difference=differs)
     return {contender: contenders[contender] for contender in results}

@@ -1,7 +1,7 @@
 """Ticks of robots' policies: ten steps for one chunk of actions, with and without graphs.
 
-Nothing is faster than reading the weights once a step, which is told for each network by the
-bandwidth of a copy.
+No loop is faster than reading the weights once a step. The stage tells this time for each network,
+by the bandwidth of a copy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpucheck.timing import difference, full_precision, spread
 SECONDS, TICKS, LEAST = 2.0, 200, 5
 DRY_POLICIES, DRY_TICKS = ("MLP",), 1
 AGREEMENT = 1e-4
-"""Of the largest action; a kernel of another shape adds up in another order."""
+"""A share of the largest action; a kernel of another shape adds in another order."""
 
 
 @torch.no_grad()
@@ -62,8 +62,8 @@ def one_policy(record: Record, settings: Settings, network: str, bandwidth: floa
 def agreeing(
     record: Record, policy: Policy, contenders: dict[str, Contender]
 ) -> dict[str, Contender]:
-    """The contenders that run; one whose actions are not those of the loop that is written out is
-    a problem.
+    """The contenders that run; one whose actions differ from those of the loop that is written out
+    is a problem.
     """
     alive = {}
     with full_precision():
@@ -75,7 +75,7 @@ def agreeing(
                 continue
             alive[name] = contender
             differs = difference(actions, expected)
-            # Not `>`, so that NaN counts as a difference.
+            # With `<=`, NaN counts as a difference.
             say = record.row if differs <= AGREEMENT else record.problem
             say(**about, difference=differs)
     return alive

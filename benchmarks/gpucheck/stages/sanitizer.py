@@ -1,4 +1,4 @@
-"""memcheck over a few updates, every tensor an allocation of its own."""
+"""memcheck over a few updates, with an allocation of its own for every tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few updates and the loop, bit for bit against the CPU: is anything wrong at all?"""
+"""A quick check that something works: a few updates and the loop, bit for bit against the CPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(record: Record, settings: Settings) -> None:
 
 
 def compare(record: Record, implementation: str, update_out: Callable[..., None]) -> None:
-    """Record for each case whether the bits are those of the CPU's kernel."""
+    """Record, for each case, whether the bits are those of the CPU's kernel."""
     for name, case in CASES.items():
         about = {"impl": implementation, "case": name}
         start = time.perf_counter()
@@ -52,7 +52,7 @@ def compare(record: Record, implementation: str, update_out: Callable[..., None]
 
 
 def compare_loops(record: Record, implementation: str, settings: Settings) -> None:
-    """Record for each kind of graph whether the image is the one of the CPU."""
+    """Record, for each kind of graph, whether the image is that of the CPU."""
     expected = image(device="cpu")
     for mode in settings.modes:
         about = {"impl": implementation, "graph": mode}
@@ -63,12 +63,12 @@ def compare_loops(record: Record, implementation: str, settings: Settings) -> No
 
 
 def image(**options: Any) -> Tensor:
-    """A sample by a model that gives the same bits on every device."""
+    """A sample from a model that gives the same bits on every device."""
     return fastddim.sample(correctly_rounded, STEPS, **LOOP, **options)
 
 
 def _count_triton_cache(record: Record) -> dict[str, int]:
-    """Counts, kept up to date, of kernels found in Triton's cache and of those compiled."""
+    """Counts of kernels found in Triton's cache and of kernels compiled, updated continuously."""
     counts = {"hits": 0, "compiled": 0}
 
     def listen(*, cache_hit: bool, **_: Any) -> None:

@@ -51,8 +51,8 @@ class Ddim(Noising):
         tuned: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As in diffusers; `tuned` goes to `set_tuned`, by default what the config holds of it, and
-        `noise`, `seed` and `sample_offset` to `set_noise`.
+        """Make a scheduler, as in diffusers. `tuned` goes to `set_tuned`, and `noise`, `seed` and
+        `sample_offset` to `set_noise`; by default they are those of the config.
         """
         made = super().from_config(config, return_unused_kwargs, **kwargs)
         scheduler = made[0] if return_unused_kwargs else made
@@ -64,16 +64,17 @@ class Ddim(Noising):
     def set_tuned(self, tuned: Any) -> None:
         """Take tuned steps, which become a part of the config.
 
-        `set_timesteps` then takes the number of them, and `step` takes them in their order, from
-        the first on, at η = 0 and without gradients. They are compared with the config and ᾱ; the
-        guidance that they were tuned for is the pipeline's.
+        `set_timesteps` then takes only their number, and `step` takes them in their order, from the
+        first on, at η = 0 and without gradients. The steps are compared with the config and ᾱ.
+        Their guidance is not, since guidance belongs to the pipeline.
 
         Args:
-            tuned: `fastddim.TunedSteps`, a path of such, or None for diffusers' own steps.
+            tuned: `fastddim.TunedSteps`, the path of a file of them, or None for diffusers' own
+                steps.
 
         Raises:
             TypeError: `tuned` is none of these.
-            ValueError: they were tuned for another schedule, prediction or limit of x_0, or a
+            ValueError: the steps were tuned for another schedule, prediction or limit of x_0, or a
                 method that diffusers' steps call is overridden.
         """
         steps = None if tuned is None else tuned_steps(tuned)
@@ -90,26 +91,28 @@ class Ddim(Noising):
         device: Any = None,
         timesteps: Sequence[int] | Tensor | None = None,
     ) -> None:
-        """As in diffusers; of tuned steps the only number is theirs.
+        """Set the timesteps, as in diffusers. With tuned steps, the only valid number is theirs.
 
         Args:
-            num_inference_steps: the number of steps, whose timesteps the config chooses.
-            device: of `self.timesteps`.
-            timesteps: timesteps instead of their number, decreasing, which diffusers' class does
-                not take. Each step ends at the next of them, and the last at
+            num_inference_steps: the number of steps, whose timesteps the config determines.
+            device: device of `self.timesteps`.
+            timesteps: the timesteps instead of their number, decreasing, which diffusers' class
+                does not take. Each step ends at the next of them, and the last at
                 `final_alpha_cumprod`.
 
         Raises:
-            TypeError, IndexError: one of the timesteps is no integer.
+            TypeError, IndexError: a timestep is not an integer.
             ValueError: both a number and timesteps are given, or neither; the timesteps are not
-                decreasing or out of range; the steps are tuned, and of another number or timesteps
-                are given.
+                decreasing or out of range; the steps are tuned, and another number or timesteps are
+                given.
         """
         check_one_of(num_inference_steps, timesteps)
         run = self._fastddim_work.tuned
         if timesteps is not None:
             if run is not None:
-                raise ValueError("timesteps: expected None with tuned steps, which have their own")
+                raise ValueError(
+                    "timesteps: expected None with tuned steps, which have their own, got timesteps"
+                )
             self._give_timesteps(given_timesteps(timesteps, self.config["num_train_timesteps"]))
         elif run is None:
             self._fastddim_work.given = None
@@ -137,15 +140,15 @@ class Ddim(Noising):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """One step, as in diffusers, in one pass.
+        """Take one step, as in diffusers, in one pass.
 
         Args:
             model_output, sample: `[B, …]`, floating point.
             timestep: an int, or a tensor with one; need not be among `timesteps`.
             eta: η of eq. 16 of arXiv 2010.02502.
             use_clipped_model_output: re-derive epsilon from the clipped x_0.
-            generator, variance_noise: of the noise where η > 0; at most one of them. Philox noise
-                takes its seed from a generator; see `set_noise`.
+            generator, variance_noise: source of the noise for η > 0; at most one of them. Philox
+                noise takes its seed from a generator; see `set_noise`.
             return_dict: return diffusers' output object instead of a tuple.
 
         Returns:
@@ -154,11 +157,10 @@ class Ddim(Noising):
         Raises:
             ValueError: there is more than one timestep, both kinds of noise are given,
                 `set_timesteps` was not called, or the config's prediction type is unknown; or the
-                steps are tuned, and η is not 0 or the timestep is not the next of them; or
-                timesteps were given, and it is a case for diffusers' own code, which knows only
-                their number.
-            IndexError: the timestep is no index of `alphas_cumprod`, or none of those given.
-            TypeError: the timestep is no number.
+                steps are tuned, and η is not 0 or the timestep is not the next one; or timesteps
+                were given, and the step needs diffusers' own code, which knows only their number.
+            IndexError: the timestep is not an index of `alphas_cumprod`, or none of those given.
+            TypeError: the timestep is not a number.
         """
         in_graph, fused = is_dynamo_compiling(), self._fastddim_work
         if fused.tuned is not None:
@@ -237,7 +239,7 @@ class Ddim(Noising):
         alphas, config, kept = self.alphas_cumprod, self.config, self._fastddim_work.tables
         try:
             key = (rederive_eps, alphas._version, id(config), id(alphas), id(steps))
-        except RuntimeError:  # of inference mode
+        except RuntimeError:  # from a tensor of inference mode
             if self._count_changes("alphas_cumprod"):
                 return self._tuned_table(steps, rederive_eps)
             return self._rows_of_tuned(steps, rederive_eps)
@@ -252,7 +254,7 @@ class Ddim(Noising):
         hook = self._fastddim_hooks.overridden(self)
         if hook is not None:
             raise ValueError(
-                f"tuned: expected None where {hook} is overridden, which tuned steps do not call, "
+                f"tuned: expected None if {hook} is overridden, which tuned steps do not call, "
                 "got tuned steps"
             )
         return tuned_table(steps, self.config, self._on_host("alphas_cumprod"), rederive_eps)
@@ -267,8 +269,8 @@ class Ddim(Noising):
     def _table(
         self, steps: int | None, eta: Any, rederive_eps: bool, ends_at_one: bool
     ) -> SignedTable | None:
-        """The table of an η; None where the step is for diffusers: an error to raise, or a case
-        that the kernel does not cover.
+        """The table of an η; None if diffusers takes the step, because it has an error to raise or
+        the kernel does not cover the case.
 
         Args:
             steps: `num_inference_steps`.
@@ -292,7 +294,7 @@ class Ddim(Noising):
                 id(alphas),
                 id(final),
             )
-        except RuntimeError:  # of inference mode
+        except RuntimeError:  # from a tensor of inference mode
             settled = self._count_changes(*ATTRIBUTES)
             return self._table(steps, eta, rederive_eps, ends_at_one) if settled else None
         table: SignedTable | None = kept.get(key)
@@ -331,7 +333,7 @@ def _noise(
     generator: torch.Generator | None,
     variance_noise: Tensor | None,
 ) -> Tensor:
-    """The noise that is given, or else drawn as diffusers draws it."""
+    """The given noise, or noise drawn as diffusers draws it."""
     if variance_noise is None:
         return drawn_like(model_output, generator)
     if generator is not None:

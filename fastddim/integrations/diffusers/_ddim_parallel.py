@@ -1,4 +1,4 @@
-"""The DDIM scheduler that steps each sample from a timestep of its own."""
+"""The DDIM scheduler that takes each sample from a timestep of its own."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class DDIMParallelScheduler(Ddim, _parallel.DDIMParallelScheduler):  # type: ign
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
     ) -> Tensor:
-        """A step of each sample from its own timestep, as in diffusers.
+        """Take a step of each sample from its own timestep, as in diffusers.
 
-        After the last timestep ᾱ is 1 here even where `set_alpha_to_one` is False.
+        After the last timestep ᾱ is 1 here, even if `set_alpha_to_one` is False.
 
         Args:
             model_output, sample: `[B, …]`.
@@ -49,13 +49,13 @@ class DDIMParallelScheduler(Ddim, _parallel.DDIMParallelScheduler):  # type: ign
             eta: 0.
 
         Returns:
-            The samples at the timesteps before, in float32 at least.
+            The samples at the timesteps before, in float32 or wider.
 
         Raises:
-            IndexError: timesteps of another dtype.
-            TypeError: timesteps that are no tensor.
-            ValueError: the steps are tuned; or timesteps were given, and it is a case for
-                diffusers' own code. A timestep that is none of those given makes NaN.
+            IndexError: `timesteps` has another dtype.
+            TypeError: `timesteps` is not a tensor.
+            ValueError: the steps are tuned; or timesteps were given, and the step needs diffusers'
+                own code. A timestep that is none of those given makes the sample NaN.
         """
         if self._fastddim_work.tuned is not None:
             raise ValueError(
@@ -69,7 +69,7 @@ class DDIMParallelScheduler(Ddim, _parallel.DDIMParallelScheduler):  # type: ign
         state = self._state(sample, model_output)
         table: Any = None
         covered = eta == 0 and timesteps.numel() in (1, sample.shape[0])
-        # ᾱ of many timesteps has a part in the dtype of the result, unlike ᾱ of one.
+        # ᾱ of many timesteps contributes to the dtype of the result; ᾱ of one does not.
         if state is not None and covered:
             state = state.to(torch.promote_types(state.dtype, self.alphas_cumprod.dtype))
             if is_dynamo_compiling():

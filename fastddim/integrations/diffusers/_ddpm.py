@@ -45,7 +45,7 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
         device: Any = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """As in diffusers."""
+        """Set the timesteps, as in diffusers."""
         super().set_timesteps(num_inference_steps, timesteps=timesteps)  # type: ignore[arg-type]
         self._move_timesteps(device)
 
@@ -57,22 +57,22 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """One ancestral step (arXiv 2006.11239, eq. 7), as in diffusers, in one pass.
+        """Take one ancestral step (arXiv 2006.11239, eq. 7), as in diffusers, in one pass.
 
         Args:
-            model_output: `[B, C, …]`, or `[B, 2C, …]` where the variance is learned.
-            timestep: an int, or a tensor with one, among `timesteps` once these are set.
+            model_output: `[B, C, …]`, or `[B, 2C, …]` with a learned variance.
+            timestep: an int, or a tensor with one, among `timesteps` if these are set.
             sample: `[B, C, …]`, floating point.
-            generator: of the noise, which is added where t > 0. Philox noise takes its seed from a
-                generator; see `set_noise`.
+            generator: generator of the noise, which is added if t > 0. Philox noise takes its seed
+                from a generator; see `set_noise`.
             return_dict: return diffusers' output object instead of a tuple.
 
         Returns:
             prev_sample and pred_original_sample, each shaped like `sample`.
 
         Raises:
-            IndexError: the timestep is not among `timesteps`, or no integer.
-            TypeError: the timestep is no number.
+            IndexError: the timestep is not among `timesteps`, or not an integer.
+            TypeError: the timestep is not a number.
             ValueError: there is more than one timestep, or the config's prediction type is unknown;
                 or a method of diffusers is overridden, and noise="philox".
         """
@@ -94,7 +94,7 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
                 self._check_fallback(t)
             return super().step(model_output, timestep, sample, generator, return_dict)
         noise, keys = None, None
-        # Noise for a tensor's timestep is drawn at 0 too, where it is not read.
+        # For a timestep in a tensor, noise is drawn at 0 too, and not read there.
         if isinstance(t, Tensor) or t > 0:
             at = timestep if in_graph else t
             if self._fastddim_work.seed is None:
@@ -111,11 +111,11 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
         return output_object(_ddpm.DDPMSchedulerOutput, results[0], results[1], in_graph)
 
     def _check_fallback(self, t: int) -> None:
-        """Refuse what diffusers' own step would not name, or take without a word."""
+        """Refuse cases for which diffusers' own step has an unclear error or none."""
         hook = self._fastddim_hooks.overridden(self)
         if hook is not None and self._fastddim_work.seed is not None:
             raise ValueError(
-                f"noise: expected 'torch' where {hook} is overridden, since diffusers' own step "
+                f"noise: expected 'torch' if {hook} is overridden, since diffusers' own step "
                 "draws the noise then, got 'philox'"
             )
         visiting = self.custom_timesteps or self.num_inference_steps
@@ -123,7 +123,7 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
             raise IndexError(f"timestep: expected one of the scheduler's timesteps, got {t}")
 
     def _deviation(self, steps: _Ancestral, t: int | Tensor, predicted: Tensor) -> Tensor:
-        """Standard deviation of the noise of each element, where it is learned."""
+        """Standard deviation of the noise of each element, if it is learned."""
         if self.variance_type == "learned":
             return predicted**0.5
         low, high = steps.log_variances[t]
@@ -131,7 +131,7 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
         return torch.exp(0.5 * (fraction * high + (1 - fraction) * low))
 
     def _steps(self, state: Tensor, t: Any, in_graph: bool) -> _Ancestral | None:
-        """The steps; None where diffusers has an error to raise, as for a timestep that is not
+        """The steps; None if diffusers has an error to raise, such as for a timestep that is not
         visited.
         """
         if in_graph:
@@ -140,12 +140,12 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
         return steps if steps is not None and t in steps.visited else None
 
     def _ancestral(self) -> _Ancestral | None:
-        """The steps; None where diffusers has an error to raise."""
+        """The steps; None if diffusers has an error to raise."""
         alphas, timesteps, config = self.alphas_cumprod, self.timesteps, self.config
         kind, custom, steps = self.variance_type, self.custom_timesteps, self.num_inference_steps
         try:
             versions = alphas._version, timesteps._version
-        except RuntimeError:  # of inference mode
+        except RuntimeError:  # from a tensor of inference mode
             return self._ancestral() if self._count_changes("alphas_cumprod", "timesteps") else None
         key = (steps, custom, kind, *versions, id(config), id(alphas), id(timesteps))
         kept = self._fastddim_work.tables
@@ -163,8 +163,8 @@ class DDPMScheduler(Noising, _ddpm.DDPMScheduler):  # type: ignore[misc]
         return found
 
     def _steps_in_graph(self, state: Tensor, t: int | Tensor) -> _Ancestral | None:
-        """`_steps` for a graph; a timestep that it does not hold constant and that is not visited
-        gives NaN.
+        """`_steps` for a graph; a timestep that the graph does not hold constant and that is not
+        visited gives NaN.
         """
         kind, visited = self.variance_type, self._visited_in_graph()
         constant_t = t if not isinstance(t, Tensor) and is_constant(t) else None
@@ -200,11 +200,11 @@ class _Ancestral(NamedTuple):
     table: Any  # a SignedTable, or its step in a graph
     visited: frozenset[int]
     log_variances: Mapping[Any, tuple[float, float]]
-    """(smallest, largest) of a timestep, where the variance is learned between them."""
+    """(smallest, largest) of each timestep, if the variance is learned between them."""
 
 
 def _ancestral(config: Mapping[str, Any], alphas: Tensor, visited: Sequence[int]) -> _Ancestral:
-    # Of a timestep that is there twice, diffusers finds the first.
+    # If a timestep occurs twice, diffusers finds the first.
     pairs = list(zip(visited, [*visited[1:], -1], strict=True))[::-1]
     previous = dict(pairs)
     before = torch.full_like(alphas, float("nan")).repeat(2)

@@ -1,8 +1,9 @@
 """Steps of schedulers as parts of a graph that is traced, by `torch.compile` or `torch.export`.
 
-Tables are constants of the graph, made while it is traced. There is another graph where a number
-that they depend on changes, or one of the scheduler's tensors is replaced; what changes a tensor in
-place is not seen. Timesteps may be ints or tensors, whose values are read where the graph runs.
+Tables are constants of the graph, made while it is traced. If a number that they depend on changes,
+or one of the scheduler's tensors is replaced, another graph is made; a graph does not notice a
+tensor that is changed in place. Timesteps may be ints, or tensors whose values are read when the
+graph runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fastddim.steptable import StepTable, TracedTable
 from fastddim.tracing import HELD, constant, specialized
 
 IN_GRAPH = "in the graph"
-"""Where timesteps have their values if a graph sets them."""
+"""Marks timesteps that a graph sets, and whose values it holds."""
 
 Table: TypeAlias = StepTable | TracedTable
 
@@ -34,7 +35,7 @@ def unique() -> str:
 
 
 class InGraph:
-    """What a scheduler does instead where its step is traced."""
+    """The steps of a scheduler while they are traced."""
 
     # Set by diffusers and by the schedulers.
     config: Any
@@ -53,8 +54,8 @@ class InGraph:
         """The table that the method `find` has for the arguments, or None.
 
         Args:
-            find: the method's name, which looks at nothing but `config` and the attributes of
-                hooks besides its arguments.
+            find: name of the method; besides its arguments, it reads only `config` and the
+                attributes of hooks.
             arguments: numbers and strings.
             rescaling, kind: those of the table.
         """
@@ -78,7 +79,7 @@ class InGraph:
         return "" if table is None else table.name_in_graph(dtype, device)
 
     def _visited_in_graph(self) -> str | int | None:
-        """The `timesteps` as a constant of the graph; None where it makes them itself."""
+        """The `timesteps` as a constant of the graph; None if the graph itself makes them."""
         fused = self._fastddim_work
         if fused.visiting == IN_GRAPH:
             return None
@@ -86,14 +87,14 @@ class InGraph:
 
     def _keys_in_graph(self, timestep: int | Tensor, state: Tensor, generator: Any) -> Keys:
         """The keys of philox noise; those of the first step for a timestep that is none of the
-        scheduler's. Without a seed the graph draws one at each step.
+        scheduler's. Without a seed, the graph draws one at each step.
 
         Raises:
-            ValueError: there is a generator, which no graph can draw from.
+            ValueError: there is a generator, from which no graph can draw.
         """
         if generator is not None:
             raise ValueError(
-                "generator: expected None with noise='philox' where a step is traced, since a "
+                "generator: expected None with noise='philox' while a step is traced, since a "
                 "graph cannot draw a seed from it; use set_noise('philox', seed) instead"
             )
         fused, batch = self._fastddim_work, state.shape[0]

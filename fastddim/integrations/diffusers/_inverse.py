@@ -1,4 +1,4 @@
-"""The scheduler of DDIM's way back, from an image to noise."""
+"""The scheduler of DDIM's inversion, from an image to noise."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ATTRIBUTES = ("alphas_cumprod", "initial_alpha_cumprod")
 class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: ignore[misc]
     """diffusers' `DDIMInverseScheduler` with fused steps; the module says what they keep.
 
-    The model is to be run at the timestep that a step ends at, an explicit guess;
+    Evaluate the model at the timestep that a step ends at, which is an explicit guess;
     `fastddim.invert(refine=…)` iterates on it.
 
     ```python
@@ -48,17 +48,17 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
         device: Any = None,
         timesteps: Sequence[int] | Tensor | None = None,
     ) -> None:
-        """As in diffusers.
+        """Set the timesteps, as in diffusers.
 
         Args:
-            num_inference_steps: the number of steps, whose timesteps the config chooses.
-            device: of `self.timesteps`.
-            timesteps: timesteps instead of their number, increasing, which diffusers' class does
-                not take. Each step begins at the one before, and the first at
+            num_inference_steps: the number of steps, whose timesteps the config determines.
+            device: device of `self.timesteps`.
+            timesteps: the timesteps instead of their number, increasing, which diffusers' class
+                does not take. Each step begins at the one before, and the first at
                 `initial_alpha_cumprod`.
 
         Raises:
-            TypeError, IndexError: one of the timesteps is no integer.
+            TypeError, IndexError: a timestep is not an integer.
             ValueError: both a number and timesteps are given, or neither; or the timesteps are not
                 increasing or out of range.
         """
@@ -74,7 +74,7 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
     def step(
         self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True
     ) -> Any:
-        """One step up to `timestep`, as in diffusers, in one pass.
+        """Take one step up to `timestep`, as in diffusers, in one pass.
 
         Args:
             model_output, sample: `[B, …]`, floating point.
@@ -85,10 +85,10 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
             prev_sample and pred_original_sample, each shaped like `sample`.
 
         Raises:
-            IndexError: the timestep is no index of `alphas_cumprod`, or none of those given.
-            TypeError: the timestep is no number.
-            ValueError: there is more than one timestep; or timesteps were given, and it is a case
-                for diffusers' own code, which knows only their number.
+            IndexError: the timestep is not an index of `alphas_cumprod`, or none of those given.
+            TypeError: the timestep is not a number.
+            ValueError: there is more than one timestep; or timesteps were given, and the step needs
+                diffusers' own code, which knows only their number.
         """
         row = timestep if type(timestep) is int else self._row(timestep, sample.device)
         given = self._fastddim_work.given
@@ -111,7 +111,7 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
         return output_object(_ddim_inverse.DDIMSchedulerOutput, results[0], results[1], in_graph)
 
     def _table(self, steps: int | None) -> SignedTable | None:
-        """The table of all steps; None where diffusers has an error to raise.
+        """The table of all steps; None if diffusers has an error to raise.
 
         Args:
             steps: `num_inference_steps`.
@@ -119,7 +119,7 @@ class DDIMInverseScheduler(Fused, _ddim_inverse.DDIMInverseScheduler):  # type: 
         alphas, initial, config = self.alphas_cumprod, self.initial_alpha_cumprod, self.config
         try:
             versions = alphas._version, initial._version
-        except RuntimeError:  # of inference mode
+        except RuntimeError:  # from a tensor of inference mode
             return self._table(steps) if self._count_changes(*_ATTRIBUTES) else None
         kept, given = self._fastddim_work.tables, self._fastddim_work.given
         key = (steps, given, *versions, id(config), id(alphas), id(initial))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastddim import philox
 
-# Arguments of pipelines whose latents are no images.
+# Arguments of pipelines whose latents are not images.
 _OTHER_LATENTS = ("num_frames", "video_length", "audio_length_in_s", "audio_end_in_s")
 
 
@@ -21,27 +21,27 @@ def initial_latents(
     height: int | None = None,
     width: int | None = None,
 ) -> Tensor:
-    """Initial latents for a pipeline of images, which depend on the seed alone: those that
-    `fastddim.sample` starts from with it.
+    """Make initial latents for a pipeline of images, which depend on the seed alone: those that
+    `fastddim.sample` starts from with the same seed.
 
-    Pipelines take them as `latents=`. The device changes no bit of them, and with a seed for each
-    sample neither does the batch. Pipelines without that argument, such as `DDIMPipeline` and
-    `DiTPipeline`, draw theirs from a `torch.Generator`: one on the CPU gives the same ones on every
-    device.
+    Pass them to a pipeline as `latents=`. No bit of them depends on the device, nor on the batch if
+    each sample has a seed. Pipelines without that argument, such as `DDIMPipeline` and
+    `DiTPipeline`, draw their latents from a `torch.Generator`: one on the CPU gives the same
+    latents on every device.
 
     Args:
-        pipe: a pipeline with a `unet` or a `transformer`, and a `vae` where it works on latents.
+        pipe: a pipeline with a `unet` or a `transformer`, and with a `vae` if it works on latents.
         seed: as in `fastddim.sample`: an int in [0, 2⁶⁴), or one for each sample; None draws one.
-        batch_size: the number of samples, which is that of the prompts times that of the images of
-            each; by default 1, or the number of seeds.
-        height, width: of the images in pixels; by default those of the model.
+        batch_size: number of samples, which is the number of prompts times the images of each; by
+            default 1, or the number of seeds.
+        height, width: size of the images in pixels; by default that of the model.
 
     Returns:
         `[B, C, H, W]` ~ N(0, I), on the device and in the dtype of the pipeline.
 
     Raises:
         TypeError: the pipeline has neither a `unet` nor a `transformer`.
-        ValueError: its latents are no images, or the seed, the height or the width does not fit.
+        ValueError: its latents are not images, or the seed, the height or the width does not fit.
 
     ```python
     import diffusers, fastddim.integrations.diffusers as fast
@@ -54,7 +54,7 @@ def initial_latents(
     if model is None:
         raise TypeError(
             "pipe: expected a pipeline with a unet or a transformer, got a "
-            f"{type(pipe).__name__} without"
+            f"{type(pipe).__name__} without either"
         )
     taken = inspect.signature(pipe.__call__).parameters
     others = [name for name in _OTHER_LATENTS if name in taken]

@@ -22,7 +22,7 @@ class Moved(NamedTuple):
 
     @property
     def current(self) -> bool:
-        """Whether both are known to have their values still."""
+        """Tell whether both are known to hold their values still."""
         return min(self.versions) >= 0 and self.versions == (
             version(self.tensor),
             version(self.host),

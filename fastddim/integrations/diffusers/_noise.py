@@ -13,10 +13,10 @@ from fastddim.transfer import filled, upload
 from fastddim.validation import check_choice, check_sample_range, check_seed
 
 CONFIG_KEY = "_fastddim_noise"
-"""Where a config holds the noise. Other classes carry what begins with an underscore along."""
+"""The key of the noise in a config. Other classes keep entries that begin with an underscore."""
 
 FRESH = "fresh"
-"""The seed of philox noise where none is given: each run draws its own."""
+"""The seed of philox noise without a given seed: each run draws its own."""
 
 _BITS = 2**64
 
@@ -25,7 +25,7 @@ def noise_entry(noise: str, seed: Any, sample_offset: int) -> dict[str, Any] | N
     """The arguments of `set_noise` as a config holds them; None for torch's noise.
 
     Raises:
-        ValueError, TypeError: one of them is not as `set_noise` expects.
+        ValueError, TypeError: an argument is not one that `set_noise` expects.
     """
     check_choice("noise", noise, ("torch", "philox"))
     if noise == "torch":
@@ -44,31 +44,31 @@ def noise_entry(noise: str, seed: Any, sample_offset: int) -> dict[str, Any] | N
 def chosen_noise(
     config: Mapping[str, Any], noise: str | None, seed: Any, sample_offset: int | None
 ) -> dict[str, Any]:
-    """The arguments of `set_noise`: those that are given, and those of a config for the others."""
+    """The arguments of `set_noise`: the given ones, and those of a config for the others."""
     given = {"noise": noise, "seed": seed, "sample_offset": sample_offset}
     kept = config.get(CONFIG_KEY) or {"noise": "torch"}
     return {**kept, **{name: value for name, value in given.items() if value is not None}}
 
 
 class DrawnSeeds(NamedTuple):
-    """The seeds of a run, which its first step with noise has drawn from the generators."""
+    """The seeds of a run, drawn from the generators by its first step with noise."""
 
     generators: tuple[Generator, ...]
     seed: Tensor
-    """int64 `[B]`, on the device of the state, as are the indices of the samples."""
+    """int64 `[B]` on the device of the state, like the indices of the samples."""
     sample: Tensor
     step: int
-    """The index of the last step that was taken with them."""
+    """The index of the last step that used these seeds."""
 
     def at(self, step: int) -> DrawnSeeds:
         """The same seeds, at a later step."""
         return self._replace(step=step)
 
     def go_on(self, generators: tuple[Generator, ...], step: int, batch: int, at: Any) -> bool:
-        """Return whether a step, by its index, is a later one of the same run.
+        """Tell whether a step, by its index, is a later one of the same run.
 
         Args:
-            at: the device of its state.
+            at: device of the state of the step.
         """
         return (
             step > self.step
@@ -79,7 +79,7 @@ class DrawnSeeds(NamedTuple):
 
     @property
     def keys(self) -> Keys:
-        """The keys of the noise of that step."""
+        """The keys of the noise of step `step`."""
         return Keys(self.seed, filled(self.step, len(self.seed), self.seed.device), self.sample)
 
 
@@ -90,15 +90,15 @@ def draw_seeds(
 
     Args:
         generators: one for each sample, or one for all.
-        step: the index of the step that draws.
-        sample_offset: of one for all.
+        step: index of the step that draws the seeds.
+        sample_offset: index of the first sample, for one generator.
 
     Raises:
         ValueError: there is an offset, and a generator for each sample.
     """
     per_sample = len(generators) > 1
     check_sample_range(sample_offset, batch, per_sample_seed=per_sample)
-    # Kept for steps that may be outside the mode of this one.
+    # Later steps may be outside the mode of this one.
     with torch.inference_mode(False):
         each = [
             torch.empty(1, dtype=torch.int64, device=g.device).random_(generator=g)
@@ -112,17 +112,17 @@ def draw_seeds(
 
 
 def generators_of(generator: Any, batch: int, device: torch.device) -> tuple[Generator, ...]:
-    """The generators that a step is given: one for all samples, or one for each.
+    """The generators of a step: one for all samples, or one for each.
 
     Raises:
-        TypeError: something else than a generator is given.
-        ValueError: there is another number of generators than of samples, or one is of a device
-            that neither the state nor the host is on.
+        TypeError: an argument is not a generator.
+        ValueError: the number of generators is not that of the samples, or one is on a device other
+            than those of the state and the host.
     """
     given = tuple(generator) if isinstance(generator, list | tuple) else (generator,)
     for one in given:
         if not isinstance(one, Generator):
-            raise TypeError(f"generator: expected a torch.Generator or a list of such, got {one!r}")
+            raise TypeError(f"generator: expected a torch.Generator or a list of them, got {one!r}")
         if one.device.type not in ("cpu", device.type):
             raise ValueError(
                 "generator: expected one on the CPU or on the device of the sample, "

@@ -1,4 +1,4 @@
-"""The noise that schedulers add for training, and the velocity that is learned."""
+"""The noise that schedulers add for training, and the velocity that models learn."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from fastddim.transforms import bare
 
 
 class Noising(Fused):
-    """`add_noise` and `get_velocity` of the schedulers that have them.
+    """`add_noise` and `get_velocity`, for the schedulers that have them.
 
     Both leave `alphas_cumprod` on the device of the samples.
     """
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ_t·original_samples + √(1 − ᾱ_t)·noise, as in diffusers.
+        """Return √ᾱ_t·original_samples + √(1 − ᾱ_t)·noise, as in diffusers.
 
         Raises:
-            IndexError: timesteps of another dtype than int64 and int32.
-            TypeError: timesteps that are no tensor.
+            IndexError: `timesteps` has a dtype other than int64 and int32.
+            TypeError: `timesteps` is not a tensor.
         """
         mixed = self._mixed("add_noise", original_samples, noise, timesteps)
         if mixed is None:
@@ -36,7 +36,7 @@ class Noising(Fused):
         return mixed
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ_t·noise − √(1 − ᾱ_t)·sample, as in diffusers.
+        """Return √ᾱ_t·noise − √(1 − ᾱ_t)·sample, as in diffusers.
 
         Raises:
             IndexError, TypeError: as in `add_noise`.
@@ -47,7 +47,7 @@ class Noising(Fused):
         return mixed
 
     def _mixed(self, method: str, x: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor | None:
-        """The result of a method; None where it is a case for diffusers."""
+        """The result of a method; None if diffusers has to compute it."""
         state = self._state(x, noise)
         if not isinstance(timesteps, Tensor) or timesteps.dtype is not torch.int64:
             if indexes_otherwise(timesteps, self.alphas_cumprod):
@@ -73,7 +73,7 @@ class Noising(Fused):
         alphas, kept = self.alphas_cumprod, self._fastddim_work.tables
         try:
             key = (method, alphas._version, id(alphas))
-        except RuntimeError:  # of inference mode
+        except RuntimeError:  # from a tensor of inference mode
             return self._mixing(method) if self._count_changes("alphas_cumprod") else None
         table: StepTable | None = kept.get(key)
         if table is None and self._has_values("alphas_cumprod"):

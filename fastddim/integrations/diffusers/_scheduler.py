@@ -33,14 +33,14 @@ from fastddim.validation import STATE_DTYPES
 
 
 class Fused(InGraph):
-    """The base that comes before diffusers' class in the order of bases."""
+    """The base that precedes diffusers' class in the order of bases."""
 
     # Set by diffusers.
     alphas_cumprod: Tensor
     num_inference_steps: int | None
     register_to_config: Any
 
-    # Its name is that in pickles, those of earlier versions too.
+    # The name of this attribute is in pickles, also in those of earlier versions.
     _fastddim_work: FusedState
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
@@ -59,8 +59,8 @@ class Fused(InGraph):
         sample_offset: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in diffusers; `noise`, `seed` and `sample_offset` go to `set_noise`, by default those
-        that the config holds.
+        """Make a scheduler, as in diffusers. `noise`, `seed` and `sample_offset` go to `set_noise`;
+        by default they are those of the config.
         """
         if kwargs.get("tuned") is not None:
             raise ValueError(f"tuned: expected None for {cls.__name__}, got {kwargs['tuned']!r}")
@@ -70,19 +70,19 @@ class Fused(InGraph):
         return made
 
     def set_noise(self, noise: str, seed: Any = None, sample_offset: int = 0) -> None:
-        """Choose where the noise of the steps comes from, which becomes a part of the config.
+        """Choose the source of the steps' noise, which becomes a part of the config.
 
         Args:
             noise: "torch": drawn as diffusers draws it, or "philox": drawn in the kernel, keyed by
                 the seed, the step's index in `timesteps` and the sample.
-            seed, sample_offset: as in `fastddim.sample`; of philox. Where a step is given a
-                generator, or one for each sample, the seeds are drawn from those: one 64-bit number
-                from each, at the first step of a run. So is a seed from torch's default generator
-                of the CPU where there is neither.
+            seed, sample_offset: as in `fastddim.sample`, for philox. If a step is given a
+                generator, or one for each sample, the seeds are drawn from these: one 64-bit number
+                from each, at the first step of a run. With neither a seed nor a generator, the seed
+                is drawn from torch's default generator of the CPU.
 
         Raises:
-            ValueError: `noise` is neither; or the seed or the offset is out of range.
-            TypeError: the seed is no integer, nor a list or a tensor of such.
+            ValueError: `noise` is neither, or the seed or the offset is out of range.
+            TypeError: the seed is not an integer, nor a list or a tensor of integers.
         """
         entry = noise_entry(noise, seed, sample_offset)
         if entry != self.config.get(CONFIG_KEY):
@@ -100,7 +100,7 @@ class Fused(InGraph):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "_internal_dict":  # where diffusers puts a new config
+        if name == "_internal_dict":  # diffusers puts a new config here
             self._fastddim_work.configured = unique()
         if name == "timesteps":
             self._fastddim_work.visiting = IN_GRAPH if is_compiling() else ""
@@ -113,9 +113,9 @@ class Fused(InGraph):
             self._look_for_hooks()
 
     def _look_for_hooks(self) -> None:
-        """Drop the tables where a method of diffusers has been overridden, or no longer is.
+        """Drop the tables if a method of diffusers has been overridden, or no longer is.
 
-        Tables are made where none is, so that a step that finds one need not look.
+        A step without a table makes one, so a step that finds a table need not look for hooks.
         """
         fused, found = self._fastddim_work, self._fastddim_hooks.overridden(self)
         if found != fused.overridden:
@@ -123,7 +123,7 @@ class Fused(InGraph):
             fused.tables.clear()
 
     def _covered(self) -> bool:
-        """Return True where steps have rows; diffusers takes the others, or raises the error."""
+        """Tell whether steps have rows; diffusers takes other steps, or raises the error."""
         return (
             valid(self.config)
             and self._fastddim_hooks.overridden(self) is None
@@ -131,7 +131,7 @@ class Fused(InGraph):
         )
 
     def _has_values(self, name: str) -> bool:
-        """Whether the values of a tensor of the scheduler can be read now."""
+        """Tell whether the values of a tensor of the scheduler can be read now."""
         if self._moved(name) is not None:
             return True
         tensor = getattr(self, name)
@@ -139,9 +139,9 @@ class Fused(InGraph):
         return readable and not transfer.captured(tensor.device)
 
     def _count_changes(self, *names: str) -> bool:
-        """Put copies that count their changes in place of tensors of inference mode, which do not.
+        """Replace tensors of inference mode, which do not count their changes, by copies that do.
 
-        Return False where the class does not let its attributes be set.
+        Return False if the class does not let its attributes be set.
         """
         if any(hasattr(type(self), name) for name in names):
             return False
@@ -152,26 +152,26 @@ class Fused(InGraph):
         return True
 
     def _state(self, sample: Tensor, model_output: Tensor) -> Tensor | None:
-        """The state in the dtype of the result; None where the kernel does not take these two."""
+        """The state in the dtype of the result; None if the kernel does not take these tensors."""
         shape, dtype = sample.shape, sample.dtype
         if not shape or shape != model_output.shape or dtype not in STATE_DTYPES:
             return None
         if dtype is model_output.dtype:
             return sample
-        # A model that predicts x_0 sets the dtype of x_0 in diffusers; the kernel's is the state's.
+        # A model that predicts x_0 sets the dtype of x_0 in diffusers; here the state does.
         if model_output.dtype not in STATE_DTYPES or self.config["prediction_type"] == "sample":
             return None
         return sample.to(torch.promote_types(dtype, model_output.dtype))
 
     def _give_timesteps(self, given: GivenTimesteps) -> None:
-        """Take given timesteps; those of graphs are another configuration."""
+        """Take given timesteps; the timesteps of graphs are another configuration."""
         self._fastddim_work.given = given
         self._fastddim_work.configured = unique()
         self.num_inference_steps = len(given.timesteps)
         self.timesteps = torch.tensor(given.timesteps, device="cpu")
 
     def _refuse_given(self) -> None:
-        """Refuse a step of diffusers' own code where it would not know what comes next."""
+        """Refuse a step of diffusers' own code, which does not know the next of given timesteps."""
         if self._fastddim_work.given is not None:
             hook = self._fastddim_hooks.overridden(self)
             case = "for a case that the kernel does not cover" if hook is None else f"of {hook}"
@@ -181,8 +181,8 @@ class Fused(InGraph):
             )
 
     def _move_timesteps(self, device: Any) -> None:
-        """Move the timesteps, which are on the host, to the device, and remember their values. A
-        new run begins.
+        """Move the timesteps from the host to the device, and remember their values. A new run
+        begins.
         """
         self._fastddim_work.drawn = None
         if is_compiling() or type(self.timesteps) is not Tensor:
@@ -205,7 +205,7 @@ class Fused(InGraph):
         # Only tensors made outside inference mode count their changes.
         with torch.inference_mode(False):
             moved = getattr(self, name).to(device)
-        if type(moved) is Tensor:  # and not a stand-in for one, as under a fake mode
+        if type(moved) is Tensor:  # not a stand-in, as under a fake mode
             setattr(self, name, moved)
             self._fastddim_work.moved[name] = Moved.of(moved, host)
 
@@ -214,7 +214,7 @@ class Fused(InGraph):
         moved, tensor = self._moved(name), getattr(self, name)
         if moved is not None:
             return moved.host
-        # Of a real tensor, some fake modes make a fake one.
+        # Some fake modes turn a real tensor into a fake one.
         return tensor if tensor.is_cpu else ordinary(lambda: tensor.to("cpu"))  # type: ignore[no-any-return]
 
     def _moved(self, name: str) -> Moved | None:
@@ -224,7 +224,7 @@ class Fused(InGraph):
         return moved if known else None
 
     def _host_timesteps(self) -> HostTimesteps:
-        """The timesteps; read once where they do not come from `set_timesteps`."""
+        """The timesteps; read once if they do not come from `set_timesteps`."""
         fused, timesteps = self._fastddim_work, self.timesteps
         known = fused.timesteps
         if known is None or known.tensor is not timesteps or not known.current:
@@ -232,7 +232,7 @@ class Fused(InGraph):
         return known
 
     def _host_value(self, timestep: Any) -> int | None:
-        """The value of a timestep; None where it would have to be read from a device."""
+        """The value of a timestep; None if it would have to be read from a device."""
         t = one_index("timestep", timestep, ONE_EACH)
         if t is not None:
             return t
@@ -240,7 +240,7 @@ class Fused(InGraph):
         return None if known is None else known.value_of(timestep)
 
     def _read(self, timestep: Any) -> int:
-        """The value of a timestep, wherever it lies."""
+        """The value of a timestep on any device."""
         t = self._host_value(timestep)
         return int(timestep) if t is None else t
 
@@ -260,7 +260,7 @@ class Fused(InGraph):
         return rows.remainder(2 * self.alphas_cumprod.shape[0])
 
     def _philox_keys(self, timestep: Any, sample: Tensor, generator: Any) -> Keys:
-        """The keys of a step's noise, of seeds from the generators if there are any."""
+        """The keys of a step's noise, with seeds from the generators if there are any."""
         if is_traced(sample):
             return self._keys_in_graph(timestep, sample, generator)
         fused, t, batch = self._fastddim_work, self._read(timestep), sample.shape[0]
@@ -289,7 +289,7 @@ class Fused(InGraph):
         )
 
     def _drawn_keys(self, generator: Any, step: int, batch: int, device: torch.device) -> Keys:
-        """The keys of a step of a run whose first step draws the seeds."""
+        """The keys of a step in a run whose first step draws the seeds."""
         fused, generators = self._fastddim_work, generators_of(generator, batch, device)
         drawn = fused.drawn
         if drawn is not None and drawn.go_on(generators, step, batch, device):
@@ -299,7 +299,7 @@ class Fused(InGraph):
         return fused.drawn.keys
 
     def _philox_noise(self, timestep: Any, like: Tensor, generator: Any) -> Tensor | None:
-        """The noise of a step as a tensor; None where torch draws it."""
+        """The noise of a step as a tensor; None if torch draws it."""
         if self._fastddim_work.seed is None or not like.ndim:
             return None
         keys = self._philox_keys(timestep, like, generator)
@@ -320,8 +320,8 @@ _set_item = OrderedDict.__setitem__
 def output_object(
     cls: Any, prev_sample: Tensor, pred_original_sample: Tensor, in_graph: bool
 ) -> Any:
-    """The output object of diffusers, whose own constructor takes longer than a small step, but is
-    what compilers know.
+    """The output object of diffusers, made without its constructor, which takes longer than a small
+    step; compilers know only the constructor.
     """
     if in_graph:
         return cls(prev_sample=prev_sample, pred_original_sample=pred_original_sample)

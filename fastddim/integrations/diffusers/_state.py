@@ -1,4 +1,4 @@
-"""The state of a scheduler besides what diffusers gives it: what its copies and pickles have."""
+"""The state of a scheduler besides diffusers' own, and its place in copies and pickles."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastddim.tuned import TunedSteps
 
 _TABLES_KEPT = 16
 
-# One for each step of a long run, since making them waits for the device.
+# One tensor for each step of a long run, since making them waits for the device.
 _KEYS_KEPT = 1024
 
 
 class FusedState:
-    """The state that a scheduler adds to the attributes that diffusers gives it.
+    """The state that a scheduler adds to the attributes of diffusers.
 
     A copy of the scheduler has the same noise, tuned steps and given timesteps, and its own tables.
     """
@@ -33,11 +33,12 @@ class FusedState:
         tuned: TunedRun | None = None,
         given: GivenTimesteps | None = None,
     ) -> None:
-        """
+        """Make the state of a new scheduler.
+
         Args:
-            seed, sample_offset: of philox noise; `FRESH` where each run draws its seed, and None
-                where torch draws the noise.
-            tuned: the run of tuned steps, if the scheduler has such.
+            seed, sample_offset: arguments of philox noise; the seed is `FRESH` if each run draws
+                its own, and None if torch draws the noise.
+            tuned: the run of tuned steps, if the scheduler has any.
             given: the timesteps that `set_timesteps` was given, if any.
         """
         self.seed = seed
@@ -48,9 +49,9 @@ class FusedState:
         self.tables: Cache[Any] = Cache(_TABLES_KEPT)
         self.keys: Cache[Keys] = Cache(_KEYS_KEPT)
         self.timesteps: HostTimesteps | None = None
-        # What tells the timesteps of `set_timesteps` from others, or nothing.
+        # Identifies the timesteps of `set_timesteps`; empty without any.
         self.visiting = ""
-        # Tells this config from all others.
+        # Distinguishes this config from all others.
         self.configured = unique()
         self.moved: dict[str, Moved] = {}
         self.overridden: str | None = None
@@ -66,7 +67,7 @@ class FusedState:
         state = FusedState(self.seed, self.sample_offset, tuned, self.given)
         state.drawn, timesteps = self.drawn, self.timesteps
         if timesteps is not None and timesteps.current:
-            # The scheduler's copy has the same copy of its timesteps.
+            # The copy of the scheduler holds the same copy of its timesteps.
             tensor = copy.deepcopy(timesteps.tensor, memo)
             state.timesteps = HostTimesteps.of(tensor, timesteps.values)
             state.visiting = self.visiting

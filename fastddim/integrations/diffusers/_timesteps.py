@@ -1,4 +1,4 @@
-"""Timesteps whose values the host knows, so that a step from one on a device waits for nothing."""
+"""Timesteps whose values the host knows, so that a timestep on a device need not be waited for."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ONE_EACH = (
 
 
 class HostTimesteps(NamedTuple):
-    """A tensor of timesteps, and the values it had when the host read them."""
+    """A tensor of timesteps, and the values that it had when the host read them."""
 
     tensor: Tensor
     storage: torch.UntypedStorage
     version: int
     values: list[int]
     step_of: dict[int, int]
-    """The index of each value; of one that is there twice, the first."""
+    """The index of each value; the first index of a value that occurs twice."""
 
     @classmethod
     def of(cls, tensor: Tensor, values: list[int]) -> HostTimesteps:
@@ -37,13 +37,13 @@ class HostTimesteps(NamedTuple):
 
     @property
     def current(self) -> bool:
-        """Whether the tensor is known to have these values still. One of inference mode is not: it
-        does not count its changes.
+        """Tell whether the tensor is known to have these values still. A tensor of inference mode
+        is not, since it does not count its changes.
         """
         return 0 <= self.version == version(self.tensor)
 
     def value_of(self, element: Tensor) -> int | None:
-        """The value of an element of the tensor, by its address; None if it is no element of it."""
+        """The value of an element of the tensor, known by its address; None for other tensors."""
         tensor = self.tensor
         if (
             element.untyped_storage() is not self.storage
@@ -60,22 +60,23 @@ class HostTimesteps(NamedTuple):
 class GivenTimesteps:
     """Timesteps that `set_timesteps` was given, each followed by the next of them.
 
-    Two objects are different keys of a table even with the same timesteps.
+    Two objects with the same timesteps are different keys of a table.
     """
 
     def __init__(self, timesteps: Sequence[int]) -> None:
-        """
+        """Take over the timesteps.
+
         Args:
-            timesteps: in the order visited.
+            timesteps: the timesteps in the order visited.
         """
         self.timesteps = tuple(timesteps)
         self._visited = frozenset(timesteps)
 
     def check(self, timestep: Any) -> None:
-        """Refuse a timestep that is none of them, as far as the host knows its value.
+        """Refuse a timestep that is none of them, if the host knows its value.
 
         Raises:
-            IndexError: it is none of them.
+            IndexError: the timestep is none of them.
         """
         if type(timestep) is int and timestep not in self._visited:
             raise IndexError(
@@ -84,7 +85,7 @@ class GivenTimesteps:
             )
 
     def neighbours(self, alphas: Tensor, past_the_end: Tensor, *, upwards: bool = False) -> Tensor:
-        """ᾱ of the timestep below each of them, in the place of each; elsewhere NaN.
+        """ᾱ of the timestep below each of them, at the index of each; NaN at other indices.
 
         Args:
             alphas: ᾱ of all timesteps, `[T]`.
@@ -100,16 +101,16 @@ class GivenTimesteps:
 
 
 def given_timesteps(timesteps: Any, T: int, *, upwards: bool = False) -> GivenTimesteps:
-    """Timesteps that a user gives to `set_timesteps`.
+    """The timesteps that a user gives to `set_timesteps`, checked.
 
     Args:
         timesteps: a sequence, an array or a tensor of integers in [0, T).
         T: the number of all timesteps.
-        upwards: whether they are to increase rather than decrease.
+        upwards: whether they have to increase rather than decrease.
 
     Raises:
-        TypeError, IndexError: one of them is no integer.
-        ValueError: there is none, one is out of range, or their order is another.
+        TypeError, IndexError: a timestep is not an integer.
+        ValueError: there is none, one is out of range, or their order is wrong.
     """
     listed = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else list(timesteps)
     values: list[int] = []
@@ -130,7 +131,7 @@ def given_timesteps(timesteps: Any, T: int, *, upwards: bool = False) -> GivenTi
 
 
 def check_one_of(num_inference_steps: int | None, timesteps: Any) -> None:
-    """Refuse both arguments of `set_timesteps` together, and neither.
+    """Refuse both arguments of `set_timesteps` together, and neither of them.
 
     Raises:
         ValueError: both are given, or neither is.
@@ -141,7 +142,7 @@ def check_one_of(num_inference_steps: int | None, timesteps: Any) -> None:
 
 
 def indexes_otherwise(timesteps: Any, alphas: Tensor) -> bool:
-    """Whether a tensor of another dtype is an index too: a mask of all timesteps, or one number."""
+    """Tell whether a tensor of another dtype is an index: a mask of timesteps, or one number."""
     if not isinstance(timesteps, Tensor):
         return False
     dtype = timesteps.dtype

@@ -1,4 +1,4 @@
-"""Tuned steps one call at a time: what a scheduler keeps between them."""
+"""Tuned steps taken one call at a time, and the state that a scheduler keeps between the calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastddim.steptable import StepTable
 from fastddim.tuned import TunedSteps, load_steps, schedule_digest
 
 CONFIG_KEY = "_fastddim_tuned"
-"""Where a config holds tuned steps. Other classes carry what begins with an underscore along."""
+"""The key of tuned steps in a config. Other classes keep entries that begin with an underscore."""
 
 
 @dataclass(eq=False)
@@ -26,8 +26,8 @@ class TunedRun:
 
     Attributes:
         steps: the tuned steps.
-        taken: how many of them have been taken.
-        epsilon: that of the last one.
+        taken: number of steps taken so far.
+        epsilon: epsilon of the last step.
     """
 
     steps: TunedSteps
@@ -37,11 +37,11 @@ class TunedRun:
     def take(
         self, table: StepTable, t: int, state: Tensor, model_output: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(x_prev, x_0) of the step at timestep t.
+        """Return (x_prev, x_0) of the step at timestep t.
 
         Raises:
-            ValueError: t is not the first of the timesteps nor the one that comes next, or the
-                state is not like that of the step before.
+            ValueError: t is neither the first of the timesteps nor the next one, or the state is
+                not like that of the step before.
         """
         timesteps = self.steps.timesteps
         following = [timesteps[0], *timesteps[self.taken : self.taken + 1]]
@@ -52,7 +52,7 @@ class TunedRun:
                 f"one before it, got {t}"
             )
         row = 0 if t == timesteps[0] else self.taken
-        # A first step has the weight 0 for it.
+        # A first step gives the epsilon before it the weight 0.
         before = torch.zeros_like(state) if row == 0 else self.epsilon
         assert before is not None
         if (before.shape, before.dtype, before.device) != (state.shape, state.dtype, state.device):
@@ -67,7 +67,7 @@ class TunedRun:
 
 
 def tuned_steps(given: Any) -> TunedSteps:
-    """Tuned steps that are given as such, as a file or as a config holds them."""
+    """The tuned steps in an object, a file or an entry of a config."""
     if isinstance(given, TunedSteps):
         return given
     if isinstance(given, str | os.PathLike):
@@ -80,12 +80,12 @@ def tuned_steps(given: Any) -> TunedSteps:
 def tuned_table(
     tuned: TunedSteps, config: Mapping[str, Any], alphas: Tensor, rederive_eps: bool
 ) -> StepTable:
-    """The rows of tuned steps, one for each of their timesteps.
+    """The table of tuned steps, one row for each of their timesteps.
 
-    Guidance is the pipeline's, and cannot be compared with what they were tuned for.
+    Guidance belongs to the pipeline, and cannot be compared with what the steps were tuned for.
 
     Raises:
-        ValueError: they were tuned for something else.
+        ValueError: the steps were tuned for something else.
     """
     clip, rescaling = limits(config)
     update = Update(
@@ -101,7 +101,7 @@ def tuned_table(
 
 
 def _schedule(tuned: TunedSteps, config: Mapping[str, Any], alphas: Tensor) -> Schedule:
-    """ᾱ of the scheduler; in float64 where the steps were tuned for that of its config."""
+    """ᾱ of the scheduler, in float64 if the steps were tuned for the schedule of its config."""
     try:
         exact = Schedule.from_diffusers(config)
     except ValueError:
@@ -117,5 +117,5 @@ def _schedule(tuned: TunedSteps, config: Mapping[str, Any], alphas: Tensor) -> S
 
 
 def _alike(alphas: Tensor, exact: Tensor) -> bool:
-    """Whether ᾱ differ by rounding: diffusers multiplies a thousand factors in float32."""
+    """Tell whether ᾱ differ only by rounding, as in a product of a thousand float32 factors."""
     return torch.allclose(alphas, exact, rtol=1e-3, atol=1e-6)

@@ -9,20 +9,21 @@ y = diffusion.ddim_sample_loop(model, (2, 3, 16, 16), clip_denoised=False)
 ```
 
 Or assign one by one: `GaussianDiffusion.ddim_sample = fast.ddim_sample`. Samples are those of the
-original to rounding: noise is drawn with `torch.randn_like` at every step, also at eta=0. Its
-deviations from the paper are kept:
+original to rounding: noise is drawn with `torch.randn_like` at every step, even at eta=0. The
+original's deviations from the paper are kept:
 
 - epsilon is always re-derived from x_0 after the clip;
-- `cond_fn` (arXiv 2105.05233, algorithm 2) changes x_0 after the clip, and it is not clipped again;
+- `cond_fn` (arXiv 2105.05233, algorithm 2) changes x_0 after the clip, and x_0 is not clipped
+  again;
 - the last index of `ddim_reverse_sample` goes to ᾱ = 0;
 - an η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
 
-The methods evaluate the model themselves. They take a step in one pass, or in two where a user's
-function comes between. `p_mean_variance` and `condition_score` are called where a subclass or an
-object overrides them, or a method that they call, and where the port in Tortoise is
-`conditioning_free`; the step from their x_0 is one pass then. `ddim_sample` copies nothing to the
-device: coefficients and the timesteps of SpacedDiffusion are there from the first call on, which
-computed them from `alphas_cumprod`.
+The methods evaluate the model themselves. They take a step in one pass, or in two if a user's
+function comes between. If a subclass or an object overrides `p_mean_variance`, `condition_score` or
+a method that they call, these two are called, and so they are for the port in Tortoise when it is
+`conditioning_free`; the step from their x_0 is then one pass. `ddim_sample` copies nothing to the
+device: the first call computes the coefficients from `alphas_cumprod`, and puts them there with the
+timesteps of SpacedDiffusion.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ _HOOKS = Hooks(
 
 _tables = CacheOf(16)
 
-# One for each device.
+# One map for each device.
 _timestep_maps = CacheOf(16)
 
 
@@ -87,7 +88,7 @@ def ddim_sample(
     model_kwargs: Mapping[str, Any] | None = None,
     eta: float = 0.0,
 ) -> Output:
-    """One step down with DDIM (arXiv 2010.02502, eq. 12 and 16), differentiable.
+    """Take one step down with DDIM (arXiv 2010.02502, eq. 12 and 16), differentiable.
 
     Args:
         self: a GaussianDiffusion or SpacedDiffusion, of any mean type.
@@ -104,7 +105,7 @@ def ddim_sample(
         `sample` and `pred_xstart`, like x.
 
     Raises:
-        IndexError: t of another dtype.
+        IndexError: t has another dtype.
     """
     check_indices("t", t)
     if _has_hooks(self):
@@ -141,7 +142,7 @@ def ddim_reverse_sample(
     model_kwargs: Mapping[str, Any] | None = None,
     eta: float = 0.0,
 ) -> Output:
-    """One step up with DDIM's ODE (arXiv 2010.02502, section 4.3), differentiable.
+    """Take one step up with DDIM's ODE (arXiv 2010.02502, section 4.3), differentiable.
 
     Takes, returns and raises the same as `ddim_sample`. The model is evaluated where the step
     starts, at x and t.
@@ -177,7 +178,7 @@ def ddim_sample_loop(
     progress: bool = False,
     eta: float = 0.0,
 ) -> Tensor:
-    """The last `sample` of `ddim_sample_loop_progressive`, which takes the same arguments."""
+    """Return the last `sample` of `ddim_sample_loop_progressive`, with the same arguments."""
     final: Output = {}
     for final in self.ddim_sample_loop_progressive(  # noqa: B007
         model,
@@ -208,13 +209,13 @@ def ddim_sample_loop_progressive(
     progress: bool = False,
     eta: float = 0.0,
 ) -> Iterator[Output]:
-    """`ddim_sample` down all timesteps of `self`, without gradients.
+    """Take `ddim_sample` down all timesteps of `self`, without gradients.
 
     Args:
         model, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta: as in `ddim_sample`.
         shape: `[B, C, …]`.
-        noise: x_T, else drawn with `torch.randn`.
-        device: of the samples, by default that of the model's first parameter.
+        noise: x_T; by default drawn with `torch.randn`.
+        device: device of the samples; by default that of the model's first parameter.
         progress: whether to show a progress bar.
 
     Yields:
@@ -241,7 +242,7 @@ def ddim_sample_loop_progressive(
 
 
 def _has_hooks(diffusion: Any) -> bool:
-    """Whether x_0 comes from the object's own methods; in a graph, as when it is made."""
+    """Tell whether x_0 comes from the object's own methods; a graph keeps the first answer."""
     if getattr(diffusion, "conditioning_free", False):
         return True
     if TAKES_OBJECTS and is_dynamo_compiling():
@@ -272,7 +273,7 @@ def _predict(
     denoised_fn: Callable[[Tensor], Tensor] | None,
     kwargs: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor, str, Tensor]:
-    """(state, model output, name of the mean type that it is of, row of each sample)."""
+    """(state, model output, name of the mean type of the output, row of each sample)."""
     output = _evaluate(diffusion, model, x, t, kwargs)
     kind = diffusion.model_mean_type.name
     state, row = _state(x), _row_of(t)
@@ -293,7 +294,7 @@ def _evaluate(
     """Evaluate a model or a `cond_fn`.
 
     SpacedDiffusion wraps both in a callable that copies its map of timesteps to the device at each
-    call; this reads a copy that is there.
+    call. This function reads a copy that is already there.
     """
     t = diffusion._scale_timesteps(t)
     if hasattr(diffusion, "_wrap_model"):

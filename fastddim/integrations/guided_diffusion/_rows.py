@@ -1,4 +1,4 @@
-"""Coefficients of steps from the arrays of a `GaussianDiffusion`, one row for each timestep."""
+"""Coefficients of steps, from the arrays of a `GaussianDiffusion`, one row for each timestep."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def row_up(diffusion: Any, kind: str, clip: float | None) -> Row:
 
 
 def concluding_row(diffusion: Any, eta: float) -> Row:
-    """A step down from epsilon as the state and x_0 as the model output."""
+    """A step down that takes epsilon as the state and x_0 as the model output."""
     p, sigma = _narrow(diffusion.alphas_cumprod_prev), _deviation(diffusion, eta)
     return Row(
         cx=0.0,
@@ -37,7 +37,7 @@ def concluding_row(diffusion: Any, eta: float) -> Row:
 
 
 def _deviation(diffusion: Any, eta: float) -> Tensor:
-    # Roots are taken of vectors, since the original has a coefficient for each element of x.
+    # The roots of whole vectors, since the original has a coefficient for each element of x.
     a, p = _narrow(diffusion.alphas_cumprod), _narrow(diffusion.alphas_cumprod_prev)
     return eta * ((1 - p) / (1 - a)) ** 0.5 * (1 - a / p) ** 0.5
 
@@ -60,14 +60,14 @@ def _row(diffusion: Any, p: Tensor, sigma: Tensor, kind: str, clip: float | None
 
 
 def predicting_row(diffusion: Any, kind: str) -> Row:
-    """x_0 as the new state."""
+    """A step whose new state is x_0."""
     cx, cm = _prediction(diffusion, kind)
     return Row(cx=cx, cm=cm, r=math.inf, k0=1.0, kx=0.0, km=0.0, pn=0.0, g=1.0)
 
 
 def conditioning_row(diffusion: Any, kind: str, clip: float | None) -> Row:
-    """x_0 moved along a gradient that comes as the noise: eps less √(1 − ᾱ) times the gradient is
-    x_0 plus √(1/ᾱ − 1)·√(1 − ᾱ) times it.
+    """A step that moves x_0 along a gradient, which takes the place of the noise: reducing eps by
+    √(1 − ᾱ) times the gradient adds √(1/ᾱ − 1)·√(1 − ᾱ) times the gradient to x_0.
     """
     deviation = ((1 - _narrow(diffusion.alphas_cumprod)) ** 0.5).double()
     _, eps_scale = _scales(diffusion)
@@ -95,5 +95,5 @@ def _scales(diffusion: Any) -> tuple[Tensor, Tensor]:
 
 
 def _narrow(values: Any) -> Tensor:
-    """Float32, to which the original rounds each of its float64 arrays before it reads them."""
+    """Float32, to which the original rounds each of its float64 arrays before use."""
     return torch.as_tensor(values, device="cpu").float()

@@ -10,18 +10,18 @@ samples, _ = sampler.sample(S=10, batch_size=2, shape=(4, 8, 8), eta=0.5, verbos
 
 Or assign one by one: `DDIMSampler.p_sample_ddim = fast.p_sample_ddim`. Samples are those of the
 original to rounding, since coefficients come from the buffers that `make_schedule` registered and
-noise is drawn with the same calls. Its deviations from the paper are kept:
+noise is drawn with the same calls. The original's deviations from the paper are kept:
 
 - the last step ends at ᾱ of timestep 0, not at 1;
-- noise is drawn at every step, also at eta=0;
-- a model that is not of "v" parameterization is taken to predict epsilon;
-- `encode` gives the model the index of a step for its timestep;
+- noise is drawn at every step, even at eta=0;
+- a model that is not of "v" parameterization is assumed to predict epsilon;
+- `encode` gives the model the index of a step as its timestep;
 - `ddim_sampling(timesteps=n)` takes n − 1 of the steps;
 - an η for which 1 − ᾱ_prev − σ² < 0 gives NaN.
 
-Guidance is taken inside the step, from the model output for both conditions. With "v", a step reads
-√ᾱ of the timestep that `make_schedule` chose for `index`, whatever `t` is; the model's own
-`predict_start_from_z_and_v` and `predict_eps_from_z_and_v` are called where they are overridden.
+Guidance is part of the step, from the model output for both conditions. With "v", a step reads √ᾱ
+of the timestep that `make_schedule` chose for `index`, whatever `t` is. The model's own
+`predict_start_from_z_and_v` and `predict_eps_from_z_and_v` are called if they are overridden.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ImageCallback = Callable[[Tensor, int], Any]
 
 _HOOKS = Hooks("predict_start_from_z_and_v", "predict_eps_from_z_and_v", of=("DDPM",))
 
-# Enough for a guidance scale and a temperature that change from step to step.
+# Enough tables for a guidance scale and a temperature that change from step to step.
 _tables = CacheOf(64)
 
 
@@ -83,24 +83,24 @@ def p_sample_ddim(
     unconditional_conditioning: Any = None,
     dynamic_threshold: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step down with DDIM (arXiv 2010.02502, eq. 12 and 16).
+    """Take one step down with DDIM (arXiv 2010.02502, eq. 12 and 16).
 
     Args:
         self: a `DDIMSampler` after `make_schedule`.
         x: latents `[B, …]`; float16 and bfloat16 become float32, as in the original.
         c: condition: a tensor, or a dict or list of tensors (or of lists of them).
-        t: int64 `[B]`, timestep as the model is given it.
-        index: of the step, 0 for the last: an integer, or a tensor with one.
+        t: int64 `[B]`, timestep that the model gets.
+        index: index of the step, 0 for the last: an integer, or a tensor with one.
         repeat_noise: whether all samples get the same noise.
-        use_original_steps: steps of all timesteps, rather than those of `make_schedule`. Their σ is
-            the model's `ddim_sigmas_for_original_num_steps`, and where it has none (it fails in the
-            original then) that of the sampler.
-        quantize_denoised: whether x_0 goes through the first stage's quantizer. Epsilon does not.
-        temperature, noise_dropout: factor of the noise, and how much of it is dropped.
+        use_original_steps: whether to take the steps of all timesteps, rather than those of
+            `make_schedule`. Their σ is the model's `ddim_sigmas_for_original_num_steps`, or the
+            sampler's if the model has none (the original fails then).
+        quantize_denoised: whether x_0 passes through the first stage's quantizer. Epsilon does not.
+        temperature, noise_dropout: factor of the noise, and the share of it that is dropped.
         score_corrector, corrector_kwargs: `score_corrector.modify_score(model, e_t, x, t, c,
             **corrector_kwargs)` changes epsilon.
         unconditional_guidance_scale: g of classifier-free guidance (arXiv 2207.12598). At 1 the
-            model is evaluated on the condition alone.
+            model is evaluated only on the condition.
         unconditional_conditioning: like c.
 
     Returns:
@@ -108,8 +108,8 @@ def p_sample_ddim(
 
     Raises:
         NotImplementedError: `dynamic_threshold` is not None, as in the original.
-        AssertionError: `score_corrector` with "v" parameterization.
-        IndexError, TypeError, ValueError: index is something else.
+        AssertionError: `score_corrector` is given with "v" parameterization.
+        IndexError, TypeError, ValueError: `index` is something else.
     """
     at = index if type(index) is int else one_index("index", index)
     at = int(index) if at is None else at
@@ -170,12 +170,12 @@ def ddim_sampling(
     Args:
         cond: the condition, c of `p_sample_ddim`.
         shape: `[B, C, H, W]`.
-        x_T: latents of that shape, else drawn with `torch.randn`.
+        x_T: latents of that shape; by default drawn with `torch.randn`.
         ddim_use_original_steps: whether to visit all timesteps instead, or the first `timesteps`.
         callback, img_callback: called after each step i as `callback(i)`, `img_callback(x_0, i)`.
-        mask, x0: where the mask is 1 the state is, before each step, x0 with fresh noise from the
-            model's `q_sample`.
-        log_every_t: how often a step is kept.
+        mask, x0: where the mask is 1, the state before each step is replaced by x0 with fresh noise
+            from the model's `q_sample`.
+        log_every_t: number of steps from one that is kept to the next.
         ucg_schedule: a guidance scale for each step.
 
     The other arguments are those of `p_sample_ddim`.
@@ -235,20 +235,20 @@ def encode(
     unconditional_conditioning: Any = None,
     callback: Callback | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Latents taken `t_enc` steps up with DDIM's ODE (arXiv 2010.02502, eq. 13).
+    """Take latents `t_enc` steps up with DDIM's ODE (arXiv 2010.02502, eq. 13).
 
     Args:
         x0: latents `[B, …]`.
         c, unconditional_guidance_scale, unconditional_conditioning: as in `p_sample_ddim`.
-        return_intermediates: about how many of the states before to return as well.
+        return_intermediates: approximate number of earlier states to return as well.
         callback: called after each step i as `callback(i)`.
 
     Returns:
-        (encoded, dict): like x0, and the same as `x_encoded`, `intermediate_steps` and, if asked
-        for, `intermediates`.
+        (encoded, dict): like x0, and the same as `x_encoded`, `intermediate_steps` and, if
+        requested, `intermediates`.
 
     Raises:
-        AssertionError: there are fewer steps than `t_enc`, or a scale other than 1 and no
+        AssertionError: there are fewer steps than `t_enc`, or the scale is not 1 and there is no
             `unconditional_conditioning`.
     """
     count = self.ddpm_num_timesteps if use_original_steps else self.ddim_timesteps.shape[0]
@@ -289,7 +289,7 @@ def decode(
     callback: Callback | None = None,
     img_callback: ImageCallback | None = None,
 ) -> Tensor:
-    """Latents `[B, …]` taken down the last `t_start` steps by `p_sample_ddim`.
+    """Take latents `[B, …]` down the last `t_start` steps with `p_sample_ddim`.
 
     `callback` and `img_callback` are called after each step i as `callback(i)` and
     `img_callback(x_prev, i)`; the other arguments are those of `p_sample_ddim`.
@@ -322,16 +322,16 @@ def stochastic_encode(
     use_original_steps: bool = False,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Latents with noise, √ᾱ·x0 + √(1 − ᾱ)·noise.
+    """Add noise to latents: √ᾱ·x0 + √(1 − ᾱ)·noise.
 
     Args:
         x0: `[B, …]`; float16 and bfloat16 become float32, as in the original.
         t: int64 `[B]`, indices into the steps of `make_schedule` or, with `use_original_steps`,
             timesteps.
-        noise: like x0, else drawn with `torch.randn_like`.
+        noise: like x0; by default drawn with `torch.randn_like`.
 
     Raises:
-        IndexError, TypeError: t is no tensor of integers.
+        IndexError, TypeError: t is not a tensor of integers.
     """
     check_indices("t", t)
     noise = torch.randn_like(x0) if noise is None else noise
@@ -342,14 +342,14 @@ def stochastic_encode(
 
 
 def _has_hooks(model: Any) -> bool:
-    """Whether epsilon and x_0 come from the model's own methods."""
+    """Tell whether epsilon and x_0 come from the model's own methods."""
     return model.parameterization == "v" and _HOOKS.overridden(model) is not None
 
 
 def _epsilon_and_x_0(
     sampler: Any, x: Tensor, t: Tensor, state: Tensor, output: Tensor, index: int, original: bool
 ) -> tuple[Tensor, Tensor]:
-    """For functions that come between the two halves of a step."""
+    """Epsilon and x_0, for functions that come between the two halves of a step."""
     model = sampler.model
     if _has_hooks(model):
         epsilon = model.predict_eps_from_z_and_v(x, t, output)
@@ -363,7 +363,7 @@ def _epsilon_and_x_0(
 
 
 def _guide(sampler: Any, output: Tensor, scale: float, original: bool) -> Tensor:
-    """The guided output on its own, for a function that comes before the step."""
+    """The guided output alone, for a function that comes before the step."""
     unconditional, conditional = output.chunk(2)
     table = _table(sampler, guiding_row, original, scale)
     guided, _ = table(unconditional, conditional, 0, return_x0=False)
@@ -387,7 +387,7 @@ def _table(
     model = sampler.model
     kept = _tables[sampler]
     sources = (sampler.ddim_sigmas, sampler.ddim_alphas, model.alphas_cumprod)
-    dtype = torch.get_default_dtype()  # to which the rows round
+    dtype = torch.get_default_dtype()  # the dtype to which the rows are rounded
     key = (make_row, original, *arguments, scale, model.parameterization, dtype, *map(id, sources))
     table: StepTable | None = kept.get(key)
     if table is None:

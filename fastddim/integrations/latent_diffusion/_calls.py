@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def evaluate(model: Any, x: Tensor, c: Any, t: Tensor, unconditional: Any) -> Tensor:
-    """The model's output, for both conditions if there are two, the unconditional one first."""
+    """The model's output; for two conditions, that of both, the unconditional one first."""
     if unconditional is None:
         output: Tensor = model.apply_model(x, t, c)
     else:
@@ -27,7 +27,7 @@ def _joined(unconditional: Any, c: Any) -> Any:
 
 
 def noise_like(x: Tensor, repeat: bool) -> Tensor:
-    """In torch's default dtype, whatever x is of."""
+    """Noise in torch's default dtype, whatever the dtype of x."""
     if not repeat:
         return torch.randn(x.shape, device=x.device)
     noise = torch.randn((1, *x.shape[1:]), device=x.device)

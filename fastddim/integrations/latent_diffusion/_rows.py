@@ -33,18 +33,18 @@ def stepping_row(sampler: Any, original: bool, batch: int, temperature: float) -
 
 
 def predicting_row(sampler: Any, original: bool, batch: int) -> Row:
-    """x_0 as the new state."""
+    """A step whose new state is x_0."""
     return first_half_row(stepping_row(sampler, original, batch, 1.0))
 
 
 def epsilon_row(sampler: Any, original: bool, batch: int) -> Row:
-    """Epsilon as the new state."""
+    """A step whose new state is epsilon."""
     _, _, ex, em = _prediction(sampler, original, batch)
     return mixing_row(ex, em)
 
 
 def concluding_row(sampler: Any, original: bool, batch: int, temperature: float) -> Row:
-    """The step from epsilon as the state and x_0 as the model output."""
+    """The step that takes epsilon as the state and x_0 as the model output."""
     signal, direction, sigma = _destination(sampler, original, batch)
     return Row(
         cx=0.0,
@@ -59,13 +59,13 @@ def concluding_row(sampler: Any, original: bool, batch: int, temperature: float)
 
 
 def guiding_row(_sampler: Any, _original: bool, scale: float) -> Row:
-    """u + g·(c − u) from u as the state and c as the model output."""
+    """A step to u + g·(c − u), with u as the state and c as the model output."""
     g = torch.tensor([scale], dtype=torch.float64, device="cpu")
     return mixing_row(1 - g, g)
 
 
 def encoding_row(sampler: Any, original: bool) -> Row:
-    """Eq. 13 upwards, multiplied by √ᾱ of where it goes."""
+    """A step of eq. 13 upwards, multiplied by √ᾱ of its destination."""
     name = "alphas_cumprod" if original else "ddim_alphas"
     a, p = _host(getattr(sampler, name)), _host(getattr(sampler, f"{name}_prev"))
     kept, signal = each(torch.sqrt, a / p), each(torch.sqrt, a)
@@ -74,7 +74,7 @@ def encoding_row(sampler: Any, original: bool) -> Row:
 
 
 def noising_row(sampler: Any, original: bool) -> Row:
-    """An image with noise, from the image as the state and noise as the model output."""
+    """A step that noises an image, with the image as the state and noise as the model output."""
     if original:
         signal, noise = sampler.sqrt_alphas_cumprod, sampler.sqrt_one_minus_alphas_cumprod
     else:
