@@ -44,7 +44,7 @@ from fastddim.integrations._conditional_sample import METHOD, ConditionalSample
 from fastddim.integrations._hooks import Hooks
 from fastddim.integrations._policies import LoopCall
 
-Policy = TypeVar("Policy")
+_Policy = TypeVar("_Policy")
 
 _UNETS = (
     "DiffusionUnetLowdimPolicy",
@@ -55,7 +55,7 @@ _UNETS = (
 _TRANSFORMERS = ("DiffusionTransformerLowdimPolicy", "DiffusionTransformerHybridImagePolicy")
 
 
-def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Policy:
+def install(policy: _Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> _Policy:
     """Let a policy sample through prepared samplers; again, to change the options.
 
     Copies and pickles of the policy, such as averaged ones, do so too, each with its own network.
@@ -78,7 +78,7 @@ def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Po
     return policy
 
 
-def uninstall(policy: Policy) -> Policy:
+def uninstall(policy: _Policy) -> _Policy:
     """Take back what `install` has done to a policy, or to what it is a copy of, if anything.
 
     Returns:

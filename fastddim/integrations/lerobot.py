@@ -51,12 +51,12 @@ from fastddim.integrations._conditional_sample import METHOD, ConditionalSample
 from fastddim.integrations._hooks import Hooks
 from fastddim.integrations._policies import LoopCall
 
-Policy = TypeVar("Policy")
+_Policy = TypeVar("_Policy")
 
 _CLASS = "DiffusionModel"
 
 
-def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Policy:
+def install(policy: _Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> _Policy:
     """Let a `DiffusionPolicy` sample by prepared samplers; again, to change the options.
 
     Args:
@@ -74,7 +74,7 @@ def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Po
     return policy
 
 
-def uninstall(policy: Policy) -> Policy:
+def uninstall(policy: _Policy) -> _Policy:
     """Take back what `install` has done to a policy, or to what it is a copy of, if anything.
 
     Returns:

@@ -52,7 +52,9 @@ from fastddim.plan import Row
 from fastddim.steptable import StepTable
 
 Callback = Callable[[int], Any]
+"""`callback(i)`, called after step i."""
 ImageCallback = Callable[[Tensor, int], Any]
+"""`img_callback(x, i)`, called after step i with its predicted x_0 or its state."""
 
 _HOOKS = Hooks("predict_start_from_z_and_v", "predict_eps_from_z_and_v", of=("DDPM",))
 
