@@ -40,7 +40,7 @@ void update_out(const UpdateArguments& given) {
   run(job, current_kernels().update, job.seed != nullptr);
 }
 
-// Uninitialised, laid out as torch.empty_like has it.
+// An uninitialised tensor with the layout that torch.empty_like gives it.
 Tensor new_like(const Tensor& tensor) {
   if (!tensor.is_contiguous()) return torch::stable::empty_like(tensor);
   AtenTensorHandle made;
@@ -52,8 +52,8 @@ Tensor new_like(const Tensor& tensor) {
   return Tensor(made);
 }
 
-// A step from outside a loop. That Python makes two tensors fewer and passes ten arguments fewer
-// halves the time of a small one.
+// A step outside a loop. Python makes two tensors fewer and passes ten arguments fewer than for
+// `update_out`, which halves the time of a small step.
 std::tuple<Tensor, Tensor> step(Tensor x, Tensor model_output, Tensor table, Optional row,
                                 Optional noise) {
   Tensor x_prev = new_like(x), x_0 = new_like(x);
@@ -144,8 +144,8 @@ class HeldUpdate {
   ptrdiff_t conditional_;
 };
 
-// A loop's step, prepared except for the address of the model's output: known data are mixed, if
-// there are any, then come the update and the counters.
+// A loop's step, prepared except for the address of the model's output: it mixes known data, if
+// there are any, updates the state and advances the counters.
 class LoopStep {
  public:
   LoopStep(UpdateArguments update, Tensor counters, Tensor timesteps, Tensor t)
@@ -172,8 +172,8 @@ class LoopStep {
   Advance advance_;
 };
 
-// For `take_loop_step`, which frees it. Masked steps are given the last six tensors, of which
-// `data` and `x_T` are mixed into `known`.
+// Makes a step for `take_loop_step`, which then owns it. Masked steps get the last six tensors, of
+// which `data` and `x_T` are mixed into `known`.
 int64_t make_loop_step(Tensor state, Tensor model_output, Tensor table, Tensor row, Optional seed,
                        Optional step, Optional sample, Optional history, Optional model_input,
                        Tensor counters, Tensor timesteps, Tensor t, Optional mask, Optional known,
@@ -275,8 +275,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastddim, CPU, m) {
   m.impl("make_loop_step", TORCH_BOX(&make_loop_step));
 }
 
-// For tests and bug reports, through ctypes: the instruction set in use, and another one to use
-// from now on (0 where this CPU lacks it).
+// For tests and bug reports, through ctypes: the instruction set in use, and a function that sets
+// another one (0 where this CPU lacks it).
 extern "C" __attribute__((visibility("default"))) const char* fastddim_instruction_set() {
   return current_kernels().name;
 }

@@ -1,5 +1,5 @@
-// A call of an operator, checked and turned into the plain data of job.h: what is the same on every
-// device, on libtorch's stable ABI.
+// A call of an operator, checked and turned into the plain data of job.h: the part that is the same
+// on every device, on libtorch's stable ABI.
 
 #pragma once
 
@@ -121,7 +121,7 @@ inline const int64_t* integers_of(const Tensor& tensor, const char* name, const 
 }
 
 // Without row indices all samples have the first row of the table. The values of indices on a GPU
-// are not looked at: that would wait for the device.
+// are not checked, since reading them would wait for the device.
 inline void set_rows(Job& job, const Tensor& table, const Optional& row, const Place& place) {
   check_place(table, "table", place);
   const ScalarType expected = job.float64 ? ScalarType::Double : ScalarType::Float;
@@ -179,8 +179,7 @@ inline Job job_of(const Tensor& x, const Shape& shape) {
   return job;
 }
 
-// The arguments of `fastddim::update_out`, in the order of its schema. Hidden, as torch's Tensor
-// is.
+// The arguments of `fastddim::update_out`, in the order of its schema. Hidden like torch's Tensor.
 struct __attribute__((visibility("hidden"))) UpdateArguments {
   Tensor x, model_output, table;
   Optional row = {}, noise = {}, seed = {}, step = {}, sample = {}, history = {}, mask = {},
@@ -189,7 +188,7 @@ struct __attribute__((visibility("hidden"))) UpdateArguments {
   Optional x_0 = {}, model_input = {}, epsilon = {};
 };
 
-// UPDATE as a function of the operands one by one, which is what TORCH_BOX takes.
+// UPDATE as a function of single operands, the form that TORCH_BOX takes.
 template <void (*UPDATE)(const UpdateArguments&)>
 void update_operator(Tensor x, Tensor model_output, Tensor table, Optional row, Optional noise,
                      Optional seed, Optional step, Optional sample, Optional history, Optional mask,
@@ -223,7 +222,7 @@ inline Job update_job(const Shape& shape, const UpdateArguments& given) {
   return job;
 }
 
-// Rows go into `out` as the update will read them.
+// The job that writes rows into `out` as the update reads them.
 inline Job fit_job(const Shape& shape, const Tensor& x, const Tensor& model_output,
                    const Tensor& table, const Optional& row, double rescale, double ratio,
                    double limit, const Tensor& out) {
@@ -244,7 +243,7 @@ inline Job fit_job(const Shape& shape, const Tensor& x, const Tensor& model_outp
   return job;
 }
 
-// The gradients of x and of the model output, of which channels that are not read have none and are
+// The gradients of x and of the model output. Channels that are not read have no gradient and are
 // not written.
 inline Job backward_job(const Shape& shape, const Optional& grad_out, const Optional& grad_x_0,
                         const Tensor& x, const Tensor& model_output, const Tensor& table,

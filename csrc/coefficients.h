@@ -1,5 +1,5 @@
 // The coefficients of a step of plain numbers: `coefficient_row` of fastddim/plan/rows.py,
-// operation by operation, so that both have the same bits.
+// operation by operation, for the same bits.
 
 #pragma once
 
@@ -24,8 +24,8 @@ struct StepNumbers {
   bool noisy() const { return eta > 0; }
 };
 
-// The fields of a row in the order of `Row`. False for a step that is refused, be it for what
-// rounding alone could take below 0 by more than this: Python names the argument.
+// The fields of a row in the order of `Row`. False for a step that is refused, also where a
+// difference is further below 0 than rounding alone takes it: Python then names the argument.
 inline bool coefficients(const StepNumbers& step, double (&row)[12]) {
   constexpr double ROUNDING = 1e-14;
   const double a = step.alpha_t, p = step.alpha_prev;

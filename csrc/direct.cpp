@@ -1,9 +1,9 @@
 // Steps on the CPU that Python calls directly.
 //
-// A step of a small state takes less time than PyTorch's dispatcher and the checks of Python. Here
-// it is taken where neither could do anything else: tensors of numbers on the CPU, without
-// derivatives and unwatched, that fit each other. Everything else is declined by returning None,
-// and errors are found and named by the caller's own way.
+// A step of a small state takes less time than PyTorch's dispatcher and the checks of Python. It is
+// taken here where both have nothing else to do: for tensors of numbers on the CPU that fit each
+// other, without derivatives and unwatched. In all other cases the functions return None, and the
+// caller's own way finds and names errors.
 
 #include "direct.h"
 
@@ -23,12 +23,12 @@
 namespace fastddim {
 namespace {
 
-// Work of less than this many elements is done before another thread could take over.
+// Work on fewer elements than this is done before another thread could take over.
 constexpr int64_t KEEPS_GIL = 4096;
 
 constexpr uint64_t WORD = 0xFFFFFFFF;
 
-// The row of a step, and what is known of all steps that it is one of.
+// The row of a step, and the properties that all steps of its table share.
 struct Coefficients {
   const double* exact;
   const float* rounded;
@@ -40,7 +40,7 @@ struct Operands {
   PyObject *x, *model_output, *noise, *seed, *sample_offset, *step_index, *out, *return_x0;
 };
 
-// What noise is keyed by, for a batch.
+// The keys of the noise of a batch.
 struct Keys {
   std::vector<int64_t> values;
 
@@ -199,7 +199,7 @@ PyObject* take(const Operands& given, const Coefficients& coefficients) {
   return return_x0 ? PyTuple_Pack(2, x_prev.get(), x_0.get()) : x_prev.release();
 }
 
-// False where a coefficient is no number, or too large for the dtype.
+// False where a coefficient is NaN, or too large for the dtype.
 bool in_range(const double* exact, const float* rounded) {
   constexpr int BOUND = 2;  // the only one that may be infinite
   for (int k = 0; k < ROW_FIELDS; ++k) {
@@ -209,7 +209,7 @@ bool in_range(const double* exact, const float* rounded) {
   return true;
 }
 
-// A table of rows, and what its steps have in common.
+// A table of rows, and the properties that its steps share.
 class Stepper {
  public:
   Stepper(const double* rows, int64_t count, bool noisy, bool guided)
@@ -329,7 +329,7 @@ PyObject* direct_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   StepNumbers step;
   bool guided;
   int unused;
-  // What comes from the data of a step is not in its numbers.
+  // Options that depend on the data of a step are not among its numbers.
   if (!read_number(arguments[RESCALE], 0, 0, rescale) || arguments[RATIO] != Py_None ||
       arguments[LIMIT] != Py_None ||
       !read_word(arguments[IMPL], connected.implementations, unused) ||

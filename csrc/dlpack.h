@@ -1,6 +1,6 @@
-// What is needed of DLPack 1, whose ABI is stable: names and layouts of
-// https://github.com/dmlc/dlpack/blob/v1.3/include/dlpack/dlpack.h. torch lets no extension on its
-// stable ABI include its own copy.
+// The part of DLPack 1 that is needed here; its ABI is stable. Names and layouts are those of
+// https://github.com/dmlc/dlpack/blob/v1.3/include/dlpack/dlpack.h. An extension on torch's stable
+// ABI cannot include torch's own copy.
 
 #pragma once
 
@@ -36,8 +36,8 @@ struct DLPackExchangeAPIHeader {
   DLPackExchangeAPIHeader* prev_api;
 };
 
-// Fills in a tensor that refers to the memory of the object, without waiting for a device; 0, or a
-// Python error.
+// Fills in a tensor that refers to the memory of the object, without waiting for a device; returns
+// 0, or another number with a Python error set.
 using DLPackDLTensorFromPyObjectNoSync = int (*)(void* object, DLTensor* out);
 
 struct DLPackExchangeAPI {

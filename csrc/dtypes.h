@@ -1,5 +1,5 @@
-// The two 16-bit floating-point types, and conversions between storage and compute types: to
-// nearest, ties to even, on a CPU and in a CUDA kernel.
+// The two 16-bit floating-point types, and conversions between storage and compute types, rounded
+// to nearest, ties to even, on a CPU and in a CUDA kernel.
 
 #pragma once
 
@@ -74,12 +74,12 @@ FASTDDIM_FN void narrow(float a, Half& out) {
 
 #endif
 
-// As torch converts: by way of float.
+// By way of float, as torch converts.
 FASTDDIM_FN void narrow(double a, float& out) { out = (float)a; }
 FASTDDIM_FN void narrow(double a, Half& out) { narrow((float)a, out); }
 FASTDDIM_FN void narrow(double a, BFloat16& out) { narrow((float)a, out); }
 
-// Two neighbours in memory, the first of them in the lower half of a word.
+// Two neighbours in memory, the first one in the lower half of a word.
 template <class T>
 FASTDDIM_FN void widen_pair(uint32_t pair, T, float& a, float& b) {
   a = widened(T{(uint16_t)pair});

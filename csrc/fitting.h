@@ -1,5 +1,5 @@
-// The arithmetic of rescaled rows that every device shares, besides the sums and the selection over
-// a sample: rescaled_rows in fastddim/reference.py specifies it.
+// The arithmetic of rescaled rows that every device shares, without the sums and the selection over
+// a sample. rescaled_rows in fastddim/reference.py specifies it.
 
 #pragma once
 
@@ -9,19 +9,18 @@
 
 namespace FASTDDIM_NAMESPACE {
 
-// Sums over a sample have this order on every device, so that the result depends on none, nor on
-// threads or batch: element i is added to accumulator i mod ACCUMULATORS, in ascending order. The
-// upper half of the accumulators is then added to the lower half, until one is left.
+// Sums over a sample have the same order for every device, number of threads and batch, so their
+// bits depend on none of these: element i is added to accumulator i mod ACCUMULATORS, in ascending
+// order. The upper half of the accumulators is then added to the lower half, until one is left.
 constexpr int ACCUMULATORS = 256;
 
-// Of the sums of d and d·d, where d is the distance of a value from some number near all of them,
-// the sum of squared deviations from the mean.
+// The sum of squared deviations from the mean, by the sums of d and of d·d, where d is the distance
+// of a value from some number near all of them.
 FASTDDIM_FN double squared_deviations(double sum, double square, int64_t count) {
   return square - sum * sum / (double)count;
 }
 
-// The factor of a guided model output, from squared deviations. One that has none to compare is
-// kept.
+// The factor of a guided model output, from squared deviations; 1 where there are none to compare.
 template <class C>
 FASTDDIM_FN C rescaling_factor(double of_conditional, double of_guided, double rescale) {
   const double ratio = __builtin_sqrt(of_conditional / of_guided);
@@ -36,8 +35,8 @@ FASTDDIM_FN void rescale_row(Row<C>& row, C factor) {
   row.em *= factor;
 }
 
-// The order statistics that a quantile lies between, counted from 0, and how far it is from the
-// lower to the upper one.
+// The order statistics that a quantile lies between, counted from 0, and its distance from the
+// lower one as a part of the way to the upper one.
 struct Quantile {
   int64_t rank;
   double fraction;

@@ -31,7 +31,7 @@ FASTDDIM_FN V unclipped_x_0(const Row<V>& row, V x, V m) {
   return fma(row.cx, x, row.cm * m);
 }
 
-// The comparisons are false for NaN, which passes through.
+// NaN passes through, since the comparisons are false for it.
 template <class V>
 FASTDDIM_FN V clamped(V a, V limit) {
   V floored = a < -limit ? -limit : a;
@@ -79,8 +79,8 @@ FASTDDIM_FN V ln(V u) {
   return fma(to_float(exponent), splat(u, 0x1.62e430p-24f), mantissa);
 }
 
-// sin 2πu and cos 2πu for u in [0, 1], but for a change of sign of both: bit 31 of what is
-// returned, which has no others; 0.88 ulp.
+// sin 2πu and cos 2πu for u in [0, 1], up to a change of sign of both, which is returned: bit 31 is
+// set where both signs change, and no other bit ever is; 0.88 ulp.
 template <class V>
 FASTDDIM_FN auto sincos_2pi(V u, V& sine, V& cosine) {
   constexpr float odd[] = {-0x1.a32bd0p-23f, -0x1.4abbbap+5f, 0x1.465eeap+6f, -0x1.2da156p+6f};
@@ -97,7 +97,7 @@ FASTDDIM_FN auto sincos_2pi(V u, V& sine, V& cosine) {
   return (quarter << 30) & INT32_MIN;
 }
 
-// u in (0, 1] of a word that was rounded to float once.
+// u in (0, 1], from a word that was rounded to float once.
 template <class V>
 FASTDDIM_FN V uniform(V word) {
   return fma(word, splat(word, 0x1p-32f), splat(word, 0x1p-33f));
@@ -116,14 +116,14 @@ FASTDDIM_FN void box_muller(V word_0, V word_1, V& z_0, V& z_1) {
 constexpr uint32_t PHILOX_MULTIPLIER_0 = 0xD2511F53u, PHILOX_MULTIPLIER_1 = 0xCD9E8D57u;
 constexpr uint32_t PHILOX_WEYL_0 = 0x9E3779B9u, PHILOX_WEYL_1 = 0xBB67AE85u;
 constexpr int PHILOX_ROUNDS = 10;
-// What keys the noise of one sample at one step; the streams are listed in fastddim/philox.py.
+// The keys of the noise of one sample at one step; fastddim/philox.py lists the noise streams.
 struct Key {
   uint64_t seed;
   uint32_t step, sample, stream;
 };
 
-// The words of N quads from `first` on, `apart` from each other, in step: they share the keys of
-// the rounds.
+// The words of N quads from `first` on, `apart` from each other. They are computed in step, since
+// they share the keys of the rounds.
 template <int N>
 FASTDDIM_FN void philox(const Key& key, uint32_t first, uint32_t (&counters)[N][4],
                         uint32_t apart = 1) {

@@ -1,4 +1,4 @@
-// One call of the update as plain data: what the binding hands to the kernel of the CPU at hand.
+// One call of the update as plain data, which the binding hands to the kernel of the CPU at hand.
 
 #pragma once
 
@@ -15,13 +15,13 @@ __attribute__((always_inline)) inline int64_t size_of(Dtype dtype) {
 
 constexpr int MAX_DIMS = 64;
 
-// Samples are cut into tiles. What has to be converted, gathered or drawn goes through buffers of
-// this many elements: small enough for a handful of them to stay in the L1 cache, and whole batches
-// of noise. Tiles that need no buffer are longer.
+// Samples are cut into tiles. Elements that have to be converted, gathered or drawn go through
+// buffers of TILE elements: small enough for a handful of them to stay in the L1 cache, and whole
+// batches of noise. Tiles that need no buffer are longer.
 constexpr int64_t TILE = 1024, DIRECT_TILE = 16 * TILE;
 
-// The tensors of a call, each shaped like the state: of a tensor that may have twice as many
-// samples, each half is one.
+// The tensors of a call, each shaped like the state. Of a tensor that may have twice as many
+// samples, each half is an operand.
 namespace operand {
 enum Operand : int {
   x,
@@ -66,8 +66,8 @@ struct Job {
 
   View views[operand::COUNT];
 
-  // Where elements are counted pixel by pixel, each with this many channels (channels_last), while
-  // noise is keyed channel by channel; 0 where they are counted as noise is keyed.
+  // The channels of a pixel where elements are counted pixel by pixel (channels_last) while noise
+  // is keyed channel by channel; 0 where elements are counted in the order of noise.
   int64_t channels;
 
   const void* table;   // rows of float32, or float64
@@ -76,7 +76,7 @@ struct Job {
   const int64_t *seed, *step, *sample;
   uint32_t stream;
 
-  // What rescaled rows take from the data, and where they go: see Rescaling in fastddim/options.py.
+  // The options of rescaled rows, and their memory: see Rescaling in fastddim/options.py.
   double rescale, ratio, limit;
   void* fitted;
 

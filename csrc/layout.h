@@ -1,5 +1,5 @@
 // The order in which a job goes over its tensors: dimensions are reordered and merged until as many
-// tensors as possible are one run.
+// tensors as possible are one run of memory.
 
 #pragma once
 
@@ -70,7 +70,7 @@ class JobLayout {
     view_[views_++] = &view;
   }
 
-  // Largest stride first, as `like` lies in memory.
+  // Sorts dimensions by the strides of `like`, the largest first.
   void sort_by(const View& like) {
     if (!like.data) return;
     std::array<int, MAX_DIMS> order;
@@ -88,7 +88,7 @@ class JobLayout {
     for (int d = 0; d < ndim_; ++d) values[d] = old[order[d]];
   }
 
-  // Neighbouring dimensions that are one run in every view become one.
+  // Merges neighbouring dimensions that are one run in every view.
   void merge() {
     int kept = 0;
     for (int d = 1; d < ndim_; ++d) {
@@ -121,7 +121,7 @@ class JobLayout {
     }
   }
 
-  // Many small samples that follow each other in every view become one large sample.
+  // Makes many small samples that follow each other in every view one large sample.
   void absorb_batch() {
     for (int v = 0; v < views_; ++v) {
       if (!view_[v]->contiguous) return;

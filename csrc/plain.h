@@ -1,4 +1,4 @@
-// Tensors and numbers of Python as plain data, where they are nothing but that.
+// Tensors and numbers of Python as plain data, where they are nothing more.
 
 #pragma once
 
@@ -14,7 +14,7 @@
 
 namespace fastddim {
 
-// What is asked for from Python once; strong references that are never given back.
+// Python objects that are asked for once: strong references that are never given back.
 struct Connected {
   PyObject* tensor_class;           // torch.Tensor
   PyObject* is_neg;                 // its method
@@ -32,7 +32,7 @@ struct Connected {
 
 inline Connected connected;
 
-// A tensor of the CPU. Sizes and strides lie in the tensor.
+// A tensor of the CPU. Its sizes and strides point into the tensor.
 struct Plain {
   char* data;
   Dtype dtype;
@@ -60,7 +60,7 @@ struct Plain {
   }
 };
 
-// Everything below gives false, without an error, where Python's own way has to be taken.
+// All functions below return false, without an error, where Python's own way has to be taken.
 
 inline bool refused() {
   PyErr_Clear();
@@ -97,7 +97,7 @@ inline bool dtype_of(const DLDataType& type, Dtype& dtype) {
   }
 }
 
-// Where a tensor of the CPU lies, and its shape.
+// The address and the shape of a tensor of the CPU.
 inline bool read_memory(PyObject* object, Plain& plain) {
   DLTensor tensor;
   if (connected.read(object, &tensor) != 0) return refused();
@@ -108,8 +108,7 @@ inline bool read_memory(PyObject* object, Plain& plain) {
   return tensor.device.device_type == kDLCPU && tensor.data && dtype_of(tensor.dtype, plain.dtype);
 }
 
-// A tensor that is its values alone. Those of a view may be negated, which its memory does not
-// tell.
+// A tensor whose memory holds its values. A view may be negated, which its memory does not show.
 inline bool read_tensor(PyObject* object, Plain& plain) {
   return (PyObject*)Py_TYPE(object) == connected.tensor_class && read_memory(object, plain) &&
          is_false(PyObject_CallFunctionObjArgs(connected.is_neg, object, nullptr)) &&
@@ -117,7 +116,7 @@ inline bool read_tensor(PyObject* object, Plain& plain) {
           is_false(PyObject_GetAttr(object, connected.requires_grad)));
 }
 
-// Whether nothing follows, records or changes what is computed in this thread now: no transform,
+// True where nothing follows, records or changes computations in this thread now: no transform,
 // mode, tracer or profiler, and no forward-mode differentiation in any thread.
 inline bool unwatched() {
   const Py_ssize_t count = PyTuple_Size(connected.watchers);

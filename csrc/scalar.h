@@ -20,7 +20,7 @@
 #endif
 
 // A header compiled for several instruction sets needs one namespace for each: the linker keeps one
-// copy of equal names, and that copy may use instructions the caller's CPU lacks.
+// copy of equal names, and that copy may use instructions that the caller's CPU lacks.
 #if !defined(FASTDDIM_NAMESPACE)
 #define FASTDDIM_NAMESPACE fastddim_default
 #endif
@@ -42,7 +42,7 @@ FASTDDIM_FN float root(float a) {
   return fma(fma(-approximate, approximate, a), 0.5f * reciprocal, approximate);
 }
 
-// `a` between -limit and limit; NaN stays, and a limit that is NaN limits nothing.
+// `a` clamped to [-limit, limit]; NaN stays NaN, and a limit of NaN has no effect.
 FASTDDIM_FN float clamped(float a, float limit) {
   limit = __builtin_fminf(limit, __builtin_inff());
   asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(-limit));
@@ -58,7 +58,7 @@ struct Product {
   uint32_t high, low;
 };
 #if defined(__CUDA_ARCH__)
-// Taken apart as a pair of registers; for a shift by 32 ptxas adds 0 to the upper one.
+// Taken apart as a pair of registers, since ptxas adds 0 to the upper one for a shift by 32.
 FASTDDIM_FN Product product(uint32_t a, uint32_t b) {
   Product product;
   asm("{\n\t.reg .b64 product;\n\t"

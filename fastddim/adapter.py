@@ -36,7 +36,7 @@ def check_eval(model: Model) -> None:
     """Refuse a network in training mode.
 
     Raises:
-        ValueError: so it is, or one that it wraps.
+        ValueError: the network is in training mode, or one that it wraps.
     """
     if any(map(_in_training, layers(model))):
         raise ValueError("model: expected eval mode (model.eval()), got training mode")
@@ -46,7 +46,7 @@ def warn_of_training(name: str, model: Model) -> None:
     """Warn, once for each class, of a network in training mode that the model is or calls.
 
     Args:
-        name: of the argument.
+        name: the argument's.
     """
     if isinstance(model, nn.Module) and not model.training:
         return
@@ -63,8 +63,8 @@ def warn_of_training(name: str, model: Model) -> None:
 
 
 def _in_training(part: Any) -> bool:
-    """True for a network in training mode; not for a module that only wraps others which are not,
-    nor for one without parameters, which is a formula.
+    """True for a network in training mode. False for a module that only wraps networks in eval
+    mode, and for one without parameters, which is a formula.
     """
     return (
         isinstance(part, nn.Module)
@@ -90,11 +90,11 @@ def output_tensor(result: Any, name: str = "model") -> Any:
 
 
 def own_dtype(model: Model) -> torch.dtype | None:
-    """The dtype in which the model reads the state; None where it does not tell, as where its
-    parameters differ.
+    """The dtype in which the model reads the state; None where it is unknown, as where parameters
+    differ in it.
 
-    Hooks that cast weights for computation tell it, then the model's `dtype`, then the parameters,
-    or the buffers where these do not. What weights are merely stored in does not count.
+    It comes from hooks that cast weights for computation, else from the model's `dtype`, else from
+    the parameters, else from the buffers. A dtype that weights are merely stored in does not count.
     """
     parts = _modules(model)
     for hook in hooks(parts):
@@ -105,7 +105,7 @@ def own_dtype(model: Model) -> torch.dtype | None:
     stored = next(filter(None, kinds), set())
     for layer in layers(model):
         said = _state_dtype(layer, "dtype")
-        # Set by a network of several dtypes, it is what the network casts to inside.
+        # A network of several dtypes that sets `dtype` casts to it inside.
         inside = len(stored) > 1 and "dtype" in getattr(layer, "__dict__", {})
         if said is not None and not inside:
             return said
@@ -118,13 +118,15 @@ def _state_dtype(owner: Any, name: str) -> torch.dtype | None:
 
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""By the number of dimensions of a batch."""
+"""Memory formats by the number of dimensions of a batch."""
 
 
 def is_channels_last(model: Model, dims: int) -> bool:
-    """True where the model reads and writes samples of so many dimensions, batch first, in
-    channels_last: its first and its last weight are convolutions that lie so, as after
-    `model.to(memory_format=torch.channels_last)`.
+    """True where the model reads and writes samples in channels_last: its first and its last weight
+    are convolutions in this format, as after `model.to(memory_format=torch.channels_last)`.
+
+    Args:
+        dims: the number of dimensions of a batch.
     """
     if dims not in CHANNELS_LAST:
         return False
@@ -136,18 +138,18 @@ def is_channels_last(model: Model, dims: int) -> bool:
 
 
 def _lie_channels_last(ends: list[Tensor], dims: int) -> bool:
-    """True for weights of convolutions; those of one pixel lie both ways."""
+    """True for weights of convolutions in channels_last; those of one pixel are in both formats."""
     return not all(end.is_contiguous() for end in ends) and all(
         end.ndim == dims and end.is_contiguous(memory_format=CHANNELS_LAST[dims]) for end in ends
     )
 
 
 def own_device(model: Model) -> Device:
-    """The device that the model computes on: where hooks take its weights, else where its
-    parameters are, or its buffers where it has none. None for a model that is no module.
+    """The device that the model computes on: the one to which hooks take its weights, else that of
+    its parameters, or of its buffers where it has none. None for a model that is no module.
 
     Raises:
-        ValueError: parameters are on several devices, or have no values, and no hook tells.
+        ValueError: parameters are on several devices, or have no values, and no hook moves them.
     """
     parts = _modules(model)
     for hook in hooks(parts):
@@ -204,8 +206,8 @@ def check_batched(name: str, shape: tuple[int, ...], model: Model, *, tensor: bo
     diffusers config, whose sizes some networks read otherwise, is compared with the shape itself.
 
     Args:
-        name: of the argument.
-        shape: what is given, or that of the tensor which is.
+        name: the argument's.
+        shape: the given one, or that of the given tensor.
         tensor: whether the argument is a tensor.
     """
     own = own_sample_shape(model)
@@ -223,7 +225,8 @@ def check_batched(name: str, shape: tuple[int, ...], model: Model, *, tensor: bo
 def may_lack_batch(model: Model, shape: Sequence[int]) -> bool:
     """True where every convolution within the model's reach takes one dimension more.
 
-    These may be those of an encoder of something else, so it explains an error and refuses nothing.
+    The convolutions may be those of an encoder of something else. So the answer only explains an
+    error, and refuses nothing.
     """
     parts = (part for part in _parts(model) if isinstance(part, nn.modules.conv._ConvNd))
     return {2 + len(part.kernel_size) for part in parts} == {len(shape) + 1}
@@ -241,7 +244,7 @@ def _sample_shape(layer: Any) -> tuple[int, ...] | None:
 
 
 def label_argument(model: Model) -> str | None:
-    """The argument that class labels are for, `y` or `class_labels`; None for a model without."""
+    """The argument for class labels, `y` or `class_labels`; None for a model without one."""
     for layer in layers(model):
         parameters = _parameters(layer.forward if isinstance(layer, nn.Module) else layer)
         # Networks of diffusers have the argument whether they can use it or not.
@@ -262,8 +265,8 @@ def _parameters(function: Callable[..., Any]) -> Collection[str]:
 def number_of_classes(model: Model) -> tuple[int | None, int | None]:
     """(`.num_classes`, embedded labels of a diffusers `.config`) of the model or of what it wraps.
 
-    A model with K classes that was trained without labels now and then takes K for none of them. A
-    network of diffusers does not tell whether its last label is such a one.
+    A model with K classes that was sometimes trained without labels takes K for no label. A network
+    of diffusers does not tell whether its last label means this.
     """
     for layer in layers(model):
         classes = getattr(layer, "num_classes", None)
@@ -281,7 +284,7 @@ def _field(config: Any, name: str) -> Any:
 
 
 def _modules(model: Model) -> list[nn.Module]:
-    """All modules of the one that is called, where that is one."""
+    """All modules of the model that is called, where that is a module."""
     roots = (layer for layer in layers(model) if isinstance(layer, nn.Module))
     return next(map(modules, roots), [])
 

@@ -1,4 +1,4 @@
-"""The models that ship with the package, found without reading any."""
+"""The models that ship with the package, listed without reading any."""
 
 from __future__ import annotations
 

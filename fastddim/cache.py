@@ -23,7 +23,7 @@ class Cache(Generic[Value]):
     def __init__(self, size: int) -> None:
         """
         Args:
-            size: how many values are kept.
+            size: the number of values that are kept.
         """
         self._size = size
         self._entries: OrderedDict[Hashable, tuple[Value, tuple[object, ...]]] = OrderedDict()
@@ -53,7 +53,7 @@ class Cache(Generic[Value]):
 
         Args:
             sources: objects that the key names by their `id`. They live as long as the value is
-                kept, so that no later object can have the `id` of one.
+                kept: no later object can then have the `id` of one.
         """
         with self._lock:
             self._entries[key] = value, sources

@@ -1,10 +1,10 @@
 """The words that options choose among, and other names that the field has for them.
 
-Options keep what they are given. What reads a word reads it through `check_choice` with the table
-here, so that plans, manifests and keys of caches hold the package's own words alone.
+Options keep the word that they are given. Code reads a word by `check_choice` with the table here:
+plans, manifests and keys of caches then hold only the package's own words.
 
-They are in a module of their own for the command line, whose help waits for neither PyTorch nor
-NumPy.
+The words are in a module of their own for the command line, whose help waits for neither PyTorch
+nor NumPy.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ PREDICTIONS = get_args(Prediction)
 """The names of the predictions."""
 
 SPACING_SYNONYMS: dict[SpacingSynonym, Spacing] = {"quad": "quadratic"}
-"""Of ermongroup/ddim. Its "uniform" is ⌊T/S⌋·i, "leading" here, and "linear" names the paper's τ to
-some and a linspace to others: neither is a synonym.
+"""The name in ermongroup/ddim. Its "uniform" is ⌊T/S⌋·i, which is "leading" here, and "linear" is
+the paper's τ to some and a linspace to others: neither is a synonym.
 """
 
 VARIANCE_SYNONYMS: dict[VarianceSynonym, Variance] = {
@@ -61,7 +61,7 @@ VARIANCE_SYNONYMS: dict[VarianceSynonym, Variance] = {
     "fixedsmall": "small",
     "fixedlarge": "large",
 }
-"""Of diffusers, and of ermongroup/ddim."""
+"""Names in diffusers and in ermongroup/ddim."""
 
 PREDICTION_SYNONYMS: dict[PredictionSynonym, Prediction] = {
     "eps": "epsilon",
@@ -76,4 +76,4 @@ PREDICTION_SYNONYMS: dict[PredictionSynonym, Prediction] = {
     "velocity": "v_prediction",
     "pred_v": "v_prediction",
 }
-"""Of latent-diffusion, guided-diffusion, lucidrains/denoising-diffusion-pytorch and papers."""
+"""Names in latent-diffusion, guided-diffusion, lucidrains/denoising-diffusion-pytorch, papers."""

@@ -1,10 +1,10 @@
-"""The derivatives of the update: gradients by a kernel, all else by PyTorch's own operators.
+"""The derivatives of the update: gradients by a kernel, all others by PyTorch's own operators.
 
 The update is affine in all its tensors where the clip does not act. Its gradients take one pass, in
-`fastddim::backward` or an operator like it. Where a gradient is itself differentiated, it is worked
-out by `reference.gradients`, and where a transform of `torch.func` or forward-mode differentiation
-is at work, or the table or the mask has a gradient, the update is that of `reference.updated`:
-PyTorch knows every derivative of the operators that they are made of.
+`fastddim::backward` or an operator like it. A gradient that is itself differentiated is worked out
+by `reference.gradients`. The update is that of `reference.updated` where a transform of
+`torch.func` or forward-mode differentiation is at work, or where the table or the mask has a
+gradient. PyTorch knows every derivative of the operators that these two functions are made of.
 
 `torch.vmap` makes one batch of all samples, which the kernel takes at once.
 """
@@ -25,11 +25,11 @@ _ADDED = ("noise", "history", "known")
 """Inputs that are added to the new state, each with a factor of its own."""
 
 _CONTIGUOUS = ("table", "row", "seed", "step", "sample")
-"""Inputs that kernels read as they lie in memory."""
+"""Inputs that kernels read as contiguous memory."""
 
 
 def composed(inputs: Inputs) -> reference.Updated:
-    """The update by `reference.updated`, of PyTorch's own operators."""
+    """The update by `reference.updated`, in PyTorch's own operators."""
     x, keys, noise = inputs.x, inputs.keys, inputs.noise
     if keys is not None:
         noise = philox.normal(keys, x.shape[1:], philox.STEP_NOISE)
@@ -99,7 +99,7 @@ def _state_gradients(
 
 
 def _one_batch(count: int, dims: tuple[int | None, ...], inputs: tuple[Any, ...]) -> Inputs:
-    """The inputs of `count` calls as those of one.
+    """The inputs of `count` calls as those of one call.
 
     Args:
         dims: the dimension of each input that counts the calls; None where they share it.
@@ -160,7 +160,7 @@ register(_library, "update", "backward")
 def _step(
     x: Tensor, model_output: Tensor, table: Tensor, row: Tensor | None, noise: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`fastddim::step` under a transform of `torch.func`, which a caller need not ask for."""
+    """`fastddim::step` under a transform of `torch.func`, without a check by the caller."""
     inputs = Inputs(x, model_output, table, row, noise)
     results: tuple[Tensor, Tensor] = torch.ops.fastddim.update(*inputs)
     return results

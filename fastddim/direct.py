@@ -1,9 +1,9 @@
 """Steps on the CPU past PyTorch's dispatcher, which takes longer than the update of a small state.
 
-`step` and steppers take a step where the dispatcher could do nothing else: the tensors are plain
-ones on the CPU, nothing differentiates, traces, records or changes what is computed in this thread,
-and all arguments fit. They return None for everything else, without having changed anything, and
-then the caller's own way through checks and operators gives the result or the error.
+`step` and steppers take a step where the dispatcher has nothing else to do: the tensors are plain
+ones on the CPU, nothing differentiates, traces, records or changes computations in this thread, and
+all arguments fit. In all other cases they return None and change nothing; the caller's own way
+through checks and operators then gives the result or the error.
 
 The kernel reads a tensor's memory by `torch.Tensor.__dlpack_c_exchange_api__`, a table of C
 functions, and calls no operator.
@@ -29,21 +29,21 @@ from fastddim.transforms import functorch_active
 Result: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
 
 IMPLEMENTATIONS = ("auto", "cpu")
-"""The values of `impl` by which a step on the CPU is taken by the kernel here."""
+"""The values of `impl` for which the kernel here takes a step on the CPU."""
 
 
 def declines(*arguments: Any) -> Result:
-    """A step that is never taken, where the extension is missing."""
+    """Take no step, in place of the functions of a missing extension."""
     return None
 
 
 def _numbered(words: tuple[str, ...], synonyms: dict[Any, Any]) -> dict[str, int]:
-    """The place of each word among `words`, and of each that stands for one."""
+    """The index of each word among `words`, and of each synonym of one."""
     return {word: words.index(synonyms.get(word, word)) for word in (*words, *synonyms)}
 
 
 def _connected() -> Any:
-    """The extension, connected to what it asks PyTorch and this package for."""
+    """The extension, connected to the functions of PyTorch and this package that it calls."""
     extension = importlib.import_module("fastddim._C")
     extension.connect(
         Tensor,

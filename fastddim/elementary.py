@@ -1,6 +1,6 @@
-"""Elementary functions rounded correctly, so that coefficients have the same bits on every CPU.
+"""Elementary functions with correct rounding, which gives coefficients the same bits on every CPU.
 
-IEEE 754 asks for correct rounding of +, −, ·, / and √ only. torch takes √, powers, exp, log and cos
+IEEE 754 requires correct rounding of +, −, ·, / and √ only. torch takes √, powers, exp, log and cos
 of a CPU tensor from a vector library whose last bit depends on the processor, NumPy does so for exp
 and cos, and `x ** 0.5` of a number is the C library's pow.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from fastddim.transforms import bare
 from fastddim.validation import readable
 
-# Bits that exp and cos are worked out in, and then rounded from to 53. That goes wrong only where a
-# result lies within 2⁻¹²⁸ of the middle between two float64 numbers, as one in 2⁷⁴ does by chance.
+# The bits in which exp and cos are worked out before they are rounded to 53. The rounding is wrong
+# only for a result within 2⁻¹²⁸ of the middle between two float64 numbers: one in 2⁷⁴ by chance.
 _PRECISION = 128
 
 
@@ -32,11 +32,11 @@ def sqrt(value: Tensor) -> Tensor: ...
 
 
 def sqrt(value: float | Tensor) -> float | Tensor:
-    """√ of a number, or of each element of a tensor, where below 0 it is NaN.
+    """√ of a number, or of each element of a tensor; NaN for elements below 0.
 
-    Of a tensor that cannot be read, as on an accelerator or under tracing, or that has derivatives,
-    torch takes the root: CUDA's square root of float64 is correctly rounded. Its derivative at 0 is
-    0: roots of what stays 0, as of 1 − ᾱ_prev after the last step, would give NaN.
+    The root of a tensor that cannot be read, as on an accelerator or under tracing, or that has
+    derivatives, is torch's: CUDA's square root of float64 is correctly rounded. The derivative at 0
+    is 0. Otherwise the root of a constant 0, as of 1 − ᾱ_prev after the last step, would give NaN.
     """
     if not isinstance(value, Tensor):
         return math.sqrt(value)

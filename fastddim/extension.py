@@ -1,4 +1,4 @@
-"""The reason why the compiled extension cannot be used, and the command that mends it."""
+"""The reason that the compiled extension cannot be used, and the command that repairs it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.request import url2pathname
 
 import torch
 
-# What setup.py adds to the version of an installation without the extension.
+# The endings that setup.py adds to the version of an installation without the extension.
 _CAUSES = {
     "no.kernel.by.request": ("with FASTDDIM_BUILD_EXT=0", "unset it"),
     "no.kernel.without.compiler": ("without a C++ compiler", "install one such as g++"),
@@ -44,7 +44,7 @@ def _command() -> str:
 
 
 def _origin() -> str:
-    """That which pip was given to install, as far as it is known."""
+    """The source that pip installed from, as far as it is known."""
     try:
         text = importlib.metadata.distribution("fastddim").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:

@@ -15,7 +15,7 @@ _PART = ".fastddim-{}.part"
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open `path` for writing, so that it is always either the old file or the whole new one.
+    """Open `path` for writing; it always holds either the old content or the whole new one.
 
     The content is written to a hidden file in the same folder. That file takes the name `path` once
     it has reached the disk, and is removed on any error, including Ctrl-C. A link is followed.

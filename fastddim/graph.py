@@ -6,7 +6,5 @@ __all__ = ["clear"]
 
 
 def clear() -> None:
-    """Let go of all graphs that `sample` and `invert` keep for their next calls, and of their
-    memory.
-    """
+    """Free all graphs that `sample` and `invert` keep for their next calls, and their memory."""
     POOL.clear()

@@ -21,14 +21,14 @@ from torch import Tensor
 from fastddim.files import atomic_file
 
 if TYPE_CHECKING:
-    # Imported where it is used: `import fastddim` imports this module, and nothing of Pillow.
+    # Imported where it is used: `import fastddim` imports this module, but not Pillow.
     from PIL import Image
 
 Images: TypeAlias = NDArray[np.uint8]
 """Eight-bit images `[N, H, W, C]`."""
 
 _PIL_MODES = {1: "L", 3: "RGB"}
-# Pillow cuts 16-bit and float images off at 255 instead of scaling them, so those are refused.
+# Pillow clips 16-bit and float images at 255 instead of scaling them, so those are refused.
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 # Below this side an image is too small to look at.
@@ -80,7 +80,7 @@ def grid(
     padding: int = 2,
     background: int = 255,
 ) -> Images:
-    """One image of all, filled row by row.
+    """Arrange images as one, row by row.
 
     Args:
         images: uint8 `[N, H, W, C]`, N ≥ 1.
@@ -128,7 +128,7 @@ def save_png(
     """Write an image, or a grid of several, as a PNG file, whole or not at all.
 
     Args:
-        path: of the file.
+        path: the file's.
         x: floating point in [−1, 1] on any device, values outside clamped: `[C, H, W]` is one
             image, written as it is; `[B, C, H, W]` is the `grid` that `fastddim sample` draws. Or
             8-bit levels, a uint8 array `[H, W, C]` or `[B, H, W, C]`. C is 1 (grey) or 3 (RGB).
@@ -192,17 +192,17 @@ def save_gif(
     without dithering, which would flicker.
 
     Args:
-        path: of the file.
+        path: the file's.
         trajectory: `[F, B, C, H, W]` for F frames of a grid, as
             `sample(..., return_trajectory=True)` returns it, or `[F, C, H, W]` for one image;
-            floating point, on any device. States are clamped to [−1, 1], so that the noise of early
-            steps is shown with its extremes cut off. Or 8-bit levels, a uint8 array
-            `[F, B, H, W, C]` or `[F, H, W, C]`. C is 1 (grey) or 3 (RGB).
+            floating point, on any device. States are clamped to [−1, 1], which cuts off the
+            extremes of the noise of early steps. Or 8-bit levels, a uint8 array `[F, B, H, W, C]`
+            or `[F, H, W, C]`. C is 1 (grey) or 3 (RGB).
         columns: images per row of a grid; by default it is about square.
         scale: each pixel becomes `scale × scale` pixels; by default images of less than 64 pixels
             are enlarged to at least that many.
         frame_ms: milliseconds that a frame is shown for, a multiple of 10 in [20, 60000].
-        last_ms: the same of the last frame, the sample.
+        last_ms: the same for the last frame, the sample.
 
     Raises:
         TypeError: `trajectory` is neither a floating-point tensor nor a uint8 array.
@@ -240,8 +240,8 @@ def load_png(path: str | os.PathLike[str] | BinaryIO, shape: tuple[int, int, int
     """Read one image as uint8 `[H, W, C]`.
 
     Args:
-        path: of a file, or an open one.
-        shape: the (C, H, W) it must have. Grey and colour are converted into each other, and
+        path: the file's, or an open file.
+        shape: the (C, H, W) that it must have. Grey and colour are converted into each other, and
             transparency is dropped; the size must fit.
 
     Raises:
@@ -263,7 +263,7 @@ def load_png(path: str | os.PathLike[str] | BinaryIO, shape: tuple[int, int, int
 
 @contextmanager
 def _opened(path: str | os.PathLike[str] | BinaryIO) -> Iterator[Image.Image]:
-    """A PNG file; whatever is wrong with its content is a ValueError that names it."""
+    """Open a PNG file; any fault in its content is a ValueError that names the file."""
     from PIL import Image
 
     try:
@@ -280,7 +280,7 @@ def _levels(name: str, x: Any, forms: tuple[str, str], last: tuple[str, str]) ->
 
     Args:
         forms: the shapes that a tensor in [−1, 1] may have.
-        last: those of an array that already holds levels.
+        last: the shapes of an array that already holds levels.
     """
     if isinstance(x, Tensor) and x.is_floating_point():
         _check_form(name, x, forms)

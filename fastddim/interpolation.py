@@ -17,12 +17,12 @@ def slerp(z_0: Tensor, z_1: Tensor, weight: float | Sequence[float] | Tensor) ->
 
     Args:
         z_0, z_1: latents `[B, …]` of one shape, dtype and device.
-        weight: α, 0 gives `z_0` and 1 gives `z_1`: a number, or `[n]` of them.
+        weight: α, a number or `[n]` numbers: 0 gives `z_0` and 1 gives `z_1`.
 
     Returns:
         `[B, …]` for a number, `[n, B, …]` for `[n]` (`.flatten(0, 1)` makes it a batch for
-        `sample`), in the dtype of `z_0`. Where the latents are parallel or one is zero, the
-        straight line between them.
+        `sample`), in the dtype of `z_0`. Latents that are parallel, or of which one is zero, are
+        interpolated on the straight line between them.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or range; the message names

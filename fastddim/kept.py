@@ -1,8 +1,8 @@
 """Values that are kept between calls, made outside every mode of the caller.
 
-A tensor belongs to the mode that it is made in: one of inference mode can have no gradients, one of
-a fake mode has no values, and one of a transform of `torch.func` has a level that ends. A later
-call is in another mode.
+A tensor belongs to the mode that it is made in. One made in inference mode can have no gradients,
+one made in a fake mode has no values, and one made under a transform of `torch.func` has a level
+that ends. A later call may be in another mode.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Made = TypeVar("Made")
 
 
 def ordinary(make: Callable[[], Made]) -> Made:
-    """Return what `make` does in no mode of the caller, except that of gradients.
+    """Call `make` in no mode of the caller, except that of gradients, and return the result.
 
-    Modes belong to a thread. Where one of them has a say in new tensors, `make` runs in a thread
-    of its own, which takes 0.2 ms.
+    Modes belong to a thread. Where one of them would change new tensors, `make` runs in a thread of
+    its own, which takes 0.2 ms.
 
     Args:
         make: names the device of every tensor that it makes from numbers. It waits for a device
@@ -34,7 +34,7 @@ def ordinary(make: Callable[[], Made]) -> Made:
 
 
 def elsewhere(make: Callable[[], Made]) -> Made:
-    """Return what `make` does in a thread of its own, which is in no mode and traced by nothing."""
+    """Call `make` in a thread of its own, without modes and tracers, and return the result."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(make).result()
 
@@ -49,11 +49,11 @@ def keep(
 ) -> Made:
     """Make an ordinary value without gradients and put it into a cache.
 
-    One that is made on a device whose work goes into a graph under capture is not put there: its
+    A value made on a device whose work goes into a graph under capture is not put there: its
     tensors have values only after a replay.
 
     Args:
-        device: where the value is, if not on the CPU.
+        device: that of the value, if not the CPU.
         sources: as in `Cache.put`.
     """
 

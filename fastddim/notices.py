@@ -1,4 +1,4 @@
-"""Warnings that are given once, at the line of the caller's code that they are about."""
+"""Warnings that are given once, at the line of the caller's code that causes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def warn_once(message: str, *about: Hashable) -> None:
     """Warn, unless this process has warned of the same before.
 
     Args:
-        about: what tells this warning from others.
+        about: values that tell this warning from others.
     """
     if about in _given or torch.compiler.is_compiling():
         return

@@ -1,10 +1,10 @@
 """The update as PyTorch operators: schemas and fakes, each in one place.
 
-`fastddim::update_out` writes into tensors it is given; `fastddim::update` returns new ones, and its
-derivatives are in `fastddim.derivatives`; `fastddim::fit_rows` takes factors of coefficients from
-the data; `fastddim::normal_out` draws; `fastddim::advance` moves a loop to its next step. The
-compiled extension implements `update_out`, `backward_out`, `fit_rows`, `normal_out` and `advance`,
-or some of them; `fastddim.backends.reference` implements them wherever the extension does not.
+`fastddim::update_out` writes into tensors it is given. `fastddim::update` returns new ones; its
+derivatives are in `fastddim.derivatives`. `fastddim::fit_rows` takes factors of coefficients from
+the data, `fastddim::normal_out` draws normals, and `fastddim::advance` moves a loop to its next
+step. The compiled extension implements `update_out`, `backward_out`, `fit_rows`, `normal_out` and
+`advance`, or some of them; `fastddim.backends.reference` implements those that it does not.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 
     @property
     def keys(self) -> Keys | None:
-        """The keys of the noise drawn inside, or None where it is given or there is none."""
+        """The keys of noise that the kernel draws, or None where it is given or there is none."""
         if self.seed is None or self.step is None or self.sample is None:
             return None
         return Keys(self.seed, self.step, self.sample)
@@ -59,22 +59,20 @@ class Outputs(NamedTuple):
 
 LoopStep: TypeAlias = Callable[[Tensor], bool]
 """A loop's step: `take(output)` updates the state in place (and history and model input), advances
-the counters and returns True; or does nothing and returns False where `output` is laid out
-otherwise.
+the counters and returns True. Where `output` has another layout, it does nothing and returns False.
 """
 
 
 class Blending(NamedTuple):
-    """What the masked steps of a loop read besides what all steps do, and `known`, which they write
-    first: the data as they are after the step.
+    """The tensors of masked steps alone: those that they read, and `known`, which they write first.
 
     Attributes:
         mask: weight of the known data in the state; like the state.
-        known: like the state, written.
+        known: the data at the noise level after the step; like the state, written.
         data: the known data; like the state.
         x_T: the latents that they are mixed with; like the state.
-        known_table: the rows `[R, K]` of updates without noise of `data`, whose model output is
-            `x_T`, into `known`.
+        known_table: the rows `[R, K]` of updates of `data` into `known`, without noise and with
+            `x_T` as the model output.
         known_row: int64 `[1]` or `[B]`, the row of each sample.
     """
 
@@ -141,7 +139,7 @@ _normal_op = torch.ops.fastddim.normal_out.default
 _step_op = torch.ops.fastddim.step.default
 
 EXTENSION_ERROR: str | None = None
-"""Why the compiled extension cannot be used, or None where it can."""
+"""The reason that the compiled extension cannot be used, or None where it can."""
 
 try:
     # Registers the CPU implementations.
@@ -193,7 +191,7 @@ def update_out_through(
                 "call without out=, or under torch.no_grad()"
             )
         seed, step, sample = keys if keys is not None else (None, None, None)
-        # One by one: a tuple of them costs a small update 4 % of its time.
+        # Passed one by one: a tuple of them costs a small update 4 % of its time.
         operator(
             x,
             model_output,
@@ -248,8 +246,9 @@ update = update_through(torch.ops.fastddim.update.default)
 def step(
     x: Tensor, model_output: Tensor, table: Tensor, row: Tensor | None, noise: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(x_prev, x_0) in new tensors, without gradients; for the arguments see
-    `fastddim.backends.Backend.update_out`.
+    """(x_prev, x_0) in new tensors, without gradients.
+
+    The arguments are those of `fastddim.backends.Backend.update_out`.
     """
     results: tuple[Tensor, Tensor] = _step_op(x, model_output, table, row, noise)
     return results

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-# From the repository root `import kernels` finds this folder, in the place of PyPI's `kernels`,
-# which diffusers and transformers look for. There it is empty, and says why when used: a second
-# copy of the modules would be worse, and an error would break those who only look.
+# From the repository root, `import kernels` finds this folder instead of PyPI's `kernels`, which
+# diffusers and transformers look for. The package is then empty, and says why when it is used: a
+# second copy of the modules would be worse, and an error would break code that only looks.
 if __name__ != "fastddim.kernels":
     __path__.clear()
 

@@ -1,6 +1,6 @@
 """The gradients of an update: csrc/cpu/kernel.h in Triton, in one pass over memory.
 
-`launch_backward` prepares what the kernel takes.
+`launch_backward` prepares the kernel's arguments.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -47,14 +47,14 @@ def gradient_of(view, like, span, WIDE: tl.constexpr):
 
 @triton.jit
 def write_gradients(tensors, conditional, second_gradient, row, span, WIDE: tl.constexpr):
-    """The update is affine where the clip does not act."""
+    """Write the gradients of an update, which is affine where the clip does not act."""
     x, m = in_compute_precision(read_step(tensors, conditional, span, WIDE), row)
     x_0 = unclipped_x_0(row, x, m)
     of_x_prev = gradient_of(tensors.grad_x_prev, x, span, WIDE)
     if tensors.mask is not None:
         of_x_prev -= read(tensors.mask, span, WIDE).to(x.dtype) * of_x_prev
     of_x_0 = row.k0 * of_x_prev + gradient_of(tensors.grad_x_0, x, span, WIDE)
-    # Neither holds for NaN.
+    # Both comparisons are false for NaN.
     of_x_0 = tl.where((x_0 >= -row.r) & (x_0 <= row.r), of_x_0, 0.0)
     of_m = row.cm * of_x_0 + row.km * of_x_prev
     write(tensors.grad_x, row.cx * of_x_0 + row.kx * of_x_prev, span, WIDE)

@@ -19,7 +19,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Meta(NamedTuple):
-    """All that a launch depends on in a tensor, except its address."""
+    """Everything in a tensor that a launch depends on, except its address."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -91,7 +91,7 @@ def check_gradients(tensors: backward.Tensors, table: Meta, row: Meta | None) ->
 def check_rescaling(
     data: Data, table: Meta, row: Meta | None, out: Meta, *, rescales: bool
 ) -> None:
-    """Check the tensors that rows are made from, and those that they go into.
+    """Check the tensors that rows are made from, and the tensor that they are written into.
 
     Args:
         data: a `Meta` for each tensor.
@@ -147,7 +147,7 @@ def check_like(name: str, meta: Meta | None, x: Meta) -> None:
 
 
 def check_stacked(name: str, meta: Meta, x: Meta, *, learned_variance: bool = False) -> None:
-    """Check a tensor of B samples or 2B; with learned variance, of twice the channels too."""
+    """Check a tensor of B or 2B samples; with learned variance, it may have twice the channels."""
     check_dtype(name, meta)
     check_device(name, meta, x.device)
     batch, *inner = x.shape

@@ -28,16 +28,17 @@ _tensors_of = operator.itemgetter(*map((*Inputs._fields, *Outputs._fields).index
 _ADVANCE_TILE = 128
 
 _THREE_QUARTERS = 40
-"""Registers with which a multiprocessor that has 64 K holds three quarters of its threads."""
+"""Registers per thread with which a multiprocessor with 64 K registers holds three quarters of its
+threads."""
 
 _MOST_PROGRAMS = 2**16 - 1
-"""Along the second axis of a grid."""
+"""The most programs along the second axis of a grid."""
 
 
 class _Launch(NamedTuple):
     grid: tuple[int, int]
     views: tuple[tuple[int, tuple[int, ...]] | None, ...]
-    """sample_stride and strides of each tensor's `View`."""
+    """The sample_stride and the strides of each tensor's `View`."""
     constants: dict[str, Any]
     """The other arguments of the kernel, except addresses, and options of the compiler."""
 
@@ -58,7 +59,7 @@ def update_out(*operands: Any) -> None:
     """
     _, _, table, row, _, seed, step, sample, *_ = operands
     if seed is not None and (step is None or sample is None):
-        raise ValueError("step, sample: expected both beside seed, got None")
+        raise ValueError("step, sample: expected both with seed, got None")
     keys = None if seed is None else Keys(seed, step, sample)
     tensors = _tensors_of(operands)
     found = find_update(tensors, table, row, keys)
@@ -70,7 +71,7 @@ def update_out(*operands: Any) -> None:
 
 
 def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
-    """Standard normals of one stream into `out` `[B, …]`; the bits are those of `philox.normal`.
+    """Write standard normals of one noise stream into `out` `[B, …]`, as `philox.normal` has them.
 
     Raises:
         TypeError, ValueError: a tensor does not fit; the message names it.
@@ -85,7 +86,7 @@ def normal_out(keys: Keys, stream: int, out: Tensor) -> None:
 
 
 def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
-    """One step on: `counters += 1`, then `t[i] = timesteps[counters[i]]`, in one program.
+    """Advance by one step: `counters += 1`, then `t[i] = timesteps[counters[i]]`, in one program.
 
     Args:
         counters: int64 `[N]`, whose first values index `timesteps`; they are not checked.
@@ -117,19 +118,19 @@ def find_update(
 
 
 def _likeness(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """All that a launch depends on in a tensor, and what kernels are specialised for in its
-    address.
+    """Everything in a tensor that a launch depends on, with the properties of its address that
+    kernels are specialised for.
     """
     if tensor is None:
         return None
     aligned = tensor.data_ptr() % 16 == 0
-    # For AMD's GPUs Triton asks whether 32 bits reach all of the memory.
+    # For AMD's GPUs, Triton asks whether 32 bits reach all of the memory.
     near = torch.version.hip is None or tensor.untyped_storage().nbytes() < 2**31
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, aligned, near
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """The context for a launch on the tensor's device, since Triton's is on the current one."""
     device = tensor.device
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
@@ -146,7 +147,7 @@ def _options(registers: int | None) -> dict[str, Any]:
     """Options of the compiler.
 
     Args:
-        registers: the most of a thread, which NVIDIA's compiler can be told.
+        registers: the most registers of a thread, an option of NVIDIA's compiler alone.
     """
     options: dict[str, Any] = {"enable_fp_fusion": False}
     if registers is not None and torch.version.hip is None:
@@ -208,7 +209,7 @@ def _prepare_update(
     return _launch(
         layout,
         [tensor for tensor in tensors if tensor is not None],
-        # Without noise there is no need; a history, epsilon, a mask or float64 would not fit.
+        # Without noise a cap is not needed; a history, epsilon, a mask or float64 would not fit.
         capped=keys is not None
         and tensors.history is None
         and tensors.mask is None
@@ -222,12 +223,12 @@ def _prepare_update(
 
 
 def _takes_instructions() -> bool:
-    """Whether kernels may hold instructions of NVIDIA's, which Triton's interpreter knows not."""
+    """True where kernels may hold NVIDIA's instructions, unknown to Triton's interpreter."""
     return torch.version.hip is None and not triton.knobs.runtime.interpret
 
 
 def _second_half(tensor: Meta | None, batch: int) -> int | None:
-    """Elements from the first to the second of two stacked batches; None where there is one."""
+    """The number of elements between two stacked batches; None where there is one batch."""
     if tensor is None or tensor.shape[0] == batch:
         return None
     return batch * tensor.strides[0]

@@ -23,7 +23,7 @@ def backward_out(
     grad_x: Tensor,
     grad_model_output: Tensor,
 ) -> None:
-    """The gradients of an update; the arguments are those of `fastddim::backward_out`.
+    """Write the gradients of an update; the arguments are those of `fastddim::backward_out`.
 
     Channels of the model output that are not read have no gradient, and none is written. The values
     of `row` are not checked.

@@ -14,7 +14,7 @@ from .rescaling import THREADS, Data, rescaling_kernel
 from .views import lay_out
 
 _REGISTERS = 96
-"""Of a thread: enough for none to be spilled, as there are few programs in any case."""
+"""The registers of a thread: enough for none to be spilled, as there are few programs anyway."""
 
 
 def fit_rows(
@@ -27,7 +27,7 @@ def fit_rows(
     limit: float,
     out: Tensor,
 ) -> None:
-    """Rows for these data; the arguments are those of `fastddim::fit_rows`.
+    """Write rows for these data; the arguments are those of `fastddim::fit_rows`.
 
     The values of `row` are not checked.
 
@@ -39,7 +39,7 @@ def fit_rows(
     launch = _prepare(metas, meta_of(table), meta_of(row), meta_of(out), rescale > 0, ratio > 0)
     if launch is None:
         return
-    # Of a sample without elements the quantile is not taken.
+    # The kernel takes no quantile of a sample without elements.
     last = max(math.prod(x.shape[1:]) - 1, 0)
     position = ratio * last
     with _device_of(x):

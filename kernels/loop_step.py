@@ -1,6 +1,6 @@
-"""The step of a loop whose tensors stay where they are: the update and the step on, two launches.
+"""The step of a loop whose tensors stay where they are, in two launches: the update and `advance`.
 
-No operator is called, and of the tensors only the model output is new and looked at.
+No operator is called. Only the model output is new, so only this tensor is looked at.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .update import Tensors
 from .views import View
 
 _MOST_KINDS = 8
-"""Kinds of model outputs, by strides and alignment, whose launches a loop keeps."""
+"""The most kinds of model outputs, by strides and alignment, whose launches a loop keeps."""
 
 
 def loop_step(
@@ -60,7 +60,7 @@ class _LoopStep:
             tensors: those of the update, without the model output.
             numbers: the other tensors of the update.
             counting: the tensors of `advance`.
-            like: a model output.
+            like: a model output, as an example.
         """
         self._tensors = tensors
         self._numbers = numbers
@@ -80,7 +80,7 @@ class _LoopStep:
             or operators_are_seen()
         ):
             return False
-        # What the model reads is written over: an output that lies there is read from a copy.
+        # A step writes over the model's input: an output that lies there is read from a copy.
         if self._first <= output.data_ptr() < self._end and not self._is_state(output):
             output = output.clone()
         likeness = _likeness(output)
@@ -112,7 +112,7 @@ class _LoopStep:
 
 
 class _Update:
-    """An update of tensors that stay, but for the model output, of which only strides do."""
+    """An update of tensors that stay, except for the model output, of which only the strides do."""
 
     def __init__(self, views: list[View | None], repeated: Repeated) -> None:
         at = Tensors._fields.index("model_output")

@@ -1,6 +1,6 @@
 """Normals inside a kernel: csrc/formula.h in Triton, bit for bit, as philox.py specifies them.
 
-Only correctly rounded operations: Triton's own `log`, `sin`, `cos` and `sqrt` are approximate on
+All operations are correctly rounded. Triton's own `log`, `sin`, `cos` and `sqrt` are approximate on
 GPUs, and its `randn` needs local memory for them.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Highest power first, as Horner's scheme takes them.
+# The highest power first, for Horner's scheme.
 _LN = tl.constexpr(
     tuple(
         map(
@@ -29,7 +29,7 @@ _LN = tl.constexpr(
         )
     )
 )
-# Of an exponent that is 2^23 times its value.
+# The factor for an exponent that is scaled by 2^23.
 _LN_2 = tl.constexpr(float.fromhex("0x1.62e430p-24"))
 _SIN = tl.constexpr(
     tuple(
@@ -84,13 +84,13 @@ def sincos_2pi(u):
 
 @triton.jit
 def uniform(word):
-    # From uint32 the conversion rounds once.
+    # The conversion from uint32 rounds once.
     return tl.fma(word.to(tl.float32), 2.0**-32, 2.0**-33)
 
 
 @triton.jit
 def root(a, NVIDIA: tl.constexpr):
-    """See csrc/scalar.h; `tl.sqrt_rn` branches to numbers that do not occur here."""
+    """√a as in csrc/scalar.h; `tl.sqrt_rn` has a branch for numbers that do not occur here."""
     if NVIDIA:
         reciprocal = tl.inline_asm_elementwise(
             "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [a], dtype=tl.float32, is_pure=True, pack=1
@@ -115,7 +115,7 @@ def box_muller(word_0, word_1, NVIDIA: tl.constexpr):
 def product(multiplier: tl.constexpr, word, NVIDIA: tl.constexpr):
     """Both words of a product of two, the upper one first."""
     if NVIDIA and word.type.is_block():
-        # One instruction, which Triton's two operations are two of.
+        # One instruction, where Triton's two operations would be two.
         return tl.inline_asm_elementwise(
             "{.reg .b64 both; mul.wide.u32 both, $2, $3; mov.b64 {$1, $0}, both;}",
             "=r,=r,r,r",

@@ -1,11 +1,11 @@
 """Launches of a kernel with arguments like those of its last launch.
 
-A launch of Triton's binds its arguments, asks each what kernels are specialised for, and looks up
-the kernel that was compiled for the answers. Where the answers are known to be the same, since only
-addresses differ, and not in their alignment, a launch is a call of the kernel found before.
+A launch of Triton's binds its arguments, reads from each the properties that kernels are
+specialised for, and looks up the kernel that was compiled for them. Where only addresses differ,
+and not their alignment, these properties are the same, and a launch calls the kernel found before.
 
-Whatever Triton does not document is in this file. It is the same in Triton 3.6 to 3.8. With other
-versions, and where a name is missing, every launch is Triton's own.
+This file alone uses what Triton does not document, which is the same in Triton 3.6 to 3.8. With
+other versions, and where a name is missing, every launch is Triton's own.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Held:
 def _hold(
     function: Any, compiled: Any, grid: tuple[int, ...], constants: dict[str, Any]
 ) -> Held | None:
-    """What was launched; None where it cannot be called but by Triton."""
+    """The launched kernel with its arguments; None where only Triton can call it."""
     if not triton.__version__.startswith(VERSIONS):
         return None
     try:
@@ -104,7 +104,7 @@ def _is_idle(hook: Any) -> bool:
 
 
 def _settings() -> tuple[Any, ...]:
-    """What makes Triton compile the same source anew."""
+    """The settings that make Triton compile the same source anew."""
     return (
         knobs.runtime.debug,
         knobs.compilation.instrumentation_mode,

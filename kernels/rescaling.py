@@ -1,8 +1,8 @@
 """Rows that take factors from the data: csrc/cpu/fit.h in Triton, one program a sample.
 
 Nothing of the size of a sample is kept: each pass works the values out anew from x and the model
-output. Sums have the order of the CPU's and counts need none, so the bits are those of the C++
-kernel. `launch_rescaling` prepares what the kernel takes.
+output. Sums are taken in the order of the CPU's, and counts do not depend on an order, so the bits
+are those of the C++ kernel. `launch_rescaling` prepares the kernel's arguments.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -34,7 +34,7 @@ _CX, _CM, _R, _KM, _EM = (
 )
 
 THREADS = 256
-"""Of a program; each keeps one of the sums."""
+"""The threads of a program; each keeps one of the sums."""
 
 _SUMS = tl.constexpr(256)
 """Element i of a sample goes to sum i % 256."""
@@ -66,7 +66,7 @@ class Prediction(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """What the passes over a sample read, inside a kernel."""
+    """The data that the passes over a sample read, inside a kernel."""
 
     tensors: Any
     conditional: Any
@@ -74,7 +74,7 @@ class Samples(NamedTuple):
     sizes: Any
     sample: Any
     end: Any
-    """How many elements a sample has."""
+    """The number of elements of a sample."""
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def split(four):
 
 @triton.jit
 def totals(sums):
-    """The upper half is added to the lower one until a single sum is left, of each of four."""
+    """Four totals: the upper half of the sums is added to the lower one until one is left."""
     for halving in tl.static_range(_HALVINGS):
         sums = tl.sum(tl.reshape(sums, [2, _SUMS >> (halving + 1), 2, 2]), axis=0)
     return split(tl.reshape(sums, [2, 2]))
@@ -130,13 +130,13 @@ def totals(sums):
 
 @triton.jit
 def squared_deviations(total, of_squares, end):
-    """Of all values from their mean, by what was added up."""
+    """The sum of squared deviations of all values from their mean, by their sums."""
     return of_squares - total * total / end.to(tl.float64)
 
 
 @triton.jit
 def rescaling_factor(samples, row, rescale, WIDE: tl.constexpr):
-    """What guidance rescale multiplies the model output by."""
+    """The factor of guidance rescale for the model output."""
     shift, shift_of_guided = first_outputs(samples, row)
     sums = tl.zeros([_SUMS], tl.float64)
     squares, sums_of_guided, squares_of_guided = sums, sums, sums
@@ -170,7 +170,7 @@ def magnitudes(samples, row, span, WIDE: tl.constexpr):
 
 @triton.jit
 def counts_of_digits(samples, row, prefix, shift, WIDE: tl.constexpr):
-    """How many magnitudes with the digits of `prefix` have each value of the next digit.
+    """The numbers of magnitudes with the digits of `prefix`, by the value of the next digit.
 
     A thread counts in bytes, 8 of them to a word. Words are added up in fields of 16 bits.
     """
@@ -227,7 +227,7 @@ def order_statistics(samples, row, rank, WIDE: tl.constexpr):
 
 @triton.jit
 def threshold(samples, row, rank, fraction, limit, WIDE: tl.constexpr):
-    """The quantile of |x_0|, between 1 and the limit; NaN where any element is."""
+    """The quantile of |x_0|, between 1 and the limit; NaN where any element is NaN."""
     compute: tl.constexpr = row.cx.dtype
     infinite: tl.constexpr = 0x7FF0000000000000 if compute == tl.float64 else 0x7F800000
     low, high, largest = order_statistics(samples, row, rank, WIDE)
@@ -241,7 +241,7 @@ def threshold(samples, row, rank, fraction, limit, WIDE: tl.constexpr):
 
 @triton.jit
 def quotient(a, b):
-    """Rounded to nearest: Triton's `/` is not, for float32."""
+    """a / b rounded to nearest, which Triton's `/` of float32 is not."""
     if a.dtype == tl.float64:
         return a / b
     else:
@@ -250,7 +250,7 @@ def quotient(a, b):
 
 @triton.jit
 def copy_other_fields(fields, at):
-    """Copy those that have no factor before the passes, so that registers are free of them."""
+    """Copy the fields without a factor before the passes, which frees their registers."""
     i = tl.arange(0, 16)
     others = (i < _ROW_FIELDS) & (i != _CX) & (i != _CM) & (i != _R) & (i != _KM) & (i != _EM)
     tl.store(at + i, tl.load(fields + i, mask=others), mask=others)

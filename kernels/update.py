@@ -1,9 +1,9 @@
 """The kernels: an update, the noise alone, and the counters of a loop.
 
 The update is csrc/formula.h in Triton, in one pass over memory. Every fused multiply-add is written
-out and contraction is off, so the bits are those of the C++ kernel. What changes from step to step
-(coefficients, seed, step and sample index) is read from device memory, so that a captured graph
-serves any of it. `launch` prepares what the kernels take.
+out and contraction is off, so the bits are those of the C++ kernel. The numbers that change from
+step to step (coefficients, seed, step and sample index) are read from device memory: one captured
+graph then serves all steps. `launch` prepares the kernels' arguments.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -44,7 +44,7 @@ class Tensors(NamedTuple):
 
 @triton.jit
 def row_at(table, row, sample, PER_SAMPLE: tl.constexpr):
-    """The row of a sample: the first one without indices."""
+    """The row of a sample; the first one where there are no indices."""
     if row is not None:
         if PER_SAMPLE:
             row += sample
@@ -72,7 +72,7 @@ def coefficients_at(fields):
 
 @triton.jit
 def read_step(tensors, conditional, span, WIDE: tl.constexpr):
-    """State, model output and conditional model output if there is one, as they lie in memory."""
+    """State, model output and conditional model output, if there is one, in their own dtypes."""
     x = read(tensors.x, span, WIDE)
     m = read(tensors.model_output, span, WIDE)
     if conditional is None:
@@ -103,7 +103,7 @@ def write_step(inputs, z, tensors, second_input, row, span, WIDE: tl.constexpr):
     compute: tl.constexpr = row.cx.dtype
     x, m = in_compute_precision(inputs, row)
     x_0 = unclipped_x_0(row, x, m)
-    # NaN stays, and a limit that is NaN limits nothing. Triton's unary minus would be 0 - limit.
+    # NaN stays NaN, and a limit of NaN has no effect. Triton's unary minus would be 0 - limit.
     limit = tl.where(row.r == row.r, row.r, float("inf"))
     x_0 = tl.maximum(x_0, limit * -1.0, propagate_nan=tl.PropagateNan.ALL)
     x_0 = tl.minimum(x_0, limit, propagate_nan=tl.PropagateNan.ALL)
@@ -114,7 +114,7 @@ def write_step(inputs, z, tensors, second_input, row, span, WIDE: tl.constexpr):
         epsilon = tl.fma(row.e0, x_0, tl.fma(row.ex, x, row.em * m))
         write(tensors.epsilon, epsilon, span, WIDE)
     if tensors.noise is not None:
-        # Where its coefficient is 0 the noise is not read: it may be NaN.
+        # Noise with coefficient 0 is not read, since it may be NaN.
         noisy = span.inside & (row.pn != 0)
         z = tl.load(pointers(tensors.noise, span, WIDE), mask=noisy, other=0.0)
     if z is not None:
@@ -157,7 +157,7 @@ def update_kernel(
     noisy = tl.load(fields + _PN) != 0
     if VECTOR > 1:
         span = part(sizes, sample, first, count, 0, False, TILE, VECTOR)
-        # Read first: memory answers while noise is drawn.
+        # Read first: the data arrive while noise is drawn.
         inputs = read_step(tensors, conditional, span, WIDE)
         coefficients = coefficients_at(fields)
         z = None

@@ -1,7 +1,7 @@
 """Tensors as kernels address them.
 
 The dimensions of a launch's tensors are reordered and merged until as many tensors as possible are
-one run; sizes and strides of the rest are arguments of a kernel.
+one run of memory; sizes and strides of the others are arguments of a kernel.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -22,18 +22,18 @@ class View(NamedTuple):
     data: Any
     sample_stride: int
     strides: tuple[int, ...]
-    """Of one sample, in the layout's dimensions; empty where a sample is one run."""
+    """Strides in a sample, in the layout's dimensions; empty where a sample is one run."""
 
 
 class SampleLayout(NamedTuple):
     """The samples of a launch, and the strides in each of its tensors."""
 
     batch: int
-    """Samples; 1 where all of them are taken as one."""
+    """Number of samples; 1 where all of them are taken as one."""
     elements: int
-    """Of a sample."""
+    """Number of elements of a sample."""
     sizes: tuple[int, ...]
-    """Of one sample; empty where every tensor is one run."""
+    """Sizes of one sample; empty where every tensor is one run."""
     strides: tuple[tuple[int, tuple[int, ...]] | None, ...]
     """(sample_stride, strides) of each tensor's `View`; None where the tensor is absent."""
     wide: bool
@@ -51,8 +51,8 @@ def lay_out(
 
     Args:
         shape: batch first.
-        strides: of each tensor; None where it is absent.
-        ordered_by: the tensor whose order in memory elements are counted in, or None for row-major
+        strides: those of each tensor; None where it is absent.
+        ordered_by: the tensor in whose memory order elements are counted, or None for row-major
             order, which noise is keyed by.
         one_row: whether all samples share one row of coefficients.
     """
@@ -96,7 +96,7 @@ MAX_TILE = 2048
 
 
 def _merged(sizes: list[int], strides: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-    """Neighbouring dimensions that are one run in every tensor become one."""
+    """Merge neighbouring dimensions that are one run in every tensor."""
     merged_sizes: list[int] = []
     merged: list[list[int]] = [[] for _ in strides]
     for d, size in enumerate(sizes):
@@ -134,19 +134,19 @@ class Tiles(NamedTuple):
 
 
 QUAD = 4
-"""Elements that one call of the generator draws; a thread without vectors takes as many."""
+"""Elements that one call of the generator draws, and that a thread without vectors takes."""
 
 
 def cut(layout: SampleLayout, itemsize: int, warp_size: int, *, aligned: bool) -> Tiles:
     """Tiles in which a thread moves 16 bytes of the tensor with the largest items at once, and as
     many elements of the others.
 
-    256 threads for a million elements or more, 128 below, so that there are more programs; fewer
-    only where a sample is smaller.
+    A tile has 256 threads for a million elements or more, else 128, which makes more programs; it
+    has fewer only where a sample is smaller.
 
     Args:
-        itemsize: the largest of the tensors.
-        aligned: whether all of them begin at a multiple of 16 bytes.
+        itemsize: the largest of the tensors' item sizes.
+        aligned: whether all tensors begin at a multiple of 16 bytes.
     """
     vector = 16 // itemsize if aligned and _divides(layout, 16) else 1
     threads = 256 if layout.batch * layout.elements >= 2**20 else 128
@@ -168,10 +168,10 @@ def _divides(layout: SampleLayout, alignment: int) -> bool:
 
 @triton.jit
 def locate(SAMPLES: tl.constexpr, TILE: tl.constexpr):
-    """(sample, first element in it) of this program.
+    """The sample of this program, and the first element in it.
 
     Samples are counted along the axis `SAMPLES` of the grid, their tiles along the other one of the
-    first two; SAMPLES is None where there is one sample.
+    first two axes. SAMPLES is None where there is one sample.
     """
     if SAMPLES is None:
         sample = tl.zeros((), tl.int64)
@@ -189,7 +189,7 @@ class Span(NamedTuple):
     sample: Any
     element: Any
     inside: Any
-    """True for each of them that exists."""
+    """True for each element that exists."""
 
 
 @triton.jit
@@ -203,10 +203,10 @@ def part(
     TILE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Part `i` of a tile; with vectors there is only one.
+    """Part `i` of a tile; with vectors there is only one part.
 
-    Without, there are QUAD parts, of one element a thread. Where noise is drawn they are those of
-    the thread's quad, else neighbours are in neighbouring threads.
+    Without vectors there are QUAD parts, of one element per thread. Where noise is drawn, a thread
+    has the elements of its quad; otherwise neighbouring threads have neighbouring elements.
     """
     if VECTOR > 1:
         lane = tl.arange(0, TILE)

@@ -255,7 +255,7 @@ def test_cuda_where_there_is_none():
             with pytest.raises(ValueError, match=r"^graph: ") as caught:
                 call(graph=mode)
             assert str(caught.value) == (
-                f"graph: {mode!r} needs CUDA graph capture, not available on cpu"
+                f"graph: expected 'auto' or False on cpu, which captures no graphs, got {mode!r}"
             )
 
 

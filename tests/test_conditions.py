@@ -328,7 +328,7 @@ REFUSED: list[tuple[Arguments, str]] = [
         (
             {"model_kwargs": {"y": torch.zeros(count)}, "guidance_scale": 2.0},
             "model_kwargs['y']: expected a tensor [3, ...] or [1, ...] under guidance where "
-            "uncond_kwargs={'y': ...} tells the unconditional value, or a tensor [6, ...] that has "
+            "uncond_kwargs={'y': ...} gives the unconditional value, or a tensor [6, ...] that has "
             f"it in its first half, got shape ({count},)",
         )
         for count in (1, 3, 4)
@@ -380,11 +380,11 @@ REFUSED += [
 REFUSED += [
     (
         {"model_kwargs": LABELS, "uncond_kwargs": {"z": 1}, "guidance_scale": 2.0},
-        "uncond_kwargs['z']: expected a name that model_kwargs have, ['y'], got ['z']",
+        "uncond_kwargs['z']: expected a name in model_kwargs, ['y'], got ['z']",
     ),
     (
         {"uncond_kwargs": {"z": 1}, "guidance_scale": 2.0},
-        "uncond_kwargs['z']: expected a name that model_kwargs have, none, got ['z']",
+        "uncond_kwargs['z']: expected a name in model_kwargs, none, got ['z']",
     ),
 ]
 
@@ -409,7 +409,7 @@ class TestRefused:
     def test_one_row_of_one_sample(self) -> None:
         """A single label used to be broadcast over both halves, and guidance did nothing."""
         with pytest.raises(
-            ValueError, match=re.escape("uncond_kwargs={'y': ...} tells the uncond")
+            ValueError, match=re.escape("uncond_kwargs={'y': ...} gives the uncond")
         ):
             fastddim.sample(
                 untouched,
@@ -430,7 +430,7 @@ class TestRefused:
                 {"model_kwargs": {"y": torch.zeros(3)}},
                 "model_kwargs['y']: expected a tensor [1, ..",
             ),
-            ({"uncond_kwargs": {"y": 1}}, "uncond_kwargs['y']: expected a name that model_kwargs"),
+            ({"uncond_kwargs": {"y": 1}}, "uncond_kwargs['y']: expected a name in model_kwargs"),
             (
                 {"model_kwargs": {"y": torch.zeros(2)}, "uncond_kwargs": {"y": 1}},
                 "model_kwargs['y']: expected a tensor [1, ...], got shape (2,)",
@@ -524,7 +524,7 @@ class TestCallsOfASampler:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            ({"z": 1}, "model_kwargs['z']: expected a name that model_kwargs have, ['y'], ['n']"),
+            ({"z": 1}, "model_kwargs['z']: expected a name in model_kwargs, ['y'], ['n']"),
             ({"y": 3}, "model_kwargs['y']: expected a tensor, got 3 (int)"),
             ({"y": torch.zeros(2, 3)}, "model_kwargs['y']: expected shape [B, 4] as when the Sam"),
             ({"y": torch.zeros(2)}, "model_kwargs['y']: expected shape [B, 4] as when the Sampler"),
@@ -546,7 +546,7 @@ class TestCallsOfASampler:
         )
         with pytest.raises((TypeError, ValueError), match=re.escape(message)):
             sampler(model_kwargs=given)
-        with pytest.raises(ValueError, match="uncond_kwargs: expected None, since the Sampler was"):
+        with pytest.raises(ValueError, match="uncond_kwargs: expected None, as when the"):
             sampler(uncond_kwargs={"y": 1})
         assert torch.equal(sampler(seed=1, model_kwargs={"n": 1}), sampler(seed=1))
 

@@ -159,7 +159,7 @@ class TestSchedules:
             {"denoised_fn": lambda x_0, t: x_0[:1]},
             "denoised_fn's result: expected the shape of the state",
         ),
-        ({"mask": torch.ones(2)}, "known: expected data beside mask, got None"),
+        ({"mask": torch.ones(2)}, "known: expected data with mask, got None"),
         ({"known": torch.ones(SHAPE)}, "mask: expected a weight of known, got None"),
         (
             {"mask": torch.ones(7), "known": torch.ones(SHAPE)},

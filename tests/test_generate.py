@@ -562,7 +562,7 @@ class TestArguments:
                 {"shape": (4, 4, 2, 2), "format": "png-folder"},
                 "decode= to make images of them, got 'png-folder' for shape (4, 2, 2)",
             ),
-            ({"eta": torch.zeros(4)}, "eta: expected a number or one a step, got a tensor"),
+            ({"eta": torch.zeros(4)}, "eta: expected a number or one per step, got a tensor"),
             ({"eta": [0.5]}, "eta: expected one value a step, 2, got 1 of them"),
             ({"merged": "all.zip"}, "merged: expected a name that ends in .npz, got 'all.zip'"),
             ({"model_id": 5}, "model_id: expected a string, got 5"),

@@ -414,7 +414,7 @@ class TestGuidance:
             ({"uncond_kwargs": {"y": 5}}, "uncond_kwargs: expected None without guidance_scale"),
             (
                 {"guidance_scale": 2.0, "uncond_kwargs": {"z": 5}},
-                "uncond_kwargs['z']: expected a name that model_kwargs have, ['y'], got ['z']",
+                "uncond_kwargs['z']: expected a name in model_kwargs, ['y'], got ['z']",
             ),
             (
                 {"guidance_scale": 2.0, "uncond_kwargs": {"y": LABELS[:4]}},

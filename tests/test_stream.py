@@ -661,7 +661,7 @@ class TestBadInput:
         ("arguments", "message"),
         [
             ({}, "mask: expected a tensor in a stream with masked=True, got None"),
-            ({"mask": torch.ones(5)}, "known: expected data beside mask, got None"),
+            ({"mask": torch.ones(5)}, "known: expected data with mask, got None"),
             ({"mask": torch.ones(3), "known": torch.ones(1, *SHAPE)}, "mask: expected"),
             ({"mask": torch.ones(5), "known": torch.ones(SHAPE)}, "known: expected the shape of"),
         ],

@@ -100,7 +100,7 @@ def test_keys_come_together() -> None:
     case = a_case(noise="keyed")
     assert case.keys is not None
     inputs = (case.x, case.model_output, case.table, case.row, None, case.keys.seed)
-    with pytest.raises(ValueError, match="step, sample: expected both beside seed"):
+    with pytest.raises(ValueError, match="step, sample: expected both with seed"):
         torch.ops.fastddim.triton_update(*inputs, *(None,) * 5)
 
 

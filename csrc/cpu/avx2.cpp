@@ -33,8 +33,7 @@ FASTDDIM_FN void finish_streams() { _mm_sfence(); }
 FASTDDIM_FN void stream(float* out, Floats a) { _mm256_stream_ps(out, a); }
 FASTDDIM_FN void stream(double* out, Doubles a) { _mm256_stream_pd(out, a); }
 
-// Four 64-bit lanes, each with one 32-bit word in its low half; what is in the high half does not
-// count.
+// Four 64-bit lanes, each with one 32-bit word in its low half; the high half is ignored.
 using Words = __m256i;
 FASTDDIM_FN Words words(uint32_t value) { return _mm256_set1_epi32((int)value); }
 FASTDDIM_FN Words product(Words a, Words b) { return _mm256_mul_epu32(a, b); }
@@ -54,7 +53,7 @@ FASTDDIM_FN Words merged(Words even, Words odd) {
 FASTDDIM_FN Words merged_high(Words even, Words odd) {
   return _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
 }
-// Half the mixing, and fewer registers at a time.
+// This halves the mixing, and needs fewer registers at a time.
 constexpr bool LAST_ROUND_MERGES = true;
 // Rounded once: AVX2 converts signed words only, so the halves are converted exactly and added with
 // the one rounding.

@@ -1,4 +1,4 @@
-// Tiles in and out of memory: dtype conversion, gathering and scattering. Included inside the
+// Tiles moved in and out of memory: dtype conversion, gathering and scattering. Included inside the
 // namespace of an instruction set.
 
 // One tile of one sample: elements first … first + count − 1.
@@ -145,8 +145,8 @@ FASTDDIM_FN T* output(const Span& span, int v, T (&buffers)[COUNT][TILE]) {
   return direct_or_buffer(span.job.views[v], span, buffers[v]);
 }
 
-// The tile rounded to the state's dtype, as a user who casts the new state for the model would see
-// it.
+// The tile rounded to the state's dtype, like the values of a user who casts the new state for the
+// model.
 FASTDDIM_FN const float* rounded(Dtype dtype, int64_t count, float* tile) {
   for (int64_t i = 0; i < count; ++i) {
     Half half;

@@ -20,7 +20,7 @@ FASTDDIM_FN void for_each_tile(const Job& job, int64_t sample, const Row<T>& row
   }
 }
 
-// The sums over a sample of one kind of value, each less the first of them.
+// The sums over a sample of one kind of value, after the first value is subtracted from each.
 struct Spread {
   double shift = 0;
   alignas(64) double sums[ACCUMULATORS] = {}, squares[ACCUMULATORS] = {};
@@ -108,7 +108,7 @@ FASTDDIM_FN bool order_statistics(const Job& job, int64_t sample, const Row<T>& 
   return true;
 }
 
-// NaN where any element is.
+// NaN where any element is NaN.
 template <class T>
 FASTDDIM_FN T threshold(const Job& job, int64_t sample, const Row<T>& row) {
   if (job.count == 0) return 1;

@@ -1,7 +1,7 @@
 // The kernel of one instruction set: tiles are read into compute precision, updated, and written
 // back.
 //
-// A contiguous tensor of the compute dtype is read and written where it lies; any other goes
+// A contiguous tensor of the compute dtype is read and written in place; any other tensor goes
 // through a tile in the L1 cache. So every dtype and layout runs the same arithmetic, and dtypes do
 // not multiply the code.
 
@@ -60,8 +60,8 @@ struct Tile {
   bool stream;
 };
 
-// What a tile has besides a state, a model output and a result. A question that is answered here is
-// not asked again for every element.
+// The parts of a tile besides a state, a model output and a result. They are known at compile time,
+// which saves a check for every element.
 enum Features { CLIP = 1, GUIDED = 2, NOISE = 4, X_0 = 8, REST = 16, ALL = 31 };
 
 template <int FEATURES, class V, class T>
@@ -111,8 +111,7 @@ FASTDDIM_FN void update_run(const Row<T>& row, const Tile<T>& tile, int64_t coun
   for (; i < count; ++i) update_at<FEATURES>(row, tile, i);
 }
 
-// A step with nothing that is optional: the questions that update_at asks are answered at compile
-// time.
+// A step without any optional part: the checks of update_at are decided at compile time.
 template <bool STREAM, class T>
 FASTDDIM_FN void minimal_run(const Row<T>& row, const Tile<T>& tile, int64_t count) {
   const Tile<T> minimal{tile.x, tile.unconditional, {}, {}, {}, {}, {}, tile.out, {}, {}, STREAM};
@@ -151,8 +150,8 @@ FASTDDIM_FN void update_tile(const Row<T>& row, const Tile<T>& tile, int64_t cou
 }
 
 #if FASTDDIM_LANES > 1
-// A minimal step that takes each vector of noise as it is drawn, so that memory answers meanwhile.
-// `buffer` holds the noise of the elements after the last whole vector.
+// A minimal step that takes each vector of noise when it is drawn: data arrive from memory
+// meanwhile. `buffer` holds the noise of the elements after the last whole vector.
 template <bool STREAM>
 FASTDDIM_FN void drawing_run(const Job& job, const Span& span, const Row<float>& row,
                              const Tile<float>& tile, float* buffer) {
@@ -261,7 +260,7 @@ void backward_tiles(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-// Standard normals into `out`, in float32 whatever its dtype.
+// Standard normals into `out`, drawn in float32 for every dtype.
 void normal(const Job& job, int64_t begin, int64_t end) {
   alignas(64) float buffer[TILE];
   const int64_t per_sample = job.tiles_per_sample();

@@ -1,4 +1,4 @@
-// Noise of a tile, in the order elements are counted. Included inside the namespace of an
+// Noise of a tile, in the order in which elements are counted. Included inside the namespace of an
 // instruction set.
 
 #if FASTDDIM_LANES > 1
@@ -13,7 +13,7 @@ FASTDDIM_FN void philox_round(const Words (&multipliers)[2], const Words (&keys)
   counter[3] = product_0;
 }
 
-// The last round of two counters, whose words are in turns from then on.
+// The last round of two counters, whose words alternate from then on.
 FASTDDIM_FN void merging_round(const Words (&multipliers)[2], const Words (&keys)[2],
                                const Words (&even)[4], const Words (&odd)[4], Words (&result)[4]) {
   Words even_0 = product(multipliers[0], even[0]), odd_0 = product(multipliers[0], odd[0]);
@@ -24,7 +24,8 @@ FASTDDIM_FN void merging_round(const Words (&multipliers)[2], const Words (&keys
   result[3] = merged(even_0, odd_0);
 }
 
-// What the quads of a sample share: all but one product of the first round, and the keys.
+// The part that the quads of a sample share: all products of the first round except one, and the
+// keys.
 struct Rounds {
   Words multipliers[2], keys[PHILOX_ROUNDS][2];
   Words stream, first_0, first_1;  // of the first round, and two of its words

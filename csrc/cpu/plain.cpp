@@ -1,4 +1,4 @@
-// The kernel for any CPU: one element at a time, or whatever the compiler makes of it.
+// The kernel for any CPU: one element at a time, unless the compiler vectorises it.
 
 #define FASTDDIM_NAMESPACE fastddim_plain
 #include "../scalar.h"

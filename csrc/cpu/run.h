@@ -1,4 +1,4 @@
-// How a job runs on the CPU: which instruction set, how many threads.
+// The run of a job on the CPU: its instruction set and its threads.
 
 #pragma once
 
@@ -29,7 +29,7 @@ inline void run(const Job& job, Kernel kernel, bool noisy) {
                               [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 }
 
-// What follows from the layout of an update: its tiles, and whether its output stays in a cache.
+// Sets what follows from an update's layout: its tiles, and whether its output bypasses the caches.
 inline void set_tiles(Job& job, const JobLayout& layout) {
   const Dtype computed = job.float64 ? Dtype::float64 : Dtype::float32;
   if (!job.seed && layout.direct(computed)) job.tile = DIRECT_TILE;

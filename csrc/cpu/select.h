@@ -1,4 +1,4 @@
-// Which of the kernels in this library the CPU at hand runs.
+// The choice among the kernels of this library for the CPU at hand.
 
 #pragma once
 

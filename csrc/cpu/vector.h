@@ -26,8 +26,8 @@ struct VectorOf<double> {
   using type = Doubles;
 };
 
-// Several vectors that go through the same operations in step: constants are loaded once for all,
-// and the operations of one fill the time that those of another take.
+// The number of vectors that go through the same operations in step: constants are loaded once for
+// all, and the operations of one vector fill the latency of those of another.
 constexpr int PARTS = 4;
 template <class V>
 struct Parts {

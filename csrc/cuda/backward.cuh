@@ -18,8 +18,8 @@ struct Gradients {
   C x, unconditional, conditional;
 };
 
-// Of one element, whose guided model output is m; `next` is the gradient of x_prev without the
-// mask.
+// The gradients of one element, whose guided model output is m; `next` is the gradient of x_prev
+// without the mask.
 template <class C>
 FASTDDIM_FN Gradients<C> gradients(const Row<C>& row, C x, C m, C next, C of_x_0, bool guided) {
   const C x_0 = unclipped_x_0<C>(row, x, m);
@@ -29,7 +29,7 @@ FASTDDIM_FN Gradients<C> gradients(const Row<C>& row, C x, C m, C next, C of_x_0
   return {row.cx * to_x_0 + row.kx * next, guided ? to_m - to_conditional : to_m, to_conditional};
 }
 
-// The tensors of a call, as `views` of it has them.
+// The tensors of a call, in the order of its `views`.
 namespace slot {
 enum Slot : int {
   x,

@@ -17,9 +17,9 @@ using fastddim::Dtype;
 using fastddim::Job;
 using fastddim::View;
 
-// Two words, where noise is drawn for halves: the more quads a thread draws, the more of their
-// arithmetic they share. All chunks are moved in words then. Fewer elements than these would leave
-// multiprocessors without work.
+// A long chunk, of two words, for noise of halves: the more quads a thread draws, the more of their
+// arithmetic they share. All chunks are moved in words then. Below this number of elements, long
+// chunks would leave multiprocessors without work.
 template <class T>
 constexpr int LONG_CHUNK = 2 * SIZE_OF_CHUNK<T>;
 constexpr int64_t LONG_FROM = (int64_t)1 << 21;
@@ -30,8 +30,8 @@ struct Call {
   DenseView views[operand::OF_UPDATE];
 };
 
-// `plain` has what every step has, and the next model input; `guided` reads two model outputs and
-// writes two inputs; `any` has all there is. Fewer tensors need fewer registers, and so more
+// `plain` has the tensors of every step, and the next model input; `guided` reads two model outputs
+// and writes two inputs; `any` has all tensors. Fewer tensors need fewer registers, and so more
 // threads wait for memory at once.
 enum class Kind { plain, guided, any };
 
@@ -43,8 +43,8 @@ constexpr int FULL = 1536 / BLOCK;
 constexpr int FULL = 2048 / BLOCK;
 #endif
 
-// How many of them the registers must leave room for: all without noise; three quarters with it,
-// and where two outputs of eight elements each are read; half with long chunks.
+// The part of these blocks that the registers must leave room for: all blocks without noise; three
+// quarters with noise, or where two outputs of eight elements are read; half with long chunks.
 template <class T, Kind KIND, bool KEYED, int SIZE>
 constexpr int RESIDENT = sizeof(T) == 8                           ? 3
                          : KIND == Kind::any                      ? FULL / 2
@@ -170,7 +170,7 @@ constexpr bool is_of_model(int v) {
          v == operand::epsilon || v == operand::model_input || v == operand::second_input;
 }
 
-// Collects the tensors of a call and what they have in common.
+// Collects the tensors of a call and the properties that they share.
 class Collector {
  public:
   // A table need not be aligned to more than its own words.
@@ -207,7 +207,7 @@ int launch_update(const Job& job, Call& call, bool aligned, void* stream) {
   return cudaGetLastError();
 }
 
-// Chunks that may not be words, and tensors that few steps have, are left to one kernel.
+// One kernel serves chunks that may not be words, and tensors that few steps have.
 template <class T, class M, bool KEYED>
 int launch_kind(const Job& job, Call& call, const Collector& collector, void* stream) {
   constexpr int SIZE = SIZE_OF_CHUNK<T>, LONG = LONG_CHUNK<T>;

@@ -1,8 +1,8 @@
 // The factors that rows take from the data of their samples: csrc/cpu/fit.h on a GPU, to the bit.
 //
-// A block takes a sample, and each of its threads one of the accumulators that sums have. Nothing
-// of the size of a sample is kept: each pass works the values out anew from x and the model output.
-// What threads exchange lies in shared memory. A histogram is counted by atomic additions, which
+// A block takes a sample, and each of its threads one of the accumulators of a sum. Nothing of the
+// size of a sample is kept: each pass works the values out anew from x and the model output.
+// Threads exchange values through shared memory. A histogram is counted by atomic additions, which
 // give the same counts in every order.
 
 #pragma once
@@ -47,7 +47,7 @@ struct DenseSource {
   }
 };
 
-// The same of any dtype and strides.
+// The same operands with any dtype and strides.
 template <class C>
 struct StridedSource {
   using Computed = C;
@@ -108,8 +108,8 @@ FASTDDIM_DEVICE void for_each_element(const FitCall<Source>& call, const Row<C>&
   }
 }
 
-// Combines what the threads have stored in each row, the upper half with the lower half, until the
-// first element holds all. No thread may change it before all have read it.
+// Combines the values that the threads have stored in each row, the upper half with the lower half,
+// until the first element holds the total. No thread may change it before all have read it.
 template <int ROWS, class V, class Combine>
 FASTDDIM_DEVICE void reduce(V (&rows)[ROWS][BLOCK], Combine combine) {
   FASTDDIM_NO_UNROLL
@@ -148,7 +148,7 @@ FASTDDIM_DEVICE C rescaling(const FitCall<Source>& call, const Row<C>& row) {
                              squared_deviations(sums[2][0], sums[3][0], call.count), call.rescale);
 }
 
-// How often each digit occurs.
+// The count of each digit.
 struct Histogram {
   static constexpr int PER_THREAD = (1 << DIGIT) / BLOCK;
   uint32_t counts[1 << DIGIT];
@@ -162,8 +162,8 @@ struct Histogram {
     __syncthreads();
   }
 
-  // The digit of the value of that rank, which becomes its rank among those of the digit; and how
-  // many these are.
+  // The digit of the value of this rank. `rank` becomes the value's rank among those with the same
+  // digit, and `equal` the number of these.
   FASTDDIM_DEVICE uint32_t find(uint32_t& rank, uint32_t& equal) {
     __syncthreads();
     uint32_t sum = 0;
@@ -199,7 +199,8 @@ FASTDDIM_DEVICE void for_each_magnitude(const FitCall<Source>& call, const Row<C
                          [&](C x, C m, C) { visit(magnitude_of(unclipped_x_0<C>(row, x, m))); });
 }
 
-// Of all threads. Each kind of combination has words of its own and occurs once in a sample.
+// The combination over all threads. Each kind of it has words of its own and occurs once in a
+// sample.
 template <class Word, class Combine>
 FASTDDIM_DEVICE Word reduced(Word mine, Combine combine) {
   __shared__ Word words[1][BLOCK];
@@ -265,7 +266,7 @@ __global__ void __launch_bounds__(BLOCK, 4) fit(const __grid_constant__ FitCall<
   }
   if (call.ratio > 0) s = threshold(call, row);
   if (threadIdx.x > 0) return;
-  // Read again: the passes need three of its numbers, and have no registers for the others.
+  // The row is read again: the passes need three of its numbers, and have no registers for others.
   row = row_of<C>(call.rows, blockIdx.x);
   if (call.rescale > 0) rescale_row(row, factor);
   if (call.ratio > 0) threshold_row(row, s);

@@ -1,5 +1,5 @@
-// The functions of the CUDA library. They know no framework: they take plain pointers and sizes,
-// and return what cudaGetLastError() says of the launch (0 is success). None waits or allocates.
+// The functions of the CUDA library. They use no framework: they take plain pointers and sizes, and
+// return the result of cudaGetLastError() after the launch (0 is success). None waits or allocates.
 
 #pragma once
 
@@ -7,8 +7,8 @@
 
 extern "C" {
 
-// The update of job.h on the device that is current, queued on `stream` (a cudaStream_t). Every
-// pointer in the job is to device memory, except those to sizes and strides.
+// The update of job.h on the current device, queued on `stream` (a cudaStream_t). Every pointer in
+// the job is to device memory, except those to sizes and strides.
 int fastddim_cuda_update(const fastddim::Job* job, void* stream);
 
 // The rows of a job into `job->fitted`, with the factors that they take from the data.

@@ -1,4 +1,4 @@
-// The operators by way of the CUDA launchers: one launch each.
+// The operators through the CUDA launchers, with one launch each.
 
 #pragma once
 
@@ -14,8 +14,8 @@ inline void check_launch(int code) {
   STD_TORCH_CHECK(code == 0, "fastddim: CUDA error ", code, ": ", fastddim_cuda_error(code));
 }
 
-// `Stream(place)` makes the device of `place` the current one while it lives; its `handle` is what
-// the launchers take.
+// `Stream(place)` makes the device of `place` the current one while it lives; its `handle` goes to
+// the launchers.
 template <class Stream>
 struct CudaOperators {
   static void update_out(const UpdateArguments& given) {

@@ -30,7 +30,7 @@ struct DenseView {
   uint32_t sample_bytes;  // from a sample to the next one
 };
 
-// What a tensor must be aligned to for its chunks to be moved in words.
+// The bytes to which a tensor must be aligned for its chunks to be moved in words.
 template <class T, int SIZE>
 constexpr int ALIGNMENT = SIZE * sizeof(T) < 32 ? 16 : 32;
 
@@ -59,8 +59,7 @@ struct Word<32> {
   using type = uint8;
 };
 
-// Words that are read once, here: evicted first, so that what the model reads next stays in the
-// cache.
+// Words that are read only once: evicted first, which leaves the model's next input in the cache.
 template <class W>
 FASTDDIM_FN W load_word(const W* from) {
   return __ldcs(from);
@@ -83,7 +82,7 @@ FASTDDIM_FN void store_word(uint8* to, const uint8& word) {
 }
 #endif
 
-// One instruction each: the compiler splits a plain store of what it knows element by element.
+// One instruction each: the compiler splits a plain store of elements that it knows one by one.
 FASTDDIM_FN void store_word(uint2* to, uint2 word) {
 #if defined(__CUDA_ARCH__)
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(word.x), "r"(word.y) : "memory");

@@ -1,6 +1,6 @@
-// The update of tensors of any dtype but float64 whose samples are pixels of a few channels: each
-// tensor interleaved (channels_last), or a plane after the other. With one channel it is the update
-// of contiguous tensors in other dtypes than those of contiguous.cuh.
+// The update of tensors of any dtype except float64 whose samples are pixels of a few channels.
+// Each tensor is interleaved (channels_last), or has one plane after the other. With one channel it
+// is the update of contiguous tensors in other dtypes than those of contiguous.cuh.
 //
 // A thread takes all channels of some neighbouring pixels. So tensors of either order are moved in
 // words, and noise is drawn in whole quads, which are keyed plane by plane.
@@ -21,7 +21,7 @@ using fastddim::Dtype;
 using fastddim::Job;
 using fastddim::View;
 
-// Pixels of a thread: those of a quad, or of a 16-byte word of halves where they are few.
+// Pixels of a thread: those of a quad, or of a 16-byte word of halves where channels are few.
 template <int CHANNELS>
 constexpr int PIXELS = CHANNELS == 1 ? 8 : 4;
 
@@ -45,7 +45,7 @@ struct PixelCall {
   PixelView views[operand::OF_UPDATE];
 };
 
-// The first of a thread's elements, at a number of elements in its sample.
+// The address of a thread's first element, by its index in the sample.
 template <class S>
 FASTDDIM_FN S* element_of(const PixelView& view, const Chunk& chunk, int64_t element) {
   return (S*)view.data + (chunk.sample * (uint64_t)view.sample_stride + element);
@@ -148,7 +148,7 @@ FASTDDIM_FN void store(const PixelView& view, const Grid& grid, const Chunk& chu
   }
 }
 
-// The values as they are after a round trip through `dtype`.
+// The values after a round trip through `dtype`.
 template <int SIZE>
 FASTDDIM_FN void round_to(Dtype dtype, float (&values)[SIZE]) {
   if (dtype == Dtype::float16) widen(narrowed<Half>(values), values);
@@ -240,8 +240,8 @@ __global__ void __launch_bounds__(BLOCK, 2) update_pixels(const __grid_constant_
 
 constexpr int NO_PIXELS = -1;
 
-// A tensor as pixels of a job with so many in a sample; false where it is no such, or cannot be
-// moved in words.
+// A tensor as pixels of a job; false where it does not consist of pixels, or cannot be moved in
+// words.
 template <int CHANNELS>
 bool pixel_view(const Job& job, int v, int channel_dim, int64_t pixels, PixelView& found) {
   const View& view = job.views[v];

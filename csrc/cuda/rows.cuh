@@ -12,14 +12,14 @@ namespace FASTDDIM_NAMESPACE {
 
 using fastddim::Job;
 
-// The word of an integer that holds all of it.
+// The low word of an integer, which holds all of its bits here.
 FASTDDIM_FN uint32_t low_word(const int64_t* at) {
   uint32_t word;
   __builtin_memcpy(&word, __builtin_assume_aligned(at, sizeof *at), sizeof word);
   return word;
 }
 
-// In place of a stride, where all samples have the first row.
+// Stands for a stride where all samples have the first row.
 constexpr uint32_t NO_INDEX = 2;
 
 // Coefficients and keys, in device memory.
@@ -31,7 +31,7 @@ struct Rows {
   uint32_t stream;
 };
 
-// Without indices a thread need not wait for one before it asks for its row.
+// Without indices a thread does not wait for an index before it loads its row.
 template <class C>
 FASTDDIM_FN const C* row_at(const Rows& rows, uint32_t sample) {
   uint32_t row = 0;
@@ -49,7 +49,7 @@ FASTDDIM_FN Row<C> row_of(const Rows& rows, uint32_t sample) {
   return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10], at[11]};
 }
 
-// Of a table that is aligned to them.
+// The words of a row, in a table that is aligned to them.
 template <class C>
 FASTDDIM_FN Row<C> row_in_words(const Rows& rows, uint32_t sample) {
   constexpr int WORDS = sizeof(Row<C>) / sizeof(uint4);

@@ -56,7 +56,7 @@ FASTDDIM_FN void write(const StridedView& view, int64_t offset, C value) {
   }
 }
 
-// `value` as it is after a round trip through `dtype`.
+// `value` after a round trip through `dtype`.
 FASTDDIM_FN float stored_as(Dtype dtype, float value) {
   Half half;
   BFloat16 bfloat16;

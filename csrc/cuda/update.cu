@@ -3,9 +3,9 @@
 // A thread takes a chunk of one sample: whole quads of normals and whole 16-byte words of the
 // state. Tensors that are contiguous within a sample and have the dtypes of an ordinary step go to
 // contiguous.cuh, in 16-byte accesses where they allow it; other dtypes, and pixels of few channels
-// in either order, to pixels.cuh; every other layout to strided.cuh, element by element. Either way
-// an update is one pass over memory, and noise is drawn in registers. Both compute by formula.h,
-// built with -fmad=false, so their bits are those of the CPU kernel.
+// in either order, go to pixels.cuh; every other layout goes to strided.cuh, element by element. In
+// each case an update is one pass over memory, and noise is drawn in registers. All kernels compute
+// by formula.h, built with -fmad=false, so their bits are those of the CPU kernel.
 
 #include "backward.cuh"
 #include "contiguous.cuh"

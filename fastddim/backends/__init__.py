@@ -1,11 +1,11 @@
 """The implementations of the fused update, one module each.
 
-A module here is a backend: it defines what `Backend` describes, and its name is the `impl=` that
+A module here is a backend: it defines the functions of `Backend`, and its name is the `impl=` that
 selects it. It may also define `loop_step`, as `fastddim.backends.cpu` does, which makes the whole
-step of a loop one call: given the loop's tensors, which stay where they are, and a model output for
-its shape and dtype, it returns a `LoopStep`. `masked_loop_step`, which is given a `Blending` as
-`blending=` besides, does so for masked steps. A step that a backend defines neither of these for is
-taken by its `update_out` and `advance`.
+step of a loop one call. This function gets the loop's tensors, which stay where they are, and a
+model output as an example of shape and dtype, and returns a `LoopStep`. `masked_loop_step` does the
+same for masked steps, and gets a `Blending` too, as `blending=`. Where a backend defines no such
+function, a step calls its `update_out` and `advance`.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ class Backend(Protocol):
     The results are the reference's: same formula, same order of operations, same noise.
 
     Attributes:
-        PRIORITY: `impl="auto"` takes the backend with the highest that works on the device.
+        PRIORITY: of the backends that work on the device, `impl="auto"` takes that of the highest.
     """
 
     __name__: str
     PRIORITY: int
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why it cannot serve tensors on `device`, or None where it can."""
+        """The reason that it cannot serve tensors on `device`, or None where it can."""
 
     def advance(self, counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
         """Move a loop to its next step: every counter goes up by one, then t[j] =
         timesteps[counters[j]].
 
         Args:
-            counters: int64 `[n]`, n >= len(t): the step of each sample, and further numbers that
-                grow with it.
+            counters: int64 `[n]`, n >= len(t): the step of each sample, and other numbers that grow
+                with it.
             timesteps: int64 `[m]`, m > counters[j] for j < len(t).
             t: int64, written.
         """
@@ -67,13 +67,13 @@ class Backend(Protocol):
             model_output: as in `update_out`.
             table: as in `update_out`.
             row: as in `update_out`.
-            rescaling: what is taken from the data.
+            rescaling: the part of a row that comes from the data.
             out: rows `[B, K]` in the dtype of `table`, written.
         """
 
     def normal_out(self, keys: Keys, stream: int, out: Tensor) -> None:
-        """Standard normals of one stream into `out` `[B, …]`, rounded to its dtype; the bits are
-        those of `fastddim.philox.normal`.
+        """Write standard normals of one noise stream into `out` `[B, …]`, rounded to its dtype; the
+        bits are those of `fastddim.philox.normal`.
         """
 
     def update(
@@ -119,15 +119,15 @@ class Backend(Protocol):
             table: coefficient rows `[R, K]` in the order of `fastddim.plan.Row`; float32, or
                 float64 for a float64 state.
             row: int64 `[1]` or `[B]`, the row of each sample; with None, all have the first.
-            noise: z like `x`; or
-            keys: what keys the noise drawn inside; with neither, none is added.
+            noise: z like `x`.
+            keys: the keys of noise that the kernel draws instead; with neither, none is added.
             history: epsilon of the step before, like `x`, added with the row's coefficient `ph`.
             mask: weight like `x` of `known` in the result.
             known: values like `x`.
             out: x_prev like `x`; may be `x`.
             x_0: predicted x_0, shaped like `x`.
             model_input: `[B or 2B, …]`: the new state in the model's dtype, twice under guidance.
-            epsilon: that of this step, shaped like `x`; may be `history`.
+            epsilon: the epsilon of this step, shaped like `x`; may be `history`.
         """
 
 
@@ -147,7 +147,7 @@ BACKENDS = _found()
 def choose(impl: str, device: torch.device) -> Backend:
     """The backend that `impl` names, or for "auto" the fastest that works on `device`.
 
-    Where "auto" has to do without the backend made for the device it warns and says why.
+    Where the backend made for the device does not work, "auto" warns and says why.
 
     Raises:
         ValueError: `impl` is unknown, or names a backend that cannot serve `device`; the message

@@ -46,10 +46,10 @@ def loop_step(
     t: Tensor,
     blending: Blending | None = None,
 ) -> LoopStep:
-    """`update_out` and `advance` in one call that looks nothing up again, after the mixing of known
+    """`update_out` and `advance` in one call without another look-up, after the mixing of known
     data where there is `blending`: see `fastddim.backends`.
 
-    For small states most of a step is the passing of its fifteen arguments.
+    For small states, most of the time of a step goes into passing its fifteen arguments.
     """
     given = keys if keys is not None else (None, None, None)
     inputs = (state, model_output, table, row, *given, history, model_input)
@@ -58,14 +58,14 @@ def loop_step(
     )
     call = importlib.import_module("fastddim._C").take_loop_step(made)
     dtype, shape, strides = model_output.dtype, model_output.shape, model_output.stride()
-    contiguous = model_output.is_contiguous()  # asked for in half of the time that strides take
-    # What the model reads is written over: an output that lies there is read from a copy, unless it
+    contiguous = model_output.is_contiguous()  # takes half of the time of strides
+    # A step writes over the model's input: an output that lies there is read from a copy, unless it
     # is the state itself, of which each element is read before it is written.
     read = state if model_input is None else model_input
     first = read.data_ptr()
     end = first + read.nbytes
     may_be_state = model_input is None and shape == state.shape and strides == state.stride()
-    apart = 0  # the last address that was seen to be elsewhere, since outputs come back to it
+    apart = 0  # the last address found to be elsewhere, which later outputs often have too
 
     def take(output: Tensor) -> bool:
         nonlocal apart

@@ -19,7 +19,7 @@ __all__ = [
 
 PRIORITY = 20
 
-# The kernel rounds to bfloat16 with an instruction that came with this.
+# The first with the instruction by which the kernel rounds to bfloat16.
 _CAPABILITY = (8, 0)
 
 

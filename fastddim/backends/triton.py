@@ -1,7 +1,7 @@
 """The Triton kernels (kernels/), on NVIDIA and AMD GPUs.
 
-Each launch is an operator, so that `torch.compile` takes it without a graph break, and fake tensors
-and dispatch modes see it. The call of the operator is short in comparison with Triton's launch.
+Each launch is an operator: `torch.compile` takes it without a graph break, and fake tensors and
+dispatch modes see it. Calling the operator takes little time compared with Triton's launch.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def advance(counters: Tensor, timesteps: Tensor, t: Tensor) -> None:
 def loop_step(*operands: Tensor | None, **others: Any) -> LoopStep:
     """`update_out` and `advance` as launches whose arguments are held: see `Backend`.
 
-    For small states most of a step is the way of its arguments through operators and Triton.
+    For small states, most of the time of a step goes into passing its arguments to Triton.
     """
     from fastddim.kernels import loop_step
 
@@ -89,7 +89,7 @@ def loop_step(*operands: Tensor | None, **others: Any) -> LoopStep:
 
 
 def _launchers() -> Any:
-    """Imported once it is used: it imports Triton."""
+    """The module of the launches, which imports Triton and so is imported on first use."""
     from fastddim.kernels import launch
 
     return launch

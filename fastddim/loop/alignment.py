@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 16
-"""Bytes of the largest access of a kernel, and what Triton compiles separate kernels by."""
+"""Bytes of the largest access of a kernel; Triton compiles other kernels where an address or a size
+is no multiple of it."""
 
 
 def aligned(count: int, dtype: torch.dtype) -> int:
@@ -20,8 +21,9 @@ def aligned(count: int, dtype: torch.dtype) -> int:
 def aligned_rows(
     count: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Zeros `[count, *shape]` whose rows are contiguous and begin at multiples of `ALIGNMENT`, as a
-    tensor of its own does, so that the same kernel takes any of them.
+    """Zeros `[count, *shape]` whose rows are contiguous and begin at multiples of `ALIGNMENT`.
+
+    A tensor of its own begins at one too, so the same kernel takes any of these rows.
     """
     row = torch.empty(tuple(shape), device="meta")
     strides = (aligned(row.numel(), dtype), *row.stride())

@@ -25,12 +25,12 @@ from fastddim.tracing import PLAIN
 from fastddim.validation import check_device, check_same_dtype
 
 Form: TypeAlias = Literal["single", "doubled", "stacked", "apart"]
-"""How the halves of guidance are read: there are none, the user has doubled the tensors, they are
-stacked here, or each is for another model."""
+"""The way the halves of guidance are read: there are none, the user has doubled the tensors, they
+are stacked here, or each half is for a model of its own."""
 
 
 class ModelArguments:
-    """What models are called with besides the state and the timestep, checked.
+    """The checked arguments of models, besides the state and the timestep.
 
     Leaves have names such as `['y']` or `['added']['text']`.
 
@@ -60,11 +60,11 @@ class ModelArguments:
             rowless: names of tensors that are passed as they are.
             form: how the halves of guidance are read.
             batch: B.
-            trees: what follows from all these, where it is known.
+            trees: the result of the other arguments, where it is known already.
 
         Raises:
-            TypeError, ValueError: a value has not the rows, the shape, the dtype or the device that
-                it must have; the message names it.
+            TypeError, ValueError: a value has the wrong rows, shape, dtype or device; the message
+                names it.
         """
         self._names = names
         self._given = given
@@ -90,14 +90,14 @@ class ModelArguments:
     ) -> ModelArguments:
         """
         Args:
-            model_kwargs, uncond_kwargs: of the user.
+            model_kwargs, uncond_kwargs: the user's.
             batch: B.
             guided: whether there is guidance.
-            apart: whether another model is evaluated for its unconditional half.
+            apart: whether another model is evaluated for the unconditional half.
 
         Raises:
             TypeError, ValueError: they are no mappings, or cannot be the arguments of a model; the
-                message names what is wrong.
+                message names the argument.
         """
         kwargs = _mapping("model_kwargs", model_kwargs)
         uncond = None
@@ -119,13 +119,13 @@ class ModelArguments:
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """As they were given."""
+        """The user's `model_kwargs`, as they were given."""
         kwargs: dict[str, Any] = tree_map(self._given.__getitem__, self._names)
         return kwargs
 
     @property
     def uncond_kwargs(self) -> Mapping[str, Any] | None:
-        """As they were given, by the names of the leaves."""
+        """The leaves of the user's `uncond_kwargs`, by name; None where there are none."""
         return self._uncond
 
     @property
@@ -135,19 +135,19 @@ class ModelArguments:
 
     @property
     def tensors_without_rows(self) -> dict[str, Tensor]:
-        """Those that are passed as they are, by name."""
+        """The tensors that are passed as they are, by name."""
         return {name: self._given[name] for name in self._given if name in self._rowless}
 
     @property
     def key(self) -> Hashable:
-        """All except the values of tensors: what a graph of the models depends on."""
+        """Everything that a graph of the models depends on: all except the values of tensors."""
         return trees_key(self.trees)
 
     def joined(self, batch: Any) -> Trees:
         """The trees with tensors, in operations that programs can hold.
 
         Args:
-            batch: B, which may be an open number of a program.
+            batch: B, which may be unknown in a program.
         """
         joined: Trees = tree_map_only(Rows, lambda rows: rows.joined(batch), self.trees)
         return joined
@@ -155,15 +155,15 @@ class ModelArguments:
     def replaced(
         self, model_kwargs: Any, uncond_kwargs: Any, *, batch: int | None = None
     ) -> ModelArguments:
-        """The same with other values.
+        """These arguments with other values.
 
         Args:
-            model_kwargs, uncond_kwargs: of the user, with what is to be replaced.
-            batch: B, if it is another one.
+            model_kwargs, uncond_kwargs: the user's, with the values to replace.
+            batch: B, where it differs.
 
         Raises:
-            TypeError, ValueError: a name was not there, or its value has other rows, another shape,
-                dtype or device; the message names it.
+            TypeError, ValueError: a name is unknown, or its new value has other rows, another
+                shape, dtype or device; the message names it.
         """
         if uncond_kwargs is None and batch is None:
             swapped = self._swapped(model_kwargs)
@@ -180,7 +180,7 @@ class ModelArguments:
             new = _flat(_mapping("uncond_kwargs", uncond_kwargs))
             if uncond is None:
                 raise ValueError(
-                    "uncond_kwargs: expected None, since the Sampler was made without, got values "
+                    "uncond_kwargs: expected None, as when the Sampler was made, got values "
                     f"of {_listed(new)}"
                 )
             uncond = {**uncond, **new}
@@ -194,8 +194,8 @@ class ModelArguments:
         )
 
     def _swapped(self, model_kwargs: Any) -> ModelArguments | None:
-        """What `replaced` makes of tensors exactly like those that were there, as a control loop
-        has them, in a fraction of its time; None where there is more to look at.
+        """The result of `replaced` in a fraction of its time, for tensors exactly like the earlier
+        ones, as a control loop has them; None where there is more to check.
         """
         if self._form != "single" or type(model_kwargs) is not dict:
             return None
@@ -248,7 +248,7 @@ class ModelArguments:
         check_device(shown, value, "the one before", before.device)
 
     def _leaves(self, name: str, value: Any) -> tuple[Any, ...]:
-        """The leaf of each tree."""
+        """The leaf of each tree for one argument."""
         rows = isinstance(value, Tensor) and name not in self._rowless
         if rows:
             self._check_rows(name, value)
@@ -273,12 +273,12 @@ class ModelArguments:
             first = name[1:].partition("]")[0]
             raise ValueError(
                 f"model_kwargs{name}: expected {_either(batch)} under guidance where uncond_kwargs="
-                f"{{{first}: ...}} tells the unconditional value, or a tensor [{2 * batch}, ...] "
+                f"{{{first}: ...}} gives the unconditional value, or a tensor [{2 * batch}, ...] "
                 f"that has it in its first half, got shape {tuple(value.shape)}"
             )
 
     def _checked_other(self, shown: str, other: Any, name: str) -> Any:
-        """The value without the condition."""
+        """The checked value without the condition."""
         value = self._given[name]
         if not isinstance(value, Tensor) or name in self._rowless:
             if self._form != "apart":
@@ -344,9 +344,7 @@ def _filled(names: dict[str, Any], halves: Mapping[str, Any], half: int) -> dict
 
 def _check_known(shown: str, name: str, given: Mapping[str, Any]) -> None:
     if name not in given:
-        raise ValueError(
-            f"{shown}: expected a name that model_kwargs have, {_listed(given)}, got {name}"
-        )
+        raise ValueError(f"{shown}: expected a name in model_kwargs, {_listed(given)}, got {name}")
 
 
 def _check_count(shown: str, value: Tensor, batch: int) -> None:

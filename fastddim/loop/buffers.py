@@ -17,20 +17,20 @@ from fastddim.reference import compute_dtype
 class Buffers(NamedTuple):
     """The tensors that the steps of a batch read and write, besides the counters.
 
-    Those that are like the state lie as the model's weights do, and so its outputs, for an update
-    to find all of them in one order. Only `denoised_fn` gets its x_0 row-major.
+    Tensors like the state have the memory format of the model's weights, which its outputs have
+    too: an update then finds all of them in one order. Only `denoised_fn` gets its x_0 row-major.
 
     Attributes:
         state: x_t `[B, …]`.
         x_0: the predicted x_0, like the state, where it is written.
         table: coefficient rows `[R, K]`.
-        own_row: int64 `[B]`, where each sample finds its row among `own_rows`.
-        next_input: `[B or 2B, …]`, the state as the model reads it, where that is another tensor.
+        own_row: int64 `[B]`, the index of each sample's row in `own_rows`.
+        next_input: `[B or 2B, …]`, the model's input, where it is not the state itself.
         history: like the state in the model's dtype, the epsilon of the step before.
         start: like the state, where a refined step begins.
         first_half: where steps are split, the rows `[R, K]` of their first halves.
         epsilon: like the state, the epsilon of the first half, where the second reads it.
-        own_rows: rows `[B, K]` that are made for the data of each sample.
+        own_rows: rows `[B, K]`, each made for the data of its sample.
     """
 
     state: Tensor
@@ -57,7 +57,7 @@ class Buffers(NamedTuple):
         channels_last: bool,
         with_x_0: bool,
     ) -> Buffers:
-        """Zeros for steps of a kind, with tables of so many rows."""
+        """Buffers of zeros for steps of one kind, with tables of `rows` rows."""
         memory_format = CHANNELS_LAST[len(shape)] if channels_last else torch.contiguous_format
 
         def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -102,13 +102,13 @@ class Buffers(NamedTuple):
         return self._replace(**views)
 
     def follow_state(self) -> None:
-        """Write what a first step reads besides the state, from the state."""
+        """Write the tensors that a first step reads besides the state, from the state."""
         if self.history is not None:
             self.history.zero_()
         self.write_input()
 
     def write_input(self) -> None:
-        """Write what the model reads, from the state."""
+        """Write the model's input from the state."""
         if self.next_input is not None:
             for part in self.next_input.split(max(len(self.state), 1)):
                 part.copy_(self.state)
@@ -118,13 +118,13 @@ class Buffers(NamedTuple):
 
 
 class Inpainting(NamedTuple):
-    """Known data, and what mixes them for each step.
+    """Known data, and the tensors that mix them to the noise level of each step.
 
     Attributes:
         mask: weight of the known data in the state; like the state.
         data: the known data; like the state.
         x_T: the latents that they are mixed with; like the state.
-        known: the data as they are after a step; like the state.
+        known: the data at the noise level after a step; like the state.
         table: the rows `[R, K]` that mix them.
     """
 
@@ -145,7 +145,7 @@ class Inpainting(NamedTuple):
         return Inpainting(mask, data, x_T, known, self.table)
 
     def load(self, mask: Tensor, known: Tensor, x_T: Tensor) -> None:
-        """Take over what all samples keep."""
+        """Take over the mask, the known data and the latents."""
         self.mask.copy_(mask)
         self.data.copy_(known)
         self.x_T.copy_(x_T)
@@ -156,5 +156,5 @@ class Inpainting(NamedTuple):
 
 
 def row_major(tensor: Tensor) -> Tensor:
-    """A copy as callers get it, whatever order a loop keeps it in."""
+    """A row-major copy for callers, whatever the memory format of a loop's tensor."""
     return tensor.clone(memory_format=torch.contiguous_format)

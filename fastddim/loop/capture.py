@@ -1,9 +1,9 @@
-"""The capture of a part of a loop as a graph, and when there is one.
+"""The capture of a part of a loop as a graph, and the conditions for it.
 
-A graph repeats kernels on addresses. So all that may change between two replays is copied into
-tensors that stay (`StaticInputs`, and the loop's own `Buffers`), and all that decides which kernels
-run is part of a key (`ModelState`, `torch_settings`, `ModelArguments.key`); what is in neither is
-as it was at capture.
+A graph repeats kernels on fixed addresses. So all that may change between two replays is copied
+into tensors that stay (`StaticInputs`, and the loop's own `Buffers`), and all that decides which
+kernels run is part of a key (`ModelState`, `torch_settings`, `ModelArguments.key`). A replay finds
+everything else as it was at capture.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 class Graph(Protocol):
     @property
     def nodes(self) -> int | None:
-        """How many kernels, copies and fills it launches; None where that cannot be told."""
+        """The number of kernels, copies and fills that it launches; None where it is unknown."""
 
     @property
     def replay(self) -> Callable[[], None]: ...
@@ -41,7 +41,9 @@ def check_graph(graph: Any, device: torch.device, check_finite: bool) -> None:
     if graph in ("auto", False):
         return
     if not cuda.available(device):
-        raise ValueError(f"graph: {graph!r} needs CUDA graph capture, not available on {device}")
+        raise ValueError(
+            f"graph: expected 'auto' or False on {device}, which captures no graphs, got {graph!r}"
+        )
     if check_finite:
         raise ValueError(
             "graph: expected 'auto' or False with check_finite=True, which waits for the device at "
@@ -50,7 +52,7 @@ def check_graph(graph: Any, device: torch.device, check_finite: bool) -> None:
 
 
 def check_outer_capture(graph: bool | str, device: torch.device, check_finite: bool) -> None:
-    """Refuse what cannot go into a graph that the caller is capturing."""
+    """Refuse options that cannot go into a graph that the caller is capturing."""
     if (graph in ("auto", False) and not check_finite) or not transfer.captured(device):
         return
     if graph not in ("auto", False):
@@ -79,17 +81,17 @@ def capture(
 
     Args:
         body: called once, while its kernels are recorded and do not run.
-        warm_up: called before, and run; an error in it is the caller's.
-        device: where.
-        generators: those on the device that `body` draws from; a replay moves them on as `body`
+        warm_up: called and run before; its errors are the caller's.
+        device: the device of the kernels.
+        generators: those on the device that `body` draws from; a replay advances them as `body`
             itself would.
 
-    The states of these generators and of torch's own are left as they were.
+    The capture leaves the states of these generators and of torch's own unchanged.
 
     Raises:
         CaptureError: `body` does what a graph cannot hold.
     """
-    # Casts that autocast made before the capture would be read from memory that it frees.
+    # A graph would read casts that autocast kept from before, in memory that autocast frees.
     with _capturing, _random_states_kept(device, generators), _uncached_autocast():
         return cuda.record(body, warm_up, device, generators)
 

@@ -1,4 +1,4 @@
-"""Copies and pickles of what owns buffers, graphs and locks."""
+"""Copies and pickles of objects that own buffers, graphs and locks."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class Rebuilt:
     _built: frozenset[str]
 
     def _build(self) -> None:
-        """Set the attributes that are not held. The models are not looked into: they may be parts
-        of a module that is being copied itself, and empty yet.
+        """Set the attributes that are not held, without a look into the models.
+
+        The models may be parts of a module that is being copied itself, and still be empty.
         """
         raise NotImplementedError
 
@@ -51,7 +52,7 @@ class Rebuilt:
                 raise TypeError(
                     "model: expected a module, or a method or functools.partial of one, to copy it "
                     f"with the {type(module).__name__} that it belongs to, got a function, whose "
-                    "copy would go on with the original"
+                    "copy would still use the original"
                 )
         state = self.__getstate__()
         copied = memo[id(self)] = type(self).__new__(type(self))
@@ -60,7 +61,7 @@ class Rebuilt:
 
 
 def _closed_over(*functions: Any) -> Iterator[nn.Module]:
-    """The modules that copies of the functions share with them: a copy of a function is itself."""
+    """The modules that copies of the functions would share, since a copied function is itself."""
     for function in functions:
         if isinstance(function, FunctionType):
             yield from held_modules(function)

@@ -1,6 +1,6 @@
 """Step counters of a loop, in device memory.
 
-Kernels read there which step they take, so that one captured step serves them all.
+Kernels read the number of the step there, so one captured step serves all steps.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Position(NamedTuple):
     number: int | None = None  # `step` as the host knows it, if it does
 
     def rows_in(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A table of rows of a plan, and which of them this step takes, for an update."""
+        """A table of a plan's rows and the index of this step's row, for an update."""
         return self.shared_row_in(table) if self.row is None else (table, self.row)
 
     def shared_row_in(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
         """`rows_in` for a table with one row a step, which all samples share.
 
-        Where the host knows the step it is a table of this row alone: a kernel then need not read
-        an index before it can read the row.
+        Where the host knows the step, the table has this row alone: a kernel then need not read an
+        index before the row.
         """
         if self.number is None:
             return table, self.step
@@ -47,8 +47,8 @@ class Counting:
 
     Attributes:
         now: the position that `advance` writes.
-        counting: the numbers that grow with it, int64 `[n]`.
-        timesteps: those that the first of these numbers index, int64 `[m]`.
+        counting: the numbers that grow with the step, int64 `[n]`.
+        timesteps: int64 `[m]`, indexed by the first of these numbers.
     """
 
     now: Position
@@ -69,18 +69,18 @@ class Counters(Counting):
     Attributes:
         now: the position that `rewind` and `advance` write.
         each: after `unroll`, a position for every step, written by `load` alone. A loop that is
-            captured as a whole knows its steps: nothing has to count between two of them.
-        steps: how many there are.
+            captured as a whole knows its steps and has nothing to count between two of them.
+        steps: the number of steps.
     """
 
     def __init__(self, plan: Plan, batch: int, device: torch.device) -> None:
         model_batch = plan.kind.parts * batch
         own_rows = plan.table.ndim == 3
         seed, sample = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
-        # One step further than the plan goes: the last advance reads it.
+        # One more than the plan has, since the last advance reads it.
         timesteps = torch.zeros(plan.steps + 1, dtype=torch.int64, device=device)
 
-        # The timesteps of now and the counters are one tensor, which one copy rewinds.
+        # The current timesteps and the counters are one tensor, which one copy rewinds.
         begin = aligned(model_batch, torch.int64)
         first_rows = torch.arange(batch if own_rows else 0, device=device) * plan.steps
         self._first = torch.zeros(
@@ -103,8 +103,8 @@ class Counters(Counting):
         self.each: Sequence[Position] = ()
         self._tables: tuple[Tensor, ...] = ()
         self._own_rows, self._first_rows = own_rows, first_rows
-        # What lies in the keys as the host knows it: one seed, and the first sample index, from
-        # which the others follow; None where they are all 0.
+        # The contents of the keys as the host knows them: one seed, and the first sample index,
+        # from which the others follow; None where all indices are 0.
         self._seed: int | None = 0
         self._first_sample: int | None = None
 
@@ -146,11 +146,11 @@ class Counters(Counting):
         self._t.copy_(self.timesteps[: len(self.each), None].expand_as(self._t))
 
     def load_samples(self, samples: Samples, *, known: bool) -> None:
-        """Take over which noise the samples get.
+        """Take over the keys of the samples' noise.
 
         Args:
-            known: whether nothing but this method writes the keys. Then what is there already is
-                not written again.
+            known: whether only this method writes the keys. It then does not write the same values
+                again.
         """
         (seed, first), keys = samples, self.now.keys
         number = seed if isinstance(seed, int) else None
@@ -167,7 +167,7 @@ class Counters(Counting):
     def skip_to(self, step: int) -> None:
         """Move on from the first step to this one."""
         if step > 0:
-            # A number that is added is a new tensor on the CPU; one that is filled in is not.
+            # Adding a number makes a new tensor on the CPU; filling one in does not.
             self.counting.add_(self._skipped.fill_(step))
             self.now.t.copy_(self.timesteps[step].expand_as(self.now.t))
 

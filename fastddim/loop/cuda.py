@@ -1,4 +1,4 @@
-"""CUDA graphs as PyTorch records them, and all of PyTorch's private names that this takes."""
+"""CUDA graphs as PyTorch records them, and all the private names of PyTorch that this needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WARM_UPS = 2
 
 
 class CaptureError(Exception):
-    """Something cannot be captured; the message is the reason alone."""
+    """A failed capture; the message is the reason alone."""
 
 
 def available(device: torch.device) -> bool:
@@ -27,7 +27,7 @@ class CapturedGraph:
 
     Attributes:
         replay: launches it.
-        nodes: how many it has; None where that cannot be told.
+        nodes: the number of its nodes; None where it is unknown.
     """
 
     __slots__ = ("nodes", "replay")
@@ -45,7 +45,7 @@ def record(
     device: torch.device,
     generators: Sequence[torch.Generator],
 ) -> CapturedGraph:
-    """`capture` on CUDA, without what it keeps in order around it."""
+    """Capture on CUDA; random states and autocast are left to `fastddim.loop.capture`."""
     with torch.cuda.device(device):
         current = torch.cuda.current_stream()
         if device not in _side_streams:
@@ -56,7 +56,7 @@ def record(
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
                     warm_up()
-                # What the warm-up leaves cached is wanted by the graph's own pool.
+                # The graph's own pool needs the memory that the warm-up leaves cached.
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
                 with _workspaces_of_its_own():
@@ -74,7 +74,7 @@ def _captured(
         try:
             body()
         except BaseException:
-            # Its error would only say that the body failed.
+            # An error of the end would only say that the body failed.
             with suppress(RuntimeError):
                 _end(graph, device, pool, generators)
             raise
@@ -101,9 +101,10 @@ def _end(
     pool: Any,
     generators: Sequence[torch.Generator],
 ) -> None:
-    """`capture_end`, and what it leaves undone where it fails (aten/src/ATen/cuda/CUDAGraph.cpp):
-    the allocator goes on with the pool, and before torch 2.13 the generators stay in the state of
-    a capture until a later one ends well.
+    """End the capture, and do what `capture_end` leaves undone where it fails.
+
+    The allocator would go on with the pool, and before torch 2.13 the generators would stay in the
+    state of a capture until a later one ends well (aten/src/ATen/cuda/CUDAGraph.cpp).
     """
     try:
         graph.capture_end()
@@ -119,8 +120,10 @@ def _end(
 
 @contextmanager
 def _workspaces_of_its_own() -> Iterator[None]:
-    """cuBLAS keeps a workspace for each stream; graphs captured on one would share it, and could
-    not be replayed on two streams at a time.
+    """A capture with cuBLAS workspaces of its own.
+
+    cuBLAS keeps a workspace for each stream. Graphs captured on one stream would share it, and
+    could not be replayed on two streams at a time.
     """
     torch._C._cuda_clearCublasWorkspaces()
     try:

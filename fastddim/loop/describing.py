@@ -45,6 +45,6 @@ def described_number(value: PerStep) -> str:
 def described_placement(
     dtype: torch.dtype, device: torch.device, backend: Backend, graph: Graph
 ) -> list[str]:
-    """The dtype, the device and the means of computation, as arguments."""
+    """The dtype, the device, the backend and the graph mode, as arguments."""
     impl = backend.__name__.rpartition(".")[2]
     return [f"dtype={dtype}", f"device={str(device)!r}", f"impl={impl!r}", f"graph={graph!r}"]

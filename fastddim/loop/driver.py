@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 
-# Both are of every driver for CUDA 12.3 or later. The capture is asked for by its third version,
+# Every driver for CUDA 12.3 or later has both functions. The third version of the query is called,
 # since the earlier ones refuse a graph with programmatic dependencies.
 _LIBRARY = "libcuda.so.1"
 _ACTIVE = 1
@@ -18,7 +18,7 @@ def captured_nodes(stream: int) -> int | None:
         stream: the stream as CUDA knows it.
 
     Returns:
-        None where it cannot be told: without such a driver, or where nothing is being captured.
+        None where it is unknown: without such a driver, or where nothing is being captured.
     """
     library = _library()
     if library is None:

@@ -1,4 +1,4 @@
-"""The weights of a model, as far as buffers were made for them."""
+"""The dtype and the device of a model's weights, for which buffers were made."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class FirstWeight:
     def __init__(self, owner: str, model: Any, device: torch.device, name: str = "model") -> None:
         """
         Args:
-            owner: what was prepared for them, as an error names it.
-            model: of the user.
-            device: of the state, to which hooks may move a model that is kept elsewhere.
-            name: of the argument, as an error names it.
+            owner: the class that was prepared for the weights, as an error names it.
+            model: the user's.
+            device: the state's, to which hooks may move a model that is kept elsewhere.
+            name: the argument's, as an error names it.
         """
         self._owner, self._argument = owner, name
         self._module: nn.Module | None = None
@@ -37,7 +37,7 @@ class FirstWeight:
         """Refuse a model that was converted or moved meanwhile.
 
         Raises:
-            ValueError: so it was.
+            ValueError: the weights have another dtype or are on another device.
         """
         weight = self._find()
         if weight is None or (weight.dtype is self._dtype and weight.is_cpu and self._on_cpu):
@@ -50,8 +50,8 @@ class FirstWeight:
             )
 
     def _find(self) -> Tensor | None:
-        """The weight by its name, since a conversion may put another in its place; None where there
-        is none of the name any more.
+        """The weight by its name, since a conversion may put another in its place; None where the
+        name is gone.
         """
         if self._module is None:
             return None
@@ -65,7 +65,7 @@ class FirstWeight:
 def first_weights(
     owner: str, model: Any, uncond_model: Any, device: torch.device
 ) -> list[FirstWeight]:
-    """Of the model, and of the unconditional one where there is another."""
+    """The first weights of the model and, where there is one, of the unconditional model."""
     found = [FirstWeight(owner, model, device)]
     if uncond_model is not None:
         found.append(FirstWeight(owner, uncond_model, device, "uncond_model"))

@@ -1,4 +1,4 @@
-"""The arguments of a model in memory: tensors that stay where that is needed."""
+"""The arguments of a model in memory, in tensors that stay where they have to."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastddim.loop.rows import Rows, Trees, taken_apart
 
 
 class Inputs:
-    """What models read eagerly: the caller's tensors where they are read as they are, and tensors
-    that stay where rows are repeated or stacked.
+    """The arguments that models read eagerly: the caller's tensors where they are read as they are,
+    and tensors that stay where rows are repeated or stacked.
 
     Attributes:
-        arguments: for each model that a step evaluates.
+        arguments: those of each model that a step evaluates.
     """
 
     arguments: Trees = ({},)
@@ -30,8 +30,8 @@ class Inputs:
         self._written: list[tuple[Rows, Tensor]] = []
 
     def load(self, given: ModelArguments) -> None:
-        """Take over the values of now; where the arguments are those of the last time, only what is
-        written is read again.
+        """Take over the current values; where the arguments are those of the last call, only rows
+        that are repeated or stacked are read again.
         """
         if given is not self._given:
             self._take(given)
@@ -59,15 +59,15 @@ class Inputs:
         return own
 
     def tensors(self) -> Iterator[Tensor]:
-        """Those that stay."""
+        """The tensors that stay."""
         yield from self._own.values()
 
 
 class StaticInputs:
-    """What a graph reads: copies of all tensors, which stay where they are.
+    """The arguments that a graph reads: copies of all tensors, which stay where they are.
 
     Attributes:
-        arguments: for each model that a step evaluates.
+        arguments: those of each model that a step evaluates.
 
     Raises:
         CaptureError: there are values that a graph would read on the host.
@@ -82,7 +82,7 @@ class StaticInputs:
         yield from (leaf for leaf in self._leaves if isinstance(leaf, Tensor))
 
     def load(self, given: ModelArguments) -> None:
-        """Take over the values of arguments with the same `key`, or of some in their place."""
+        """Take over the values of arguments with the same `key`, or of arguments in their place."""
         if not self._leaves:
             return
         leaves, _ = taken_apart(given.trees)

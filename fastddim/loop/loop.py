@@ -72,8 +72,8 @@ class Loop:
             setup.graph, setup.backend, self.buffers, self.counters, self.step
         )
         self._order = StreamOrder(device)
-        # Values of the host that need not be written again: of the table, the timesteps, and the
-        # plan whose rows known data are mixed by.
+        # The host's record of values that the buffers hold already: the table, the timesteps, and
+        # the plan whose rows mix known data.
         self._table: Hashable = None
         self._timesteps: list[int] = []
         self._mixed_by: Plan | None = None
@@ -113,7 +113,7 @@ class Loop:
         self._table, self._timesteps = values, timesteps
 
     def unload(self) -> None:
-        """Let go of what is the caller's; `load` comes before the next run."""
+        """Let go of the caller's objects; call `load` before the next run."""
         del self.plan, self._arguments, self._inputs
         self._mixed_by = None
         del self.step.model, self.step.uncond_model, self.step.denoised_fn, self.step.check
@@ -128,8 +128,8 @@ class Loop:
         """Draw one batch; see `fastddim.sample` for the options.
 
         Args:
-            arguments: of the model, in place of those of the setup.
-            out: where the samples are written.
+            arguments: the model's, in place of those of the setup.
+            out: the tensor that the samples are written into.
         """
         state = self.buffers.state
         check_outer_capture(self._graph, state.device, self._check_finite)
@@ -184,7 +184,7 @@ class Loop:
 
         Args:
             first: the step to begin with, before which the state is `x`.
-            out: where the last state is written.
+            out: the tensor that the last state is written into.
 
         Returns:
             The last state, or all of them.
@@ -206,7 +206,7 @@ class Loop:
             joins = transfer.captured(self.buffers.state.device)
             self._lent |= joins
             program = None
-            # What is asked for while the caller captures a graph was refused before.
+            # A graph that is asked for while the caller captures one was refused before.
             if self._captures and not joins:
                 program = self._program(noise, reporting, masked, first, latents)
             inputs = self._inputs if program is None else program.inputs
@@ -220,7 +220,7 @@ class Loop:
                     end = self._walk(program, noise, reporting, trajectory, masked, first, bar)
             if trajectory is None:
                 return own_copy(self.buffers.state, out)
-        # A part of the memory would keep all of it.
+        # A view of a part would keep all of the memory.
         return trajectory if end == self.plan.steps else trajectory[: end - first + 1].clone()
 
     def _mode_of_walk(self, program: Program | None) -> AbstractContextManager[Any]:
@@ -248,8 +248,8 @@ class Loop:
         first: int,
         bar: Any,
     ) -> int:
-        """Take the steps of the plan one by one (arXiv 2010.02502, section 4.2), as far as the
-        callback lets it; the index of the step that would come next.
+        """Take the steps of the plan one by one (arXiv 2010.02502, section 4.2) until the callback
+        stops it, and return the index of the step that would come next.
         """
         state, now = self.buffers.state, self.counters.now
         callback, take, arguments = reporting.callback, self.step.take, self._inputs.arguments
@@ -270,7 +270,7 @@ class Loop:
         return self.plan.steps
 
     def _tell(self, s: int, callback: Callback | None, bar: Any) -> bool:
-        """Tell of a step that was taken; True where the run is to end after it."""
+        """Report a step to the callback and the bar; True where the run is to end after it."""
         state, x_0, stopped = self.buffers.state, self.buffers.x_0, False
         if callback is not None and x_0 is not None:
             stopped = callback(s, self._timesteps[s], row_major(state), row_major(x_0)) is STOP
@@ -281,7 +281,7 @@ class Loop:
     def _replay_whole(
         self, program: Program, noise: NoiseSource, first: int, bar: Any, out: Tensor | None
     ) -> Tensor:
-        """Replay the graph of all steps; its progress is told at the end."""
+        """Replay the graph of all steps; its progress is shown at the end."""
         self._replay(program, noise, first)
         if bar is not None:
             bar.update(self.plan.steps - first)
@@ -297,10 +297,10 @@ class Loop:
         known: Tensor | None,
         first: int,
     ) -> None:
-        """Write what a run begins with and a graph of the whole loop does not write."""
+        """Write everything that a run begins with, except the part that its program writes."""
         counters, state = self.counters, self.buffers.state
         whole = program is not None and program.whole
-        # In the middle, the state is no longer the latents that known data are mixed with.
+        # A state in the middle of a run is not the latents that known data are mixed with.
         resumed = x is not None and first > 0 and mask is not None
         if not whole:
             counters.rewind()

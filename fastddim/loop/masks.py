@@ -1,4 +1,4 @@
-"""Checks of what a masked run keeps."""
+"""Checks of masks and known data."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fastddim.validation import check_like, check_mask, readable
 def check_known(
     mask: Tensor | None, known: Tensor | None, state: Tensor, clean: bool | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(mask, known), of which neither can be without the other.
+    """The mask and the known data, checked; neither can be without the other.
 
     Args:
         clean: whether ᾱ is 1 before the first step.
     """
     if known is None:
-        raise ValueError("known: expected data beside mask, got None")
+        raise ValueError("known: expected data with mask, got None")
     if mask is None:
         raise ValueError("mask: expected a weight of known, got None")
     check_like("known", known, "the state", state)
@@ -33,8 +33,8 @@ def check_known(
 def _weights(mask: Tensor) -> Tensor:
     """The mask, with NaN for values outside [0, 1] where they cannot be looked at.
 
-    Such a weight would multiply the error of every step. To look at one on an accelerator would
-    wait for it, and a program gets other masks than the one that it is traced with.
+    Such a weight would multiply the error of every step. A look at one on an accelerator would wait
+    for the device, and a program gets other masks than the one that it is traced with.
     """
     if in_program() or not readable(mask):
         return torch.where((mask >= 0) & (mask <= 1), mask, math.nan)

@@ -19,9 +19,9 @@ class ModelState:
     A model shows itself, what a method is bound to, what a partial, a closure or an instance holds,
     and the globals that a function names.
 
-    It is read before every replay. Walking a tree of modules would take as long as the replay of a
-    small model, so the modules are listed once, and again only after one came, went or changed
-    places.
+    The state is read before every replay. Walking a tree of modules would take as long as the
+    replay of a small model, so the modules are listed once, and again only after one came, went or
+    changed places.
     """
 
     def __init__(self, *models: Any) -> None:
@@ -30,7 +30,7 @@ class ModelState:
         self._links: list[int] = []
 
     def read(self) -> tuple[Hashable, Hashable]:
-        """(where the parameters and buffers are, which modules train)."""
+        """The addresses of the parameters and buffers, and the modules in training mode."""
         reached = chain.from_iterable(map(reachable, self._models))
         roots = [value for value in reached if isinstance(value, nn.Module)]
         if self._links != _links(roots, self._modules):

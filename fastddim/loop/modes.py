@@ -1,4 +1,4 @@
-"""Contexts in which loops run, as cheap to enter as can be: a short run takes microseconds."""
+"""Contexts in which loops run, cheap to enter since a short run takes microseconds."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class OneAtATime:
 
 
 def without_autograd() -> AbstractContextManager[Any]:
-    """Ordinary tensors without gradients, whatever the caller's modes are; no mode is entered where
-    it is on already, since that takes as long as a launch.
+    """A context for ordinary tensors without gradients, whatever the caller's modes are. It enters
+    no mode that is on already, since that takes as long as a launch.
 
     Raises:
         RuntimeError: a transform of `torch.func` is at work.

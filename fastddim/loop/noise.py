@@ -47,14 +47,14 @@ def listed(
 
 
 def noise_at(noise: NoiseSource, s: int, like: Tensor) -> Tensor | None:
-    """The noise of step `s`, drawn like `like` where it comes from generators."""
+    """The noise of step `s`; from generators, it is drawn in the shape and dtype of `like`."""
     if noise is None:
         return None
     return noise[s] if isinstance(noise, Tensor) else draw(noise, like)
 
 
 def check_noise_source(noise: NoiseSource, steps: int, state: Tensor) -> None:
-    """Refuse what is no noise for so many steps of a state."""
+    """Refuse noise that does not fit the state and the number of steps."""
     if noise is None or isinstance(noise, torch.Generator):
         return
     if not isinstance(noise, Tensor):

@@ -12,7 +12,7 @@ from fastddim.validation import check_like, check_same_dtype
 
 
 def check_out(out: Tensor, state: Tensor, reporting: Reporting) -> None:
-    """Refuse what a run of such states cannot write its result into."""
+    """Refuse a tensor that a run of such states cannot write its result into."""
     if reporting.return_trajectory:
         raise ValueError("out: expected None with return_trajectory=True, got a tensor")
     check_written("out", out, state)
@@ -29,7 +29,7 @@ def check_written(name: str, out: Tensor, state: Tensor) -> None:
 
 
 def own_copy(made: Tensor, out: Tensor | None) -> Tensor:
-    """A copy of what a run has made, or `out` with it."""
+    """A copy of a run's result, or `out` with the result in it."""
     if out is None:
         return row_major(made)
     write(made, out)

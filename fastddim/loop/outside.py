@@ -1,4 +1,4 @@
-"""Calls inside programs, such as that of `torch.compile`, of what keeps something between calls."""
+"""Calls in programs, as of `torch.compile`, of objects that keep something between calls."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Result = TypeVar("Result")
 def outside_of_programs(
     method: Callable[Concatenate[Owner, Arguments], Result],
 ) -> Callable[Concatenate[Owner, Arguments], Result]:
-    """Keep a method out of programs: `torch.compile` breaks its function there, and others refuse
-    the call.
+    """Keep a method out of programs: `torch.compile` breaks its graph there, and other tracers
+    refuse the call.
     """
 
     @functools.wraps(method)

@@ -18,11 +18,11 @@ from fastddim.loop.setup import Setup
 
 
 class LoopPool:
-    """Loops between calls, each there for one caller at a time and as long as its model lives."""
+    """Loops between calls, each for one caller at a time, and kept as long as its model lives."""
 
     def __init__(self) -> None:
         self._entries: Cache[tuple[list[weakref.ref[Any]], Loop]] = Cache(KEPT)
-        # Reentrant: what an entry lets go of may run code that comes back here.
+        # Reentrant: freeing an entry may run code that comes back here.
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -32,8 +32,8 @@ class LoopPool:
     def borrow(self, setup: Setup) -> Iterator[Loop]:
         """A loop for one call: one that an earlier call left with its graphs, or a new one.
 
-        It is not kept after an error, nor where it holds a function of the caller's besides the
-        model.
+        The loop is not kept after an error, nor where it holds one of the caller's functions
+        besides the model.
         """
         if not setup.captures or setup.denoised_fn is not None:
             yield Loop(setup)
@@ -43,7 +43,7 @@ class LoopPool:
         self.release(setup, loop)
 
     def acquire(self, setup: Setup) -> Loop:
-        """The loop that was released last for such a setup, or a new one; the caller's alone."""
+        """The loop that was released last for such a setup, or a new one, for this caller alone."""
         with self._lock:
             entry = self._entries.pop(_key(setup))
         if entry is None:
@@ -53,7 +53,7 @@ class LoopPool:
         return loop
 
     def release(self, setup: Setup, loop: Loop) -> None:
-        """Keep the loop for a later call; dropped where a model cannot be watched.
+        """Keep the loop for a later call, or drop it where a model cannot be watched.
 
         The model of a bound method is the object that it is bound to.
         """

@@ -24,15 +24,16 @@ from fastddim.loop.step import Step
 from fastddim.options import NoiseSource
 
 MOST_NODES = 1250
-"""The most kernels, copies and fills of which "auto" makes one graph for all steps: 25 a step in 50
-steps. On an H100 a step of such a graph is 3.3 to 4.5 µs shorter than a graph of its own, and up to
-6 % longer around U-Nets, of 2.6 µs for each of their kernels, which is as much from 25 kernels
+"""The most kernels, copies and fills that "auto" captures as one graph of all steps: 25 per step in
+50 steps. On an H100, such a graph saves 3.3 to 4.5 µs per step against a graph of one step. Around
+U-Nets its steps take up to 6 % longer. At 2.6 µs per kernel that cancels the saving from 25 kernels
 on.
 """
 
 MOST_BEGINNINGS = 4
-"""The most graphs of all steps that one of a step has beside it under "auto", before it serves runs
-from yet other steps itself: warm starts begin at the same step every time.
+"""The most graphs of all steps that "auto" captures besides a graph of one step, each from another
+first step. Runs from yet other steps replay the graph of one step: warm starts begin at the same
+step every time.
 """
 
 
@@ -40,13 +41,13 @@ class Run(NamedTuple):
     """A run as far as its program depends on it.
 
     Attributes:
-        noise: what the caller gives for steps that add noise.
+        noise: the caller's, for steps that add noise.
         with_x_0: whether the predicted x_0 is written at each step.
         with_trajectory: whether all states are returned.
         masked: whether steps blend the state with known data.
         first: the step to begin with.
-        latents: whether it begins with those of the seed, which nothing else reads.
-        progress: whether each step is told of.
+        latents: whether it begins with the latents of the seed, which nothing else reads.
+        progress: whether each step is reported.
     """
 
     noise: NoiseSource
@@ -59,7 +60,7 @@ class Run(NamedTuple):
 
     @property
     def of_a_step(self) -> Hashable:
-        """All that the program of a step depends on."""
+        """Everything that the program of a step depends on."""
         noise = self.noise
         kind = noise.dtype if isinstance(noise, Tensor) else noise and listed(noise)
         return kind, self.with_x_0, self.masked
@@ -76,18 +77,18 @@ class Run(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A captured part of the loop, one step or all, and what it reads and writes besides the loop's
-    buffers.
+    """A captured part of the loop, one step or all, with the tensors that it reads and writes
+    besides the loop's buffers.
 
     Attributes:
-        graph: what was captured.
+        graph: the captured graph.
         inputs: the arguments of models.
-        whole: whether it is all steps.
+        whole: whether it has all steps.
         latents: whether it draws the latents that the run begins with.
-        noise: `[steps, B, …]`, of its own steps, where it is given.
-        trajectory: `[steps + 1, B, …]`, the state before them and after each.
-        all_steps: under "auto" the programs of all steps that stand in for this one of a step, by
-            the step they begin with and their `latents`; None where that cannot be captured.
+        noise: `[steps, B, …]`, given for its steps, or None.
+        trajectory: `[steps + 1, B, …]`, the state before its steps and after each, or None.
+        all_steps: under "auto", the programs of all steps that stand in for this one of one step,
+            by their first step and their `latents`; None where one cannot be captured.
     """
 
     graph: Graph
@@ -123,7 +124,7 @@ class LoopPrograms(Programs[Program]):
         self._buffers = buffers
 
     def choose(self, run: Run, arguments: ModelArguments) -> Program | None:
-        """The program for a run; None where it is to be taken without one.
+        """The program for a run; None where the run goes without one.
 
         Raises:
             ValueError: it cannot be captured, and the caller asked for a graph.
@@ -196,7 +197,7 @@ class LoopPrograms(Programs[Program]):
         return Program(graph, inputs, whole, whole and run.latents, staged, trajectory, {})
 
     def _begin(self, run: Run, trajectory: Tensor | None) -> None:
-        """Write what the graph of all steps writes before the first."""
+        """Write the tensors that the graph of all steps writes before the first step."""
         state = self._buffers.state
         if run.latents:
             self._backend.normal_out(self._counters.each[0].keys, philox.LATENTS, state)

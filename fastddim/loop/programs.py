@@ -1,4 +1,4 @@
-"""Captured programs of a loop, each for the conditions under which it repeats what a step does."""
+"""Captured programs of a loop, each kept by the conditions under which it is valid."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Programs(Generic[Value]):
     def __init__(self, mode: bool | str, device: torch.device) -> None:
         """
         Args:
-            mode: what the caller asked for, as `graph` of `fastddim.sample`.
-            device: where.
+            mode: the caller's `graph`, as in `fastddim.sample`.
+            device: the device of the programs.
         """
         self._mode = mode
         self._device = device
@@ -38,7 +38,7 @@ class Programs(Generic[Value]):
         self._model_state = ModelState(*models)
 
     def unfollow(self) -> None:
-        """Let go of the models, of which programs stay valid as long as nothing has changed."""
+        """Let go of the models; programs stay valid as long as the models do not change."""
         self._model_state = None
 
     def find(self, key: Hashable, capture: Callable[[], Value]) -> Value | None:
@@ -51,7 +51,7 @@ class Programs(Generic[Value]):
         assert self._model_state is not None
         parameters, training = self._model_state.read()
         if parameters != self._parameters:
-            # The graphs read memory that is no longer the model's.
+            # These graphs read memory that is no longer the model's.
             self._kept.clear()
             self._parameters = parameters
         full_key = (training, torch_settings(self._device), key)

@@ -1,4 +1,4 @@
-"""What a run tells on its way: to a progress bar, and to the caller's callback."""
+"""Reports of a run, to a progress bar and to the caller's callback."""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ Part: TypeAlias = Tensor | bool | int | float | complex
 Trees: TypeAlias = tuple[dict[str, Any], ...]
 
 
-# Nothing changes one once it is made. It is not frozen, since that makes it three times as slow to
-# make, and a call of a `Sampler` with other arguments makes one for each tensor.
+# No code changes one once it is made. A frozen dataclass would take three times as long to make,
+# and a call of a `Sampler` with other arguments makes one for each tensor.
 @dataclass(slots=True, eq=False)
 class Rows:
-    """A tensor as the model reads it: its parts one below the other, each of as many rows.
+    """A tensor as the model reads it: its parts one below the other, of the same number of rows.
 
     Attributes:
         parts: tensors `[each, …]`, `[1, …]` or `[]`, or numbers that fill a part.
@@ -48,20 +48,20 @@ class Rows:
 
     @property
     def key(self) -> Hashable:
-        """All except the values: what a graph of the model depends on."""
+        """Everything that a graph of the model depends on: all except the values."""
         like = self.like
         if self.whole:
             return type(like), tuple(like.shape), like.stride(), like.dtype, like.device
         return len(self.parts), self.each, tuple(like.shape[1:]), like.dtype, like.device
 
     def empty(self) -> Tensor:
-        """A tensor for `write`, where rows are not read as they are."""
+        """A tensor for `write`, for rows that are not read as they are."""
         assert self.each is not None
         return self.like.new_empty((len(self.parts) * self.each, *self.like.shape[1:]))
 
     def write(self, out: Tensor) -> None:
-        """Write the parts into a tensor that `empty` has made, for these rows or others in place of
-        which they come.
+        """Write the parts into a tensor that `empty` made for these rows, or for rows that these
+        replace.
         """
         if len(self.parts) == 1:
             _fill(out, self.parts[0])
@@ -74,7 +74,7 @@ class Rows:
         """The parts as one tensor, in operations that programs can hold.
 
         Args:
-            each: rows of a part, which may be an open number of a program.
+            each: rows of a part, a number that may be unknown in a program.
         """
         if self.whole:
             return self.like
@@ -130,7 +130,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 def taken_apart(trees: Trees) -> tuple[list[Any], Callable[[Iterable[Any]], Trees]]:
     """The leaves of some arguments, and the function that puts others in their places."""
     leaves = [leaf for tree in trees for leaf in tree.values()]
-    # A walk of trees that hold tensors alone would take longer than all that is done with them.
+    # To flatten trees of tensors alone would take longer than everything that is done with them.
     if all(type(leaf) is Rows for leaf in leaves):
         return leaves, lambda others: _in_places(trees, others)
     leaves, structure = tree_flatten(trees)

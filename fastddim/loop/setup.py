@@ -1,4 +1,4 @@
-"""Options, checked and resolved: all that a loop is made for."""
+"""Options, checked and resolved to everything that a loop is made for."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from fastddim.validation import (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Setup:
-    """All that a loop is made for, checked."""
+    """Everything that a loop is made for, checked."""
 
     model: Model
     plan: Plan
@@ -66,7 +66,7 @@ class Setup:
         return {name: value for name, value in vars(self).items() if name != "backend"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A pickle may come from a machine with other backends."""
+        """Choose the backend anew: a pickle may come from a machine with other backends."""
         vars(self).update(state, backend=backends.choose(state["impl"], state["device"]))
 
     @property
@@ -76,7 +76,7 @@ class Setup:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """All that a loop's buffers and programs depend on; `Loop.load` sets the rest."""
+        """Everything that a loop's buffers and programs depend on; `Loop.load` sets the rest."""
         return (
             self.plan.steps,
             self.plan.table.ndim,
@@ -102,7 +102,7 @@ def prepare_sampling(options: SamplerOptions, *, x_T: Tensor | None = None) -> S
     """The setup of `sample`.
 
     Args:
-        options: what was asked for.
+        options: the caller's.
         x_T: the starting state, if any, whose shape, dtype and device are the defaults.
     """
     check_sampler_unfollowed()
@@ -157,7 +157,7 @@ def prepare_inversion(options: InvertOptions) -> Setup:
 
 
 def _walk(options: SamplerOptions | InvertOptions) -> dict[str, Any]:
-    """The arguments that plans of both directions take as they are."""
+    """The options that go into plans of both directions unchanged."""
     return {
         "spacing": options.spacing,
         "steps_offset": options.steps_offset,
@@ -232,7 +232,7 @@ def resolve_placement(
 def resolve_model_dtype(
     model: Model, model_dtype: torch.dtype | None, dtype: torch.dtype
 ) -> torch.dtype:
-    """The dtype in which the model gets the state; by default what it tells, or the state's."""
+    """The dtype in which the model gets the state; by default the model's own, or the state's."""
     if model_dtype is not None:
         return check_dtype("model_dtype", model_dtype)
     return adapter.own_dtype(model) or dtype
@@ -250,7 +250,7 @@ def check_uncond_model(
     model_dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Refuse a model that cannot be evaluated on what the other one reads."""
+    """Refuse an unconditional model that cannot read the input of the other one."""
     check_model(uncond_model, "uncond_model")
     if not guided:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How a run starts: at which step, from which state and noise level, and with which seed."""
+"""The start of a run: its first step, its state and noise level, and its seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastddim.plan import Plan, StepKind
 from fastddim.validation import check_int
 
 MOST_DATA = 0.5
-"""ᾱ from which on a state is more of the data than of noise."""
+"""ᾱ from which on a state has more of the data than of noise."""
 
 
 class LateStart(NamedTuple):
@@ -22,8 +22,8 @@ class LateStart(NamedTuple):
 
     Attributes:
         timestep: the first that is visited.
-        alpha_cumprod: ᾱ there.
-        chosen: by which argument.
+        alpha_cumprod: ᾱ at this timestep.
+        chosen: the argument that chose it.
     """
 
     timestep: int
@@ -32,7 +32,7 @@ class LateStart(NamedTuple):
 
     @classmethod
     def of(cls, plan: Plan, steps: Steps, spacing: Spacing | SpacingSynonym) -> LateStart | None:
-        """What `warn` says of a plan for these `steps`; None where it starts early enough."""
+        """The late start of a plan for these `steps`; None where it starts early enough."""
         alpha = float(plan.alphas_cumprod[0])
         if alpha <= MOST_DATA:
             return None
@@ -40,7 +40,7 @@ class LateStart(NamedTuple):
         return cls(int(plan.timesteps[0]), alpha, chosen)
 
     def warn(self) -> None:
-        """Warn of it once."""
+        """Warn of the late start, once."""
         warn_once(
             f"x_T is drawn as noise alone, but the first timestep, {self.timestep} by "
             f"{self.chosen}, is one of more data than noise: alphas_cumprod is "
@@ -53,9 +53,9 @@ class LateStart(NamedTuple):
 
 
 def check_first_step(options: Drawing, steps: int, kind: StepKind) -> int:
-    """The index of the first step that is taken, with which the other options agree."""
+    """The index of the first step that is taken, checked against the other options."""
     first = options.first_step
-    # Most calls begin at 0, and need not take the time of a check.
+    # Most calls begin at 0, and need no check.
     if type(first) is not int or first != 0:
         first = check_int("first_step", first, 0, steps - 1)
     if first == 0:
@@ -76,7 +76,7 @@ def check_first_step(options: Drawing, steps: int, kind: StepKind) -> int:
 
 
 def seed_of(options: CallOptions, *, noisy: bool) -> Seed | None:
-    """The seed that was asked for; instead of a fresh one, any where nothing is drawn from it.
+    """The seed that was asked for, or 0 where none was and nothing is drawn from it.
 
     Args:
         noisy: whether the steps add noise.

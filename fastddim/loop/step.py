@@ -1,9 +1,9 @@
 """One step of a batch: the model, the update, the counters.
 
-Per step: the model is evaluated at (state, t), the fused update writes the next state over the old
-one, and the counters advance. Nothing in it is a Python number that a captured graph would freeze,
-waits for the device, or moves data between devices: so the same step runs eagerly, is captured as
-one CUDA graph a step, or as one for all steps.
+A step evaluates the model at (state, t), writes the next state over the old one by the fused
+update, and advances the counters. It has no Python number that a captured graph would freeze, does
+not wait for the device and moves no data between devices. So the same step runs eagerly, in a CUDA
+graph of one step, or in one graph of all steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastddim.validation import check_like, check_model_output, check_same_outpu
 
 NO_ARGUMENTS: tuple[dict[str, Any], ...] = ({},)
 
-# Errors of networks that are given a wrong shape; those of classes derived from these stay.
+# Errors of networks that are given a wrong shape; errors of derived classes are left alone.
 _EXPLAINED = (RuntimeError, ValueError, IndexError, TypeError)
 
 
@@ -39,11 +39,11 @@ class Step:
 
     Attributes:
         model: evaluated at every step.
-        uncond_model: evaluated beside it for the unconditional half, if anything is.
+        uncond_model: evaluated for the unconditional half; None for no second model.
         denoised_fn: called where steps are split.
         shape: (B, …) as the caller knows it; a stream's steps may be of fewer samples.
-        check: called with every model output, if anything is.
-        inpainting: what masked steps blend the state with; once there, it stays.
+        check: called with every model output; None for no check.
+        inpainting: the known data of masked steps; once allocated, it stays.
     """
 
     model: Model
@@ -64,8 +64,8 @@ class Step:
         """
         Args:
             kind: what the steps have in common.
-            backend: what computes them.
-            buffers: what they read and write.
+            backend: computes the updates.
+            buffers: the tensors that steps read and write.
             counting: the position that moves on.
             captured: whether steps are captured in a graph.
         """
@@ -78,7 +78,7 @@ class Step:
         minimal = not (kind.rescaling or kind.split or kind.refine)
         # Captured graphs and fake tensors are made for operators.
         minimal &= not captured and type(buffers.state) is Tensor
-        # By whether steps are masked. Those that a backend has nothing for are taken by its
+        # Keyed by whether steps are masked. Without such a call, a step takes the backend's
         # `update_out` and `advance`.
         self._makers = {
             masked: getattr(backend, name, None) if minimal else None
@@ -103,8 +103,8 @@ class Step:
         """Take one step, and move on where `at` is the position that moves.
 
         Args:
-            at: which step.
-            noise: z like the state; None for that of the seed.
+            at: the position of the step.
+            noise: z like the state; None for the noise of the seed.
             arguments: keyword arguments of each model that is evaluated, the unconditional one's
                 first.
             with_x_0: whether the predicted x_0 is written too.
@@ -122,9 +122,7 @@ class Step:
     def take_several(
         self, count: int, arguments: Sequence[dict[str, Any]], *, masked: bool
     ) -> None:
-        """Do what `take` does so many times, from the position that moves and without its other
-        options.
-        """
+        """Take `count` steps from the position that moves, without the other options of `take`."""
         at, evaluate = self._counting.now, self._evaluate
         if self._makers[masked] is None or self.check is not None:
             for _ in range(count):
@@ -135,7 +133,7 @@ class Step:
             if not self._take_in_one_call(output, masked):
                 self._update(at, self._buffers.state, self._checked(output), None, masked=masked)
                 self._counting.advance(self._backend)
-            del output  # whose memory the next one may have
+            del output  # The next output may have its memory.
 
     def _evaluate(self, at: Position, arguments: Sequence[dict[str, Any]]) -> Any:
         """ε_θ(x_t, t), or whatever the model predicts."""
@@ -150,7 +148,7 @@ class Step:
         return adapter.output_tensor(result)
 
     def _explained(self, error: Exception) -> Exception:
-        """The error with what a batch of one sample would be."""
+        """The error, with the shape that a batch of one sample would have."""
         return type(error)(
             f"{error}\nshape: got {self.shape}, where the convolutions of the model take "
             f"{1 + len(self.shape)} dimensions; a batch of one sample is {(1, *self.shape)}"
@@ -168,7 +166,7 @@ class Step:
             state,
             guided=False,
         )
-        # Before the other is evaluated: both may be one network that returns memory of its own.
+        # Copied before the other is evaluated: both may be one network that reuses its output.
         halves = self._halves_like(unconditional)
         halves[: len(state)].copy_(unconditional)
         output = adapter.output_tensor(self.model(x, at.t, **kwargs))
@@ -200,10 +198,10 @@ class Step:
         return self._apart(checked)
 
     def _apart(self, tensor: Tensor) -> Tensor:
-        """The tensor, or a copy where it lies in what the user's functions are given, which a step
-        writes over while it reads.
+        """The tensor, or a copy where it shares memory with a tensor that the user's functions are
+        given and that a step writes over while it reads.
 
-        The state itself is no such: each element is read before it is written.
+        Memory of the state itself may be shared: each element is read before it is written.
         """
         try:
             address = tensor.data_ptr()
@@ -224,8 +222,8 @@ class Step:
             yield self._halves
 
     def _refined(self, at: Position, arguments: Sequence[dict[str, Any]]) -> Tensor:
-        """The state from which the step is taken, with the model's input at what `refine` steps
-        from there have led to.
+        """The state from which the step is taken; the model's input is then the result of `refine`
+        trial steps from there.
         """
         start = self._buffers.start
         assert start is not None
@@ -235,7 +233,7 @@ class Step:
         return start
 
     def _take_in_one_call(self, output: Any, masked: bool) -> bool:
-        """Mix known data, update and advance by what the backend holds for it; False where that
+        """Mix known data, update and advance in one call of the backend; False where the call
         cannot take `output`.
         """
         held = self._held.get(masked)
@@ -283,7 +281,7 @@ class Step:
         with_x_0: bool = False,
         masked: bool = False,
     ) -> None:
-        """The fused update of `x` into the state, and what some kinds of steps do before it."""
+        """Update `x` into the state by one kernel, after the work of some kinds of steps."""
         buffers, kind, rescaling = self._buffers, self._kind, self._kind.rescaling
         if buffers.first_half is not None:
             x, output = self._take_first_half(at, x, output, buffers.first_half)
@@ -340,7 +338,7 @@ class Step:
         return own_rows, self._buffers.own_row
 
     def _mix_known(self, at: Position) -> Inpainting:
-        """Known data as they are after this step."""
+        """Mix the known data to their noise level after this step."""
         own = self.inpainting
         assert own is not None
         self._write(own.data, own.x_T, *at.shared_row_in(own.table), own.known)
@@ -355,7 +353,7 @@ class Step:
         out: Tensor,
         epsilon: Tensor | None = None,
     ) -> None:
-        """An update without noise and all else that only a whole step has."""
+        """Write an update without noise or anything else that only a whole step has."""
         self._backend.update_out(
             x,
             output,

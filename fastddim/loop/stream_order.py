@@ -14,7 +14,7 @@ from fastddim.loop.modes import NOTHING
 
 
 class StreamOrder:
-    """The order of uses of the same buffers, one after the other on whatever streams they are.
+    """The order of uses of the same buffers, one after the other across CUDA streams.
 
     While the caller captures a graph, nothing is ordered: a graph cannot wait for work outside it,
     and no work outside can wait for a part of it. The caller orders the replays.
@@ -25,7 +25,7 @@ class StreamOrder:
         self._has_streams = device.type == "cuda"
         if self._has_streams:
             self._stream = torch.cuda.current_stream(device)
-            # To wait for an event that was never recorded is not to wait.
+            # Waiting for an event that was never recorded returns at once.
             self._done = torch.cuda.Event()
             if not transfer.captured(device):
                 self._done.record(self._stream)
@@ -41,7 +41,7 @@ class StreamOrder:
         if cuda.stream_handle(self._device) != self._stream.cuda_stream:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(self._done)
-            # Else memory freed after this use could be given away before it is over.
+            # Otherwise memory freed after this use could be given away before the use is over.
             for buffer in buffers():
                 buffer.record_stream(stream)
             self._stream = stream

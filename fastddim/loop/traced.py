@@ -1,7 +1,7 @@
 """Sampling in a program: of `torch.compile`, `torch.export`, `torch.jit.trace` or `make_fx`.
 
-Imported only where something is traced, since it imports the compiler. The compiler follows what is
-here but for `_prepare`, which works with numbers on the host.
+This module imports the compiler, so it is imported only where something is traced. The compiler
+follows all of its functions except `_prepare`, which works with numbers on the host.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _HANDS_ON_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 _HANDED_ON = {"model", "denoised_fn", "x_0"} | {
     f.name for group in (Autoguidance, Conditioning, Reporting) for f in fields(group)
 }
-"""Options that no walk is made of, or that are handed on apart."""
+"""Options that a walk does not depend on, or that are handed on by themselves."""
 
 _OF_SAMPLING = tuple(f.name for f in fields(SamplerOptions) if f.name not in _HANDED_ON)
 _OF_INVERSION = tuple(f.name for f in fields(InvertOptions) if f.name not in _HANDED_ON)
@@ -59,7 +59,7 @@ _OF_INVERSION = tuple(f.name for f in fields(InvertOptions) if f.name not in _HA
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What is worked out before the first step."""
+    """The parts of a run that are worked out before the first step."""
 
     walk: Walk
     shape: tuple[int, ...]
@@ -70,9 +70,9 @@ def draw(walk: Walk, setup: Setup, options: CallOptions, eager: Eager) -> Tensor
     """A call of a `Sampler`.
 
     Args:
-        walk: of the setup.
-        setup: of the sampler.
-        options: of the call.
+        walk: the setup's.
+        setup: the sampler's.
+        options: the call's.
         eager: the call where nothing is traced.
     """
     unfit = _unfit(options, setup.check_finite)
@@ -103,7 +103,7 @@ def sample(options: SampleOptions, eager: Eager) -> Tensor:
     x_T, dtype, device = options.x_T, None, None
     if x_T is not None:
         dtype, device = check_state("x_T", x_T).dtype, x_T.device
-        # Sizes may be unknown numbers, of which no walk is made.
+        # Sizes may be unknown numbers, and a walk does not depend on them.
         values |= {"shape": None, "batch_size": 1}
     split = options.denoised_fn is not None
     models = (options.model, options.uncond_model)
@@ -140,7 +140,7 @@ def invert(options: InvertOptions, eager: Eager) -> Tensor:
 def _given_arguments(
     options: SampleOptions | InvertOptions, x: Tensor | None, batch: int
 ) -> tuple[dict[str, Any], ...]:
-    """The arguments of each model, for a state or so many samples."""
+    """The arguments of each model, for a state or for a number of samples."""
 
     def arguments() -> ModelArguments:
         return ModelArguments.of(
@@ -205,8 +205,9 @@ def _samples(
 
 
 def _check_start(x: Tensor, prepared: Prepared) -> None:
-    """The batch may be another one than that of a sampler, since a program may leave it open, but
-    not where samples have rows of their own.
+    """Refuse a state of another shape than the sampler's.
+
+    The batch may differ, since a program may leave it open, unless samples have rows of their own.
     """
     walk, shape = prepared.walk, prepared.shape
     check_same_dtype("x_T", check_state("x_T", x), prepared.dtype)
@@ -236,7 +237,7 @@ def _unfit(options: Any, check_finite: bool) -> tuple[str, Any] | None:
 
 
 def _inconstant(options: Any) -> tuple[str, Any] | None:
-    """(name, tensor) of an option of which the walk is made, and that is no constant."""
+    """(name, tensor) of an option that the walk depends on and that is not a constant."""
     for name in ("steps", *PER_STEP):
         value = getattr(options, name, None)
         for each in value if isinstance(value, list | tuple) else [value]:
@@ -246,7 +247,7 @@ def _inconstant(options: Any) -> tuple[str, Any] | None:
 
 
 def _constant(value: Any) -> Any:
-    """The value with its integers, which may be unknown in a compiled function, as they are now."""
+    """The value with its integers, which a compiled function may not know, as constants."""
     if isinstance(value, list | tuple):
         return [_constant(each) for each in value]
     if isinstance(value, int) and not isinstance(value, bool):
@@ -272,13 +273,13 @@ def call_outside(
     *args: Arguments.args,
     **kwargs: Arguments.kwargs,
 ) -> Result:
-    """A call of what keeps something between calls, as a break in a compiled function.
+    """Call a method that keeps something between calls, in a break of a compiled function.
 
     Args:
         owner: the class that is called, as an error names it.
 
     Raises:
-        RuntimeError: the program is another one, which cannot have one.
+        RuntimeError: the program is of another kind, which cannot have a break.
     """
     if not torch.compiler.is_dynamo_compiling():
         raise RuntimeError(
@@ -303,7 +304,7 @@ def _prepared(*arguments: Any, **values: Any) -> Prepared | None:
     """The result of `_prepare`.
 
     None where a compiled function cannot have it, or where it would raise an error: the same call
-    outside of the program then does.
+    outside of the program then raises it.
     """
     if not torch.compiler.is_dynamo_compiling():
         return _prepare(*arguments, **values)
@@ -336,8 +337,8 @@ def _prepare(
     """
     Args:
         prepare: makes a setup of the other arguments.
-        model, uncond_model: of the user.
-        dtype, device: of the tensor that the walk starts from, if there is one.
+        model, uncond_model: the user's.
+        dtype, device: those of the tensor that the walk starts from, if there is one.
         split: whether there is a `denoised_fn`.
         values: options.
     """

@@ -1,9 +1,9 @@
-"""The walk of a plan as a function, for what makes programs of Python: `torch.compile`,
+"""The walk of a plan as a function, for tracers that make programs of Python: `torch.compile`,
 `torch.export` and `torch.jit.trace`.
 
-A `Loop` writes over its buffers and calls the compiled kernel past PyTorch, of which a tracer sees
-only parts. Here each step returns new tensors, by operators, and the loop is unrolled: a program
-has the model's own operators and between them those of the steps.
+A `Loop` writes over its buffers and calls the compiled kernel without PyTorch's dispatcher, so a
+tracer sees only parts of it. Here each step returns new tensors, by operators, and the loop is
+unrolled: a program has the model's own operators, and between them those of the steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastddim.validation import check_like, check_model_output, check_same_outpu
 
 
 class Functions(NamedTuple):
-    """What a run calls of the user's, and with what."""
+    """The user's functions that a run calls, and their arguments."""
 
     model: Model
     uncond_model: Model | None
@@ -51,7 +51,7 @@ class Mixing(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows `[R, K]` of steps, and those by which the new state is epsilon."""
+    """Rows `[R, K]` of steps, and rows that make the new state epsilon instead."""
 
     update: Tensor
     epsilon: Tensor
@@ -70,14 +70,14 @@ class Walk:
 
     Attributes:
         kind: what the steps have in common.
-        backend: what computes them.
+        backend: computes the updates.
         steps: S.
         table: the rows of all steps.
         first_half: where steps are split, those of their first halves.
         rows: int64 `[S, B]` where each sample has rows of its own; None where step s has row s.
         known: the rows `[S, K]` that mix known data.
         timesteps: int64 `[S]`.
-        model_dtype: of the model's input.
+        model_dtype: the dtype of the model's input.
         clean: whether ᾱ is 1 before the first step.
     """
 
@@ -120,7 +120,7 @@ class Walk:
         return walk
 
     def latents(self, samples: Samples, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """x_T of the samples."""
+        """The latents x_T of the samples."""
         x_T = torch.empty(shape, dtype=dtype, device=self.timesteps.device)
         self.backend.normal_out(self._keys(samples, shape[0], 0), philox.LATENTS, x_T)
         return x_T
@@ -133,7 +133,7 @@ class Walk:
         mixing: Mixing | None,
         first: int = 0,
     ) -> list[Tensor]:
-        """The states from `x` on, which is the one before step `first`."""
+        """The states from `x` on, the one before step `first`."""
         states = [x]
         history = torch.zeros_like(x, dtype=self.model_dtype) if self.kind.history else None
         for s in range(first, self.steps):
@@ -190,7 +190,7 @@ class Walk:
         given, model = x.to(self.model_dtype), functions.model
         if functions.uncond_model is not None:
             others, kwargs = functions.arguments
-            # The first is copied before the other is evaluated, which may write over it.
+            # Copied before the other is evaluated, since that may write over it.
             unconditional = _output("uncond_model", functions.uncond_model(given, t, **others), x)
             unconditional = unconditional.clone()
             conditional = _output("model", model(given, t, **kwargs), x)
@@ -246,7 +246,7 @@ class Walk:
         return self._update(x.to(compute_dtype(x.dtype)), output, table.epsilon, row)
 
     def _known(self, mixing: Mixing | None, s: int) -> dict[str, Tensor]:
-        """Known data as they are after step `s`, and their weight."""
+        """Known data at the noise level after step `s`, and their weight."""
         if mixing is None:
             return {}
         known = self._update(mixing.data, mixing.x_T, self.known[s : s + 1], None)
@@ -290,8 +290,9 @@ def _output(name: str, result: Any, x: Tensor, *, guided: bool = False) -> Tenso
 
 
 def _as_operators(backend: Backend) -> Backend:
-    """Where nothing is compiled the operators are the reference: one in a program, and not all that
-    it consists of.
+    """The operators in place of the reference, where no extension is compiled.
+
+    A program then holds one operator for an update, and not all those of the reference.
     """
     only = backend.__name__ == reference.__name__ and ops.EXTENSION_ERROR is not None
     return cast(Backend, ops) if only else backend

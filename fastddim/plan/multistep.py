@@ -25,8 +25,8 @@ class EpsilonWeights(NamedTuple):
     """The coefficients of the epsilons in the new state, numbers or tensors `[B]`.
 
     Attributes:
-        direction: of the eps of this step.
-        history: of the eps of the step before.
+        direction: the coefficient of the eps of this step.
+        history: the coefficient of the eps of the step before.
     """
 
     direction: Any
@@ -38,11 +38,11 @@ Weights: TypeAlias = HistoryWeights | EpsilonWeights
 
 
 def epsilon_weights(direction: Any, weights: Weights) -> EpsilonWeights:
-    """The coefficients that follow from history weights; or those that are given.
+    """The coefficients that follow from history weights, or tuned ones as they are given.
 
     Args:
         direction: √(1 − ᾱ_prev − σ²) of eq. 12.
-        weights: of a solver, or tuned.
+        weights: a solver's, or tuned ones.
     """
     if isinstance(weights, EpsilonWeights):
         return weights
@@ -62,7 +62,7 @@ def _adams_bashforth(b: float, a: float, p: float) -> float:
     order 1.
     """
     if 0 in (a, b, p):
-        return 0.0  # σ is infinite there: no line goes through it
+        return 0.0  # σ is infinite at 0, and no line goes through it
     sigma_b, sigma_a, sigma_p = (sqrt((1 - v) / v) for v in (b, a, p))
     h, h_b = sigma_p - sigma_a, sigma_a - sigma_b
     return float(sqrt(p) * h * h / (2 * h_b))

@@ -1,4 +1,4 @@
-"""The plan of a run: where it goes and with which numbers."""
+"""The plan of a run: the timesteps that it visits and the numbers of its steps."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from fastddim.validation import check_choice, check_int
 
 
 class StepKind(NamedTuple):
-    """All that the steps of a loop have in common: the tensors and kernels that they need.
+    """Everything that the steps of a loop have in common: the tensors and kernels that they need.
 
     Attributes:
-        rescaling: what the rows of a step take from its data, if anything.
+        rescaling: the part of rows that comes from the data of a step, if any does.
         noisy: whether a step may add noise.
         guided: whether the model's output has 2B samples.
-        history: how many epsilons of earlier steps a step reads.
-        refine: how many times a step is repeated with the model evaluated at its result.
+        history: the number of epsilons of earlier steps that a step reads.
+        refine: the number of times that a step is repeated with the model evaluated at its result.
         split: whether a function of the user comes between the predicted x_0 and the new state.
-        rederived: whether what follows that function reads the state, and not epsilon.
+        rederived: whether the second half of a split step reads the state instead of epsilon.
         apart: whether the halves of guidance come from two models, each evaluated on B samples.
     """
 
@@ -57,7 +57,7 @@ class StepKind(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """The way of a run, and the numbers of its steps.
+    """The timesteps of a run, and the numbers of its steps.
 
     Attributes:
         timesteps: int64 `[S]` in the order visited, as the model is given them.
@@ -67,8 +67,8 @@ class Plan:
         first_half: where steps are split, rows like those of `table` that give the predicted x_0
             as the new state; `table` then has the second halves.
         kind: what the steps have in common.
-        order: of the integration; 2 for tuned steps, which need the same tensors.
-        tuned: the tuned steps that the plan is made of, if it is.
+        order: the order of the integration; 2 for tuned steps, which need the same tensors.
+        tuned: the tuned steps that the plan is made of, if any.
     """
 
     timesteps: Tensor
@@ -98,7 +98,7 @@ def make_plan(
 
     Args:
         schedule: ᾱ of the model.
-        steps: how many steps (then `spacing` and `steps_offset` choose them), or the timesteps
+        steps: the number of steps (`spacing` and `steps_offset` then choose them), or the timesteps
             themselves in the order they are visited, or tuned steps, which have weights as well.
         update: the kind of step, checked.
         order: 1, or 2 for the two-step Adams–Bashforth form of eq. 14, whose first step is of
@@ -107,9 +107,9 @@ def make_plan(
 
     Raises:
         TypeError, ValueError: see `select_timesteps` and `coefficient_row`; the message names the
-            step. So is an `order` that is not known, or that is 2 with noise; and for tuned steps,
-            noise, any `spacing`, `steps_offset` or `order` but the defaults, and what they were not
-            tuned for.
+            step. Also raised for an unknown `order`, and for order 2 with noise. Tuned steps refuse
+            noise, any `spacing`, `steps_offset` or `order` except the defaults, and options that
+            they were not tuned for.
     """
     check_choice("order", order, ORDERS)
     tuned = steps if isinstance(steps, TunedSteps) else None
@@ -134,7 +134,7 @@ def make_plan(
         rows.append(row)
     table, first_halves = stack_rows(rows), stack_rows(first_half) if split else None
     if first_halves is not None:
-        # One index finds the rows of both, also where only one differs between samples.
+        # One index finds the rows of both, even where only one differs between samples.
         table, first_halves = torch.broadcast_tensors(table, first_halves)
     return Plan(
         timesteps=timesteps,
@@ -166,8 +166,8 @@ def make_inversion_plan(
 ) -> Plan:
     """The plan of `invert`: the same timesteps upwards, from ᾱ = 1.
 
-    At order 1 the step to timestep t evaluates the model at t. At order 2 all but the first
-    evaluate it where they start, as the order asks for.
+    At order 1 the step to timestep t evaluates the model at t. At order 2 every step except the
+    first evaluates it at the timestep from which the step starts, as that order requires.
 
     Raises:
         TypeError, ValueError: see `select_timesteps` and `inversion_row`; also for an unknown

@@ -13,8 +13,7 @@ collected into k0, kx and km,
     x_prev = k0·x0 + kx·x + km·m + pn·z + ph·h
 
 where z is noise and h the eps of the step before, which order 2 extrapolates from.
-`coefficient_row` is where these numbers come from; `reference.update` and the kernels are where
-they are used.
+`coefficient_row` computes these numbers; `reference.update` and the kernels use them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from fastddim.options import Coefficient, PerStep, Update
 from fastddim.plan.multistep import NO_HISTORY, Weights, epsilon_weights
 from fastddim.validation import readable
 
-# Sums of float64 numbers below 1 go wrong by a few units of 2⁻⁵³; anything further below 0 is a
+# Sums of float64 numbers below 1 are off by a few units of 2⁻⁵³; anything further below 0 is a
 # real negative.
 _ROUNDING = 1e-14
 
@@ -41,18 +40,18 @@ class Row(NamedTuple):
     """One row of the coefficient table; a field may be a number or a tensor `[B]`.
 
     Attributes:
-        cx: of x in the predicted x0.
-        cm: of m in the predicted x0.
-        r: x0 is clamped to [−r, r]; infinity where it is not.
-        k0: of x0 in x_prev.
-        kx: of x in x_prev.
-        km: of m in x_prev.
-        pn: of the noise; at 0 the noise is not read.
+        cx: factor of x in the predicted x0.
+        cm: factor of m in the predicted x0.
+        r: x0 is clamped to [−r, r]; infinity for no clamp.
+        k0: factor of x0 in x_prev.
+        kx: factor of x in x_prev.
+        km: factor of m in x_prev.
+        pn: factor of the noise; at 0 the noise is not read.
         g: guidance scale.
-        ph: of the eps of the step before.
-        e0: of x0 in eps.
-        ex: of x in eps.
-        em: of m in eps.
+        ph: factor of the eps of the step before.
+        e0: factor of x0 in eps.
+        ex: factor of x in eps.
+        em: factor of m in eps.
     """
 
     cx: Coefficient
@@ -102,9 +101,9 @@ def coefficient_row(
             √(1 − ᾱ_t) and is not the score times 0.
         p: ᾱ of the next visited timestep in [0, 1]; at 1 no noise is added.
         update: the kind of step, checked.
-        where: how an error names the step.
-        weights: of eps − h for each earlier eps h, as `plan.multistep` gives them; or those of
-            tuned steps.
+        where: the name of the step in an error.
+        weights: those of eps − h for each earlier eps h, as `plan.multistep` gives them; or those
+            of tuned steps.
 
     Raises:
         ValueError: epsilon or score prediction at ᾱ_t = 0, noise on a step that does not go down,
@@ -136,8 +135,8 @@ def coefficient_row(
 def unchecked_row(
     a: Coefficient, p: Coefficient, update: Update, weights: Weights = NO_HISTORY
 ) -> Row:
-    """`coefficient_row` for tensors of any steps: what is refused there gives infinity or NaN,
-    except score prediction at ᾱ_t = 1, whose epsilon is 0.
+    """`coefficient_row` for tensors of any steps: a step that is refused there gives infinity or
+    NaN here, except score prediction at ᾱ_t = 1, whose epsilon is 0.
     """
     direction, noise = _deviations(a, p, update)
     return row_of(Scales(sqrt(a), sqrt(1 - a), sqrt(p), direction, noise), update, weights)
@@ -212,11 +211,11 @@ def mixing_row(x: Coefficient, m: Coefficient) -> Row:
 
 
 def known_row(alphas_cumprod: Tensor) -> Row:
-    """The row by which known data, as they are after each step, are mixed from the data and x_T on
-    the straight line by which η = 0 takes x_T to the data; its fields are `[S]`.
+    """The row that mixes the data and x_T to known data at the noise level after each step, on the
+    straight line by which η = 0 takes x_T to the data; its fields are `[S]`.
 
     Args:
-        alphas_cumprod: of a `Plan`, below 1 at first.
+        alphas_cumprod: those of a `Plan`, the first one below 1.
     """
     first, rest = alphas_cumprod[0], alphas_cumprod[1:]
     of_x_T = sqrt((1 - rest) / (1 - first))
@@ -227,8 +226,8 @@ def inversion_row(a: Coefficient, p: Coefficient, update: Update, *, where: str 
     """The coefficients of one step up, from ᾱ = `p` to ᾱ_t = `a` < p.
 
     `sample` goes down by x_p = A·x_t + B·m; solved for x_t with the model evaluated at the state at
-    hand, x_t = (x_p − B·m)/A. Written as a predicted x_0 and epsilon at t, so that x_0 means the
-    same as in `sample`.
+    hand, x_t = (x_p − B·m)/A. The row is written as a predicted x_0 and epsilon at t, where x_0
+    means the same as in `sample`.
 
     Raises:
         ValueError: A = 0 (sample prediction from ᾱ = 1), or epsilon or score prediction at
@@ -288,8 +287,8 @@ def _variances(a: Coefficient, p: Coefficient) -> tuple[Any, Any]:
 
 
 def settled(value: Any) -> Any:
-    """A difference of numbers below 1: 0 where only rounding has taken it below 0, NaN where more
-    than that has.
+    """A difference of numbers below 1: 0 where rounding alone has taken it below 0, NaN where it is
+    further below.
     """
     if not isinstance(value, Tensor):
         return max(value, 0.0)
@@ -298,7 +297,7 @@ def settled(value: Any) -> Any:
 
 
 def _refuse_unknown_x_0(a: Coefficient, prediction: str, where: str) -> None:
-    """Refuse what says nothing of x_0 where the state is noise alone."""
+    """Refuse a prediction that says nothing of x_0 where the state is noise alone."""
     if prediction in ("epsilon", "score") and _any(a == 0):
         raise ValueError(
             "prediction: expected sample or v_prediction where alpha_cumprod is 0 "

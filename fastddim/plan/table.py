@@ -51,5 +51,5 @@ def to_table(
 
 
 def known_rows(alphas_cumprod: Tensor) -> Tensor:
-    """Rows `[S, K]` that give known data as they are after each step; see `known_row`."""
+    """Rows `[S, K]` that mix known data to the noise level after each step; see `known_row`."""
     return stack_row(known_row(alphas_cumprod))

@@ -52,7 +52,8 @@ SPACINGS: dict[Spacing, Callable[[int, int], Timesteps]] = {
     "trailing": _trailing,
     "linspace": _linspace,
 }
-"""The ways to choose S timesteps out of T: functions of (T, S) that give them increasing."""
+"""The ways to choose S timesteps out of T: functions of (T, S) that return them in increasing
+order."""
 
 
 def select_timesteps(
@@ -70,8 +71,8 @@ def select_timesteps(
         spacing: `trailing` round(T − i·T/S) − 1, which starts at T − 1 at every S; `uniform`
             ⌊i·T/S⌋ (the paper's linear τ); `quadratic` or "quad" (the paper's other τ, made
             strictly increasing); `leading` ⌊T/S⌋·i + steps_offset; `linspace` round(linspace(0,
-            T − 1, S)). At S = 1 all but `trailing` visit t = 0 alone.
-        steps_offset: of `leading`; 0 for every other spacing.
+            T − 1, S)). At S = 1 every spacing except `trailing` visits t = 0 alone.
+        steps_offset: the offset of `leading`; 0 for every other spacing.
 
     Raises:
         TypeError: `steps` is neither an integer nor a sequence of integers.

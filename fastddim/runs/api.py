@@ -38,23 +38,23 @@ def generate(options: GenerateOptions) -> Run:
         memory: bytes that "auto" may use besides the model's weights; by default half of the host's
             free memory, or four fifths of the GPU's, divided among the ranks of the machine.
         format: "npz" (uint8 `arr_0` `[N, H, W, C]`), "safetensors" (float32 `samples` `[N, …]`) or
-            "png-folder" (one numbered PNG file per sample). Samples that are no images, grey or
-            RGB, need "safetensors", or `decode`. Labels are written with the samples: int64
+            "png-folder" (one numbered PNG file per sample). Samples other than grey or RGB
+            images need "safetensors", or `decode`. Labels are written with the samples: int64
             `arr_1` or `labels` `[N]`, or lines `000000.png,7` in a `.csv` file of each batch.
         merged: name of an `.npz` of all samples to write as well, as `fastddim.runs.merge` does.
         conditions: arguments of the model with one row for each of the samples [start, stop):
-            tensors, arrays or lists by name, in mappings of their own if the model takes such; or a
+            tensors, arrays or lists by name, in nested mappings if the model takes such; or a
             function `(start, stop)` that returns the rows of these samples, and the same ones each
             time: it is called for the manifest before anything is drawn, by every rank, and again
             for each batch. Integers `[N]` become int64; those named `y` or `class_labels`, or the
-            only ones, are the labels. With `guidance_scale`, `uncond_kwargs` holds what stands for
+            only ones, are the labels. With `guidance_scale`, `uncond_kwargs` holds the value for
             no condition: a number, or one row.
-        decode: what makes images in [−1, 1] of the samples of a batch before they are written: a
-            function of `[b, …]` in the state's dtype, or an autoencoder of diffusers, which gets
-            the latents in the scale of its `config`. Called once with zeros beforehand. The
-            weights that it is, holds or names are in the manifest.
+        decode: the decoder of samples into images in [−1, 1] before they are written: a function of
+            `[b, …]` in the state's dtype, or an autoencoder of diffusers, which gets the latents in
+            the scale of its `config`. It is called once with zeros beforehand. Its weights, also
+            those that a function holds or names, are in the manifest.
         shape: (B, …) with B the batch size; by default samples of the shape that the model tells.
-            To have B chosen for another model, let it tell: `model.sample_shape = (C, H, W)`.
+            If the model tells none and "auto" is to choose B, set `model.sample_shape = (C, H, W)`.
         model_id: a name that tells the model from others in the manifest, in addition to its
             weights. Required if the model is not an `nn.Module`, and where hooks offload weights.
         progress: show a tqdm bar of rank 0's share on stderr.

@@ -36,7 +36,7 @@ def checked_conditions(options: GenerateOptions, start: int, stop: int) -> Condi
 
 
 def check_network(name: str, model: Model | None, model_id: Any) -> None:
-    """Refuse a network in training mode, and a function that nothing tells from others."""
+    """Refuse a network in training mode, and a function without a name in the manifest."""
     if isinstance(model, nn.Module) and model.training:
         raise ValueError(f"{name}: expected eval mode (model.eval()), got training mode")
     if model_id is not None and not isinstance(model_id, str):
@@ -49,7 +49,7 @@ def check_network(name: str, model: Model | None, model_id: Any) -> None:
 
 
 def check_weights(options: GenerateOptions, decoder: Decoder | None) -> None:
-    """Refuse weights that cannot be told from others where no name does."""
+    """Refuse weights that cannot be read for the manifest, unless a name stands for them."""
     networks = {"model": options.model, "uncond_model": options.uncond_model}
     offloaded = [
         f"this {name}"
@@ -68,7 +68,7 @@ def check_weights(options: GenerateOptions, decoder: Decoder | None) -> None:
 def check_model_arguments(
     options: GenerateOptions, model_kwargs: Mapping[str, Any] | None, batch: int, *, guided: bool
 ) -> None:
-    """Refuse what the model cannot be called with for `batch` samples."""
+    """Refuse arguments that the model cannot be called with for `batch` samples."""
     apart = options.uncond_model is not None
     try:
         ModelArguments.of(
@@ -124,7 +124,7 @@ def checked_update(update: Update) -> Update:
     for name, value in vars(checked).items():
         values = value if isinstance(value, tuple) else (value,)
         if any(isinstance(v, Tensor) for v in values):
-            raise ValueError(f"{name}: expected a number or one a step, got a tensor")
+            raise ValueError(f"{name}: expected a number or one per step, got a tensor")
     return checked
 
 

@@ -19,7 +19,7 @@ from fastddim.runs.shards import Batch, Sharding
 Path: TypeAlias = tuple[str, ...]
 Rows: TypeAlias = dict[Path, Tensor]
 
-# The argument of the model that class labels are, where several could be.
+# The usual names of class labels, for a model with several arguments that could be labels.
 _LABELS = ("y", "class_labels")
 
 
@@ -29,7 +29,7 @@ class Conditions:
     Attributes:
         label_name: the condition that holds an integer for each sample, which is written with them;
             None where no condition does, or several without a usual name.
-        names: of the arguments of the model.
+        names: the names of the model's arguments.
     """
 
     def __init__(self, given: Given, start: int, stop: int) -> None:

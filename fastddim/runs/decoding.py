@@ -41,14 +41,14 @@ class Decoder:
 
     @property
     def readable(self) -> bool:
-        """False where hooks offload the weights, so that they tell nothing."""
+        """False where hooks offload the weights, which then have no bytes to read."""
         return not any(map(any_on_meta, self._networks))
 
     def describe(self, shape: Sequence[int]) -> dict[str, Any]:
         """The entry in the manifest.
 
         Args:
-            shape: of one sample before it is decoded.
+            shape: the shape of one sample before it is decoded.
         """
         given: Any = self._given
         weights = sorted(map(fingerprint, self._networks)) if self.readable else []
@@ -86,7 +86,7 @@ class Decoder:
         autoencoder, scaling = self._given, self._scaling
         dtype = adapter.own_dtype(autoencoder) or samples.dtype
         device = torch.device(adapter.own_device(autoencoder) or samples.device)
-        # The order of diffusers' pipelines, for their bits.
+        # The operations of diffusers' pipelines in their order, for the same bits.
         latents = samples
         if "latents_std" in scaling:
             latents = latents * _per_channel(scaling["latents_std"], latents)
@@ -113,7 +113,7 @@ def _scaling(decode: Any) -> dict[str, Any]:
 
 
 def _check_function(decode: Any) -> None:
-    """Refuse what would decode without the scale of the latents, or encode first."""
+    """Refuse a function that would decode without the scale of the latents, or encode first."""
     if not callable(decode):
         raise TypeError(
             "decode: expected a function of samples or an autoencoder of diffusers, got "

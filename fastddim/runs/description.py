@@ -33,13 +33,13 @@ def describe(
     """The manifest of a run as its file gives it back.
 
     `batch_size` is left open (None), and so are the digests of conditions, which depend on it.
-    Entries that a run has no use for are left out, so that runs of earlier versions can go on.
+    Entries that a run has no use for are left out: runs of earlier versions can then go on.
 
     Args:
-        setup: how each batch is drawn.
+        setup: the setup of each batch.
         update: the arguments of each step as numbers.
-        sharding: which samples are drawn, and into which files.
-        given: what the model is called with, and the other one, if there is any.
+        sharding: the division of the samples into files.
+        given: the arguments of the model, and the unconditional model where there is one.
     """
     manifest = {
         "version": VERSION,
@@ -98,7 +98,7 @@ def described_plan(setup: Setup, update: Update) -> dict[str, Any]:
 
 
 def described_computation(setup: Setup) -> dict[str, Any]:
-    """The machine and the means of computation, which the last bits depend on."""
+    """The machine, the dtypes and the backend, which the last bits depend on."""
     on_cpu, on_gpu = setup.device.type == "cpu", setup.device.type == "cuda"
     return {
         "device": setup.device.type,

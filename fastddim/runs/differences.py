@@ -10,7 +10,7 @@ Manifest: TypeAlias = dict[str, Any]
 
 _TIMESTEPS, _LEVELS = "plan.timesteps", "plan.alphas_cumprod"
 
-# Digests and long tables. That they differ is all that a reader can use.
+# Digests and long tables, whose values tell a reader nothing.
 _OPAQUE = {
     "model.weights": "weights of the model",
     "model.kwargs": "model_kwargs",
@@ -58,7 +58,7 @@ def differences(found: Manifest, wanted: Manifest, places: tuple[str, str]) -> l
     """Every entry that differs.
 
     Args:
-        places: where each of the manifests is, in words.
+        places: the place of each manifest, in words.
     """
     there, here = dict(_entries(found)), dict(_entries(wanted))
     result: dict[str, Difference] = {}
@@ -81,7 +81,7 @@ def _entries(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def _same_schedule(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """True where other timesteps account for other noise levels: those of common ones agree."""
+    """True where only the timesteps differ: common timesteps have the same noise levels."""
     one, other = (
         dict(zip(_list(entries, _TIMESTEPS), _list(entries, _LEVELS), strict=False))
         for entries in (there, here)

@@ -1,4 +1,4 @@
-"""SHA-256 of what the bytes of a run depend on: weights, and arguments of the model."""
+"""SHA-256 of inputs that the bytes of a run depend on: weights, and arguments of the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 
 def any_on_meta(model: nn.Module) -> bool:
-    """True where weights have no bytes that a fingerprint could be of."""
+    """True where weights are on meta, without bytes for a fingerprint."""
     return any(value.is_meta for value in chain(model.parameters(), model.buffers()))
 
 

@@ -36,7 +36,7 @@ class RunFolder:
         self._lock.release()
 
     def open(self) -> Manifest | None:
-        """Make the folder if need be, lock it for this process alone, and read its manifest.
+        """Make the folder if needed, lock it for this process alone, and read its manifest.
 
         Raises:
             ValueError: the manifest is damaged.
@@ -66,11 +66,11 @@ class RunFolder:
             )
 
     def begin(self, found: Manifest | None, earlier: Manifest, manifest: Manifest) -> None:
-        """Write the manifest of a new run, or of one that grows; compare it with what is there.
+        """Write the manifest of a new run, or of one that grows, after a comparison with `found`.
 
         Args:
-            found: what is there.
-            earlier: what should be there, which is `manifest` with fewer samples if the run grows.
+            found: the manifest in the folder, if there is one.
+            earlier: the manifest expected there: `manifest`, with fewer samples if the run grows.
 
         Raises:
             ManifestMismatchError: the folder holds another run.

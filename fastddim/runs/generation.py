@@ -66,12 +66,12 @@ class Run:
     """A complete run.
 
     Attributes:
-        folder: where its files are.
-        start: number of the first sample in them.
-        stop: number after that of the last one.
-        batch_size: samples in each batch but the last, chosen if it was "auto".
-        digest: one SHA-256 for all of them, as `fastddim.runs.digest` computes it.
-        drawn: how many samples this call drew on all ranks together; the others were there before.
+        folder: the folder of its files.
+        start: number of the first sample.
+        stop: number of the last sample, plus 1.
+        batch_size: samples in each batch except the last, chosen if it was "auto".
+        digest: one SHA-256 for all samples, as `fastddim.runs.digest` computes it.
+        drawn: number of samples that this call drew on all ranks together; the others were there.
     """
 
     folder: Path

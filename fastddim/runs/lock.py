@@ -62,8 +62,8 @@ def lock_at_once(descriptor: int, kind: int, path: str | Path, others: str) -> N
 
     Args:
         kind: `fcntl.LOCK_EX` or `fcntl.LOCK_SH`.
-        path: of the file, for the warning.
-        others: what no other process may do meanwhile, in the words of the warning.
+        path: the file's, for the warning.
+        others: the end of the warning, such as "run uses the folder": no other process may do so.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -74,7 +74,7 @@ def lock_at_once(descriptor: int, kind: int, path: str | Path, others: str) -> N
         raise
     except OSError as error:
         warnings.warn(
-            f"fastddim: {path}: this file system has no locks ({error.strerror}); see to it that "
+            f"fastddim: {path}: this file system has no locks ({error.strerror}); make sure that "
             f"no other {others}",
             stacklevel=3,
         )

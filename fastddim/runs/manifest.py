@@ -77,7 +77,7 @@ def _advised(difference: Difference) -> str:
 
 
 def listed(lines: list[str]) -> str:
-    """`lines` as they stand in a message; of many only the first ones."""
+    """`lines` as a message shows them; of many, only the first ones."""
     more = len(lines) - _LISTED
     shown = lines if more <= 0 else [*lines[:_LISTED], f"and {more} more"]
     return ";\n  ".join(shown)

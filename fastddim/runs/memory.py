@@ -50,7 +50,7 @@ def fitting_batch(
     size, peak = 1, peak_bytes(lambda: draw(1), device)
     if peak > budget:
         raise ValueError(
-            f"memory: expected at least {peak} bytes for one sample beside the model, got {budget}"
+            f"memory: expected at least {peak} bytes for one sample besides the model, got {budget}"
         )
     while 2 * peak <= budget and 2 * size <= largest:
         size *= 2

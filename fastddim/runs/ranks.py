@@ -29,7 +29,7 @@ class Ranks:
 
     Attributes:
         rank: number of this process.
-        world: how many there are.
+        world: the number of processes.
         group: the process group that they communicate in; None for one process.
     """
 
@@ -49,8 +49,7 @@ class Ranks:
         """Run `action` on every rank and return all results; if it fails on one, it fails on all.
 
         Raises:
-            RuntimeError: `action` failed on another rank. The error of this rank is raised as it
-                is.
+            RuntimeError: `action` failed on another rank; errors of this rank stay as they are.
         """
         result: Any = None
         failure: Exception | None = None

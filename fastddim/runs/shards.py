@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
     Attributes:
         first, stop: numbers of the first sample and of the one after the last.
-        size: how many samples there are.
+        size: the number of samples.
         stem: the name of its files without the ending; PNG files have names of their own.
         record: the name of the file with their SHA-256.
     """
@@ -75,8 +75,8 @@ class Sharding:
     Attributes:
         start, stop: numbers of the first sample and of the one after the last.
         batch_size: samples of each batch except the last.
-        format: of the files.
-        sample_shape: of a sample in them, decoded if the run decodes.
+        format: the format of the files.
+        sample_shape: the shape of a sample in them, decoded if the run decodes.
         labelled: whether they hold a label for each sample.
     """
 
@@ -176,7 +176,7 @@ class Sharding:
     def leftovers(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that are files of another division of the samples.
 
-        A run that grew leaves such ones: its last batch was smaller before.
+        A run that grew leaves such files: its last batch was smaller before.
         """
         own = {batch.stem for batch in self.batches()}
         return [name for name in names if _BATCH.fullmatch(name) and name.split(".")[0] not in own]

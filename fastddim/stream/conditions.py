@@ -39,7 +39,7 @@ class Conditions:
             store[slot].copy_(value)
 
     def arrange(self, size: int) -> None:
-        """Make the first `size` slots what the model reads."""
+        """Copy the first `size` slots into the model's input, half by half."""
         if self._parts == 1:
             return
         for store, given in zip(self.slots, self.inputs, strict=True):
@@ -57,11 +57,11 @@ class Conditions:
 def copied_conditions(
     options: RequestOptions, kind: StepKind, device: torch.device
 ) -> tuple[Trees, list[Tensor]]:
-    """(the arguments of each model for one request, with tensors copied; these tensors).
+    """The arguments of each model for one request with copied tensors, and a list of the copies.
 
     Raises:
-        TypeError, ValueError: they cannot be those of one request on `device`; the message names
-            what is wrong.
+        TypeError, ValueError: they do not fit one request on `device`; the message names the
+            argument.
     """
     given = ModelArguments.of(
         options.model_kwargs,

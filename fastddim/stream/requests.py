@@ -59,7 +59,7 @@ class Request:
     inpainting: tuple[Tensor, Tensor] | None  # mask and known data, [1, …] both
     arguments: tuple[dict[str, Any], ...]  # of each model, the unconditional one's first
     conditions: list[Tensor]  # [1 or 2, …], the tensors among the arguments
-    ready: StreamOrder  # when the tensors are
+    ready: StreamOrder  # orders reads of the tensors after the caller's writes
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -72,7 +72,7 @@ class Request:
         )
 
     def batch_error(self, others: Sequence[str], error: BaseException) -> RuntimeError:
-        """The error of the request where a step with these others in the batch raises."""
+        """The error of this request after a step raised one for the whole batch."""
         beside = f", in a batch with {', '.join(others)}" if others else ""
         named = RuntimeError(
             f"request {self.ticket.index} failed {self._place()}{beside}: "
@@ -153,7 +153,7 @@ def _seed_bits(options: RequestOptions, route: Route, device: torch.device) -> i
 
 
 def _check_given(name: str, value: object, expected: str, **kind: bool) -> None:
-    """Refuse what some requests of a stream have and others have not."""
+    """Refuse an option that no request of the stream has, and the lack of one that all have."""
     ((wanted, given),) = kind.items()
     if given != (value is not None):
         raise ValueError(

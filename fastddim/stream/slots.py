@@ -1,4 +1,4 @@
-"""The memory of a stream: a slot for each request that is under way, and the batches they form."""
+"""The memory of a stream: a slot for each running request, and the batches that they form."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Batch(NamedTuple):
             restore()
 
     def _written(self) -> list[Tensor]:
-        """All that one step leaves to the next."""
+        """The tensors that one step leaves to the next."""
         buffers = self.buffers
         given = (buffers.state, self.numbers, self.counting.now.t, buffers.next_input)
         return [tensor for tensor in (*given, buffers.history) if tensor is not None]
@@ -78,7 +78,7 @@ class Slots:
     """B slots, of which those in use are the first.
 
     Attributes:
-        conditions: what the model is given for each slot, once the first request has said what.
+        conditions: the arguments of the model for each slot; None before the first request.
     """
 
     conditions: Conditions | None = None
@@ -102,14 +102,14 @@ class Slots:
         Args:
             masked: whether requests have masks.
             whole: whether every batch has all slots, as a captured one has.
-            prepare: gives a new `Step` its model and what else it calls.
+            prepare: gives a new `Step` its model and the other functions that it calls.
         """
         self._kind, self._backend = kind, backend
         self._max_steps = max_steps
         self._whole, self._prepare = whole, prepare
         batch, model_batch = shape[0], kind.parts * shape[0]
-        # Counters of slots without a request advance through rows of their own. These are as many
-        # as a request may have, and the next change of the batch takes the counters back.
+        # A captured batch steps slots without a request too. Their counters advance through rows of
+        # their own, as many as a request may have; the next change of the batch sets them back.
         self._idle_row = batch * max_steps
         rows = self._idle_row + max_steps + 1
         self.buffers = Buffers.allocate(
@@ -141,7 +141,7 @@ class Slots:
             yield from (*self.conditions.slots, *self.conditions.inputs)
 
     def take_conditions(self, arguments: tuple[dict[str, Any], ...]) -> None:
-        """Make room for the arguments of the first request; others must be like these."""
+        """Allocate memory for arguments like the first request's, and refuse any other kind."""
         if self.conditions is None:
             batch = len(self.buffers.state)
             self.conditions = Conditions(arguments, batch, self._kind.parts)
@@ -149,10 +149,10 @@ class Slots:
             check_same_conditions(arguments, self.conditions)
 
     def load(self, slot: int, running: Running) -> None:
-        """Put a request where a step finds it."""
+        """Write a request into its slot and its block of the tables."""
         request, block = running
         start, inpainting = self.buffers.state[slot : slot + 1], self._inpainting
-        # In the middle, the state is no longer the latents that known data are mixed with.
+        # A state in the middle of a run is not the latents that known data are mixed with.
         resumed = request.ticket.taken > 0 and inpainting is not None
         if request.x_T is None or resumed:
             words = (request.seed, 0, request.sample)
@@ -213,7 +213,7 @@ class Slots:
         return batch
 
     def _numbers_of(self, running: Sequence[Running], size: int) -> list[int]:
-        """Row, step, seed and sample of each slot, counters one step back."""
+        """Row, step, seed and sample of each slot; rows and steps are those of one step before."""
         idle = size - len(running)
         rows = [block * self._max_steps + request.ticket.taken for request, block in running]
         return [

@@ -1,8 +1,8 @@
 """Continuous batching: requests that come and go share one batch, each at a step of its own.
 
 Every sample reads its row of one coefficient table and is keyed by its own seed, step and index.
-So what a step does to a sample depends neither on the others nor on its place in the batch, and a
-request gives what `fastddim.sample` gives for it alone, as far as the model does.
+So the update of a sample depends neither on the other samples nor on its place in the batch. A
+request gives the sample of `fastddim.sample` if the model, too, treats each sample alone.
 """
 
 from __future__ import annotations
@@ -60,20 +60,20 @@ class Stream(Rebuilt):
     A request gives the sample that `fastddim.sample` gives for the same arguments and
     `batch_size=1`, bit for bit where the model's output for a sample does not depend on the batch.
 
-    Where there is no CUDA graph, the model is evaluated on as many samples as have a slot, from 1
-    to B. A captured graph always runs B: slots without a request then hold zeros at timestep 0,
-    with the `model_kwargs` that they held last, and a step that leaves the state as it is.
+    Without a CUDA graph, the model is evaluated on as many samples as have a slot, from 1 to B. A
+    captured graph always runs B: slots without a request then hold zeros at timestep 0, with the
+    `model_kwargs` that they held last, and take a step that leaves the state unchanged.
 
-    Threads: `submit` and everything of a `Ticket` may be called from any thread, at any time.
+    Threads: `submit` and all methods of a `Ticket` may be called from any thread, at any time.
     `step` (and `run` and iteration, which call it) is for one thread at a time, and refuses others.
 
-    A batch cannot mix what a kernel does for all samples or for none: noise from the caller or a
-    generator, for which there is `fastddim.sample`; guidance and masks, which all requests of a
-    stream have or none (`guided`, `masked`); thresholding, `guidance_rescale`, `order` and
-    `denoised_fn`, which are one for all requests.
+    A kernel does some things for all samples of a batch or for none. So either all requests of a
+    stream have guidance, or none has (`guided`); the same holds for masks (`masked`). Thresholding,
+    `guidance_rescale`, `order` and `denoised_fn` are options of the stream. For noise from a tensor
+    or a generator, use `fastddim.sample`.
 
-    A copy or a pickle of a stream without requests is a new stream, with a copy of the model as
-    `fastddim.Sampler` has it; requests cannot be copied.
+    A copy or a pickle of a stream without requests is a new stream, with a copy of the model like
+    that of a `fastddim.Sampler`. Requests cannot be copied.
     """
 
     # A buffer made under the caller's inference mode could not be written to outside it.
@@ -84,21 +84,21 @@ class Stream(Rebuilt):
         Arguments not named here are those of `fastddim.sample`.
 
         Args:
-            batch_size: B, how many requests have a slot at once.
+            batch_size: B, the number of slots: the most requests that run at once.
             shape: (B, …) of the state; by default B samples of the shape that the model tells.
-            max_steps: the most steps that a request may have, at most T, the default; B·max_steps
-                rows of coefficients are kept.
-            max_pending: how many requests may wait for a slot; None is no limit.
-            guided: whether every request has a `guidance_scale`; the model is then evaluated on 2B
-                samples, or on B beside `uncond_model`.
+            max_steps: the most steps of a request; T by default, which is also the most. The stream
+                keeps B·max_steps rows of coefficients.
+            max_pending: the most requests that may wait for a slot; None for no limit.
+            guided: whether every request has a `guidance_scale`. The model is then evaluated on 2B
+                samples, or on B where `uncond_model` is evaluated on the other half.
             masked: whether every request has a `mask` and `known` data.
             denoised_fn: called with the predicted x_0 of the whole batch; no request then has
                 `rederive_eps`.
-            order: 2 leaves no request with eta > 0; such a stream also takes requests with tuned
-                steps.
+            order: 1 or 2. A stream of order 2 refuses eta > 0, and takes requests with tuned steps
+                too.
             graph: "auto", True or False, as in `fastddim.sample`.
-            check_finite: fail a request, and it alone, at the step where the model returns NaN or
-                infinity for it. This waits for the device at every step.
+            check_finite: fail a request at the step where the model returns NaN or infinity for it,
+                and go on with the others. This waits for the device at every step.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type, shape or range; the message
@@ -217,15 +217,15 @@ class Stream(Rebuilt):
         Arguments not named here are those of `fastddim.sample`. Tensors are copied.
 
         Args:
-            guidance_scale: a number or one a step where the stream is guided, else None.
+            guidance_scale: a number, or one per step, where the stream is guided; else None.
             seed: int in [0, 2⁶⁴).
-            sample_offset: which sample of the seed.
+            sample_offset: the index of the sample among those of the seed.
             x_T: starting state `[1, …]`, of the stream's dtype and on its device; by default drawn
                 from the seed.
             model_kwargs: as in `fastddim.sample` for one sample: tensors `[1, …]` on the stream's
-                device, which become rows of the batch. Names, shapes, dtypes and all that is not a
-                tensor must be those of the stream's first request; what all requests share belongs
-                into the model, as by `functools.partial`.
+                device, which become rows of the batch. Names, shapes, dtypes and all values other
+                than tensors must be those of the stream's first request. A value that all requests
+                share belongs in the model, as by `functools.partial`.
             uncond_kwargs: as in `fastddim.sample`, where the stream is guided: tensors `[1, …]` or
                 numbers. Without them, and without `uncond_model`, tensors in `model_kwargs` are
                 `[2, …]`, the unconditional row first.
@@ -246,15 +246,15 @@ class Stream(Rebuilt):
 
     @outside_of_programs
     def step(self) -> list[Ticket]:
-        """Take one step of every request that has a slot, and give the tickets that are done.
+        """Take one step of every request that has a slot, and return the tickets that are done.
 
-        They come in the order of their `index`. A ticket is done with a sample, its `result()`, or
-        with an error, its `exception()`, which `result()` raises: where the model raises, that is
-        every request in the batch, and the stream goes on with those that wait. Cancelled ones are
-        left out. Without requests nothing happens.
+        Tickets come in the order of their `index`, without cancelled ones. A ticket is done when it
+        has a sample, its `result()`, or an error, its `exception()`, which `result()` raises. Where
+        the model raises an error, every request in the batch gets it, and the stream goes on with
+        those that wait. Without requests nothing happens.
 
         Raises:
-            RuntimeError: another call is not over.
+            RuntimeError: another call of `step` is under way.
             ValueError: the caller is capturing a CUDA graph, which cannot hold one of the stream's;
                 or the model was converted or moved since the stream was made.
         """
@@ -273,17 +273,17 @@ class Stream(Rebuilt):
                 raise
 
     def run(self) -> list[Ticket]:
-        """Step until no request is left; the tickets in the order in which they were done."""
+        """Step until no request is left, and return the tickets in the order of completion."""
         return list(self)
 
     def __iter__(self) -> Iterator[Ticket]:
-        """Step until no request is left, also those that come meanwhile."""
+        """Step until no request is left, those that come meanwhile included, and yield tickets."""
         while self.pending or self.running:
             yield from self.step()
 
     @property
     def pending(self) -> int:
-        """The number of requests that wait for a slot, with those that were cancelled meanwhile."""
+        """The number of requests that wait for a slot, those cancelled meanwhile included."""
         return len(self._pending)
 
     @property
@@ -319,7 +319,7 @@ class Stream(Rebuilt):
                 if not self._pending:
                     return
                 request = self._pending.popleft()
-                # Asked once: a ticket may be cancelled at any time.
+                # Asked once, since a ticket may be cancelled at any time.
                 cancelled = request.ticket.cancelled()
                 if not cancelled:
                     self._running.append(Running(request, self._blocks.pop()))
@@ -330,7 +330,7 @@ class Stream(Rebuilt):
                 self._slots.load(len(self._running) - 1, self._running[-1])
 
     def _release(self, slot: int) -> None:
-        """Free a slot; the last one moves into it, so that those in use are the first ones."""
+        """Free a slot; the last one in use moves into it, so the first slots are those in use."""
         self._batch = None
         self._slots.release(slot, len(self._running) - 1)
         self._blocks.append(self._running[slot].block)
@@ -354,7 +354,7 @@ class Stream(Rebuilt):
         return in_order(tickets)
 
     def _conclude(self, slot: int, batch: Batch) -> bool:
-        """Count the step of a request; whether it is the last, or has failed."""
+        """Count the step of a request; True where the step was its last or has failed."""
         request = self._running[slot].request
         ticket = request.ticket
         broken, last = slot in self._broken, ticket.taken + 1 == ticket.steps
@@ -373,7 +373,7 @@ class Stream(Rebuilt):
         self._broken.update(slot for slot, fine in enumerate(whole) if not fine)
 
     def _fail_all(self, error: BaseException) -> list[Ticket]:
-        """Give every request that has a slot the error, and all slots free."""
+        """Fail every request that has a slot, free all slots, and return the tickets."""
         failed, self._running = self._running, []
         self._blocks = list(range(self.shape[0]))
         self._batch = None

@@ -12,14 +12,14 @@ from torch import Tensor
 class Ticket(Future[Tensor]):
     """A request to a `Stream`, as a `concurrent.futures.Future` of its sample `[1, …]`.
 
-    `result()` waits for another thread to take the steps; where there is none, call `Stream.run`
-    or `Stream.step` first. `cancel()` works until the sample is there, also once steps have been
-    taken, and the slot is free at the next step. `asyncio.wrap_future` makes it awaitable.
+    `result()` waits for another thread to take the steps; without one, call `Stream.run` or
+    `Stream.step` first. `cancel()` works until the sample is there, even between two steps, and
+    frees the slot at the next step. `asyncio.wrap_future` makes a ticket awaitable.
 
     Attributes:
-        index: how many requests the stream got before.
+        index: the number of requests that the stream got before.
         steps: S of the request.
-        taken: how many of them have been taken, those before `first_step` among them.
+        taken: the number of steps that are done, those before `first_step` included.
     """
 
     def __init__(self, steps: int, taken: int = 0) -> None:

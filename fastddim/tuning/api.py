@@ -13,12 +13,13 @@ def tune(options: TuneOptions) -> TunedSteps | dict[int, TunedSteps]:
     """Choose the timesteps and weights of few steps for one model.
 
     The model's own trajectories are the measure: a teacher solves the paper's ODE (arXiv
-    2010.02502, eq. 14) by many steps of order 2, and S steps are sought that end as close to it as
-    they can, by least squares on the distance (arXiv 2405.15506 asks for the same and trains for
-    it). The model is only evaluated: no data, no gradients. docs/tune.md describes the method.
+    2010.02502, eq. 14) by many steps of order 2, and tuning searches for S steps that end as close
+    to its solution as possible, by least squares on the distance (arXiv 2405.15506 has the same aim
+    and trains for it). Tuning only evaluates the model: it needs no data and no gradients.
+    docs/tune.md describes the method.
 
-    The same arguments give the same steps, on the same machine. Arguments not described here are
-    those of `sample`; all of them must be those of the sampling to come.
+    On one machine, the same arguments give the same steps. Arguments not described here are those
+    of `sample`; pass the values that you will sample with.
 
     Args:
         model: as for `sample`, in eval mode.
@@ -29,16 +30,16 @@ def tune(options: TuneOptions) -> TunedSteps | dict[int, TunedSteps]:
             from `samples`, and the rest is the shape that the model tells.
         batch_size: B where `shape` is not given; `model_kwargs` are those of B samples.
         effort: "quick" for a minute around a small network, "thorough" for several.
-        samples: number of latents in each of three sets, which is rounded up to whole batches: to
-            fit, to choose and to report by. By default some 20 to 500, fewer the larger they are.
-        seed: of the latents, which are the samples from 2³¹ on.
+        samples: number of latents in each of three sets: to fit, to choose and to report by. It is
+            rounded up to whole batches. By default some 20 to 500, fewer the larger they are.
+        seed: the seed of the latents, which are its samples from 2³¹ on.
         teacher_steps: number of the teacher's steps; by default those of the effort.
         progress: show a tqdm bar on stderr.
 
     Returns:
-        The steps, to be given as `steps` to `sample` and all else that takes them; for a sequence,
-        a dictionary of them by S. Where tuning does not bring the reported latents closer to the
-        exact solution, the steps are the better ones of order 1 and 2, and a warning says so.
+        The tuned steps, for the argument `steps` of `sample` and other calls; for a sequence, a
+        dictionary of them by S. Where tuning does not bring the reported latents closer to the
+        exact solution, the steps are the better ones of orders 1 and 2, and a warning says so.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or range, or the model's

@@ -18,10 +18,10 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """Timesteps, and what is added to the weights of the two-step Adams–Bashforth method there.
+    """Timesteps, and additions to the weights of the two-step Adams–Bashforth method at each.
 
     The additions are in units of the step's length, the sine of the angle between the noise levels
-    √(1 − ᾱ)/√ᾱ it goes from and to.
+    √(1 − ᾱ)/√ᾱ from and to which it goes.
 
     Attributes:
         timesteps: `[S]`, decreasing; whole numbers where the candidate is `settled`.
@@ -44,7 +44,7 @@ class Candidate:
         return len(self.timesteps)
 
     def settled(self, T: int) -> Candidate:
-        """With timesteps that are distinct whole numbers below T."""
+        """The candidate with timesteps that are distinct whole numbers below T."""
         return replace(self, timesteps=_distinct(self.timesteps, T))
 
 
@@ -59,17 +59,17 @@ def _distinct(timesteps: Numbers, T: int) -> Numbers:
 
 
 def resampled(timesteps: Sequence[int], steps: int) -> Candidate:
-    """Another number of timesteps, at the same density."""
+    """A candidate with another number of timesteps, at the same density."""
     places = np.linspace(0, len(timesteps) - 1, steps) if steps > 1 else np.zeros(1)
     return Candidate.at_order_2(np.interp(places, np.arange(len(timesteps)), timesteps))
 
 
 class Course(NamedTuple):
-    """Timesteps and weights, as they are walked.
+    """Timesteps and weights of a run.
 
     Attributes:
         timesteps: `[S]`, in the order visited.
-        weights: of ε and of the ε before at each step.
+        weights: those of ε and of the ε before at each step.
     """
 
     timesteps: list[int]
@@ -77,7 +77,7 @@ class Course(NamedTuple):
 
 
 class Steps:
-    """What candidates mean on a schedule.
+    """The meaning of candidates on a schedule.
 
     Attributes:
         T: number of training timesteps.
@@ -91,7 +91,7 @@ class Steps:
         self.noise_levels = 0.5 * np.log((1 - inside) / inside)
 
     def alphas(self, timesteps: Sequence[int]) -> list[float]:
-        """ᾱ of the states on the way, S + 1 of them."""
+        """ᾱ of the S + 1 states of a course."""
         return [*self._alphas[list(timesteps)].tolist(), 1.0]
 
     def untuned(self, timesteps: Sequence[int], order: int) -> Course:
@@ -166,7 +166,7 @@ def timestep_changes(candidate: Candidate, T: int) -> list[Change]:
 
 
 def weight_changes(candidate: Candidate) -> list[Change]:
-    """Each weight that there is."""
+    """Every weight of a candidate."""
     return [
         Change(
             _mover(name, s), PROBE, -FARTHEST, FARTHEST, pulled=float(getattr(candidate, name)[s])

@@ -20,9 +20,9 @@ class Network:
     """A model as the steps of one kind call it, or two where one is for the unconditional half.
 
     Attributes:
-        evaluations: how many samples the model has been evaluated on so far; under guidance, how
-            many pairs.
-        evaluated: called with the number of samples after each evaluation, if anything is.
+        evaluations: the number of samples that the model was evaluated on; under guidance, of
+            pairs.
+        evaluated: called with the number of samples after each evaluation; None for no call.
     """
 
     evaluated: Callable[[int], object] | None = None
@@ -40,8 +40,8 @@ class Network:
         Args:
             model, uncond_model: called as by `sample`.
             update: the kind of step, checked.
-            dtype: of what the models read.
-            arguments: of each model, the unconditional one's first.
+            dtype: the dtype of the models' input.
+            arguments: those of each model, the unconditional one's first.
         """
         self._model = model
         self._uncond_model = uncond_model
@@ -51,7 +51,7 @@ class Network:
         self.evaluations = 0
 
     def output(self, x: Tensor, t: int) -> Tensor:
-        """What the model predicts of the states x `[B, …]` at the timestep t."""
+        """The model's output for the states x `[B, …]` at the timestep t."""
         state, guided = x.to(self._dtype), self._update.guided
         if self._uncond_model is None:
             x = torch.cat([state, state]) if guided else state
@@ -78,7 +78,7 @@ class Network:
         return check_state(f"{name} output", result)
 
     def updated(self, x: Tensor, output: Tensor, row: Tensor, history: Tensor) -> Updated:
-        """The step with one row `[1, K]`."""
+        """The result of a step with one row `[1, K]`."""
         if self._update.rescaling is not None:
             row = rescaled_rows(x, output, row, self._update.rescaling)
         return updated(x, output, row, None, history)

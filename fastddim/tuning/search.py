@@ -1,9 +1,9 @@
-"""The search for timesteps and weights: least squares on the error at the end of the way.
+"""The search for timesteps and weights: least squares on the error at the end of a course.
 
-Where a candidate ends is close to a linear function of small changes of its numbers, and so its
-distance to the exact solution is a least-squares problem in them, which the method of Levenberg
-and Marquardt solves (Marquardt 1963, https://doi.org/10.1137/0111030). Derivatives are differences
-of walks: the model is only ever evaluated.
+The end of a candidate's course is close to a linear function of small changes of its numbers. So
+its distance to the exact solution is a least-squares problem in these changes, which the method of
+Levenberg and Marquardt solves (Marquardt 1963, https://doi.org/10.1137/0111030). Derivatives are
+differences between courses: the model is evaluated, never differentiated.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from fastddim.tuning.candidate import (
 from fastddim.tuning.trials import Normal, Task, Trials
 
 DAMPING = (1e-3, 1e-2, 1e-1, 0.3, 1.0)
-# Latents close to where samples part end far apart, and their distances would outweigh all others.
-# So a sample counts for less from a multiple of the median square distance on: from this one where
-# candidates are chosen,
+# Latents near the border between two samples end far from the exact solution, and their distances
+# would outweigh all others. So a sample counts for less from a multiple of the median square
+# distance on: from this one where candidates are chosen,
 _CHOOSING = 25
 # and from this one in least squares, which take the way to be linear.
 _FITTING = 4
-# Of the weights towards the untuned ones, relative to the mean square error.
+# The pull of weights towards the untuned ones, relative to the mean square error.
 _PULL = 1e-3
-# An iteration that gains less is the last.
+# The largest ratio of new to old error after which iterations go on.
 _GAIN = 0.98
 
 
@@ -45,14 +45,14 @@ class Found(NamedTuple):
 
 
 class Effort(NamedTuple):
-    """How long to search.
+    """The length of a search.
 
     Attributes:
-        teacher_steps: of the exact solution.
-        elements: numbers in the latents of each set that are wanted, which decide how many samples
-            there are.
-        least, most: bounds of these samples.
-        starts: how many of the starts are searched from.
+        teacher_steps: number of steps of the exact solution.
+        elements: wanted number of elements in the latents of each set, which decides the number of
+            samples.
+        least, most: bounds of the number of samples.
+        starts: number of starts that are searched from.
         broad: iterations on a few numbers that move all steps.
         fine: iterations on each weight, and on each timestep.
     """
@@ -66,7 +66,7 @@ class Effort(NamedTuple):
     fine: int
 
     def samples(self, numel: int) -> int:
-        """How many latents of so many elements a set has."""
+        """The number of latents in a set, for latents of `numel` elements."""
         return min(max(self.elements // numel, self.least), self.most)
 
     def evaluations(self, steps: int, starts: int) -> int:
@@ -111,7 +111,7 @@ class Search:
         tried = self._rated(starts)[: effort.starts]
         broad = [self._improved(start, self._broad, effort.broad) for start in tried]
         found = min(broad, key=_error)
-        # Weights follow timesteps so closely that both at once is too daring a step.
+        # Weights depend so closely on timesteps that a change of both at once goes too far.
         for _ in range(effort.fine):
             before = found.error
             found = self._improved(found, weight_changes, 1)
@@ -148,7 +148,7 @@ class Search:
         return found
 
     def _iterated(self, candidate: Candidate, changes: Sequence[Change]) -> Found:
-        """The best of one step's candidates, from the most daring to the most careful."""
+        """The best candidate of one iteration, which tries the largest changes first."""
         assert self._scale is not None
         normal = self._trials.normal_equations(
             candidate, changes, self._fitted, self._scale * _FITTING
@@ -162,17 +162,17 @@ class Search:
 
 
 def _robust_mean(squares: Numbers, scale: float) -> Numbers:
-    """Root mean squares `[P]` of `[P, N]`, with a logarithm for what is above the scale (Cauchy's
+    """Root mean squares `[P]` of `[P, N]`, with a logarithm for squares above the scale (Cauchy's
     loss).
     """
     scale = min(max(scale, 1e-30), 1e30)
     means: Numbers = np.sqrt((scale * np.log1p(squares / scale)).mean(1))
-    # Weights that are too daring can lead a network to where it returns NaN.
+    # Extreme weights can lead a network to states for which it returns NaN.
     return np.nan_to_num(means, nan=np.inf)
 
 
 def _amounts(normal: Normal, changes: Sequence[Change], damping: float) -> Numbers:
-    """By how much to change each number, within its bounds."""
+    """The amount by which to change each number, within its bounds."""
     gram, slope = normal.gram.copy(), normal.slope.copy()
     diagonal = np.maximum(np.diagonal(gram), 1e-12 * max(np.diagonal(gram).max(), 1e-30))
     for p, change in enumerate(changes):

@@ -11,14 +11,14 @@ from torch import Tensor
 from fastddim.tuning.candidate import Numbers
 from fastddim.tuning.trials import Trace
 
-# Elements of the states that a path is found by.
+# The most elements of the states that are kept to find paths.
 _ELEMENTS = 1 << 26
 # Where √ᾱ is 0, x/√ᾱ is infinite.
 _LEAST_SIGNAL = 1e-3
 
 
 def kept(steps: int, x_T: Tensor) -> int:
-    """Of how many samples all states fit into memory."""
+    """The number of samples whose states are kept, all of which fit into memory."""
     return min(len(x_T), max(1, _ELEMENTS // (3 * steps * x_T[0].numel())))
 
 
@@ -30,7 +30,7 @@ def jump_costs(trace: Trace, alphas: Sequence[float]) -> Numbers:
     end unchanged.
 
     Args:
-        trace: of the teacher.
+        trace: the teacher's.
         alphas: ᾱ of its states.
     """
     count = len(trace.x_0)
@@ -51,7 +51,7 @@ def jump_costs(trace: Trace, alphas: Sequence[float]) -> Numbers:
 
 
 def _inner_products(tensors: Sequence[Tensor]) -> Numbers:
-    """Of each two."""
+    """The inner products of each two tensors."""
     total = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
     flat = torch.stack([tensor.flatten() for tensor in tensors])
     for part in flat.split(1 << 16, dim=1):

@@ -24,21 +24,21 @@ _SLICE = 1 << 22
 
 
 class Task(NamedTuple):
-    """Latents, and where the exact solution takes them; both `[B, …]`."""
+    """Latents, and the samples to which the exact solution takes them; both `[B, …]`."""
 
     x_T: Tensor
     x_0: Tensor
 
 
 class State(NamedTuple):
-    """A state on the way, and the epsilon of the step before."""
+    """A state of a course, and the epsilon of the step before."""
 
     x: Tensor
     history: Tensor
 
 
 class Walk(NamedTuple):
-    """The way of a course, with what another that leaves it later begins from."""
+    """A course that was walked, with the states and outputs from which others can branch off."""
 
     timesteps: list[int]
     table: Tensor  # [S, K]
@@ -48,12 +48,12 @@ class Walk(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """The way of a course, for the paths through it.
+    """The states and predictions of a course, for the paths through it.
 
     Attributes:
-        states: before each step and after the last, of some samples.
-        x_0, epsilon: predicted in each step, of these samples.
-        end: where all samples end.
+        states: those of some samples, before each step and after the last.
+        x_0, epsilon: the predictions for these samples in each step.
+        end: the last states of all samples.
     """
 
     states: list[Tensor]
@@ -66,8 +66,8 @@ class Normal(NamedTuple):
     """The normal equations of least squares, as means over the elements of the samples.
 
     Attributes:
-        gram: float64 `[P, P]`, of the derivatives by P changes.
-        slope: float64 `[P]`, of the derivatives with the error.
+        gram: float64 `[P, P]`, products of the derivatives by P changes with one another.
+        slope: float64 `[P]`, products of these derivatives with the error.
         error: mean square of the error.
     """
 
@@ -82,7 +82,7 @@ class Trials:
     def __init__(self, network: Network, schedule: Schedule, update: Update) -> None:
         """
         Args:
-            network: what is evaluated at each step.
+            network: evaluated at each step.
             schedule: ᾱ of the model.
             update: the kind of step, checked.
         """
@@ -102,7 +102,7 @@ class Trials:
         return to_table(stack_rows(rows), compute_dtype(like.dtype), like.device)
 
     def walk(self, course: Course, x_T: Tensor) -> Walk:
-        """The whole way."""
+        """Walk a whole course."""
         table = self.table(course, x_T)
         states, outputs = [], []
         state = _start(x_T, table)
@@ -113,7 +113,7 @@ class Trials:
         return Walk(course.timesteps, table, states, outputs, state.x)
 
     def trace(self, course: Course, x_T: Tensor, kept: int = 0) -> Trace:
-        """The whole way, of which all states of the first `kept` samples are remembered.
+        """Walk a whole course and remember all states of the first `kept` samples.
 
         Raises:
             ValueError: the model's output is not finite.
@@ -133,7 +133,7 @@ class Trials:
         return trace._replace(end=state.x)
 
     def branch(self, course: Course, walk: Walk) -> Tensor:
-        """Where a course ends, walked from the step at which it leaves `walk`."""
+        """The end of a course, walked from the step at which it leaves `walk`."""
         table, timesteps = self.table(course, walk.end), course.timesteps
         others = (table != walk.table).any(1).tolist()
         first = next(
@@ -169,7 +169,7 @@ class Trials:
         tasks: Sequence[Task],
         scale: float,
     ) -> Normal:
-        """Derivatives by the changes, by finite differences, against the error.
+        """The normal equations of the changes, with derivatives by finite differences.
 
         Args:
             scale: the mean square distance from which on a sample counts for less.
@@ -191,7 +191,7 @@ class Trials:
             residual = walk.end - task.x_0
             far = _mean_squares(residual).nan_to_num(torch.inf) / max(scale, 1e-30)
             weights = (1 / (1 + far)).sqrt()
-            # What leaves the model's range says nothing of the slope.
+            # Values outside the model's range tell nothing of the slope.
             differences, residual = (
                 values.nan_to_num(0.0, 0.0, 0.0) for values in (differences, residual)
             )
@@ -208,7 +208,7 @@ class Trials:
 
 
 def _mean_squares(difference: Tensor) -> Tensor:
-    """float64 `[B]`, of each sample."""
+    """The mean square of each sample, float64 `[B]`."""
     return difference.double().square().flatten(1).mean(1)
 
 
@@ -217,7 +217,7 @@ def _start(x_T: Tensor, table: Tensor) -> State:
 
 
 def _slices(differences: Tensor, residual: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both in float64, some elements at a time."""
+    """Slices of both in float64, some elements at a time."""
     size = max(1, _SLICE // len(differences))
     for part, rest in zip(differences.split(size, dim=1), residual.split(size), strict=True):
         yield part.double(), rest.double()

@@ -1,4 +1,4 @@
-"""All that the tuning of one model shares: its options, its teacher and its latents."""
+"""Everything that the tuning of one model shares: its options, its teacher and its latents."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from fastddim.tuning.teacher import jump_costs, kept, shortest_path
 from fastddim.tuning.trials import Task, Trace, Trials
 from fastddim.validation import check_bool, check_choice, check_dtype, check_int
 
-# Apart from the samples that anyone draws.
+# Far from the samples that users draw.
 FIRST_SAMPLE = 2**31
 SETS = 3
 """Latents to fit, to choose and to report by."""
@@ -54,7 +54,7 @@ class Tuner:
     """Tunes numbers of steps one after the other; a context, within which the bar is shown.
 
     Attributes:
-        numbers: those that were asked for.
+        numbers: the numbers of steps that were asked for.
     """
 
     def __init__(self, options: TuneOptions) -> None:
@@ -110,7 +110,7 @@ class Tuner:
         self._bar: Any = None
 
     def _resolve_samples(self, options: TuneOptions) -> tuple[tuple[int, ...], int]:
-        """The shape of a batch, and how many of them a set of latents has."""
+        """The shape of a batch, and the number of batches in a set of latents."""
         batch = options.batch_size
         shape = resolve_shape(options.model, options.shape, 1 if batch is None else batch)
         if 0 in shape:
@@ -154,7 +154,7 @@ class Tuner:
         return self._shape[0] * self._batches
 
     def _planned(self, steps: int) -> int:
-        """The most evaluations on a sample of each set."""
+        """The most evaluations of the model on one sample of each set."""
         return self._effort.evaluations(steps, 2 + len(_POWERS)) + 3 * steps
 
     def tuned(self, steps: int) -> TunedSteps:
@@ -202,7 +202,7 @@ class Tuner:
         return self._as_steps(courses[chosen], by_name, chosen, record)
 
     def _starts(self, taught: Taught, trailing: list[int]) -> list[Candidate]:
-        """Where the search begins: trailing timesteps, those of shortest paths, and those of the
+        """The starts of the search: trailing timesteps, those of shortest paths, and those of the
         nearest number of steps that has been tuned.
         """
         steps = len(trailing)
@@ -286,13 +286,13 @@ def warn_where_untuned(steps: TunedSteps, *, stacklevel: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Taught:
-    """What the teacher has shown.
+    """The results of the teacher.
 
     Attributes:
-        timesteps: that it visits.
+        timesteps: those that it visits.
         sets: the latents to fit, to choose and to report by.
-        costs: of one step from each of its states to each later one.
-        record: what it took.
+        costs: the cost of one step from each of its states to each later one.
+        record: its part of the record of `TunedSteps`.
     """
 
     timesteps: list[int]
