@@ -63,6 +63,37 @@ def test_the_navigation_is_the_pages():
     assert sorted(navigated(SETTINGS["nav"])) == sorted(PAGES)
 
 
+def linked(page):
+    """The pages that a page links to."""
+    folder = (DOCS / page).parent
+    targets = re.findall(r"\]\(([^)#:\s]+\.md)[^)]*\)", PAGES[page])
+    return {(folder / t).resolve().relative_to(DOCS.resolve()).as_posix() for t in targets}
+
+
+def test_every_page_is_reached_by_links_from_the_home_page():
+    reached, found = set(), {"index.md"}
+    while found:
+        reached |= found
+        found = {target for page in found for target in linked(page)} - reached
+    assert sorted(set(PAGES) - reached) == []
+
+
+@pytest.mark.parametrize("page", sorted(set(PAGES) - {"index.md"}))
+def test_a_page_begins_with_its_purpose(page):
+    title, first = PAGES[page].split("\n\n")[:2]
+    assert re.fullmatch("# .+", title)
+    assert not re.match(r"[#|!-]|```|:::", first), first
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.startswith("tasks/") or page == "dropins.md"]
+)
+def test_the_page_of_a_task_ends_with_where_to_go_on(page):
+    heading, _, last = PAGES[page].rpartition("\n## ")[2].partition("\n")
+    assert heading == "Where to go on"
+    assert "](" in last
+
+
 def test_parts_of_the_readme_are_included_once():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     marks = re.findall(r"<!-- --8<-- \[(start|end):(\w+)\] -->", readme)
