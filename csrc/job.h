@@ -61,7 +61,7 @@ struct Job {
   int64_t tile;          // elements of a tile
   int ndim;              // dimensions of one sample
   const int64_t* sizes;  // [ndim]
-  bool float64;          // what is computed in
+  bool float64;          // the compute type, else float32
   bool streaming;        // the output is too large to stay in a cache
 
   View views[operand::COUNT];

@@ -180,8 +180,8 @@ def _execution_device(hook: Any) -> Device:
 
 
 def own_schedule(model: Model) -> Schedule | None:
-    """`.schedule` of the model or of what it wraps, else the one that all networks within its reach
-    agree on.
+    """The `.schedule` of the model or of a model that it wraps, else the one that all networks
+    within its reach agree on.
     """
     for layer in layers(model):
         schedule = getattr(layer, "schedule", None)
@@ -194,7 +194,7 @@ def own_schedule(model: Model) -> Schedule | None:
 
 def own_sample_shape(model: Model) -> tuple[int, ...] | None:
     """Shape of one sample from `.sample_shape`, or from a diffusers `.config` (in_channels,
-    sample_size), of the model or of what it wraps.
+    sample_size), of the model or of a model that it wraps.
     """
     return next(filter(None, map(_sample_shape, layers(model))), None)
 
@@ -263,7 +263,7 @@ def _parameters(function: Callable[..., Any]) -> Collection[str]:
 
 
 def number_of_classes(model: Model) -> tuple[int | None, int | None]:
-    """(`.num_classes`, embedded labels of a diffusers `.config`) of the model or of what it wraps.
+    """(`.num_classes`, embedded labels of a diffusers `.config`), of the model or one it wraps.
 
     A model with K classes that was sometimes trained without labels takes K for no label. A network
     of diffusers does not tell whether its last label means this.

@@ -193,7 +193,7 @@ def _reported(states: list[Tensor], reporting: Reporting) -> Tensor:
 def _samples(
     options: CallOptions, x: Tensor | None, walk: Walk, shape: tuple[int, ...]
 ) -> philox.Samples:
-    # The batch of x_T may be open, so that only seeds of its own ask for it.
+    # The batch of x_T may be open, and is needed for one seed per sample alone.
     open_batch = x is not None and isinstance(options.seed, int | None)
     batch = 1 if open_batch else (shape if x is None else x.shape)[0]
     return philox.check_samples(
@@ -284,8 +284,8 @@ def call_outside(
     if not torch.compiler.is_dynamo_compiling():
         raise RuntimeError(
             f"{owner}: expected calls outside of programs (of torch.export, torch.jit.trace or "
-            "make_fx), which cannot follow what it keeps from one to the next; fastddim.sample and "
-            "a fastddim.Sampler can be traced"
+            "make_fx), which cannot follow what it keeps between calls; fastddim.sample and a "
+            "fastddim.Sampler can be traced"
         )
     result: Result = _run_eagerly(call, *args, **kwargs)
     return result
@@ -294,7 +294,7 @@ def call_outside(
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
     reason="fastddim: callback, progress, check_finite, out, generators as noise, tensors as "
     "steps, eta, guidance_scale or temperature, a Stream, an ActionSampler, and arguments that are "
-    "refused, are for outside of programs"
+    "refused, have no place in programs"
 )
 def _run_eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return call(*args, **kwargs)

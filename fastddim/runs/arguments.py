@@ -43,8 +43,8 @@ def check_network(name: str, model: Model | None, model_id: Any) -> None:
         raise TypeError(f"model_id: expected a string, got {model_id!r}")
     if model_id is None and model is not None and not isinstance(model, nn.Module):
         raise ValueError(
-            f"model_id: expected a string that tells this {name} from others, since it is no "
-            "nn.Module whose weights do, got None"
+            f"model_id: expected a string that tells this {name} from others, since only the "
+            "weights of an nn.Module do, got None"
         )
 
 
