@@ -48,42 +48,43 @@ EXPLANATIONS = (
         "Triton's updates of 1 and 16 MiB",
         r"update, triton, .* (1|16) MiB",
         -1,
-        "Launching a Triton kernel from Python takes longer than the kernel, and longer than the "
-        "clearing of the caches before it, which would hide it. So the two events measure the "
-        "host. In a CUDA graph nothing is launched from Python.",
+        "The launch of a Triton kernel from Python takes longer than the kernel, and longer than "
+        "the clearing of the caches before the kernel, which would hide the launch. So the two "
+        "events measure the host. In a CUDA graph nothing is launched from Python.",
     ),
     Explanation(
         "CUDA's updates of 1 MiB",
         r"update, cuda, .* 1 MiB",
         -1,
-        "All launch. Between the two events lie 5 to 6 µs besides the bytes, where 3.2 were "
-        "assumed: 2 for a kernel that does nothing and three reads one after the other.",
+        "The launch takes nearly all of the time. Besides the bytes, 5 to 6 µs lie between the two "
+        "events. The prediction assumed 3.2: 2 for a kernel that does nothing, and three dependent "
+        "reads.",
     ),
     Explanation(
         "CUDA's update of 16 MiB in bfloat16 with noise",
         r"update, cuda, bfloat16, eta 1, 16 MiB",
         -1,
-        "Bound by instructions. The prediction lets every scheduler issue in 89 % of the cycles at "
-        "1.98 GHz. Nsight Compute counts 78 % (stage `counters`), with 68 % of the warps active: "
-        "40 registers a thread leave room for three quarters. That makes 11 to 14 % at larger "
-        "sizes, and the launch adds to it here.",
+        "Bound by instructions. The prediction assumed that every scheduler issues in 89 % of the "
+        "cycles at 1.98 GHz. Nsight Compute counts 78 % (stage `counters`), with 68 % of the warps "
+        "active: 40 registers per thread leave room for three quarters. That accounts for 11 to "
+        "14 % at larger sizes; at this size the launch adds to it.",
     ),
     Explanation(
         "loops without a graph, and those of diffusers",
         r"(loop|latent|ddpm).*, (graph=False|diffusers.*)",
         -1,
         "The host's time, and this host is slower than the assumed one. Without a graph a U-Net's "
-        "step takes 16 to 25 µs for each of its kernels, Python's part included, where the middle "
-        "of what others report was assumed: 7 µs for a pointwise operation, 25 for the three "
-        "kernels of a convolution. Noise adds to it: the update's operator takes three more "
-        "tensors, and diffusers draws by another operation.",
+        "step takes 16 to 25 µs for each of its kernels, Python's part included. The prediction "
+        "assumed the middle of what others report: 7 µs for a pointwise operation, 25 for the "
+        "three kernels of a convolution. Noise adds to the host's time: the update's operator "
+        "takes three more tensors, and diffusers draws by another operation.",
     ),
     Explanation(
         "the null model with noise in one graph",
         r"loop, null model, eta 1, graph=loop",
         -1,
-        "With noise a step takes 2.8 µs more, which the prediction has at nothing. It counts "
-        "instructions by the rate of issue; 16,384 numbers are too few warps to reach it, and each "
+        "With noise a step takes 2.8 µs more; the prediction added nothing. It counts instructions "
+        "by the rate of issue. 16,384 numbers are too few warps to reach this rate, and each warp "
         "waits for its own results instead.",
     ),
     Explanation(
@@ -91,21 +92,21 @@ EXPLANATIONS = (
         r"loop, (null model|policy head), .*, graph=(True|loop)",
         +1,
         "Small kernels and the launch of a small graph take less than assumed: 2.2 µs for a kernel "
-        "in a graph and 4.5 for a product, 10 for the launch from Python, 4.5 between two graphs.",
+        "in a graph, 4.5 for a product, 10 for the launch from Python, 4.5 between two graphs.",
     ),
     Explanation(
         "under `torch.compile`, longer than predicted",
         r"compiled, .*",
         -1,
-        "Like all of Python's part on this host, calling a compiled function takes longer than "
-        "assumed.",
+        "The call of a compiled function takes longer than assumed, like all of Python's part on "
+        "this host.",
     ),
     Explanation(
         "under `torch.compile`, shorter than predicted",
         r"compiled, .*",
         +1,
-        "The kernels that it makes were guessed, one after each product or convolution and two "
-        "for a norm, at the least times that were too long for small models above.",
+        "The number of compiled kernels was guessed: one after each product or convolution and two "
+        "for a norm. Their least times were too long, as for the small models above.",
     ),
     Explanation(
         "the latent U-Net in graphs",
@@ -223,7 +224,7 @@ def explained_as_markdown(pairs: list[Compared]) -> str:
     """The predictions that are off by more than `WORTH_EXPLAINING`, by reason."""
     off = far_off(pairs)
     if not off:
-        return "Nothing that has been measured is further off."
+        return "No measured time is further off."
     reasons: dict[Explanation | None, list[Compared]] = {}
     for pair in off:
         reasons.setdefault(explanation_of(pair), []).append(pair)

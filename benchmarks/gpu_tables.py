@@ -153,22 +153,24 @@ def _tests(result: Result) -> Found | None:
 
 GOALS: dict[str, Goal] = {
     "The tests of kernels, captured loops and entry points pass": _tests,
-    "Updates from 64 MiB on, except the next: at least 90 % of a copy's bandwidth": (
+    "Updates from 64 MiB on, except bfloat16 with noise: at least 90 % of a copy's bandwidth": (
         _update_at_least(0.90, noisy_half=False)
     ),
-    "Updates from 64 MiB on in bfloat16 with noise: at least 75 %": (
+    "Updates from 64 MiB on in bfloat16 with noise: at least 75 % of a copy's bandwidth": (
         _update_at_least(0.75, noisy_half=True)
     ),
-    "Around a model that costs nothing, loop in one graph: at most 3 µs a step": _null_model,
-    "Such a call occupies the host for at most 60 µs": _call,
-    "Small models, the fastest graph: at least 3 times as fast as diffusers' loop": (
+    "One graph of all steps around the null model: at most 3 µs a step": _null_model,
+    "A call of that loop occupies the host for at most 60 µs": _call,
+    "Small models with the fastest graph: at least 3 times as fast as the loop of diffusers": (
         _faster_than_diffusers
     ),
-    "50 steps in one graph: at least 50 times as fast as diffusers' 1000 of DDPM": _against_ddpm,
-    "A U-Net of Stable Diffusion 1.5's size: never slower than diffusers, beyond the spread": (
+    "50 steps in one graph: at least 50 times as fast as 1000 of DDPM in diffusers": _against_ddpm,
+    "A U-Net of Stable Diffusion 1.5's size: not slower than diffusers, beyond the spread": (
         _latent_against_diffusers
     ),
-    "The same, the fastest graph: at most 2 % over the network alone": _latent_against_its_network,
+    "That U-Net with the fastest graph: at most 2 % over the network alone": (
+        _latent_against_its_network
+    ),
 }
 
 
@@ -221,7 +223,7 @@ def _of_the_two(result: Result) -> Iterator[str]:
     slower = {name: ratio - 1 for name, ratio in ratios.items() if ratio > 1}
     if slower:
         longer = _from_to(min(slower.values()), max(slower.values()))
-        yield f"One graph for all steps takes {longer} longer than one a step around: " + (
+        yield f"A graph of all steps takes {longer} longer than a graph of one step around: " + (
             f"{'; '.join(slower)}."
         )
 
@@ -263,8 +265,8 @@ def stages_as_markdown(measured: dict[str, Result]) -> str:
         ends = [_end(of.get(stage.name)) for of in ended]
         rows.append([f"`{stage.name}`", f"{stage.limit:g}", *ends, stage.about])
     totals = [
-        f"On {gpu} they took {three(sum(end['seconds'] or 0 for end in result.stages))} s in all, "
-        f"after {three(min(row['at'] for row in result.rows))} s of unpacking and imports."
+        f"On {gpu} the stages took {three(sum(end['seconds'] or 0 for end in result.stages))} s "
+        f"in all, after {three(min(row['at'] for row in result.rows))} s of unpacking and imports."
         for gpu, result in measured.items()
     ]
     return "\n\n".join([table(header, rows), *totals])

@@ -64,8 +64,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread for each worker, and for the processes that its tests start: workers with threads
-    of their own wait for each other.
+    """Gives one thread to each worker, and to the processes that its tests start. Workers with
+    several threads wait for each other.
     """
     config.stash[LEFT_OUT] = 0
     if config.getoption("numprocesses", None):
@@ -86,7 +86,7 @@ def pytest_terminal_summary(
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """The controller of workers collects nothing itself."""
+    """Exempts the controller of workers, which collects nothing itself."""
     stash = node.config.stash
     stash[LEFT_OUT] = max(stash[LEFT_OUT], getattr(node, "workeroutput", {}).get("left_out", 0))
 
@@ -130,8 +130,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def some(pytestconfig: pytest.Config) -> Some:
-    """Some of the cases of a product: each test its own, by `others`, so that together they take
-    them all. With `--deep`, `deep` of them, or all.
+    """Some of the cases of a product: each test has its own, by `others`, so that together the
+    tests take them all. With `--deep`, `deep` of them, or all.
     """
 
     def choose(
@@ -153,7 +153,8 @@ def seeds() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """What `empty` and its relatives return holds NaN, or the largest integer, until it is written.
+    """Fills the memory of `empty` and its relatives with NaN, or the largest integer, until it is
+    written.
 
     torch does this itself in deterministic mode (`torch.utils.deterministic`), below its Python
     interface, so that an output allocated in C++ is poisoned as well.

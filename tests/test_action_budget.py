@@ -41,7 +41,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Network:
-    """The elementwise model: an evaluation takes 1 ms, and a backward pass `backward` ms."""
+    """The elementwise model; an evaluation takes 1 ms, and a backward pass `backward` ms."""
 
     def __init__(self, clock: Clock, backward: float = 0.0) -> None:
         self.clock, self.backward = clock, backward
@@ -94,7 +94,9 @@ def test_the_fewest_do_not_fit(clock: Clock) -> None:
 
 
 def test_ticks_of_every_kind_fit(clock: Clock) -> None:
-    """The first tick of an episode takes all steps, a guided one a backward pass in each."""
+    """Ticks of every kind fit: the first tick of an episode takes all steps, a guided one a
+    backward pass in each.
+    """
     assert sampler_of(Network(clock), 8, warm_start=2, budget_ms=5.5).steps == 5
     with pytest.raises(ValueError, match=r"measured were 8 ms for 8 steps, 3 ms for 3 steps$"):
         sampler_of(Network(clock), 8, warm_start=2, budget_ms=2.5)
@@ -156,7 +158,9 @@ class TestTime:
     def test_waits_for_the_device_at_both_ends(
         self, clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Work that is still under way belongs to its own tick."""
+        """The measurement waits for the device at both ends: work that is still under way belongs
+        to its own tick.
+        """
         queued: list[float] = []
 
         def wait(device: torch.device) -> None:
@@ -201,7 +205,7 @@ def test_candidates_go_up() -> None:
 
 
 def test_options_are_those_of_the_choice(clock: Clock) -> None:
-    """Whatever else is given goes to the sampler that is chosen."""
+    """All other options go to the sampler that is chosen."""
     given: dict[str, Any] = {"eta": 1.0, "seed": 3, "clip": 1.0, "warm_start": 1}
     network = Network(clock)
     sampler = sampler_of(network, 6, budget_ms=3.5, **given)

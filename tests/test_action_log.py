@@ -91,7 +91,9 @@ class TestReplay:
             assert again.tick == len(CALLS)
 
     def test_begins_with_the_chunk_in_the_log(self, kind: dict[str, Any], path: Path) -> None:
-        """Another last chunk than the sampler would have drawn itself."""
+        """A replay begins with the chunk in the log: another last chunk than the sampler would have
+        drawn itself.
+        """
         run(sampler_of(seed=7, log=path, **kind))
         lines = path.read_text().splitlines()
         entry = json.loads(lines[2])
@@ -239,7 +241,9 @@ class TestRefusals:
             replay(path, sampler_of(Network()), [None])
 
     def test_of_other_actions_alone(self, path: Path) -> None:
-        """A log of another machine or version is drawn again: the actions tell what it matters."""
+        """A log of another machine or version is drawn again, and only other actions
+        are reported.
+        """
         run(sampler_of(log=path))
         header, *lines = map(json.loads, path.read_text().splitlines())
         header["versions"]["torch"] = "1.0"

@@ -54,7 +54,7 @@ def made(cls: Any, rows: int, **options: Any) -> Any:
 
 
 def places(tick: int, guided: bool = False) -> Tensor:
-    """The observations of a tick: under guidance those without the condition come first."""
+    """The observations of a tick; under guidance those without the condition come first."""
     draw = torch.Generator().manual_seed(tick)
     return torch.rand(N * (1 + guided), DIM, generator=draw)
 
@@ -84,7 +84,7 @@ def ask(stream: ActionStream, environment: int, tick: int, guided: bool = False)
 def chunks_of_stream(
     stream: ActionStream, rng: random.Random, guided: bool = False
 ) -> list[Tensor]:
-    """The same by requests at random times."""
+    """The chunks, by requests at random times."""
     asked: dict[int, ChunkTicket] = {}
     todo = {environment: iter(range(TICKS)) for environment in range(N)}
     chunks = torch.full((TICKS, N, HORIZON, DIM), torch.nan, dtype=stream.dtype)
@@ -152,7 +152,7 @@ class TestIsTheSampler:
 
 
 def test_a_chunk_is_the_owners() -> None:
-    """What is done to it does not change the next one."""
+    """A change of a chunk by its owner does not change the next chunk."""
     stream = made(ActionStream, 1, environments=N, seed=5, warm_start=2)
     expected = chunks_of_sampler({"warm_start": 2})
     for tick in range(2):
@@ -207,7 +207,7 @@ class TestReset:
         self.check_the_next_begins_anew(stream)
 
     def test_before_a_chunk_is_kept(self) -> None:
-        """It is drawn by one thread, and forgotten by another before the first has told of it."""
+        """A chunk is drawn by one thread, and forgotten by another before the first has kept it."""
         stream = made(ActionStream, 1, environments=N, seed=5, warm_start=2)
         ticket = ask(stream, 0, 0)
         for _ in range(3):

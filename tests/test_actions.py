@@ -1,4 +1,5 @@
-"""`ActionSampler`: chunks planned from the last one, against what a user writes by hand.
+"""`ActionSampler`: chunks planned from the last one, against code that a user writes by
+hand.
 
 Guided chunks are compared with Jacobians, and live with LeRobot's real-time chunking.
 """
@@ -38,7 +39,7 @@ EXECUTED, FROZEN = [2, 1], [3, 0]
 
 
 class Net(nn.Module):
-    """Every action depends on every other, on t and on the observation."""
+    """A network in which every action depends on every other, on t and on the observation."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ def frozen_mask(frozen: list[int]) -> Tensor:
 
 
 def by_hand(chunking: str | None, warm_start: int | None, **kind: Any) -> list[Tensor]:
-    """The chunks by a `Sampler`, `add_noise`, and its arguments."""
+    """The chunks by a `Sampler`, `add_noise` and their arguments."""
     dtype = kind.get("dtype", torch.float32)
     given = {"shape": SHAPE, "schedule": SCHEDULE, **observed(0, dtype), **kind}
     sampler = Sampler(Net(dtype), S, **given)
@@ -150,7 +151,7 @@ class TestByHand:
                 assert torch.equal(got, want)
 
     def test_numbers_that_change(self) -> None:
-        """From tick to tick, and back."""
+        """Numbers may change from tick to tick, and back."""
         sampler, last = made(chunking="freeze"), None
         for executed, frozen in ((1, 2), (1, 2), (3, 3), (1, 5), (H, 0), (1, 2)):
             chunk = sampler(executed=executed, frozen=frozen)
@@ -171,7 +172,9 @@ class TestTicks:
 
     @pytest.mark.parametrize("chunking", [None, "freeze", "guide"])
     def test_an_episode_ends(self, chunking: Any) -> None:
-        """The chunk after it is drawn from noise; the number of the tick goes on."""
+        """The chunk after the end of an episode is drawn from noise; the number of the tick goes
+        on.
+        """
         sampler, plain = made(chunking=chunking, warm_start=W), made()
         ticks(sampler, 2)
         sampler.reset()
@@ -300,7 +303,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("chunking", ["freeze", "guide"])
 def test_copies_go_on(copied: Callable[[Any], Any], chunking: Any) -> None:
-    """From the same tick and chunk, without one seeing the other."""
+    """Copies go on from the same tick and chunk, independently of each other."""
     sampler = made(chunking=chunking, warm_start=W, eta=0.5)
     ticks(sampler, 2)
     other = copied(sampler)
@@ -380,7 +383,7 @@ BETA = 5.0
 
 
 def as_flow(a: float) -> tuple[float, float]:
-    """(τ, what a state of the flow is multiplied by to be one of the diffusion)."""
+    """(τ, the factor that makes a state of the diffusion from a state of the flow)."""
     scale = math.sqrt(a) + math.sqrt(1 - a)
     return math.sqrt(a) / scale, scale
 
@@ -397,7 +400,7 @@ def x_0_of(prediction: str, a: float, x: Tensor, output: Tensor) -> Tensor:
 
 
 class Guided:
-    """A guided network beside what it is made of, in float64."""
+    """A guided network next to its parts, in float64."""
 
     def __init__(self, prediction: str = "epsilon", executed: int = 2, frozen: int = 1) -> None:
         self.net, self.prediction = Net(torch.float64), prediction
@@ -443,7 +446,9 @@ class TestGuidance:
 
     @pytest.mark.parametrize("t", TIMESTEPS)
     def test_is_lerobots(self, t: int) -> None:
-        """One step of its flow, whose velocity is ε − x_0 and whose time is 1 − τ."""
+        """Guidance is LeRobot's: one step of its flow, whose velocity is ε − x_0 and whose time is
+        1 − τ.
+        """
         rtc, case = lerobot_rtc(), Guided()
         executed, frozen = case.split
         tau, scale = as_flow(SCHEDULE.alphas_cumprod[t].item())
@@ -466,7 +471,9 @@ class TestGuidance:
         torch.testing.assert_close(case.own(t), x_0, rtol=1e-6, atol=1e-6)
 
     def test_a_whole_tick(self) -> None:
-        """By a `Sampler` of a network that is guided by Jacobians, with known data."""
+        """A whole tick is that of a `Sampler` of a network that is guided by Jacobians, with known
+        data.
+        """
         dtype = torch.float64
         net, chunks = Net(dtype), ticks(made(chunking="guide", dtype=dtype, max_guidance_weight=2))
         alphas = SCHEDULE.alphas_cumprod
@@ -507,7 +514,9 @@ class TestGuidance:
         assert net.weight.grad is None
 
     def test_observations_of_inference_mode(self) -> None:
-        """As of an encoder that runs in it; the network multiplies by them."""
+        """Observations may be of inference mode, as of an encoder that runs in it; the network
+        multiplies by them.
+        """
 
         class Scaled(Net):
             def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
@@ -540,7 +549,9 @@ class TestGuidance:
 
 
 class TwoWays(nn.Module):
-    """The exact ε for actions close to +1 or to −1 throughout, as likely the one as the other."""
+    """A network with the exact ε for actions close to +1 or to −1 throughout, both
+    equally likely.
+    """
 
     WIDTH = 0.05
 
@@ -562,7 +573,9 @@ class TwoWays(nn.Module):
     ids=["from noise", "freeze", "warm start", "guide"],
 )
 def test_a_chunk_keeps_the_side_of_the_last(kind: dict[str, Any], least: int, most: int) -> None:
-    """Of 16 environments in 5 ticks: from noise they change it in half of the ticks."""
+    """A chunk keeps the side of the last one. From noise, 16 environments in 5 ticks change it in
+    half of the ticks.
+    """
     sampler = ActionSampler(TwoWays(), 10, shape=(16, 8, 1), schedule=SCHEDULE, **kind)
     sides = torch.stack([sampler(executed=2, frozen=2).mean((1, 2)) for _ in range(6)])
     assert (sides.abs() - 1).abs().median() < 0.1
@@ -646,7 +659,7 @@ def test_bad_options(case: tuple[type[Exception], dict[str, Any], str]) -> None:
 
 @pytest.mark.parametrize("case", BAD_CALLS.values(), ids=BAD_CALLS)
 def test_bad_calls(case: tuple[type[Exception], dict[str, Any], str]) -> None:
-    """On the first tick too, where nothing is executed or frozen yet."""
+    """Bad calls are refused on the first tick too, before anything is executed or frozen."""
     error, given, match = case
     sampler = made(chunking="freeze")
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What a model tells of itself, however it is wrapped, and what is assumed where it does not."""
+"""Facts that a model tells about itself, through any wrapper, and the assumptions without them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def another_function(x: Tensor, t: Tensor) -> Tensor:
 
 
 class Recorder(nn.Module):
-    """The elementwise model, with parameters that it only has, and the dtype of x in `seen`."""
+    """The elementwise model, with parameters that it does not use, and the dtype of x in `seen`."""
 
     def __init__(self, *dtypes: torch.dtype, buffers: tuple[torch.dtype, ...] = ()) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def setting(model: Recorder, dtype: Any) -> Recorder:
 
 
 def rounded(dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The elementwise model of x in this dtype; a function, which tells nothing."""
+    """The elementwise model of x in this dtype, as a function, which tells nothing."""
     return lambda x, t: elementwise_model(x.to(dtype).float(), t)
 
 
@@ -283,7 +283,7 @@ def test_a_unet_with_modules_kept_in_float32_gets_the_dtype_of_the_others() -> N
 
 
 class Wrapper:
-    """As averages of weights are kept."""
+    """A wrapper, as averages of weights are kept in one."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -387,7 +387,9 @@ def test_the_schedule_of_a_network_within_reach_is_found(make: Any) -> None:
 
 
 def test_a_graph_depends_on_a_network_that_a_function_names() -> None:
-    """Parameters that are others need another graph, as where a closure holds the network."""
+    """A graph depends on a network that a function names: other parameters need another graph, as
+    for a closure that holds the network.
+    """
     state = ModelState(another_function)
     before = state.read()
     assert state.read() == before
@@ -683,7 +685,9 @@ def test_a_parallel_network_tells_what_it_tells_alone(wrap: Any, process_group: 
 
 
 def test_a_fully_sharded_network_tells_what_it_tells_alone() -> None:
-    """Its constructor wants an accelerator, which what it tells does not need."""
+    """A fully sharded network tells the same as alone. Only its constructor needs an
+    accelerator.
+    """
     model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     nn.Module.__init__(model)
     model._fsdp_wrapped_module = Net().double()

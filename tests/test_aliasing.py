@@ -1,4 +1,4 @@
-"""What the user's functions return may lie in the loop's own memory, which a step writes over."""
+"""Results of the user's functions may lie in the loop's own memory, which a step writes over."""
 
 from __future__ import annotations
 
@@ -203,7 +203,9 @@ def test_a_changed_x_0_in_x_0(view: str, rederive_eps: bool, watched: bool) -> N
 
 @pytest.mark.parametrize("of", ["x_0", "x"])
 def test_what_one_function_keeps_for_the_other(of: str) -> None:
-    """x_0 as the model's output at the next step, or x as the changed x_0, without a copy."""
+    """One function may keep memory of the other: x_0 as the model's output at the next step, or x
+    as the changed x_0, without a copy.
+    """
 
     def run(copied: bool) -> Tensor:
         kept: dict[str, Tensor] = {}
@@ -255,7 +257,7 @@ def test_captured_in_a_stream(recorded: list[RecordedGraph]) -> None:
 
 
 def test_earlier_results_as_arguments() -> None:
-    """Results are the caller's own, so that each may be an argument of the call that follows."""
+    """Results belong to the caller, so that each may be an argument of the call that follows."""
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return x.sin()

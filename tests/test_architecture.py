@@ -1,4 +1,4 @@
-"""The house keeps its order: docs/architecture.md, read and compared with the code."""
+"""The architecture of the package: docs/architecture.md, read and compared with the code."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ class TestImports:
             assert other is None or other == own or where[other] < where[own], imported
 
     def test_no_circle(self) -> None:
-        """Not even within a package; what a package itself imports counts as its modules'."""
+        """No circle of imports exists, even within a package; the imports of a package itself count
+        as its modules'.
+        """
         graph = {
             module: {name for name in imports(path) if name in MODULES and name != module}
             for module, path in MODULES.items()

@@ -1,4 +1,4 @@
-"""What compilers make for tests is kept, and made anew where what it was made of changes."""
+"""Outputs of compilers are kept, and made anew when one of their inputs changes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Tree:
         return len(self._runs.read_text()) if self._runs.exists() else 0
 
     def number(self, more: int = 1) -> int:
-        """What the library says that is compiled of the sources as they are."""
+        """The number in the library that is compiled of the present sources."""
         flags = ["-shared", "-fPIC", f"-DMORE={more}"]
         made = artefacts.compiled(
             self._compiler, self.folder / "number.cpp", flags, tree=self.folder
@@ -80,7 +80,7 @@ def test_a_changed_header_is_compiled(tree: Tree) -> None:
 
 
 def test_a_header_of_a_header_counts(tree: Tree) -> None:
-    """Also one that was no part of what was compiled first."""
+    """A header of a header counts, even if it was no part of the first compilation."""
     assert tree.number() == 5
     tree.write("inner/number.h", '#include "other.h"\n')
     tree.write("inner/other.h", "#define NUMBER 8\n")
@@ -125,7 +125,9 @@ def test_copies_share_what_is_made_of_them(tree: Tree, tmp_path: Path) -> None:
 
 
 def test_one_of_several_processes_compiles(tree: Tree) -> None:
-    """The others wait for it: locks of one file in one process exclude each other as well."""
+    """One of several processes compiles, and the others wait: locks of one file exclude each other
+    within a process as well.
+    """
     found: list[int] = []
     threads = [threading.Thread(target=lambda: found.append(tree.number())) for _ in range(4)]
     for thread in threads:

@@ -73,7 +73,8 @@ def fails(call, error, name, expected, given, **kwargs):
 
 
 def through(cases, **calls):
-    """Parameters: every case with the first call, and the first of each argument with the others.
+    """Parameters: every case with the first call, and the first case of each argument with the
+    others.
 
     Args:
         cases: by name, (what is given, error, name in the message, expected, given).
@@ -917,7 +918,9 @@ class TestPhilox:
 
 
 def test_overlapping_out_is_refused():
-    """Written memory is exactly the state's (or the model output's) or apart from them."""
+    """Overlapping `out` is refused: written memory is exactly the state's (or the model output's),
+    or apart from it.
+    """
     buffer = torch.randn(3, 8)
     x, m = buffer[0:2], torch.randn(2, 8)
     with pytest.raises(ValueError, match=r"^out: expected x_t itself .* overlaps it in part"):

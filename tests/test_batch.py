@@ -1,4 +1,4 @@
-"""A shape without B: refused where the model tells its samples, and else told with its error."""
+"""A shape without B is refused if the model tells its samples, and otherwise named in its error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ X = torch.zeros(SAMPLE)
 
 
 class Network(nn.Module):
-    """It wants B, as blocks with an embedding of t do."""
+    """A network that needs B, as blocks with an embedding of t do."""
 
     def __init__(self, **told: Any) -> None:
         super().__init__()
@@ -67,7 +67,9 @@ def test_a_tensor_of_one_sample_is_refused() -> None:
 
 
 def test_a_config_is_compared_with_the_shape_itself() -> None:
-    """Networks of diffusers for audio have a `sample_size` too, of one dimension."""
+    """A config is compared with the shape itself: networks of diffusers for audio have a
+    `sample_size` of one dimension too.
+    """
     net = Network(config={"in_channels": 3, "sample_size": 4}).eval()
     net.schedule = fastddim.Schedule.linear()
     with pytest.raises(ValueError, match=r"got \(3, 4, 4\), which is one sample"):

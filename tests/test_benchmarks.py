@@ -261,7 +261,9 @@ def test_tuned_steps_are_timed_once_they_agree(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_first_table_has_a_row_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compared with DDPM's 1000 steps, or with diffusers' 50 where those have not run."""
+    """The first table has a row of each GPU, compared with DDPM's 1000 steps, or with diffusers' 50
+    if those have not run.
+    """
     machine = dict.fromkeys(("driver", "torch", "triton", "diffusers", "fastddim", "commit"), "1")
     medians = {
         "h100": {
@@ -318,7 +320,9 @@ def test_gains_are_those_measured() -> None:
 def test_results_are_of_modified_code_only_if_code_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A report writes results one after the other, into the tree that it measures."""
+    """Results are of modified code only if code is modified: a report writes its results one after
+    the other into the tree that it measures.
+    """
 
     def git(*arguments: str) -> None:
         author = ("-c", "user.name=a", "-c", "user.email=a@example.org")

@@ -23,7 +23,7 @@ def test_what_was_used_last_is_kept() -> None:
 
 
 def test_the_newest_counts_as_used() -> None:
-    """Though it is found without a look at the others."""
+    """The newest value counts as used, although it is found without a look at the others."""
     cache: Cache[int] = Cache(2)
     cache.put("a", 1)
     cache.put("b", 2)
@@ -56,7 +56,9 @@ def test_pop_and_clear() -> None:
 
 
 def test_values_that_are_dropped_are_let_go() -> None:
-    """By eviction, `pop` and `clear`: also the newest, which is held a second time."""
+    """Dropped values are released by eviction, `pop` and `clear`: also the newest, which is held a
+    second time.
+    """
     cache: Cache[Value] = Cache(1)
     for drop in (lambda: cache.put("b", Value()), lambda: cache.pop("a"), cache.clear):
         value = Value()
@@ -80,7 +82,7 @@ def test_the_end_of_a_value_may_use_the_cache() -> None:
 
 
 def test_threads() -> None:
-    """A value is never that of another key, whatever is dropped meanwhile."""
+    """A value is never that of another key, even if other threads drop values meanwhile."""
     cache: Cache[int] = Cache(5)
     wrong = []
 

@@ -69,7 +69,7 @@ def test_sample_and_sampler(option: str, synonym: str, word: str) -> None:
 
 
 def test_words_differ() -> None:
-    """So that the tests above tell them apart."""
+    """The words differ, so that the tests above can tell them apart."""
     net = network()
     for option, words in (
         ("prediction", choices.PREDICTIONS),
@@ -167,7 +167,9 @@ def test_what_is_no_word(option: str, given: Any, meant: str | None) -> None:
 
 
 def test_a_synonym_outside_of_options_is_refused() -> None:
-    """A row of an update that nothing checked would have the meaning of another prediction."""
+    """A synonym outside of options is refused: an unchecked row of an update would get the meaning
+    of another prediction.
+    """
     with pytest.raises(ValueError, match="prediction: expected that of a checked update, got 'x0'"):
         coefficient_row(0.3, 0.7, Update(prediction="x0"))
 

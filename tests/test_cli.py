@@ -1,4 +1,4 @@
-"""The command line: what it writes, where it prints, and how it ends."""
+"""The command line: its files, its output and its exit codes."""
 
 from __future__ import annotations
 
@@ -162,8 +162,8 @@ class TestSample:
         assert np.array_equal(read_npz("a.npz"), drawn(digits, batch_size=2, **arguments))
 
     def test_defaults_are_the_library_s(self):
-        """The command line has them as numbers and text of its own, since help waits for no
-        library.
+        """The defaults of the command line are the library's. They are written out as numbers and
+        text, since help waits for no library.
         """
         functions = {
             "sample": fastddim.sample,
@@ -658,7 +658,7 @@ class TestEnd:
 
 
 class TestProcess:
-    """What only a real process shows."""
+    """Facts that only a real process shows."""
 
     def test_result_and_error(self, run_python, folder):
         result = run_python(

@@ -1,4 +1,4 @@
-"""Pictures of the command line: what they tell of themselves, `--like`, `--gif` and fresh seeds."""
+"""Pictures of the command line: their metadata, `--like`, `--gif` and fresh seeds."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class TestLike:
         assert not np.array_equal(pixels("a.png"), pixels("c.png"))
 
     def test_one_image_of_a_folder_by_itself(self) -> None:
-        """In the batch that it was drawn in, which its last bits depend on."""
+        """One image of a folder is drawn in its own batch, on which its last bits depend."""
         options = ("--steps", 3, "--count", 5, "--batch-size", 3, "--sample-offset", 40)
         succeed("sample", "digits", *options, "--out", "a")
         for number in (41, 44):

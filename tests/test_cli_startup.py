@@ -1,4 +1,4 @@
-"""Help, completion and wrong arguments wait for no library."""
+"""Help, completion and wrong arguments, without any import of the library."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_completion_of_commands(run_command: RunCommand) -> None:
     ("begun", "values"), [("", {"digits", "fashion"}), ("fa", {"fashion"}), ("runs/", set())]
 )
 def test_completion_of_models(run_command: RunCommand, begun: str, values: set[str]) -> None:
-    """Files come first, since bash forgets what stood before them."""
+    """Files come first in completions of models, since bash forgets the characters before them."""
     (first, *rest) = complete(run_command, "sample", begun)
     assert first == ("file", begun)
     assert {value for _, value in rest} == values

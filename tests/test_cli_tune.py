@@ -1,4 +1,4 @@
-"""`fastddim tune`: what it writes, and when."""
+"""`fastddim tune`: its files, and the time of each."""
 
 from __future__ import annotations
 

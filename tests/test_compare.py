@@ -75,7 +75,9 @@ class TestIds:
         assert case_id(*parts) == expected
 
     def test_of_every_benchmark(self, run_python: RunPython) -> None:
-        """They are typed as they stand, each selects, and no two are the same."""
+        """The names of every benchmark can be typed unchanged, each selects its case, and no two
+        are the same.
+        """
         listed = run_python("-m", "pytest", "benchmarks", "--collect-only", "-q", cwd=ROOT)
         assert listed.returncode == 0, listed.stdout
         cases = re.findall(r"^benchmarks/(\w+)\.py::\w+\[(.*)\]$", listed.stdout, re.MULTILINE)
@@ -124,7 +126,7 @@ class TestArithmetic:
         "name", ["step-cpu", "dropins-cpu", "loops-cpu", "sampling-cpu", "stream-cpu"]
     )
     def test_of_committed_results(self, name: str) -> None:
-        """Every row of every benchmark has a reference, and a name of its own."""
+        """Every row of every committed result has a reference, and a name of its own."""
         rows = result_of(name)["rows"]
         found = multiples(rows)
         assert len({contender.case for contender in found}) == len(rows)
@@ -156,7 +158,7 @@ class TestArithmetic:
 
 
 class TestTwoCommits:
-    """Of a repository whose package says how fast it is."""
+    """Comparisons of two commits of a repository whose package says how fast it is."""
 
     @pytest.fixture
     def root(self, tmp_path: Path) -> Path:

@@ -59,7 +59,7 @@ class Compiled:
         return graph.forward
 
     def check(self, *arguments: Any) -> None:
-        """The graph gives the bits that the function gives, from the same draws."""
+        """Checks that the graph gives the bits that the function gives, from the same draws."""
         results = []
         for function in (self._function, self._compiled):
             torch.manual_seed(3)
@@ -70,7 +70,7 @@ class Compiled:
 
     @property
     def updates(self) -> list[int]:
-        """How many updates each graph has."""
+        """The number of updates in each graph."""
         assert not any(
             "update_out" in name or "functionalized" in name for g in self.graphs for name in g
         )
@@ -236,8 +236,8 @@ class TestLoops:
 class TestOneGraphForMany:
     @pytest.mark.parametrize(("name", "kind"), thinned(3, CLASSES, ["int", "tensor"]))
     def test_timesteps(self, name: str, kind: str) -> None:
-        """A tensor needs one graph for all; an int a second one, where it is an input, and DDPM one
-        without noise.
+        """One graph serves all timesteps that are tensors. An int gets a second graph, in which it
+        is an input, and for DDPM a third one for the step without noise.
         """
         scheduler = scheduler_of(name, 50)
         compiled = Compiled(lambda m, t, x: scheduler.step(m, t, x, return_dict=False))
@@ -271,7 +271,7 @@ class TestOneGraphForMany:
 
 
 class TestChanges:
-    """Another graph where something changes, and the values of the step as it is now."""
+    """A change takes another graph, with the present values of the step."""
 
     @pytest.mark.parametrize("name", thinned(2, CLASSES))
     def test_number_of_steps(self, name: str) -> None:
@@ -303,7 +303,7 @@ class TestChanges:
 
     @pytest.mark.parametrize("name", thinned(4, CLASSES))
     def test_another_scheduler(self, name: str) -> None:
-        """Two in one graph, and the same function with one and then the other."""
+        """Two schedulers in one graph, and the same function with one and then the other."""
         schedulers = [scheduler_of(name), scheduler_of(name, beta_end=0.01)]
 
         def both(x: Tensor) -> Tensor:
@@ -317,7 +317,7 @@ class TestChanges:
             compiled.check(draw(), which)
 
     def test_timesteps_of_ddpm(self) -> None:
-        """Which timestep comes next is a part of DDPM's step."""
+        """The next timestep is a part of DDPM's step."""
         scheduler = scheduler_of("DDPMScheduler")
         compiled = Compiled(lambda x: scheduler.step(torch.tanh(x), 500, x)[0])
         for timesteps in ([900, 500, 300], [900, 500, 100], [900, 500, 300]):
@@ -370,7 +370,9 @@ class TestStep:
 
     @pytest.mark.parametrize("kind", thinned(3, STEPS))
     def test_numbers_that_change(self, kind: str) -> None:
-        """From the second call on they are inputs of the graph, which serves all values."""
+        """Numbers that change are inputs of the graph from the second call on; one graph serves all
+        values.
+        """
         compiled = Compiled(lambda x, a, p: fastddim.step(x, torch.tanh(x), a, p, **STEPS[kind]))
         for a in (0.11, 0.23, 0.37, 0.51):
             compiled.check(draw(), a, a + 0.3)
@@ -434,7 +436,9 @@ class TestStep:
 
 class TestOtherDropIns:
     def test_guided_diffusion(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As the original: one graph, made before any step was taken; with torch 2.11 it breaks."""
+        """guided-diffusion is one graph, as the original is, even before any step; with torch 2.11
+        it breaks.
+        """
         import sys
 
         own, model = guided_diffusion.fast(guided_diffusion.make()), guided_diffusion.Model()
@@ -519,7 +523,9 @@ EXPORTED = [("step", "int"), *((name, kind) for name in CLASSES for kind in ("in
 class TestExport:
     @pytest.mark.parametrize(("case", "strict"), thinned(3, EXPORTED, [True, False]))
     def test_cold(self, case: tuple[str, str], strict: bool) -> None:
-        """Before any step was taken; for batches of any size; and steps are real ones after it."""
+        """A graph is made cold, before any step, for batches of any size; steps are real ones after
+        it.
+        """
         module, x = module_of(*case), draw()
         batch = torch.export.Dim("batch", min=2, max=64)
         program = torch.export.export(module, (x,), strict=strict, dynamic_shapes=({0: batch},))
@@ -584,7 +590,9 @@ class TestTrace:
         ("case", "size", "warm"), thinned(9, EXPORTED, [512, 4], [False, True])
     )
     def test_loops(self, case: tuple[str, str], size: int, warm: bool) -> None:
-        """Right for other states of the same shape; large ones have memory that is lent."""
+        """Loops are right for other states of the same shape; large ones have memory
+        that is lent.
+        """
         module, shape = module_of(*case), (2, 3, size, size)
         with torch.no_grad():
             if warm:
@@ -609,7 +617,7 @@ class TestTrace:
 
 @pytest.mark.deep
 def test_pairs_are_alike_in_graphs() -> None:
-    """The graph of a drop-in gives what that of diffusers gives."""
+    """The graph of a drop-in gives the results of the graph of diffusers' original."""
     for name in CLASSES[:3]:
         results = [
             torch.compile(loop_of(s, "int", return_dict=False), backend="aot_eager")(draw())[0]

@@ -41,7 +41,7 @@ def darker(x_0: Tensor, t: Tensor) -> Tensor:
 
 
 class Conditioned(SmallNet):
-    """With twice the channels where it is told so, and an argument besides x and t."""
+    """A network with twice the channels on request, and an argument besides x and t."""
 
     wide = False
 
@@ -368,7 +368,7 @@ def test_inductor() -> None:
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("way", ["compile", "export", "jit.trace"])
 def test_modes_and_gradients(way: str, mode: Any) -> None:
-    """As outside of programs, results have no gradients, and the model runs without them."""
+    """Results have no gradients, and the model runs without them, as outside of programs."""
     program = Policy(eta=1.0)
     expected = program(states(1))
     with mode():
@@ -451,7 +451,7 @@ def test_what_no_program_can_hold_runs_outside_of_it(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "way"), in_turns(3, REFUSED, ("compile", "export", "make_fx")))
 def test_refused_arguments(name: str, way: str) -> None:
-    """The same error as outside of programs."""
+    """Refused arguments give the same error as outside of programs."""
     kind = {"steps": S, **REFUSED[name]}
     program = Program(lambda net, x: fastddim.sample(net, x_T=x, **kind))
     with pytest.raises((TypeError, ValueError)) as raised:
@@ -467,7 +467,9 @@ def test_refused_arguments(name: str, way: str) -> None:
 
 
 def test_a_mask_that_a_program_is_given_later_is_not_taken_on_trust() -> None:
-    """What it is traced with is within [0, 1]; nothing is looked at when it runs."""
+    """A mask that a program gets later is not trusted: the traced mask is within [0, 1], and no
+    value is looked at when it runs.
+    """
     net, known = SmallNet(), NOISE[0]
 
     def draw(mask: Tensor) -> Tensor:

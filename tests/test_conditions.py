@@ -64,7 +64,9 @@ def network(
     scale: Any = 1.0,
     name: str = "none",
 ) -> Tensor:
-    """Every argument has its own effect on each sample, with rounding that no batch changes."""
+    """A network in which every argument has its own effect on each sample, with rounding that no
+    batch changes.
+    """
     assert ragged is None or [len(part) for part in ragged] == [7, 5]
     values = [] if y is None else [of_each(y, x) / 16]
     values += [] if text is None else [of_each(text, x)]
@@ -103,7 +105,7 @@ class Case:
 
     @property
     def doubled(self) -> Arguments:
-        """Both halves as one, which is how users did without."""
+        """Both halves in one batch, built by hand."""
 
         def stacked(u: Any, c: Any) -> Any:
             if isinstance(c, dict):
@@ -251,7 +253,7 @@ class TestEqualsTheLoopByHand:
 
     @pytest.mark.parametrize("batch", [1, 3])
     def test_without_guidance(self, batch: int) -> None:
-        """One row is given as B rows."""
+        """Without guidance one row is given as B rows."""
         seen = []
 
         def model(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -294,7 +296,7 @@ OPTIONS: dict[str, Arguments] = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_three_ways_give_the_same(option: str) -> None:
-    """Doubled by hand, stacked here, and by two models."""
+    """Three ways give the same: halves doubled by hand, stacked here, and by two models."""
     case = labels(3, NULL)
     kind = {"x_T": latents(3), **KIND, **OPTIONS[option]}
 
@@ -407,7 +409,9 @@ class TestRefused:
                 call()
 
     def test_one_row_of_one_sample(self) -> None:
-        """A single label used to be broadcast over both halves, and guidance did nothing."""
+        """One row of one sample: a single label used to be broadcast over both halves, and guidance
+        did nothing.
+        """
         with pytest.raises(
             ValueError, match=re.escape("uncond_kwargs={'y': ...} gives the uncond")
         ):
@@ -452,7 +456,9 @@ class TestRefused:
 
 
 def test_a_stream_takes_both_kinds_of_requests() -> None:
-    """A pair of rows by hand, and a value without the condition."""
+    """A stream takes both kinds of requests: a pair of rows by hand, and a value without the
+    condition.
+    """
     stream = Stream(network, shape=(2, *SHAPE), guided=True, **KIND)
     x, pair = latents(1), torch.tensor([NULL, 3])
     kind = {"guidance_scale": G, "x_T": x}
@@ -495,7 +501,7 @@ class TestCallsOfASampler:
             assert all(torch.equal(kept[0][name], given[name]) for name in given)
 
     def test_observations(self, captures: list[RecordedGraph]) -> None:
-        """Without guidance: passed, written in place, and one for all."""
+        """Observations without guidance may be passed, written in place, or be one for all."""
         text = rows(2, 3)
         seen = []
 
@@ -741,7 +747,7 @@ class TestTwoModels:
 
 
 def test_values_are_read_at_every_call(captures: list[RecordedGraph]) -> None:
-    """What is stacked is stacked anew, so that a change in place counts."""
+    """Values are read at every call, and stacked anew, so that a change in place counts."""
     y, null = torch.tensor([1, 2, 3]), torch.tensor([NULL])
     kind: Arguments = {"guidance_scale": G, "shape": (3, *SHAPE), **KIND}
     for mode in (False, True):
@@ -952,7 +958,8 @@ class TestRuns:
 
 
 class TestReplaced:
-    """Tensors just like those before take a shorter way, which a mapping that is no dict does not.
+    """Tensors just like those before take a shorter way, unlike a mapping that is no
+    dict.
 
     Both give the same, and refuse the same in the same words.
     """
@@ -1016,7 +1023,7 @@ class TestReplaced:
             before.replaced(given, None)
 
     def test_names(self) -> None:
-        """Those of tensors alone are those of a walk through the tree."""
+        """Names of tensors are those of a walk through the tree."""
         given = {"y": torch.ones(1), "it's": torch.ones(1), 'a "b"': torch.ones(1)}
         names = [keystr(path) for path, _ in tree_flatten_with_path(given)[0]]
         arguments = ModelArguments.of(given, None, batch=1, guided=False, apart=False)

@@ -1,4 +1,4 @@
-"""The other tests rely on these: an output that a kernel leaves unwritten must show."""
+"""The settings that the other tests rely on: an output that a kernel leaves unwritten must show."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def test_deep():
 
 @pytest.mark.parametrize(("options", "passed"), [(["-n", "1"], 1), (["--deep"], 2)])
 def test_deep_tests_run_where_asked_for(options, passed, tmp_path):
-    """The record and the summary say what ran and what did not, also of workers."""
+    """Deep tests run on request: the record and the summary say what ran and what did not, also of
+    workers.
+    """
     (tmp_path / "test_file.py").write_text(TESTS)
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     result = subprocess.run(

@@ -1,4 +1,6 @@
-"""Copies and pickles of all that users hold, and models that are converted or moved meanwhile."""
+"""Copies and pickles of all objects that users hold, and models that are converted or moved
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def halved(x_0: Tensor, t: Tensor) -> Tensor:
 
 
 class Conditioned(SmallNet):
-    """With an argument besides x and t, of one row for each sample or for each pair of them."""
+    """A network with an argument besides x and t, of one row for each sample or for each pair of
+    them.
+    """
 
     def forward(self, x: Tensor, t: Tensor, shift: Tensor | None = None) -> Tensor:
         return super().forward(x, t) + (0 if shift is None else shift)
@@ -98,7 +102,7 @@ class Holder(nn.Module):
 
 
 class Wrapped:
-    """No module, but something that is called."""
+    """A callable that is no module."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
@@ -157,7 +161,7 @@ def test_a_module_that_holds_them(of: str, way: str) -> None:
 
 
 def test_an_average_of_weights() -> None:
-    """As it is kept while training: a copy whose weights follow."""
+    """An average of weights, as training keeps it: a copy whose weights follow."""
     module = Holder("network")
     average = torch.optim.swa_utils.AveragedModel(module)
     average.update_parameters(module)
@@ -405,7 +409,9 @@ class TestConvertedModels:
             sampler()
 
     def test_weights_that_hooks_bring_to_the_state(self) -> None:
-        """Offloading keeps weights elsewhere, and brings them to where the state is."""
+        """Weights that hooks bring to the state: offloading keeps weights elsewhere, and moves them
+        to the state's device.
+        """
         net = SmallNet().to("meta")
         sampler = Sampler(net, 3, shape=SHAPE, device="cpu")
         net.to_empty(device="cpu")

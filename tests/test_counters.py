@@ -1,4 +1,4 @@
-"""Counters of a loop: the positions that move, and those that are known."""
+"""Counters of a loop: positions that move, and positions that are known."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The CUDA kernels as compiled for every target: what their machine code holds, and that the
-library builds, links and loads beside any torch.
+"""The CUDA kernels as compiled for every target: the contents of their machine code, and a library
+that builds, links and loads next to any torch.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ ATOMICS_AND_BARRIERS = ("BAR", "ATOM", "ATOMG", "ATOMS", "RED", "MEMBAR")
 
 @each_target
 def test_only_fits_share_memory(functions: dict[int, dict[str, Function]], arch: int) -> None:
-    """Of all kernels only those that fit rows have shared memory, barriers and atomics: additions
-    of integers in shared memory.
+    """Only the kernels that fit rows have shared memory, barriers and atomics: additions of
+    integers in shared memory.
     """
     fits = 0
     for name, function in functions[arch].items():
@@ -170,7 +170,7 @@ def test_only_fits_share_memory(functions: dict[int, dict[str, Function]], arch:
 def test_fits_and_gradients_leave_room_for_half_of_the_threads(
     functions: dict[int, dict[str, Function]], arch: int
 ) -> None:
-    """Of float64, for three blocks."""
+    """Fits and gradients leave room for half of the threads, those of float64 for three blocks."""
     *_, half = TARGETS[arch]
     for name, function in functions[arch].items():
         if name.startswith(("fit<", "backward")):
@@ -251,8 +251,8 @@ PTX_OPERATIONS = {"FFMA": r"fma\.rn\.f32", "FMUL": r"mul\.rn\.f32", "FADD": r"(?
     "arch", [90, *(pytest.param(arch, marks=pytest.mark.deep) for arch in (80, 100, 120))]
 )
 def test_ptxas_contracts_nothing(functions: dict[int, dict[str, Function]], arch: int) -> None:
-    """As many fused and unfused operations in machine code as in PTX, whose results the tests
-    compare bit for bit.
+    """ptxas contracts nothing: machine code has as many fused and unfused operations as the PTX,
+    whose results the tests compare bit for bit.
     """
     ptx = compile_ptx(ROOT / "csrc/cuda/update.cu", f"sm_{arch}", "-fmad=false")
     bodies = {
@@ -281,13 +281,13 @@ def test_ptxas_contracts_nothing(functions: dict[int, dict[str, Function]], arch
 
 
 def drawn(name: str) -> int:
-    """Normals that a thread of a kernel draws."""
+    """The number of normals that a thread of a kernel draws."""
     size = int(name.rpartition(" ")[2].removesuffix(">")) if name.startswith("update<") else 0
     return size or PIXELS[name]
 
 
 def packed(body: str, opcode: str) -> int:
-    """Operations on pairs count twice."""
+    """The number of operations; those on pairs count twice."""
     name = {"FFMA": "fma", "FMUL": "mul", "FADD": "(?:add|sub)"}[opcode]
     return 2 * len(re.findall(rf"\b{name}\.rn\.f32x2", body))
 
@@ -313,7 +313,9 @@ print(fastddim.step(torch.ones(1, 4), torch.zeros(1, 4), 0.25, 1.0).tolist())
 
 
 def test_the_library_loads_beside_any_torch(library: Path, tmp_path: Path) -> None:
-    """Also beside one without CUDA: the runtime is linked in, the stream is looked up when used."""
+    """The library loads next to any torch, also one without CUDA: the runtime is linked in, and the
+    stream is looked up when used.
+    """
     result = subprocess.run(
         [sys.executable, "-c", IMPORTED, str(library)],
         cwd=tmp_path,
@@ -330,7 +332,9 @@ def test_the_library_loads_beside_any_torch(library: Path, tmp_path: Path) -> No
 
 
 def test_the_launcher_can_neither_wait_nor_allocate(library: Path) -> None:
-    """What it needs of the CUDA runtime is to register and to launch."""
+    """The launcher needs the CUDA runtime only to register and to launch, so it can neither wait
+    nor allocate.
+    """
     listed = output_of(
         ["nm", "--undefined-only", str(library.parent.parent / "objects/update.o")], ROOT
     )

@@ -1,5 +1,5 @@
-"""Rows fitted to their data and gradients by the CUDA kernels, executed: the PTX that nvcc made of
-them, on an interpreter, bit for bit against the C++ kernels on the CPU.
+"""Rows fitted to their data, and gradients, by the CUDA kernels: their PTX runs on an interpreter,
+and is compared bit for bit with the C++ kernels on the CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = [needs_compiler, needs_extension, needs_nvcc]
 
 
 def test_one_launch_of_each_kernel(idle: Device) -> None:
-    """The cases reach all kernels there are; a block of a fit takes a sample."""
+    """The cases reach all kernels; a block of a fit takes a sample."""
     names = set()
     for fit, name in (*((True, n) for n in FIT_CASES), *((False, n) for n in BACKWARD_CASES)):
         if fit:
@@ -60,7 +60,7 @@ def test_one_launch_of_each_kernel(idle: Device) -> None:
     ["sm_80", *(pytest.param(arch, marks=pytest.mark.deep) for arch in ("sm_100", "sm_120"))],
 )
 def test_other_targets(device: Device, arch: str) -> None:
-    """What nvcc makes of the same source for other GPUs."""
+    """The output of nvcc for other GPUs gives the same bits."""
     before = device.gpu.module
     device.gpu.module = ptx.parse(ptx_of(arch))
     try:

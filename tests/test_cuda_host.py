@@ -87,8 +87,8 @@ needs_sanitizers = pytest.mark.skipif(
 def test_memory_and_bits(
     tmp_path: Path, along_y: str, selection: tuple[str, ...], least: int
 ) -> None:
-    """Also where a grid has more samples than may be counted along one axis, which takes less of
-    them here.
+    """Memory and bits are right, even if a grid has more samples than one axis can count; the test
+    counts fewer along it.
     """
     library = compiled(tmp_path, "ALONG_Y = 0xFFFF", f"ALONG_Y = {along_y}")
     result = run_cases(library, *selection)

@@ -1,5 +1,5 @@
-"""How sharp the comparison is: one instruction of the kernels' PTX is changed at a time, and the
-updates of tests/support/gpuless/cases.py must notice.
+"""The sharpness of the comparison: one instruction of the kernels' PTX is changed at a time, and
+the updates of tests/support/gpuless/cases.py must notice.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ EXCHANGED = {
 
 class Mutant(NamedTuple):
     kind: str
-    """What was changed: an opcode that became another, or the part of an instruction."""
+    """The change: an opcode that became another, or the part of an instruction."""
     line: int
     before: str
     after: str
@@ -108,9 +108,9 @@ class Mutant(NamedTuple):
 def mutants(lines: list[str]) -> Iterator[Mutant]:
     """Every change of one instruction that the operators make.
 
-    But for the choice between division in 32 and in 64 bits, which both give the quotient, and for
-    the sign of an index times the size of what it counts or the stride of samples, which only
-    indices and strides from 2³¹ on have.
+    Two changes are left out: the choice between division in 32 and in 64 bits, which both give the
+    quotient, and the sign of an index times the size of an element or the stride of samples, which
+    only indices and strides from 2³¹ on have.
     """
     text = "\n".join(lines)
     choices = set()
@@ -153,7 +153,7 @@ def mutants(lines: list[str]) -> Iterator[Mutant]:
 class Target(NamedTuple):
     kernel: str
     cases: list[Callable[[Device], bool]]
-    """Whether the kernel still gives the right bits."""
+    """True if the kernel still gives the right bits."""
 
 
 def update_check(shape: tuple[int, ...], bare: bool, **arguments: Any) -> Callable[[Device], bool]:
@@ -174,19 +174,19 @@ def case_check(case: Case, bare: bool) -> Callable[[Device], bool]:
 
 
 def quiet(case: Case) -> Case:
-    """Half of the rows without noise, whose tensor must then not be read."""
+    """Half of the rows have no noise, and its tensor must then not be read."""
     case.rows[2::2, 6] = 0
     return case
 
 
 def reordered(case: Case) -> Case:
-    """All tensors with their dimensions in reverse order in memory."""
+    """All tensors have their dimensions in reverse order in memory."""
     case.x, case.model_output = shuffled(case.x), shuffled(case.model_output)
     return case
 
 
 def special(case: Case) -> Case:
-    """Values that comparisons and conversions treat apart."""
+    """Values that comparisons and conversions treat separately."""
     values = torch.tensor(
         [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 1e-42, 0.0, -0.0]
     )
@@ -195,7 +195,7 @@ def special(case: Case) -> Case:
 
 
 def shuffled(values: Tensor) -> Tensor:
-    """Dimensions in memory in an order that leaves no two of them one run."""
+    """Dimensions lie in memory in an order that leaves no two of them one run."""
     order = [0, *range(values.ndim - 1, 0, -1)]
     return values.permute(order).contiguous().permute(order)
 
@@ -441,7 +441,7 @@ def noticed(check: Callable[[Device], bool], on: Device) -> bool:
 
 
 def mutated(device: Device) -> list[tuple[str, Mutated]]:
-    """Each kernel by its name, whose cases it passes as nvcc made it."""
+    """Each kernel by its name; its cases pass on the output of nvcc."""
     found = []
     for target in targets():
         assert all(check(device) for check in target.cases)
@@ -454,7 +454,9 @@ HARMLESS = {"setp.le.u32"}
 
 
 def test_a_mutant_of_each_kind_is_noticed(device: Device) -> None:
-    """Of a kernel's mutants of one kind, one of the first three: some of them change nothing."""
+    """A mutant of each kind is noticed, among a kernel's first three of that kind: some of them
+    change nothing.
+    """
     kinds: dict[str, bool] = {}
     for _, kernel in mutated(device):
         for kind, alike in by_kind(kernel.mutants).items():
@@ -477,8 +479,8 @@ def is_update(kernel: str) -> bool:
 
 @pytest.mark.deep
 def test_mutants_are_noticed(device: Device) -> None:
-    """At least 95 of 100 in updates, and 90 in rows and gradients; docs/kernel.md says what the
-    others are.
+    """At least 95 of 100 mutants are noticed in updates, and 90 in rows and gradients;
+    docs/kernel.md describes the others.
     """
     tried: Counter[bool] = Counter()
     left = []

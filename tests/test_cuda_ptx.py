@@ -1,5 +1,5 @@
-"""The CUDA kernels executed: the launchers that nvcc built and the PTX that it made of the kernels,
-on an interpreter, bit for bit against the C++ kernel on the CPU.
+"""The CUDA kernels executed: launchers and PTX of nvcc on an interpreter, bit for bit against the
+C++ kernel on the CPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def test_updates(device: Device, name: str, in_place: bool) -> None:
 
 
 def test_every_kernel_was_launched(idle: Device) -> None:
-    """The cases reach all kinds of update there are."""
+    """The cases reach all kinds of update."""
     names = set()
     runs = [(run, name) for name in UPDATES] + [(run_bare, name) for name in (*UPDATES, *LONG)]
     for run_case, name in runs:
@@ -60,7 +60,7 @@ def test_every_kernel_was_launched(idle: Device) -> None:
     ["sm_80", *(pytest.param(arch, marks=pytest.mark.deep) for arch in ("sm_100", "sm_120"))],
 )
 def test_other_targets(device: Device, arch: str) -> None:
-    """What nvcc makes of the same source for other GPUs."""
+    """The output of nvcc for other GPUs gives the same bits."""
     before = device.gpu.module
     device.gpu.module = ptx.parse(ptx_of(arch))
     try:
@@ -71,7 +71,7 @@ def test_other_targets(device: Device, arch: str) -> None:
 
 
 def test_words_of_32_bytes(device: Device) -> None:
-    """Newer GPUs move a chunk of 32 bytes by one instruction, where every tensor allows it."""
+    """Newer GPUs move a chunk of 32 bytes by one instruction, if every tensor allows it."""
     before = device.gpu.module
     device.gpu.module = ptx.parse(ptx_of("sm_100"))
     try:
@@ -100,8 +100,8 @@ def test_words_of_32_bytes(device: Device) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_alignments(device: Device, dtype: torch.dtype) -> None:
-    """Views that begin at any element: no wide access to what is not aligned for it, and nothing
-    outside of the view is touched.
+    """Views may begin at any element: no wide access goes to an address that is not aligned for it,
+    and nothing outside of the view is touched.
     """
     case = make_case(torch.Generator().manual_seed(3), (2, 3, 8), dtype=dtype, noise="keyed")
     expected = assert_bits_of_cpu(device.update_out, case).out
@@ -128,14 +128,16 @@ def test_normals(device: Device, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("count", [1, 31, 256, 700])
 def test_advance(device: Device, count: int) -> None:
-    """In one block."""
+    """`advance` runs in one block."""
     assert_advance(device.advance, count)
     (launch,) = device.gpu.launches
     assert launch.grid == (1, 1, 1)
 
 
 def test_one_launch_on_the_given_stream(idle: Device) -> None:
-    """Per step one update and one advance, which is all that the launchers do."""
+    """A step is one update and one advance on the given stream, and the launchers do
+    nothing else.
+    """
     for name, case in ((name, update_case(name)) for name in UPDATES):
         run_bare(idle.update_out, case)
         expected = 1 if case.x.numel() else 0
@@ -146,7 +148,7 @@ def test_one_launch_on_the_given_stream(idle: Device) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_long_chunks_move_the_floor(device: Device, dtype: torch.dtype) -> None:
-    """Two words of each tensor a thread."""
+    """Long chunks move the floor, with two words of each tensor per thread."""
     case = make_case(
         torch.Generator().manual_seed(4), (2, 2**20), dtype=dtype, noise="keyed", model_input=dtype
     )
@@ -203,7 +205,9 @@ def test_bytes_moved_are_the_floor(
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_pixels_move_the_floor(device: Device, channels: int, dtype: torch.dtype) -> None:
-    """Each element once, in the largest words that a quad of pixels has in either order."""
+    """Pixels move each element once, in the largest words that a quad of pixels has in either
+    order.
+    """
     case = make_case(
         torch.Generator().manual_seed(4),
         (2, channels, 16, 16),
@@ -226,7 +230,9 @@ def test_pixels_move_the_floor(device: Device, channels: int, dtype: torch.dtype
 
 
 def test_an_update_beyond_the_end_is_caught(device: Device) -> None:
-    """A tensor registered one element short stands for one that is: the check is exact."""
+    """An update beyond the end is caught; a tensor registered one element short stands in for it,
+    since the check is exact.
+    """
     case = make_case(torch.Generator().manual_seed(5), (1, 1024))
     out, table = torch.empty_like(case.x), case.table
     for short, written in (("x", False), ("out", True)):
@@ -251,7 +257,9 @@ def test_an_update_beyond_the_end_is_caught(device: Device) -> None:
 
 
 def test_a_large_sample(device: Device) -> None:
-    """Several waves of blocks; a sample of several tiles beside another."""
+    """A large sample takes several waves of blocks; a sample of several tiles lies next
+    to another.
+    """
     assert_bits_of_cpu(
         device.update_out,
         make_case(torch.Generator().manual_seed(6), (2, 3, 128, 129), noise="keyed"),
@@ -348,7 +356,9 @@ def aligned_right(device: Device) -> bool:
 
 
 def test_the_same_digits(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latents, 50 updates with noise, and the counters, all on the interpreter."""
+    """Latents, 50 updates with noise, and the counters give the same digits, all on the
+    interpreter.
+    """
     outputs, images = recorded_digits()
     answers = iter(outputs)
     monkeypatch.setattr(backends, "choose", lambda impl, where: device)

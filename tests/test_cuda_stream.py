@@ -1,4 +1,4 @@
-"""How the CUDA operators find torch's stream, and which names of torch they are written with: on
+"""The look-up of torch's stream by the CUDA operators, and the names of torch that they use: on
 every release from the oldest supported, however the extension was linked.
 """
 
@@ -104,7 +104,9 @@ def test_a_torch_without_cuda_is_named(
 
 
 def test_the_source_is_written_for_the_oldest_torch() -> None:
-    """What a later release has added would compile there alone."""
+    """The source is written for the oldest torch: names that a later release has added would
+    compile only there.
+    """
     suffixes = (".h", ".cpp", ".cu", ".cuh")
     files = (path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes)
     source = "\n".join(re.sub(r"//.*|#include.*", "", path.read_text()) for path in files)

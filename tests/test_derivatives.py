@@ -1,4 +1,5 @@
-"""A step inside autograd, forward-mode differentiation and `torch.func`, against a formula by hand.
+"""Derivatives of a step inside autograd, forward-mode differentiation and `torch.func`, against a
+formula by hand.
 
 The formula is eager float64 PyTorch, whose derivatives are PyTorch's own.
 """
@@ -233,7 +234,7 @@ TRANSFORMS: dict[str, Callable[[Function], Any]] = {
 
 @pytest.fixture(autouse=True)
 def _no_warnings() -> Iterator[None]:
-    """No fallback that is slow, and no gradient that a backend does not know."""
+    """Raises on warnings about slow fallbacks, and about gradients that a backend does not know."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*(batching rule|autograd kernel).*")
         yield
@@ -241,7 +242,7 @@ def _no_warnings() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_clip_acts_on_some_elements(kind: str) -> None:
-    """So that its derivative counts, of both kinds."""
+    """The clip acts on some elements, so that its derivative counts, of both kinds."""
     clip = KINDS[kind][1].get("clip")
     if clip is None:
         return
@@ -311,7 +312,9 @@ def operands(**options: Any) -> dict[str, Any]:
     ids=str,
 )
 def test_gradients_of_all_operands(options: dict[str, Any]) -> None:
-    """To second order, in reverse and in forward mode, one by one and in batches."""
+    """Gradients of all operands are right to second order, in reverse and in forward mode, one by
+    one and in batches.
+    """
     arguments = operands(**options)
     names = [name for name in ADDED if arguments[name] is not None]
 
@@ -329,7 +332,9 @@ def test_gradients_of_all_operands(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_second_derivatives_in_other_dtypes(dtype: torch.dtype) -> None:
-    """Of operands in three dtypes; each gradient is in the dtype of its operand."""
+    """Second derivatives of operands in three dtypes; each gradient is in the dtype of
+    its operand.
+    """
 
     def second(dtype: torch.dtype, other: torch.dtype) -> list[Tensor]:
         arguments = operands(guided=True)
@@ -358,7 +363,9 @@ def test_second_derivatives_in_other_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_at_the_bound_of_the_clip_the_derivative_is_that_inside(impl: str) -> None:
-    """In every order and mode. That of `torch.clamp` is another in each version of PyTorch."""
+    """The derivative at the bound of the clip is that inside, in every order and mode.
+    `torch.clamp` has another one in each version of PyTorch.
+    """
     x = torch.tensor([[0.5, -0.5, 0.5000001, 0.2]], dtype=torch.float64)
 
     def cube(x: Tensor) -> Tensor:
@@ -385,7 +392,9 @@ def test_at_the_bound_of_the_clip_the_derivative_is_that_inside(impl: str) -> No
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_vmap_is_each_call_alone(kind: str, impl: str) -> None:
-    """To the bit, the noise too; to rounding where rows come from the data."""
+    """`vmap` gives what each call gives alone: to the bit, the noise too, or to rounding if rows
+    come from the data.
+    """
     f = of_fastddim(kind, impl)
     got, expected = vmap(f)(XS), torch.stack([f(x) for x in XS])
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
@@ -420,7 +429,7 @@ def test_vmap_over_any_operand_and_any_dimension(alone: bool) -> None:
 
 
 def test_vmap_over_keys_and_coefficients() -> None:
-    """Of a step: the seed, the index of the step, and numbers that are others for each call."""
+    """`vmap` goes over the seed of a step, its index, and numbers that differ between calls."""
     m = plain_model(X)
 
     def step(seed: Any, index: Any, a: Any, eta: Any) -> Any:
@@ -487,7 +496,9 @@ def test_eta_has_a_derivative_of_0_at_the_last_step() -> None:
 
 
 def test_a_loop_of_steps_around_a_network() -> None:
-    """Derivatives in the parameters, as of a policy or a guided sampler that is trained."""
+    """A loop of steps around a network has derivatives in the parameters, as for a policy or a
+    guided sampler that is trained.
+    """
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     parameters = {name: p.detach() for name, p in net.named_parameters()}
@@ -545,7 +556,9 @@ def test_add_noise() -> None:
     ids=["marginal", "posterior", "kernel", "generative", "predicted", "sigma", "sigma_hat"],
 )
 def test_the_gaussians_of_the_paper(function: Function, count: int) -> None:
-    """Against finite differences, in the states and in the coefficients."""
+    """The Gaussians of the paper agree with finite differences, in the states and in the
+    coefficients.
+    """
     names = ([0.3, 0.4], [0.5, 0.9], [0.2, 0.1])
     numbers = [torch.tensor(v).double().requires_grad_() for v in names[:count]]
     rest = [torch.tensor(v).double() for v in names[count:]]
@@ -617,7 +630,7 @@ SAMPLERS: dict[str, Function] = {
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_are_refused(sampler: str, transform: str) -> None:
-    """Zeros would be silently wrong."""
+    """Samplers are refused, since zeros would be silently wrong."""
     with pytest.raises(RuntimeError, match=r"model: expected to be sampled outside torch\.func"):
         IN_PLACE[transform](SAMPLERS[sampler])
 
@@ -645,7 +658,9 @@ def test_tangents_are_refused_by_samplers() -> None:
 
 
 def test_forward_mode_in_another_thread_refuses_nothing() -> None:
-    """PyTorch's levels of forward-mode differentiation are those of the process."""
+    """Forward mode in another thread refuses nothing, although PyTorch's levels are those of the
+    process.
+    """
     inside, done = threading.Event(), threading.Event()
 
     def differentiate() -> None:
@@ -671,7 +686,7 @@ def test_forward_mode_in_another_thread_refuses_nothing() -> None:
 
 
 def test_what_a_transform_leaves_behind_serves_all_others() -> None:
-    """Tables and keys are kept between calls, whoever came first."""
+    """Tables and keys are kept between calls, and serve all transforms, whichever came first."""
     orders = [["grad", "vmap", "jvp"], ["vmap", "hessian", "grad"], ["jvp of grad", "vmap of grad"]]
     for n, order in enumerate(orders):
         # Coefficients that no other test has, so that they are new.
@@ -731,7 +746,7 @@ def test_transforms_in_a_compiled_graph(kind: str, transform: str) -> None:
 
 
 def test_the_operators_of_triton() -> None:
-    """They have the derivatives and the batches of those of the CPU."""
+    """The operators of Triton have the derivatives and the batches of those of the CPU."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from gpucheck import triton_jit
 

@@ -24,7 +24,7 @@ PREDICTIONS = ("epsilon", "sample", "v", "score")
 
 
 class Watched:
-    """`direct.step`, and whether it took the last step."""
+    """`direct.step`, with a note whether it took the last step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.taken = False
@@ -100,7 +100,9 @@ EDGES = (0.0, 5e-324, 1e-300, 1e-16, 0.5, 1 - 2**-53, 1.0)
 
 
 def test_the_coefficients_are_those_of_the_plan(watched: Watched) -> None:
-    """To the last bit of float64, at the ends of their ranges too; what is refused stays so."""
+    """The coefficients are those of the plan, to the last bit of float64, also at the ends of their
+    ranges; refusals are the same.
+    """
     draw, generator = random.Random(0), torch.Generator().manual_seed(0)
     x, m, z = torch.randn(3, 8, generator=generator, dtype=torch.float64)
     taken = refused = 0

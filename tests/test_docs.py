@@ -47,7 +47,8 @@ def navigated(entry):
 
 
 def run(page):
-    """What the Python code of a page defines, run from top to bottom in one namespace.
+    """The names that the Python code of a page defines, run from top to bottom in one
+    namespace.
 
     A block with a title is not run: it is a file, or belongs to another package.
     """
@@ -177,7 +178,7 @@ def test_the_types_of_arguments_are_in_the_reference(shown, documented):
 
 @pytest.mark.parametrize("name", sorted(REFERENCE))
 def test_what_the_reference_names_has_docstrings(name):
-    """Without one it would be left out."""
+    """Names in the reference have docstrings; without one a name would be left out."""
     documented = pkgutil.resolve_name(name)
     assert inspect.getdoc(documented)
     chosen = REFERENCE[name].get("members")

@@ -33,7 +33,7 @@ from .support.probes import OtherProcessor
 
 
 def is_rounded_root(value: float, root: float) -> bool:
-    """Whether the root of a value lies within half a unit of the last place of `root`."""
+    """True if the root of a value lies within half a unit of the last place of `root`."""
     half = Fraction(math.ulp(root)) / 2
     return (Fraction(root) - half) ** 2 <= Fraction(value) <= (Fraction(root) + half) ** 2
 
@@ -48,9 +48,7 @@ def test_roots_are_rounded_correctly() -> None:
 
 
 def test_the_root_of_this_torch_may_not_be() -> None:
-    """That is what the others guard against: on a processor that rounds torch's root differently
-    this module's is the same.
-    """
+    """On some processors torch's root rounds differently, but this module's root is the same."""
     values = torch.rand(1000, dtype=torch.float64)
     expected = elementary.sqrt(values)
     with OtherProcessor():
@@ -100,8 +98,8 @@ def test_exponentials_out_of_range() -> None:
 
 
 def test_a_root_by_way_of_float64_is_that_of_float32() -> None:
-    """What `philox.box_muller` rests on: a root of a float32 number is at least 4 units of the last
-    place of float64 from where rounding to float32 changes.
+    """`philox.box_muller` may round a root twice: the root of a float32 number is at least 4 units
+    of the last place of float64 from where rounding to float32 changes.
     """
     generator = np.random.default_rng(2)
     # Every second significand, and both parities of the exponent.
@@ -183,7 +181,7 @@ def test_table_rows_are_those_of_numbers(update: Update) -> None:
 
 @pytest.mark.parametrize("update", UPDATES, ids=range(len(UPDATES)))
 def test_steps_of_tensors_are_those_of_numbers(update: Update) -> None:
-    """Through `fastddim.step`, with the states that it gives."""
+    """Steps of tensors are those of numbers, through `fastddim.step`, with its states."""
     a, p = some_steps(40, update.prediction, 6)
     options = {
         name: getattr(update, name)

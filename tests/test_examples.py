@@ -1,4 +1,4 @@
-"""The examples run, and what they show is true."""
+"""The examples run, and the claims in them are true."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WITHOUT = {"quickstart", "diffusers_unet", "warm_start", "control_loop", "train"
 
 @pytest.fixture(autouse=True)
 def examples_import_each_other(monkeypatch):
-    """As for a script, whose own folder comes first."""
+    """Examples can import each other, as for a script, whose own folder comes first."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     yield
     for name in WITHOUT | set(WITH_OPTIONS):
@@ -280,7 +280,9 @@ def simulated_drive(monkeypatch):
     ],
 )
 def test_control_loop_goes_on_from_what_it_executes(simulated_drive, name, least, most):
-    """A plan takes 250 ms, or 100 ms from a warm start: so many ticks, and a part of another."""
+    """The control loop goes on from the actions that it executes. A plan takes 250 ms, or 100 ms
+    from a warm start: whole ticks, and a part of another.
+    """
     driven = simulated_drive(name, 0.025)
     delay = 1 if "warm" in name else 3
     assert driven.missed == 0
@@ -301,7 +303,9 @@ def test_control_loop_goes_on_from_what_it_executes(simulated_drive, name, least
 
 
 def test_control_loop_counts_the_ticks_that_no_chunk_reaches(simulated_drive):
-    """A plan of 2 s is ready at tick 4 + 20, when chunks of 16 ticks have ended."""
+    """The control loop counts the ticks that no chunk reaches. A plan of 2 s is ready at tick 24,
+    when chunks of 16 ticks have ended.
+    """
     driven = simulated_drive("guided", 0.2)
     assert driven.missed == 24 - 16
     assert driven.actions[16:] == [driven.chunks[0].actions[-1]] * 8

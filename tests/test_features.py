@@ -1,5 +1,5 @@
-"""What a run can do beside the plain loop: order 2, refined inversion, a function of x_0, masks,
-values that change from step to step. Against transcriptions in NumPy float64.
+"""Features of a run besides the plain loop, against transcriptions in NumPy float64: order 2,
+refined inversion, a function of x_0, masks, values that change from step to step.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def sigma(alpha):
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 class TestSchedules:
-    """A sequence instead of a number: one value a step."""
+    """Schedules of an option: a sequence instead of a number, one value a step."""
 
     def test_eta_and_temperature(self, impl):
         etas = np.linspace(1.0, 0.0, S).tolist()
@@ -221,7 +221,7 @@ class TestOrder2:
 
     @pytest.mark.parametrize("prediction", ["sample", "v_prediction", "score"])
     def test_predictions(self, impl, prediction):
-        """The epsilon of the step before is that of the state then."""
+        """The epsilon of the step before is that of its own state, for every prediction type."""
         x_T = draws(*SHAPE)
         own = fastddim.sample(
             elementwise_model, S, x_T=x_T, order=2, prediction=prediction, impl=impl
@@ -248,7 +248,7 @@ class TestOrder2:
         assert (guided_run - plain).abs().max() < 0.2 * (guided_run - first_order).abs().max()
 
     def test_clipped_and_rederived(self, impl):
-        """Epsilon is the re-derived one, in the history too."""
+        """The epsilon of a clipped step is the re-derived one, in the history too."""
         x_T = draws(*SHAPE)
         kind = {"clip": 0.8, "rederive_eps": True}
         own = fastddim.sample(elementwise_model, S, x_T=x_T, order=2, impl=impl, **kind)
@@ -273,7 +273,9 @@ class TestOrder2:
         assert torch.equal(sampler(seed=1), first)
 
     def test_zero_terminal_snr(self, impl):
-        """σ is infinite at the start: no slope to extrapolate from, and nothing infinite."""
+        """At zero terminal SNR σ is infinite: there is no slope to extrapolate from, and no result
+        is infinite.
+        """
         own = fastddim.sample(
             elementwise_model,
             S,
@@ -299,7 +301,7 @@ def gaussian_flow(x, a, p):
 
 
 def convergence(errors):
-    """Observed order: the slope of log error against log S."""
+    """The observed order: the slope of log error against log S."""
     steps = sorted(errors)
     logs = [math.log2(errors[s]) for s in steps]
     return np.polyfit([math.log2(s) for s in steps], logs, 1)[0]
@@ -369,7 +371,7 @@ class TestRefine:
             close(own, x)
 
     def test_inverts_sampling(self, impl):
-        """Iterated until it stands, the round trip is exact: `sample` solves the same equation."""
+        """An iterated inversion makes the round trip exact: `sample` solves the same equation."""
         x_0 = 0.5 + 0.3 * draws(*SHAPE)
         model = GaussianModel(LINEAR.alphas_cumprod)
         errors = {}
@@ -603,7 +605,7 @@ class TestMask:
             assert torch.equal(x, torch.cat([state, state]))
 
     def test_from_noised_data(self, impl):
-        """x_T that is not all noise: the known part goes on with the noise that is in it."""
+        """A run may start from noised data: the known part goes on with the noise in it."""
         known, z = draws(*SHAPE, seed=1), draws(*SHAPE, seed=2)
         timesteps = [400, 200, 50]
         a = ALPHAS[400]
@@ -647,7 +649,9 @@ class TestMask:
 
     @pytest.mark.parametrize("call", ["sample", "Sampler", "Stream"])
     def test_values_that_are_not_read_make_nan_of_the_result(self, impl, call):
-        """As on an accelerator; a mask that has derivatives is not looked at either."""
+        """Values that are not read make NaN of the result, as on an accelerator; a mask that has
+        derivatives is not looked at either.
+        """
 
         def drawn(mask):
             common = {"mask": mask, "seed": 1}

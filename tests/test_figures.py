@@ -56,7 +56,7 @@ def work(folder: Path) -> figures.Work:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> figures.Work:
-    """Everything but quality and sampling, whose numbers are not measured here."""
+    """Everything except quality and sampling, whose numbers are not measured here."""
     small = work(tmp_path_factory.mktemp("figures"))
     figures.draw(["consistency", "interpolation", "reconstruction", "timeline"], small)
     return small
@@ -144,7 +144,9 @@ def test_the_same_numbers_give_the_same_pixels(drawn: figures.Work) -> None:
 
 
 def test_the_plot_of_quality_shows_tuned_steps(drawn: figures.Work) -> None:
-    """One more line where they were measured, and one line of DDPM's distance with its error."""
+    """The plot of quality shows tuned steps, by one more line if they were measured, and one line
+    of DDPM's distance with its error.
+    """
     result = figures.Work().read("quality-digits")
     rows = [row for row in result["rows"] if row["spacing"] != "tuned"]
     tuned = [{**rows[0], "steps": steps, "spacing": "tuned"} for steps in (10, 4)]
@@ -165,7 +167,9 @@ def test_the_plot_of_quality_shows_tuned_steps(drawn: figures.Work) -> None:
 
 
 def test_the_timeline_is_that_of_an_action_sampler(drawn: figures.Work) -> None:
-    """Chunks take over where their loops end, and weigh the one before as guidance does."""
+    """The timeline is that of an action sampler: chunks take over when their loops end, and weigh
+    the one before as guidance does.
+    """
     actions = [timeline.executed_chunk(tick) for tick in range(timeline.TICKS)]
     assert actions == [0] * 11 + [1] * 8 + [2] * 13
     weights = timeline.soft_mask()
@@ -180,7 +184,9 @@ def test_the_timeline_is_that_of_an_action_sampler(drawn: figures.Work) -> None:
 
 
 def test_a_sheet_holds_the_images_pixel_by_pixel(tmp_path: Path) -> None:
-    """Every image is somewhere on the sheet, enlarged by a whole factor, in its row and column."""
+    """A sheet holds the images pixel by pixel, each enlarged by a whole factor, in its row and
+    column.
+    """
     images = to_uint8(torch.rand(6, 1, 8, 8) * 2 - 1).reshape(2, 3, 8, 8, 1)
     sheet(tmp_path / "a.png", [[Panel("a", images, ["x", "y", "z"], ["1", "2"])]])
     drawn = pixels(tmp_path / "a.png")

@@ -35,7 +35,7 @@ NULL = CLASSES  # the label of no class
 
 
 class LabelledUNet(nn.Module):
-    """A network of one's own, small: ε for images `[B, 3, H, W]` with a label for each."""
+    """A small network of one's own: ε for images `[B, 3, H, W]` with a label for each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def train(net: nn.Module, schedule: fastddim.Schedule) -> None:
 def guided_by_hand(
     net: nn.Module, x: Tensor, y: Tensor, timesteps: list[int], a: list[float], scale: float
 ) -> Tensor:
-    """DDIM at η = 0 with classifier-free guidance, as the papers have it."""
+    """DDIM at η = 0 with classifier-free guidance, as in the papers."""
     for t, p in zip(timesteps, [*(a[t] for t in timesteps[1:]), 1.0], strict=True):
         now = torch.full((len(x),), t)
         nothing, asked = net(x, now, torch.full_like(y, NULL)), net(x, now, y)
@@ -494,7 +494,9 @@ def test_a_solver_and_a_loop_of_one_s_own() -> None:
 
 
 def test_samples_lie_partly_outside_of_the_range_of_the_data() -> None:
-    """As docs/tasks/pictures.md says: about a fifth of the values, by a few hundredths."""
+    """Samples lie partly outside of the range of the data, as docs/tasks/pictures.md says: about a
+    fifth of the values, by a few hundredths.
+    """
     sample = partial(fastddim.sample, fastddim.models.load("digits"), 20, batch_size=32, seed=0)
     x = sample().abs()
     assert 0.15 < (x > 1).float().mean() < 0.25

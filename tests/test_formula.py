@@ -1,5 +1,5 @@
-"""The noise formulas of csrc/formula.h for all inputs there are, and what the root of the CUDA
-kernels rests on.
+"""The noise formulas of csrc/formula.h for all possible inputs, and the facts on which the root of
+the CUDA kernels rests.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .support.environment import COMPILER, ROOT, needs_compiler
 
 @needs_compiler
 def test_all_words_and_all_reciprocals(tmp_path: Path) -> None:
-    """Of 51 million pairs of a number and an approximation two are not enough for one step. Where
-    they are met decides the hardware: see the test below.
+    """Of 51 million pairs of a number and an approximation, one step is not enough for two. The
+    hardware decides whether they occur: see the test below.
     """
     program = tmp_path / "formula"
     flags = ["-std=c++20", "-O2", "-ffp-contract=off"]
@@ -37,8 +37,9 @@ SQRT_KERNEL = 'extern "C" __global__ void root(float* x) { x[0] = __fsqrt_rn(x[0
 @pytest.mark.skipif(nvcc() is None or tool("nvdisasm") is None, reason="no nvcc or nvdisasm")
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_the_root_is_that_of_the_hardware(arch: int, tmp_path: Path) -> None:
-    """csrc/scalar.h writes out what sqrt.rn.f32, which NVIDIA says is rounded correctly, consists
-    of on each GPU; so the reciprocals that one step is not enough for do not occur.
+    """The root is that of the hardware: csrc/scalar.h writes out the parts of sqrt.rn.f32 on each
+    GPU, which NVIDIA says is rounded correctly; so the reciprocals that one step is not enough for
+    do not occur.
     """
     (tmp_path / "root.cu").write_text(SQRT_KERNEL)
     output_of([nvcc(), f"-arch=sm_{arch}", "-cubin", "root.cu", "-o", "root.cubin"], tmp_path)

@@ -429,7 +429,9 @@ class TestFaults:
         assert contents("run") == contents("whole")
 
     def test_names_reach_the_disk_after_what_they_name(self, net, monkeypatch):
-        """A power cut loses what was not synced: so a digest may only appear after its shard."""
+        """Names reach the disk after their contents. A power cut loses unsynced files, so a digest
+        may only appear after its shard.
+        """
         events = []
 
         def fsync(descriptor):
@@ -481,7 +483,7 @@ class TestFaults:
             fastddim.generate(net, 2, "run", **ARGUMENTS)
 
     def test_next_batch_is_drawn_while_the_last_is_written(self, net, monkeypatch):
-        """The writer waits for the next batch to begin, which it could not otherwise."""
+        """The next batch is drawn while the last is written: the writer waits for it to begin."""
         second = threading.Event()
         batches = []
 

@@ -180,7 +180,7 @@ class TestClasses:
 
 
 class TestSample:
-    """The same labels for the same images as `generate` gives them."""
+    """`sample` gives the same images for the same labels as `generate`."""
 
     COMMAND = ("sample", "unet", "--steps", 2, "--seed", 0, "--batch-size", 4)
 

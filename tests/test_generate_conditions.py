@@ -32,7 +32,7 @@ SCHEDULE = fastddim.Schedule.linear()
 
 
 class LabelNet(SmallNet):
-    """The same network, shifted by an embedding of the label; the last one stands for none."""
+    """The network with a shift by an embedding of the label; the last label stands for none."""
 
     num_classes = 5
 
@@ -508,7 +508,9 @@ class TestGrowth:
         assert contents("run") == contents("whole")
 
     def test_a_function_is_asked_for_old_rows_as_before(self, net):
-        """Rows of an encoder may depend on how many there are, in their last bits."""
+        """A function is asked for old rows as before, since rows of an encoder may depend on their
+        number, in the last bits.
+        """
 
         def rows(start, stop):
             return {"y": LABELS[start:stop], "noise": torch.full((stop - start,), 1.0 * stop)}
@@ -573,7 +575,7 @@ class TestWords:
 
 
 class Constant(nn.Module):
-    """Latents of ones, whatever the noise."""
+    """Constant latents of ones, for any noise."""
 
     schedule = SCHEDULE
 

@@ -33,7 +33,9 @@ def test_runs_on_another_processor(impl: str) -> None:
 
 
 def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
-    """All is there but one shard, which is drawn again and has the bytes that it had."""
+    """A folder of an earlier version goes on: one missing shard is drawn again and has its old
+    bytes.
+    """
     kept = DATA / "run"
     folder = tmp_path / "run"
     shutil.copytree(kept, folder)
@@ -58,7 +60,9 @@ def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_default_spacing_is_refused(tmp_path: Path) -> None:
-    """Its timesteps were those of `uniform`: nothing of `trailing` may be mixed into it."""
+    """A folder of another default spacing is refused: its timesteps were those of `uniform`, and
+    must not mix with those of `trailing`.
+    """
     kept = DATA / "run"
     folder = tmp_path / "run"
     run = {**golden_runs.RUN, "out": folder, "impl": "reference"}

@@ -1,4 +1,5 @@
-"""On a real GPU: the bits of the C++ kernel on the CPU first, then streams, devices and the loop.
+"""Tests on a real GPU: the bits of the C++ kernel on the CPU first, then streams, devices and the
+loop.
 
 Everything here is skipped, visibly, where there is no CUDA device; tests/test_graph.py has the
 tests of captured loops.
@@ -44,7 +45,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(params=["cuda", "triton"])
 def impl(request: pytest.FixtureRequest) -> str:
-    """Each implementation. One that cannot be used on a GPU that it is made for is a failure."""
+    """Each implementation. A GPU that one is made for and cannot be used on is a failure."""
     if request.param == "cuda" and torch.version.hip is not None:
         pytest.skip("cuda: it runs on NVIDIA GPUs only")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -98,8 +99,9 @@ def test_normals(impl: str, dtype: torch.dtype) -> None:
 
 
 def test_many_normals(impl: str) -> None:
-    """So many that most uniforms are among them: 22 of their roots are of the two significands for
-    which the square root rests on the hardware (tests/test_formula.py).
+    """Many normals have the bits of the CPU, so many that most uniforms are among them: 22 of their
+    roots are of the two significands for which the square root rests on the hardware
+    (tests/test_formula.py).
     """
     keys, count = philox.make_keys(7, 1), 2**28
     expected, out = torch.empty(1, count), torch.empty(1, count)
@@ -121,7 +123,9 @@ def test_a_large_update(impl: str) -> None:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("graph", [False, True, "loop"])
 def test_the_same_image_as_on_the_cpu(impl: str, graph: bool | str, eta: float) -> None:
-    """A model of correctly rounded operations, which gives the same bits on every device."""
+    """The image is that on the CPU, by a model of correctly rounded operations, which gives the
+    same bits on every device.
+    """
     arguments: dict[str, Any] = {"shape": (3, 3, 16, 16), "eta": eta, "seed": 7}
     expected = fastddim.sample(elementwise_model, 20, **arguments)
     got = fastddim.sample(elementwise_model, 20, device="cuda", impl=impl, graph=graph, **arguments)
@@ -129,7 +133,7 @@ def test_the_same_image_as_on_the_cpu(impl: str, graph: bool | str, eta: float) 
 
 
 def test_the_loop_never_waits(impl: str) -> None:
-    """torch raises on whatever would make the host wait for the device."""
+    """The loop never waits: torch raises on each wait of the host for the device."""
     sampler = fastddim.Sampler(
         elementwise_model, 10, shape=(2, 3, 8, 8), eta=1.0, device="cuda", impl=impl
     )
@@ -145,7 +149,7 @@ def test_the_loop_never_waits(impl: str) -> None:
 
 
 def test_the_current_stream_is_used(impl: str) -> None:
-    """An update on a stream of the caller's follows what he queued there before."""
+    """An update on a stream of the caller's follows the caller's earlier work there."""
     case = make_case(torch.Generator().manual_seed(2), (64, 3, 64, 64))
     stream = torch.cuda.Stream()
     x, m, table, row = (v.cuda() for v in (case.x, case.model_output, case.table, case.row))

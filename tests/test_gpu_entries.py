@@ -92,7 +92,7 @@ def test_sample(kind: str, graph: bool | str) -> None:
 
 
 def test_tuning() -> None:
-    """The search runs where the model does; its sums are rounded differently there."""
+    """Tuning searches on the model's device; its sums are rounded differently there."""
     options: dict[str, Any] = {"shape": (16, 2, 3), "samples": 16, "teacher_steps": 20}
     cpu, gpu = (
         fastddim.tune(elementwise_model, 4, device=device, progress=False, **options)
@@ -106,7 +106,9 @@ def test_tuning() -> None:
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_what_a_call_is_given(graph: bool | str) -> None:
-    """x_T, noise, a mask, keyword arguments and the trajectory, twice on the same graphs."""
+    """A call may get x_T, noise, a mask, keyword arguments and the trajectory, twice on the same
+    graphs.
+    """
 
     def entry(device: torch.device) -> list[Any]:
         results = []
@@ -144,7 +146,9 @@ def test_a_sampler_is_used_again(graph: bool | str) -> None:
 @pytest.mark.parametrize("models", [1, 2])
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_halves_of_guidance(graph: bool | str, models: int) -> None:
-    """By numbers and rows, of calls and of the sampler, with one model and with two."""
+    """Halves of guidance come from numbers and rows, of calls and of the sampler, with one model
+    and with two.
+    """
 
     def entry(device: torch.device) -> list[Any]:
         scale = torch.arange(3.0, device=device).reshape(3, 1, 1, 1) / 4
@@ -264,7 +268,9 @@ def test_noise() -> None:
 
 
 def test_marginals() -> None:
-    """The process is written in operations of torch, whose roots are each device's own."""
+    """Marginals agree to rounding: the process is written in operations of torch, whose roots are
+    each device's own.
+    """
     expected, got = (
         process.marginal(normal(1, torch.device(device)), 0.3) for device in ("cpu", DEVICE)
     )
@@ -308,7 +314,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_diffusers(name: str) -> None:
-    """The drop-in's bits on both devices, and diffusers' numbers on this one."""
+    """The drop-in has the same bits on both devices, and diffusers' numbers on this one."""
     theirs = pytest.importorskip("diffusers", reason="diffusers is not installed")
     ours = importlib.import_module("fastddim.integrations.diffusers")
 
@@ -330,8 +336,8 @@ def test_diffusers(name: str) -> None:
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("name", ["digits", "fashion"])
 def test_bundled_models(name: str, graph: bool | str) -> None:
-    """Their networks round differently on each device, so pictures are compared with a tolerance,
-    which TF32 would exceed.
+    """Networks of bundled models round differently on each device, so pictures are compared with a
+    tolerance, which TF32 would exceed.
     """
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
@@ -356,7 +362,7 @@ def test_command_line(tmp_path: Path) -> None:
 
 
 def test_schedules_reach_the_device() -> None:
-    """Two schedules and two spacings on one shelf of graphs."""
+    """Two schedules and two spacings reach the device through one pool of graphs."""
 
     def entry(device: torch.device) -> list[Any]:
         draw = partial(fastddim.sample, elementwise_model, 6, shape=SHAPE, device=device)

@@ -1,4 +1,4 @@
-"""Tables of the GPU check's measurements, with the goals and with what was predicted before."""
+"""Tables of the GPU check's measurements, with the goals and the predictions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def seconds(measure: str) -> float:
 
 
 def test_every_measure_is_predicted() -> None:
-    """Except the one that was added after the first run."""
+    """Every measure is predicted, except the one that was added after the first run."""
     later = measures.latent(measures.LATENT_ALONE)
     assert list(ROWS) == [name for name in measures.every() if name != later]
 
@@ -185,7 +185,7 @@ def test_without_a_measurement_the_page_says_so(folder: Path) -> None:
 
 
 def test_goals(folder: Path) -> None:
-    """Each is judged by its worst case, and one that has not run is not judged."""
+    """Each goal is judged by its worst case, and a goal that has not run is not judged."""
     null = measures.loop("null model", 0.0, "graph=loop")
     ddpm = dict.fromkeys(measures.DDPM_MODELS, 0.1) | {"fashion U-Net": 0.2}
     latent = {"graph=False": 4.0, "graph=True": 2.0, "graph=loop": 2.2, "diffusers": 4.1}
@@ -233,7 +233,7 @@ def test_the_kinds_of_graph(folder: Path) -> None:
     block = gpu_tables.blocks(folder)["gpu-graphs"]
     times = ["4 s", "2 s", "2.1 s", "6 s"]
     assert cells(block, "digits U-Net, η = 0") == [*times, "`True`", "3.00×", "100 s", "50 s"]
-    assert "takes 5 % longer than one a step around: digits U-Net, η = 0." in block
+    assert "takes 5 % longer than a graph of one step around: digits U-Net, η = 0." in block
 
 
 def test_stages_and_their_ends(folder: Path) -> None:
@@ -242,4 +242,4 @@ def test_stages_and_their_ends(folder: Path) -> None:
     assert cells(block, "`smoke`")[1] == "8.0"
     assert cells(block, "`bits`")[1] == "75.0 out of time"
     assert cells(block, "`loops`")[1] == "–"
-    assert "On h100 they took 83 s in all, after 1 s" in block
+    assert "On h100 the stages took 83 s in all, after 1 s" in block

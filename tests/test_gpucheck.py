@@ -119,7 +119,7 @@ print({{outcome.name: outcome.result for outcome in said}})
 
 
 def run_odd_stages(out: Path, folder: Path) -> dict[str, str]:
-    """The end of each, told in a process of its own: the runner forks."""
+    """The end of each stage, told in a process of its own: the runner forks."""
     package = folder / "odd"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -315,7 +315,9 @@ class TestResults:
 
 class TestMoved:
     def test_a_view_stays_what_it_is(self) -> None:
-        """Strides, offset, what lies around it, and who shares its memory."""
+        """A view on the device keeps its strides, its offset, its surroundings, and the views that
+        share its memory.
+        """
         buffer = torch.arange(20, dtype=torch.float32)
         x, y = buffer[3:15].view(3, 4).t(), buffer[3:]
         moved = Moved(CPU)
@@ -386,7 +388,7 @@ class TestSmoke:
             assert arguments[name].data_ptr() % 16 == 4
 
     def test_a_tensor_ends_with_its_memory(self) -> None:
-        """So that memcheck sees whoever reads on."""
+        """A tensor ends with its memory, so that memcheck sees reads beyond it."""
         for case in CASES.values():
             for value in case.arguments().values():
                 if isinstance(value, Tensor):
@@ -479,7 +481,9 @@ class TestLoops:
         assert torch.backends.cudnn.allow_tf32 == before
 
     def test_the_time_until_a_call_returns(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The device is awaited outside of it, and no call begins after the limit."""
+        """The time until a call returns leaves out the wait for the device, and no call begins
+        after the limit.
+        """
         clock = iter(range(1000))
         monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
         awaited: list[torch.device] = []
@@ -510,7 +514,7 @@ def test_counters_are_read() -> None:
 
 
 class TestMemcheck:
-    """By stand-ins for compute-sanitizer, which run the program and end as it would."""
+    """memcheck, by stand-ins for compute-sanitizer, which run the program and end as it would."""
 
     @pytest.fixture
     def tool(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
@@ -558,7 +562,9 @@ def test_what_a_gpu_would_measure_is_what_is_predicted() -> None:
 
 class TestKit:
     def test_unpacked_elsewhere(self, tmp_path: Path) -> None:
-        """A Triton cache names absolute paths; here they are those of its new place."""
+        """The Triton cache works elsewhere: it names absolute paths, which here are those of its
+        new place.
+        """
         packed, work = tmp_path / "kit", tmp_path / "work"
         for folder in (packed / kit.SITE / "fastddim", packed / kit.WHEELS, work):
             folder.mkdir(parents=True)
@@ -617,7 +623,7 @@ def run_check(
 
 
 def unshared() -> tuple[str, ...]:
-    """A command that takes the network away from another one; empty where that is not allowed."""
+    """A command that takes the network away from another one; empty if that is not allowed."""
     for words in (("unshare", "-n"), ("unshare", "-rn")):
         if shutil.which("unshare") and not subprocess.run([*words, "true"], check=False).returncode:
             return words
@@ -676,7 +682,7 @@ class TestSources:
 
 @pytest.fixture(scope="module")
 def stages(pytestconfig: pytest.Config) -> tuple[table.Stage, ...]:
-    """Those that are rehearsed: all of them with `--deep`."""
+    """The rehearsed stages: all of them with `--deep`."""
     return table.select("" if pytestconfig.getoption("--deep") else "environment,smoke,bits")
 
 
@@ -684,7 +690,7 @@ def stages(pytestconfig: pytest.Config) -> tuple[table.Stage, ...]:
 def out(
     tmp_path_factory: pytest.TempPathFactory, prepared: Path, stages: tuple[table.Stage, ...]
 ) -> Path:
-    """The results of the check, run without a network where that can be had."""
+    """The results of the check, run without a network if possible."""
     out = tmp_path_factory.mktemp("dry") / "out"
     names = ",".join(stage.name for stage in stages)
     done = run_check(out, "3000", names, under=unshared(), GPUCHECK_KIT=str(prepared))
@@ -780,7 +786,7 @@ class TestDryRun:
             pytest.skip("unshare cannot take the network away here")
 
     def test_without_diffusers_it_says_so(self, tmp_path: Path) -> None:
-        """The rest is measured."""
+        """Without diffusers the check says so, and measures the rest."""
         site = tmp_path / "kit" / kit.SITE
         site.mkdir(parents=True)
         (site / "sitecustomize.py").write_text("import sys; sys.modules['diffusers'] = None")

@@ -1,4 +1,5 @@
-"""CUDA graphs: what is captured, what a replay follows, what is kept between calls.
+"""CUDA graphs: their contents, the values that a replay follows, and the objects kept between
+calls.
 
 Without a GPU, `RecordedGraph` stands in for a captured graph and real CPU kernels run in
 it; tests/support/gpuless/capture.py runs the loop on fake CUDA tensors. Marked `gpu`: the real
@@ -69,7 +70,7 @@ class Captures(list):
 
 @pytest.fixture
 def captures(monkeypatch):
-    """Capture by recording, on the CPU, from an empty shelf."""
+    """Records captures on the CPU, from an empty pool."""
     captures = Captures()
     monkeypatch.setattr(cuda, "record", captures.record)
     monkeypatch.setattr(cuda, "available", lambda device: True)
@@ -87,7 +88,8 @@ def sample(model, mode, steps=4, **kwargs):
 
 
 def follows(mode, model, calls, **shared):
-    """Every call with a graph equals the eager one bit for bit, and no two calls are alike.
+    """Asserts that every call with a graph equals the eager one bit for bit, and that no two calls
+    are alike.
 
     A callable value is called for each of the two.
     """
@@ -121,7 +123,7 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("mode", CAPTURED)
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 class TestReplay:
-    """One graph serves every value; each result is the eager one's bits."""
+    """One graph serves every value; each result has the eager one's bits."""
 
     def test_values_are_data(self, mode, impl, captures):
         follows(
@@ -283,13 +285,15 @@ class TestReplay:
         assert len(captures) == 1
 
     def test_masks(self, mode, impl, captures):
-        """What is known is data; whether anything is makes another graph."""
+        """The known elements are data, but a mask or none makes another graph."""
         known = [{"known": latents(seed=s), "mask": torch.rand(6)} for s in (1, 2)]
         follows(mode, SmallNet(), [*known, {}, {**known[0], "seed": 3}], impl=impl, eta=1.0)
         assert len(captures) == 2
 
     def test_a_function_of_x_0(self, mode, impl, captures):
-        """It may hold parameters, which a replay follows; its graph is not kept between calls."""
+        """A function of x_0 may hold parameters, which a replay follows; its graph is not kept
+        between calls.
+        """
         shift = nn.Parameter(torch.zeros(3, 1, 1))
 
         class Shift(nn.Module):
@@ -313,7 +317,9 @@ class TestReplay:
         assert len(pool.POOL) == 0
 
     def test_a_random_model(self, mode, impl, captures):
-        """Dropout takes the numbers that it would take eagerly, and leaves as many."""
+        """A random model repeats its draws: dropout takes the numbers that it would take eagerly,
+        and leaves as many.
+        """
         net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Unflatten(1, SHAPE[1:]))
         results = []
         for which in (False, mode, mode):
@@ -325,7 +331,7 @@ class TestReplay:
             assert all(torch.equal(a, b) for a, b in zip(own, results[0], strict=True))
 
     def test_autocast(self, mode, impl, captures):
-        """A cast of a weight is part of the graph, and not of what autocast cached before."""
+        """Autocast casts a weight in the graph, and uses no cast that it cached before."""
         net, seen = SmallNet(), []
         for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16):
@@ -379,7 +385,7 @@ class TestReplay:
 
 @pytest.mark.parametrize("mode", CAPTURED)
 class TestRecorder:
-    """The stand-in is as blind as a graph: what it does not follow, a graph would not follow."""
+    """The stand-in is as blind as a graph: it does not follow what a graph would not follow."""
 
     def test_a_python_number_is_frozen(self, mode, captures):
         def model(x, t):
@@ -416,7 +422,7 @@ class TestRecorder:
 
 
 def test_a_host_step_index_is_caught(captures, monkeypatch):
-    """The defect that the counters in device memory are there against."""
+    """A step index on the host is caught: the defect that counters in device memory prevent."""
     taken = []
 
     def advance(counters, backend):
@@ -461,8 +467,9 @@ def same(x, t, **kwargs):
     ids=["ddim", "ddpm", "rows", "guided", "guided rows"],
 )
 def test_operators_of_a_step(kind, steps, captures):
-    """Beside the model: one update, which writes the next input as well, and one advance, where the
-    steps are not known. Where all are, the latents are drawn before them, unless they are given.
+    """A step has these operators besides the model: one update, which writes the next input as
+    well, and one advance if the steps are not known. If all are known, the latents are drawn before
+    them, unless they are given.
     """
     step = ["fastddim::update_out", "fastddim::advance"]
     inputs = 2 if "guidance_scale" in kind else 0
@@ -503,7 +510,7 @@ OF_ALL_STEPS = ["fastddim::normal_out", *["fastddim::update_out"] * 4]
 
 
 class TestAuto:
-    """One graph for all steps where nothing watches and its nodes are few, else one for a step."""
+    """One graph of all steps if nothing watches and its nodes are few, otherwise one for a step."""
 
     def test_a_small_model(self, captures):
         sampler = Sampler(same, 4, shape=SHAPE, schedule=LINEAR, eta=1.0)
@@ -537,7 +544,9 @@ class TestAuto:
         assert [g.launched for g in captures] == [OF_A_STEP]
 
     def test_the_middle_of_a_run(self, captures):
-        """The rest of the steps is a graph of its own, as long as there are few such."""
+        """The middle of a run has a graph of its own for the rest of the steps, as long as there
+        are few such.
+        """
         sampler = Sampler(same, 8, shape=SHAPE, schedule=LINEAR, eta=1.0)
         x_T, rest = latents(), ["fastddim::update_out"]
         firsts = (3, 6, 3, 1, 5, 7, 3, 0)
@@ -555,7 +564,7 @@ class TestAuto:
 
     @pytest.mark.parametrize("over", [False, True])
     def test_the_bound(self, over, captures, monkeypatch):
-        """A step here has two nodes: the update and the advance."""
+        """The bound counts nodes; a step here has two of them, the update and the advance."""
         monkeypatch.setattr(program, "MOST_NODES", 2 * 4 - over)
         follows("auto", same, [{"eta": 1.0}, {"eta": 1.0, "seed": 1}])
         assert len(captures) == (1 if over else 2)
@@ -573,8 +582,8 @@ class TestAuto:
         assert len(captures) == 1
 
     def test_all_steps_that_cannot_be_captured(self, captures, monkeypatch):
-        """Such as for want of memory: the graph of a step goes on serving, and it is not tried
-        again.
+        """If all steps cannot be captured, such as for want of memory, the graph of a step goes on
+        serving, and the capture is not tried again.
         """
         record, tried = captures.record, []
 
@@ -591,7 +600,7 @@ class TestAuto:
         assert len(tried) == 2
 
     def test_both_serve_one_loop(self, captures):
-        """Calls that are watched and calls that are not take turns in the same buffers."""
+        """Watched and unwatched calls of one loop use the same buffers in turn."""
         model = SmallNet()
         sampler, expected = (
             Sampler(model, 4, shape=SHAPE, eta=1.0, graph=mode) for mode in ("auto", False)
@@ -646,7 +655,9 @@ class TestWhatIsWrittenAgain:
                 assert torch.equal(sampler(seed=2, **kind), expected)
 
     def test_what_only_a_graph_of_the_callers_has_written(self, captures, outer):
-        """At its replays, of which there was none: a capture writes nothing."""
+        """A graph of the caller's writes at its replays, of which there was none: a capture writes
+        nothing.
+        """
         known, model = {"mask": torch.ones(1, 1, 6, 6).tril(), "known": latents(seed=8)}, SmallNet()
         sampler = Sampler(model, 4, shape=SHAPE, schedule=LINEAR, eta=1.0)
         # Of the run alone: on the host, a call looks at the values of its mask.
@@ -704,7 +715,9 @@ REWOUND, TAKEN, RESULT = ["copy_"], ["copy_"], ["clone"]
 )
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_launches_beside_the_graph(mode, call, expected, eta, captures, monkeypatch):
-    """All that a call launches besides its graphs, for a seed that it had before or has not."""
+    """A call launches these operators besides its graphs, for a seed that it had before or a new
+    one.
+    """
     sampler = Sampler(same, 4, shape=SHAPE, schedule=LINEAR, eta=eta, graph=mode)
     sampler(**call)
     sampler(seed=1)
@@ -727,14 +740,14 @@ def test_given_noise_of_all_steps_is_one_copy(captures, monkeypatch):
 
 
 class Name(str):
-    """A string with ways of its own."""
+    """A string subclass with methods of its own."""
 
 
 class TestKey:
-    """Which calls share a graph."""
+    """Calls that share a graph, and calls that do not."""
 
     def count(self, captures, calls, model=None):
-        """How many graphs were captured after each call, all of them correct."""
+        """The number of graphs captured after each call, all of them correct."""
         model = Scaled() if model is None else model
         counts = []
         for call in calls:
@@ -898,13 +911,13 @@ class TestKey:
         assert len(captures) == 2
 
     def test_unused_values_do_not_count(self, captures):
-        """Noise that no step adds is not part of anything."""
+        """Unused values do not count: noise that no step adds is not part of anything."""
         calls = [{}, {"noise": latents((4, *SHAPE))}]
         assert self.count(captures, calls) == [1, 1]
 
 
 class Nested(nn.Module):
-    """Modules in modules, buffers, and what is registered as nothing."""
+    """A module with modules in modules, buffers, and names registered as None."""
 
     def __init__(self):
         super().__init__()
@@ -962,7 +975,7 @@ UNCHANGED = {
 
 
 class TestModelState:
-    """What drops a graph is seen without walking the model again."""
+    """Changes that drop a graph are seen without walking the model again."""
 
     @pytest.mark.parametrize("change", MOVED)
     def test_what_moves(self, change):
@@ -993,7 +1006,7 @@ class TestModelState:
         assert hash(state.read()) == hash(before)
 
     def test_models_that_show_others(self):
-        """A cell, an attribute or the arguments of a partial may get another module."""
+        """A cell, an attribute or the arguments of a partial may show another module."""
 
         class Holder:
             def __call__(self, x, t):
@@ -1021,7 +1034,7 @@ class TestModelState:
         assert len(before[0][0]) == 2
 
     def test_tensors_without_an_address(self):
-        """They count by identity."""
+        """Tensors without an address count by identity."""
         net = nn.LazyLinear(2)
         state = model_state.ModelState(net, nn.Linear(2, 2, device="meta"))
         before = state.read()
@@ -1058,7 +1071,7 @@ class TestModelState:
 
 
 class TestShelf:
-    """Loops that wait for the next call."""
+    """The pool: loops that wait for the next call."""
 
     def test_bound(self, captures):
         models = [Scaled() for _ in range(programs.KEPT + 1)]
@@ -1268,7 +1281,7 @@ class TestSamplerObject:
 
 @pytest.fixture
 def outer(captures, monkeypatch):
-    """Captures what the caller calls, as `torch.cuda.graph` would."""
+    """Captures the calls of the user, as `torch.cuda.graph` would."""
 
     def capture(body):
         with monkeypatch.context() as patch:
@@ -1318,7 +1331,7 @@ class TestInACaptureOfTheCallers:
             assert torch.equal(results[0], sample(model, False, x_T=x_T))
 
     def test_sample(self, captures, monkeypatch):
-        """It takes no loop from between the calls: a later call would load other values into it."""
+        """`sample` takes no loop from the pool: a later call would load other values into it."""
         model = SmallNet()
         sample(model, "auto")
         (kept,) = pool.POOL._entries.values()
@@ -1436,7 +1449,9 @@ def draw_odd(kind, inner, dtype, impl, mode="loop"):
 
 @pytest.fixture
 def specialized(monkeypatch):
-    """Which kernels of Triton a warm-up asks for, and which the body under capture."""
+    """The kernels of Triton that a warm-up asks for, and those that the body under capture asks
+    for.
+    """
     pytest.importorskip("triton", reason="Triton is not installed")
     from gpucheck import triton_jit
 
@@ -1493,7 +1508,7 @@ class TestAlignment:
 
     @pytest.mark.parametrize("impl", CPU_IMPLS)
     def test_given_noise(self, impl, inner, dtype, captures, monkeypatch):
-        """Its rows begin where tensors of their own would, and hold what was given."""
+        """Rows of given noise begin where tensors of their own would, and hold the given values."""
         backend = fastddim.backends.BACKENDS[impl]
         original, addresses = backend.update_out, []
 
@@ -1549,7 +1564,9 @@ class TestFallback:
             assert isinstance(caught.value.__cause__, CaptureError)
 
     def test_generators_are_as_before(self, captures):
-        """x_T is drawn before the capture fails, the steps' noise after."""
+        """Generators are as before a failed capture: x_T is drawn before it, and the noise of the
+        steps after it.
+        """
         own, expected = generator(3), generator(3)
         with pytest.warns(UserWarning, match="without a CUDA graph"):
             result = sample(uncapturable, "auto", eta=1.0, noise=own)
@@ -1649,7 +1666,7 @@ def test_compiled_models(captures):
 
 
 class Driver:
-    """What `cuda.record` and `StreamOrder` ask of torch.cuda, written down in order."""
+    """A record of the calls of torch.cuda by `cuda.record` and `StreamOrder`, in order."""
 
     def __init__(self, monkeypatch, end_fails=False):
         self.log = log = []
@@ -1755,7 +1772,7 @@ AFTER = ["clearCublasWorkspaces", "current waits for side"]
 
 
 class TestDriver:
-    """The order of what capture asks of CUDA."""
+    """The order of the calls that a capture makes to CUDA."""
 
     def test_capture(self, monkeypatch):
         driver = Driver(monkeypatch)
@@ -1789,7 +1806,9 @@ class TestDriver:
 
     @pytest.mark.parametrize("body_fails", [False, True])
     def test_an_end_that_fails(self, monkeypatch, body_fails):
-        """The pool is given up, and a trivial capture ends well; the body's error is the reason."""
+        """An end that fails gives the pool up, and a trivial capture ends well; the body's error is
+        the reason.
+        """
         driver = Driver(monkeypatch, end_fails=True)
 
         def body():
@@ -1849,7 +1868,9 @@ class TestDriver:
         assert driver.log[-1] == "event on current"
 
     def test_no_turns_in_a_capture_of_the_callers(self, monkeypatch):
-        """Whose stream may neither wait for an event from outside nor record one for outside."""
+        """No stream waits in a capture of the caller's: its stream may neither wait for an event
+        from outside nor record one for outside.
+        """
         driver = Driver(monkeypatch)
         before = stream_order.StreamOrder(torch.device("cuda", 0))
         driver.captured, driver.streams = True, ["captured"]
@@ -1899,7 +1920,7 @@ def fresh_driver():
 
 @pytest.mark.usefixtures("fresh_driver")
 class TestNodes:
-    """How many nodes a capture has so far, by the driver."""
+    """The number of nodes in a capture so far, by the driver."""
 
     def test_are_counted(self, tmp_path, monkeypatch):
         compiler = shutil.which("gcc")
@@ -1971,7 +1992,9 @@ class TestAdvance:
 
 @pytest.fixture(scope="session")
 def probed(run_python, tmp_path_factory):
-    """What the probe on fake CUDA tensors said of each case of tests/support/gpuless/capture.py."""
+    """The findings of the probe on fake CUDA tensors for each case of
+    tests/support/gpuless/capture.py.
+    """
     arguments = []
     if torch.version.cuda is None and torch.version.hip is None:
         compiler = shutil.which("g++")
@@ -2031,8 +2054,8 @@ class TestFakeCuda:
 
     @pytest.mark.parametrize("mode", [False, *CAPTURED])
     def test_whole_calls_do_not_wait(self, probed, mode):
-        """Seeds, keys, tables and the numbers of a stream reach the device without the host waiting
-        for it.
+        """Whole calls do not wait: seeds, keys, tables and the numbers of a stream reach the device
+        meanwhile.
         """
         said = {k: v for k, v in probed.items() if k.startswith(f"whole/{mode}/")}
         assert len(said) == (9 if mode == "loop" else 11)
@@ -2042,7 +2065,9 @@ class TestFakeCuda:
         assert probed["ticks"] == ""
 
     def test_nothing_of_the_host_goes_into_a_graph_of_the_callers(self, probed):
-        """A replay would find other values there. Nor is anything captured, or waited for."""
+        """No value of the host goes into a graph of the caller's, since a replay would find other
+        values there. Nor is anything captured, or waited for.
+        """
         said = {k: v for k, v in probed.items() if k.startswith("captured/")}
         assert len(said) == 10
         assert not any(said.values()), said
@@ -2293,7 +2318,9 @@ class TestOnCuda:
             assert (torch.cuda.current_device(), torch.cuda.current_stream(device)) == before
 
     def test_after_a_failed_capture(self, device):
-        """The device, its allocator and its generators work on, and the next capture succeeds."""
+        """After a failed capture the device, its allocator and its generators work on, and the next
+        capture succeeds.
+        """
         torch.cuda.manual_seed_all(5)
         expected = torch.rand(4, device=device)
         torch.cuda.manual_seed_all(5)

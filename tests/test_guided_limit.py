@@ -16,7 +16,7 @@ SCHEDULE = fastddim.Schedule.cosine(100)
 
 
 def network(x, t):
-    """ε of data from N(0, 4·I): linear, so that what guidance has to do is known."""
+    """A network with ε of data from N(0, 4·I): linear, so that the effect of guidance is known."""
     a = SCHEDULE.alphas_cumprod.to(x.dtype)[t][:, None, None]
     return (1 - a).sqrt() / (4 * a + 1 - a) * x
 
@@ -49,7 +49,9 @@ def written_out(last, latents, *, clip, weight, executed, frozen):
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_a_guided_chunk_is_what_the_formula_says(clip):
-    """With a limit of x_0 too, beyond which it is in the early steps."""
+    """A guided chunk is the formula's, also with a limit of x_0, which it exceeds in the early
+    steps.
+    """
     weight = 40.0
     options = {"max_guidance_weight": weight, "dtype": torch.float64, "seed": 3}
     sampler = action_sampler(chunking="guide", clip=clip, **options)
@@ -62,7 +64,9 @@ def test_a_guided_chunk_is_what_the_formula_says(clip):
 
 
 def test_a_stream_derives_epsilon_as_a_sampler_does():
-    """In its first chunks, which are not guided, as well as in those that are."""
+    """A stream derives epsilon as a sampler does, in its first chunks, which are not guided, as
+    well as in guided ones.
+    """
     options = {"chunking": "guide", "clip": 0.5, "max_guidance_weight": 40.0, "seed": 3}
     sampler = action_sampler(**options)
     stream = fastddim.ActionStream(network, 6, shape=SHAPE, schedule=SCHEDULE, **options)

@@ -300,7 +300,9 @@ def test_gif_of_one_image_has_no_frame_around_it(tmp_path):
 
 
 def test_gif_of_colour_has_the_colours_of_each_frame(tmp_path):
-    """Two frames of 256 colours each, which have none in common."""
+    """A GIF of colour has the colours of each frame: two frames of 256 colours each, which have
+    none in common.
+    """
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     red, blue = np.zeros((2, 16, 16, 3), dtype=np.uint8)
     red[..., 0], blue[..., 2] = levels, levels

@@ -1,4 +1,6 @@
-"""What `import fastddim` does, and what it leaves alone, each in a process of its own."""
+"""`import fastddim`: its effects, and the things that it leaves alone, each in a process of its
+own.
+"""
 
 from __future__ import annotations
 

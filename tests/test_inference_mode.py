@@ -1,4 +1,4 @@
-"""Whatever is made inside torch.inference_mode serves outside of it, and the other way round."""
+"""Objects made inside torch.inference_mode serve outside of it, and the other way round."""
 
 from __future__ import annotations
 

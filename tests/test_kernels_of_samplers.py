@@ -1,5 +1,5 @@
-"""The CUDA kernel that each kind of sampler launches: none goes element by element, but for a list
-of exceptions. Kernels are chosen by the launchers that nvcc built, and not executed.
+"""The CUDA kernel that each kind of sampler launches: none goes element by element, except for a
+list of exceptions. Kernels are chosen by the launchers that nvcc built, and not executed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 class Net(nn.Module):
-    """A network as far as samplers see it: weights, and outputs that lie as the weights do."""
+    """A network as far as samplers see it: weights, and outputs in the layout of the weights."""
 
     def __init__(
         self,
@@ -128,7 +128,9 @@ OUTPUTS = (None, torch.float32)
 def test_no_step_goes_element_by_element(
     kernels: Kernels, net: str, split: str, guided: bool, pytestconfig: pytest.Config
 ) -> None:
-    """In any mix of dtypes that a sampler makes; with `--deep` in all of them."""
+    """No step goes element by element, in any mix of dtypes that a sampler makes; with `--deep` in
+    all of them.
+    """
     strided = []
     cases = list(itertools.product(FEATURES, PAIRS, OUTPUTS))
     if not pytestconfig.getoption("--deep"):
@@ -153,7 +155,9 @@ def test_a_network_in_channels_last(
     eta: float,
     kernel: str,
 ) -> None:
-    """It reads every state in the order in which it writes, eagerly and from a graph."""
+    """A network in channels_last reads every state in the order in which it writes, eagerly and
+    from a graph.
+    """
     model = Net()
     with recorded_graphs(monkeypatch) as graphs:
         assert kernels(model, dtype=torch.float16, eta=eta, graph=graph) == {kernel}
@@ -171,7 +175,7 @@ EXCEPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", EXCEPTIONS)
 def test_exceptions(kernels: Kernels, name: str) -> None:
-    """They go element by element where noise is drawn into interleaved channels."""
+    """Exceptions go element by element if noise is drawn into interleaved channels."""
     net, kind = EXCEPTIONS[name]
     kind = {"dtype": torch.float16, **kind}
     assert kernels(Net(**net), eta=1.0, **kind) == {"update_strided"}

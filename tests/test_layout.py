@@ -1,4 +1,6 @@
-"""What tests share is in tests/support: a test module may change without a look at other tests."""
+"""Shared code of tests is in tests/support: a test module may change without a look at
+other tests.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loop's step in one call gives what the operators give one after the other."""
+"""A loop's step in one call gives the results of the operators one after the other."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def masking(masked: bool = True, **arguments: Any) -> dict[str, Any]:
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> list[bool]:
-    """For each step that comes to this function of the backend, whether one call took it."""
+    """A record, for each step that comes to this function of the backend, of whether one call took
+    it.
+    """
     taken: list[bool] = []
     original = getattr(cpu, name)
 
@@ -87,13 +89,13 @@ def recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> list[bool]:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each step without a mask, whether one call took it."""
+    """A record, for each step without a mask, of whether one call took it."""
     return recorded(monkeypatch, "loop_step")
 
 
 @pytest.fixture
 def masked_taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each masked step, whether one call took it."""
+    """A record, for each masked step, of whether one call took it."""
     return recorded(monkeypatch, "masked_loop_step")
 
 
@@ -168,8 +170,8 @@ def test_outputs_that_lie_otherwise(
     taken: list[bool],
     masked_taken: list[bool],
 ) -> None:
-    """Every other output, beginning with the first or the second. One call takes those that lie as
-    the first does, in whatever order.
+    """Every other output lies in another way, beginning with the first or the second. One call
+    takes those that lie as the first does, whatever their order in memory.
     """
     calls = 0
 
@@ -212,7 +214,7 @@ def test_outputs_that_all_lie_so(
 def test_the_state_turned_over_as_output(
     monkeypatch: pytest.MonkeyPatch, taken: list[bool]
 ) -> None:
-    """An output that is no copy of the state, and yet not read where it is written."""
+    """An output may be no copy of the state, and yet not be read where it is written."""
     kind = {"shape": (2, 3, 5, 5), "eta": 1.0}
     expected = by_operators(monkeypatch, lambda x, t: x.transpose(-1, -2), **kind)
     assert torch.equal(draw(lambda x, t: x.transpose(-1, -2), **kind), expected)
@@ -239,7 +241,9 @@ WITHIN: dict[str, Callable[[Tensor], Tensor]] = {
 def test_what_the_model_reads_as_output_of_a_masked_step(
     part: str, kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch, masked_taken: list[bool]
 ) -> None:
-    """An output inside what a step writes over: the state, or under guidance the model's input."""
+    """The output of a masked step may lie inside the memory that a step writes over: the state, or
+    under guidance the model's input.
+    """
     arguments = {"shape": (2, 3, 5, 5), **kind}
     arguments |= masking(**arguments)
     expected = by_operators(monkeypatch, lambda x, t: WITHIN[part](x.clone()), **arguments)
@@ -259,7 +263,7 @@ def test_a_masked_run_that_begins_in_the_middle(
 
 
 def test_masked_and_other_calls_in_turns(taken: list[bool], masked_taken: list[bool]) -> None:
-    """Masked steps go by the mask and the data of their call, wherever those lie."""
+    """Masked steps read the mask and the data of their call, wherever those lie."""
     shape = (2, 3)
     sampler = fastddim.Sampler(model, 7, shape=shape, eta=1.0, impl="cpu")
     one = masking(shape=shape)
@@ -275,7 +279,7 @@ def test_masked_and_other_calls_in_turns(taken: list[bool], masked_taken: list[b
 def test_a_backend_without_masked_loop_steps(
     monkeypatch: pytest.MonkeyPatch, taken: list[bool]
 ) -> None:
-    """Its other steps are taken in one call all the same."""
+    """A backend without masked loop steps takes all its other steps in one call."""
     expected = draw(model, **masking())
     monkeypatch.delattr(cpu, "masked_loop_step")
     sampler = fastddim.Sampler(model, 7, shape=(2, 3, 5, 7), impl="cpu")
@@ -286,7 +290,7 @@ def test_a_backend_without_masked_loop_steps(
 
 
 def held(shape: tuple[int, ...]) -> tuple[Callable[[Tensor], bool], Tensor]:
-    """A masked loop step whose tensors nobody else has, and its state, of ones."""
+    """A masked loop step that alone holds its tensors, and its state, of ones."""
     state, row = torch.ones(shape), torch.zeros(1, dtype=torch.int64)
     # x_0 + 2·x of the state; data + 3·x_T of the known data.
     table, known_table = torch.zeros(2, 1, 12)

@@ -1,4 +1,4 @@
-"""What sampling holds in memory, counted in bytes alive, and that it does not grow with calls."""
+"""The memory that sampling holds, counted in bytes alive, which does not grow with calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CALLS = 1000
 
 
 class Model(nn.Module):
-    """Allocates its output alone."""
+    """A model that allocates only its output."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -47,10 +47,12 @@ CASES = [
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize(("dtype", "guidance_scale", "model_input", "output"), CASES)
 class TestPeak:
-    """In states: what the model reads is a tensor of its own under guidance or in another dtype."""
+    """Peaks in units of a state: the model's input is a tensor of its own under guidance or in
+    another dtype.
+    """
 
     def test_of_a_step(self, eta, dtype, guidance_scale, model_input, output):
-        """A step makes nothing but what the model makes."""
+        """A step allocates only what the model allocates."""
         loop = fastddim.Sampler(
             Model(dtype), 5, shape=SHAPE, eta=eta, guidance_scale=guidance_scale, impl="cpu"
         )._loop
@@ -60,8 +62,8 @@ class TestPeak:
         assert probe.peak == output * STATE
 
     def test_of_a_call(self, eta, dtype, guidance_scale, model_input, output):
-        """State, in which x_T is drawn, and predicted x_0, what the model reads, and the larger of
-        what the model gives and the result.
+        """A call holds the state, in which x_T is drawn, the predicted x_0, the model's input, and
+        the larger of the model's output and the result.
         """
         model = Model(dtype)
         with LiveStorage() as probe:
@@ -72,8 +74,8 @@ class TestPeak:
         assert expected <= probe.peak <= expected + SMALL
 
     def test_of_a_stream(self, eta, dtype, guidance_scale, model_input, output):
-        """Of four requests one after the other in the slots of two: state, what the model reads and
-        gives, and results of half a state each that the caller holds.
+        """A stream of two slots, with four requests one after the other, holds the state, the
+        model's input and output, and the results of half a state each that the caller keeps.
         """
         stream = fastddim.Stream(
             Model(dtype), shape=SHAPE, guided=guidance_scale is not None, max_steps=5, impl="cpu"
@@ -100,7 +102,9 @@ def resident_bytes() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 class TestGrowth:
-    """One state kept a call would be CALLS tensors and CALLS·STATE / 4 bytes, 25 MB."""
+    """The memory does not grow: one state kept per call would be CALLS tensors and CALLS·STATE / 4
+    bytes, 25 MB.
+    """
 
     SHAPE = (2, 3, 32, 32)
 
@@ -123,7 +127,9 @@ class TestGrowth:
         self.check(lambda i: fastddim.sample(elementwise_model, 1, shape=self.SHAPE, seed=i))
 
     def test_stream(self):
-        """Other plans and conditions at each request, some of them cancelled or failing."""
+        """A stream with other plans and conditions at each request, some of them cancelled or
+        failing, holds no more memory.
+        """
         failing = False
 
         def model(x, t, shift):

@@ -165,7 +165,9 @@ class TestFiles:
             models.load(folder, dtype=torch.int8)
 
     def test_refuses_a_device_that_is_not_there(self) -> None:
-        """In one sentence, of the fifty lines that torch has to say of some."""
+        """A missing device is refused in one sentence, instead of the fifty lines that torch has
+        for some devices.
+        """
         for device in ("vulkan", "abacus"):
             with pytest.raises(ValueError, match="device: expected a device that works here") as it:
                 models.load("digits", device=device)
@@ -476,7 +478,9 @@ class TestBundledTunedSteps:
             assert re.fullmatch(command, steps.record["command"])
 
     def test_come_closer_to_the_solution_than_order_2(self, name: str) -> None:
-        """On latents that the tuner did not use."""
+        """Tuned steps come closer to the solution than order 2, on latents that the tuner did not
+        use.
+        """
         model = models.load(name)
         x_T = fastddim.philox.initial_latents((24, *model.sample_shape), seed=77)
         solution = fastddim.sample(model, 60, order=2, x_T=x_T)

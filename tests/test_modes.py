@@ -1,4 +1,4 @@
-"""What is kept between calls serves every mode of PyTorch, whatever mode it was made in."""
+"""Objects kept between calls serve every mode of PyTorch, whatever mode they were made in."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def fake(run: Run, x: Tensor) -> None:
 
 
 def strictly_fake(run: Run, x: Tensor) -> None:
-    """As torch has it by default: tensors from outside are refused, whoever has them."""
+    """A fake mode with torch's default: tensors from outside are refused, whoever has them."""
     mode = FakeTensorMode()
     made = mode.from_tensor(x)
     try:
@@ -185,7 +185,7 @@ def strictly_fake(run: Run, x: Tensor) -> None:
 
 
 def on_meta(run: Run, x: Tensor) -> None:
-    """Where tensors without a device have no values, and so may the state."""
+    """The meta device: tensors have no values, and neither has the state."""
     with torch.device("meta"):
         run(x)
 
@@ -273,7 +273,7 @@ def inferring(inside: bool) -> Iterator[None]:
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_orders_of_inference_mode(name: str, order: tuple[bool, bool, bool]) -> None:
-    """Made, set and used inside of inference mode or outside."""
+    """Objects are made, set and used inside of inference mode or outside, in every order."""
     x, m = draw(), draw(seed=1)
     schedulers = []
     for module in (diffusers, ours):
@@ -300,7 +300,7 @@ def test_orders_of_inference_mode(name: str, order: tuple[bool, bool, bool]) -> 
 @pytest.mark.parametrize("made", [False, True])
 @pytest.mark.parametrize("changed", [False, True])
 def test_alphas_that_change(name: str, made: bool, changed: bool) -> None:
-    """In place or as a new tensor: the next step has them, whatever mode they come from."""
+    """The next step has changed ᾱ, in place or as a new tensor, from any mode."""
     x, m = draw(), draw(seed=1)
     with inferring(made):
         theirs, own = pair(name, 10)
@@ -345,7 +345,7 @@ def test_copies_in_inference_mode(name: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_scheduler_of_a_fake_mode(name: str) -> None:
-    """As in diffusers: the step has shapes, and no values."""
+    """A scheduler of a fake mode has shapes and no values, as in diffusers."""
     with FakeTensorMode():
         x = torch.randn(SHAPE)
         for module in (diffusers, ours):
@@ -362,7 +362,7 @@ CAPTURED = [name for name in MEMBERS if "step" not in name and "tensor" not in n
 
 @pytest.mark.parametrize("member", CAPTURED)
 def test_first_used_under_capture(member: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a capture makes has its values after a replay, and serves the graph alone."""
+    """Values made under a capture have their numbers after a replay, and serve only the graph."""
     run, x = MEMBERS[member](), draw(torch.float64)
     # What the host computes is no part of a graph, but would be of the stand-in's.
     run(x.float())
@@ -379,7 +379,9 @@ def test_first_used_under_capture(member: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_ordinary_value_is_made_here() -> None:
-    """And elsewhere only where a mode would have a say in it, with the error that it raises."""
+    """An ordinary value is made in the caller's thread, and elsewhere only if a mode would have a
+    say in it, with the error that it raises.
+    """
     import threading
 
     here = threading.get_ident()
@@ -393,7 +395,7 @@ def test_an_ordinary_value_is_made_here() -> None:
 
 
 def test_no_step_takes_longer_for_it() -> None:
-    """A table that is kept is found again, whatever mode the next call is in."""
+    """No step takes longer for it: a kept table is found again, in any mode of the next call."""
     run = MEMBERS["DDIMScheduler, int"]()
     x = draw()
     run(x)

@@ -1,4 +1,4 @@
-"""What only native code can show: indices beyond 2³¹, and that the build keeps its promises."""
+"""Facts that only native code can show: indices beyond 2³¹, and the promises of the build."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def last_tile(tmp_path_factory: pytest.TempPathFactory) -> ctypes._NamedFuncPoin
 def test_indices_beyond_32_bits(
     last_tile: ctypes._NamedFuncPointer, instruction_set: str, rows: int, width: int, gap: int
 ) -> None:
-    """The end of a sample of up to 2³⁴ elements: addresses, and the counter of the noise."""
+    """Indices beyond 32 bits reach the end of a sample of up to 2³⁴ elements: addresses, and the
+    counter of the noise.
+    """
     generator = torch.Generator().manual_seed(1)
     x, m = torch.randn(2, 4096, generator=generator)
     out = torch.full((4096,), float("nan"))

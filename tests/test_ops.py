@@ -296,7 +296,9 @@ def test_a_table_without_rows_has_no_first() -> None:
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_without_indices_the_first_row_is_that_of_all(requires_grad: bool) -> None:
-    """In every operator that takes indices, gradients included."""
+    """Without indices, the first row is that of all samples, in every operator that takes indices,
+    gradients included.
+    """
     results: list[list[Tensor]] = []
     for alone in (False, True):
         given = inputs(torch.float32, guided=True, requires_grad=requires_grad)

@@ -73,7 +73,7 @@ def files(folder: Path) -> set[str]:
 
 
 def contents(wheel: Path) -> dict[str, int]:
-    """CRC of each file that the wheel installs, its own metadata aside."""
+    """The CRC of each file that the wheel installs, except its own metadata."""
     with zipfile.ZipFile(wheel) as archive:
         found = {info.filename: info.CRC for info in archive.infolist()}
     return {name: crc for name, crc in found.items() if ".dist-info/" not in name}
@@ -81,7 +81,7 @@ def contents(wheel: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """What a clone holds, without what is built or written there."""
+    """The contents of a clone, without files that were built or written there."""
     folder = tmp_path_factory.mktemp("source") / "checkout"
     anywhere = shutil.ignore_patterns(".*", "*.egg-info", "*.so", "__pycache__")
     at_the_root = shutil.ignore_patterns("build", "demo", "dist", "runs")
@@ -185,7 +185,9 @@ def test_wheel_names_its_licence_and_its_command(wheel):
 
 
 def test_pure_wheel_differs_in_the_extension_alone(wheel, pure_wheel):
-    """And it says so by its version, which is all that `pip install` shows of it."""
+    """A pure wheel differs only in the extension, and says so by its version, the only thing that
+    `pip install` shows of it.
+    """
     assert pure_wheel.name.endswith("+no.kernel.by.request-py3-none-any.whl")
     assert "+" not in wheel.name
     compiled = contents(wheel)
@@ -204,8 +206,8 @@ def test_installed_pure_wheel_works(install, pure_wheel, draw_with_each_model):
 
 
 def test_one_wheel_serves_every_torch(installed, tmp_path):
-    """Built beside this torch, it gives the same bits beside those that other environments of this
-    checkout have.
+    """One wheel serves every torch: built with this torch, it gives the same bits with those in
+    other environments of this checkout.
     """
 
     def digest(python):

@@ -93,7 +93,7 @@ def float32_points(low_exponent, dense=100_000):
 
 
 def ulps(value, exact):
-    """Error in units of the last place of the exact value, in float32."""
+    """The error in units of the last place of the exact value, in float32."""
     spacing = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
     return np.abs(value.astype(np.float64) - exact) / spacing
 
@@ -162,7 +162,9 @@ class TestFunctions:
             assert z.tolist() == [0.0, 0.0]
 
     def test_box_muller_takes_a_correctly_rounded_root(self):
-        """At u₁ = 1 the cosine is exactly 1, which leaves √(−2 ln u₀)."""
+        """Box–Muller takes a correctly rounded root. At u₁ = 1 the cosine is exactly 1, which
+        leaves √(−2 ln u₀).
+        """
         u = torch.from_numpy(float32_points(-33))
         radius, zero = philox.box_muller(u, torch.ones_like(u))
         assert np.array_equal(radius.numpy(), np.sqrt(-2 * philox.ln(u).numpy()))
@@ -206,8 +208,8 @@ class TestFma:
     def test_double_rounding(self):
         """The float64 sum falls on a float32 tie that the exact sum is not on.
 
-        (1 + x)(1 − x) = 1 − x² is 1 to more bits than float64 has left beside c, so a·b + c comes
-        to lie x²·2⁻²⁴ beside a tie; which side it is on decides.
+        (1 + x)(1 − x) = 1 − x² is 1 to more bits than float64 has left next to c, so a·b + c lies
+        x²·2⁻²⁴ from a tie, and its side decides.
         """
         changed = 0
         for k, odd, scale in itertools.product(range(15, 23), range(4), (-20, 0, 13)):
@@ -396,7 +398,9 @@ def z():
 
 class TestStatistics:
     def test_moments(self, z):
-        """Of N(0, 1), E zᵏ = 0, 1, 0, 3; the variances of the powers are 1, 2, 15, 96."""
+        """The moments are those of N(0, 1): E zᵏ = 0, 1, 0, 3; the variances of the powers are 1,
+        2, 15, 96.
+        """
         for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
             deviation = (z**power).mean() - expected
             assert abs(deviation) < SIGMAS * math.sqrt(variance / len(z)), f"moment {power}"
@@ -417,7 +421,9 @@ class TestStatistics:
             assert abs(count - len(z) * p) < SIGMAS * math.sqrt(len(z) * p * (1 - p))
 
     def uncorrelated(self, x, y):
-        """Of the values and of the squares, which √(1 − r²)-like dependence would show in."""
+        """No correlation is found between the values, nor between the squares, in which a
+        dependence like √(1 − r²) would show.
+        """
         bound = SIGMAS / math.sqrt(x.numel())
         for f in (torch.Tensor.double, lambda v: v.double().square()):
             a, b = f(x).flatten(), f(y).flatten()

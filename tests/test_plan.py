@@ -207,7 +207,9 @@ def test_previous_is_the_next_visited():
 
 
 def test_coefficients_of_x_0():
-    """As tabulated for each prediction type; no clipping and no guidance are infinity and 1."""
+    """Coefficients of x_0 are as tabulated for each prediction type; without clipping and guidance
+    they are infinity and 1.
+    """
     for a in (0.9, 0.25, 1e-4):
         expected = {
             "epsilon": (1 / math.sqrt(a), -math.sqrt(1 - a) / math.sqrt(a)),
@@ -356,7 +358,9 @@ class TestTooLargeEta:
             coefficient_row(a, p, Update(eta=limit * (1 + 1e-9)))
 
     def test_rounding_is_not_refused(self):
-        """At η = 1 and ā_t = 0 the exact value is 0, whatever the rounding."""
+        """Rounding is not refused. At η = 1 and ā_t = 0 the exact value is 0, whatever the
+        rounding.
+        """
         for p in np.linspace(0.001, 0.999, 999):
             row = coefficient_row(0.0, float(p), Update(eta=1.0, prediction="v_prediction"))
             assert row.kx == pytest.approx(0.0, abs=1e-7)
@@ -367,7 +371,9 @@ class TestZeroTerminalSnr:
 
     @pytest.mark.parametrize("prediction", ["epsilon", "score"])
     def test_noise_alone_is_refused(self, prediction):
-        """x_0 does not follow from either: the score of pure noise is −x, whatever the data."""
+        """Noise alone is refused, since x_0 does not follow from it: the score of pure noise is −x
+        for any data.
+        """
         update, named = Update(prediction=prediction), rf"^prediction: .*'{prediction}'"
         with pytest.raises(ValueError, match=rf"{named}.*step 0 \(timestep 999\)"):
             make_plan(self.schedule, 10, update, spacing="trailing")
@@ -414,7 +420,7 @@ class TestInversionPlan:
             np.testing.assert_allclose(x_0, expected_x_0, rtol=1e-12, atol=1e-12)
 
     def test_sample_prediction_above_the_data(self):
-        """Invertible from ᾱ < 1; refused from ᾱ = 1."""
+        """Sample prediction is invertible from ᾱ < 1, and refused from ᾱ = 1."""
         rng = np.random.default_rng(3)
         x, m = rng.normal(size=(2, 100))
         up, _ = evaluate(inversion_row(0.5, 0.9, Update(prediction="sample")), x, m)

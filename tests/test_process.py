@@ -117,7 +117,9 @@ def test_posterior_written_out(step):
 
 @given(walk=walks())
 def test_lemma_1_exactly(walk):
-    """From q(x_T | x_0) down, integrating each posterior over the marginal before it."""
+    """Lemma 1 holds exactly: from q(x_T | x_0) down, integrating each posterior over the marginal
+    before it.
+    """
     alphas, sigmas = walk
     x_0 = normal(2, 3)
     mean, variance = process.marginal(x_0, alphas[-1])
@@ -132,8 +134,8 @@ def test_lemma_1_exactly(walk):
 
 @pytest.mark.parametrize("direction", ["down", "up"])
 def test_lemma_1_by_sampling(direction):
-    """Drawn along the posterior from x_T, or along the forward kernel from x_1: each x_t has its
-    marginal.
+    """Lemma 1 holds by sampling, along the posterior from x_T or along the forward kernel from x_1:
+    each x_t has its marginal.
     """
     alphas = np.array([0.95, 0.7, 0.4, 0.1, 0.02])
     sigmas = np.sqrt(1 - before(alphas)) * [0.0, 0.9, 0.2, 0.5, 0.99]
@@ -164,7 +166,9 @@ def test_lemma_1_by_sampling(direction):
 
 @given(step=steps())
 def test_forward_kernel_is_the_conditioned_joint_gaussian(step):
-    """Both states as linear maps of white noise, stacked, and conditioned by linear algebra."""
+    """The forward kernel is the conditioned joint Gaussian of both states, as linear maps of white
+    noise, stacked and conditioned by linear algebra.
+    """
     a, p, s = step
     d = 3
     x_prev, x_0 = normal(1, d), normal(1, d, seed=1)
@@ -237,7 +241,9 @@ def test_generative_is_equation_12(eta):
 
 
 def test_generative_at_the_last_step():
-    """N(f_θ(x_1), σ_1²·I) for any σ_1, and only for the samples that are there."""
+    """The last generative step is N(f_θ(x_1), σ_1²·I) for any σ_1, and only for the samples that
+    are at that step.
+    """
     x_t, epsilon = normal(3, 2), normal(3, 2, seed=1)
     a = torch.tensor([0.9, 0.8, 0.7], dtype=torch.float64)
     p = torch.tensor([1.0, 0.85, 1.0], dtype=torch.float64)
@@ -417,7 +423,9 @@ def test_other_sigmas_make_the_forward_process_remember_x_0():
 
 @given(step=steps(), share=st.floats(0.01, 1))
 def test_eta_0_is_an_euler_step_of_the_ode(step, share):
-    """Eq. 13: x/√α moves by ε times the change of √(1 − α)/√α."""
+    """A step at η = 0 is an Euler step of the ODE (eq. 13): x/√α moves by ε times the change of
+    √(1−α)/√α.
+    """
     _, p, _ = step
     a = p * share * 0.999
     x_t, epsilon = normal(2, 3), normal(2, 3, seed=1)
@@ -429,8 +437,9 @@ def test_eta_0_is_an_euler_step_of_the_ode(step, share):
 
 
 def test_eta_0_converges_to_the_ode():
-    """Eq. 14 for Gaussian data, where ε is known and the flow keeps (x_t − E x_t)/std x_t: the
-    error of the first-order method is inversely proportional to the number of steps.
+    """At η = 0 runs converge to the ODE (eq. 14) for Gaussian data, with known ε and a flow that
+    keeps (x_t − E x_t)/std x_t: the error of the first-order method is inversely proportional to
+    the number of steps.
     """
     centre, scale = 0.5, 0.3
     z = normal(1, 6)
@@ -455,7 +464,9 @@ def test_eta_0_converges_to_the_ode():
 
 @given(step=steps(), share=st.floats(0.01, 1))
 def test_eta_0_is_the_first_order_dpm_solver_step(step, share):
-    """arXiv 2206.00927, eq. 3.7, and the x_0 form of arXiv 2211.01095, with λ = log(α/σ)."""
+    """At η = 0 a step is that of the first-order DPM solver: arXiv 2206.00927, eq. 3.7, and the x_0
+    form of arXiv 2211.01095, with λ = log(α/σ).
+    """
     _, p, _ = step
     a = p * share * 0.999
     x_s, epsilon = normal(2, 3), normal(2, 3, seed=1)
@@ -520,7 +531,7 @@ def test_training_loss_uses_the_first_half_of_a_learned_variance_model():
 
 
 def test_training_loss_has_the_gradient():
-    """For ε_θ = c·x_t it is Σ 2·(c·x_t − ε)·x_t."""
+    """The training loss has the gradient Σ 2·(c·x_t − ε)·x_t for ε_θ = c·x_t."""
     x_0, epsilon = normal(1, 5), normal(1, 5, seed=1)
     a = linear_alphas()[500]
     x_t = math.sqrt(a) * x_0 + math.sqrt(1 - a) * epsilon
@@ -583,7 +594,9 @@ def test_gradients_flow_through_the_means():
 
 
 def test_a_sigma_of_eq_16_is_never_refused_for_rounding():
-    """At α_t = 0 and η = 1 it is √(1 − α_{t−1}), where eq. 7 takes the root of a rounding error."""
+    """A σ of eq. 16 is never refused for rounding. At α_t = 0 and η = 1 it is √(1 − α_{t−1}), where
+    eq. 7 takes the root of a rounding error.
+    """
     x = normal(1, 2)
     for p in np.linspace(0.001, 0.999, 999):
         s = process.sigma(0.0, p, 1.0)

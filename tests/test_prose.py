@@ -133,7 +133,9 @@ class TestPython:
         assert_no_fault(GROUPS[group], first_sentence_without_an_end)
 
     def test_phrases(self, group: str) -> None:
-        assert_no_fault(GROUPS[group], phrases_in_python)
+        # The examples at the end of this file hold the phrases.
+        paths = [path for path in GROUPS[group] if path != Path(__file__)]
+        assert_no_fault(paths, phrases_in_python)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

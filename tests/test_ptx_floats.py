@@ -153,7 +153,9 @@ def test_fma(of: Format) -> None:
 
 
 def test_fma_of_doubles_without_overflow_in_between() -> None:
-    """Finite results whose product alone is beyond the range, and the reverse."""
+    """A product beyond the range is no overflow of a fused multiply-add with a finite result, and
+    the reverse.
+    """
     a = np.array([2.0**1000, 2.0**1023, -(2.0**1000), 2.0**1000, 2.0**-1000, 2.0**-600])
     b = np.array([2.0**30, 2.0, 2.0**30, 2.0**23, 2.0**-80, 2.0**-474])
     c = np.array([-(2.0**1023), -(2.0**1023), 2.0**1023, 2.0**1023, 2.0**-1074, -(2.0**-1074)])
@@ -399,7 +401,9 @@ def test_combined_predicates() -> None:
 @pytest.mark.parametrize("source", [F32, F64], ids=["f32", "f64"])
 @pytest.mark.parametrize("half", [F16, BF16], ids=["f16", "bf16"])
 def test_narrowing_to_halves(half: Format, source: Format) -> None:
-    """Around every kind of number of the narrow type: itself, ties, and beside ties."""
+    """Narrowing to halves is right around every kind of number of the narrow type: itself, ties,
+    and next to ties.
+    """
     bits = np.concatenate([np.arange(0, 2**15, 97), np.arange(5), 2**15 - 2**10 + np.arange(-9, 0)])
     values = [value_of(int(v), half) for v in bits]
     values = [v for v in values if isinstance(v, Fraction)]
@@ -431,7 +435,9 @@ def test_halves_are_widened_exactly(half: Format) -> None:
 
 @pytest.mark.parametrize("half", [F16, BF16], ids=["f16", "bf16"])
 def test_narrowing_two_at_once(half: Format) -> None:
-    """The first source is the upper half; NaN becomes the canonical one."""
+    """Narrowing of two at once: the first source is the upper half, and NaN becomes the canonical
+    one.
+    """
     a, b = numbers(F32, 300, 6), numbers(F32, 300, 7)
     a[0], b[1] = math.nan, math.nan
     sources = {"a": a, "b": b}
@@ -478,7 +484,7 @@ ROUNDINGS: dict[str, Callable[[Fraction], int]] = {
 @pytest.mark.parametrize("source", [F32, F64], ids=["f32", "f64"])
 @pytest.mark.parametrize("mode", ROUNDINGS)
 def test_floats_to_integers(mode: str, source: Format) -> None:
-    """Saturating; NaN becomes what the ISA's text on `cvt` says."""
+    """Floats become integers with saturation; NaN becomes the value in the ISA's text on `cvt`."""
     edges = [s * v for v in (0.0, 0.5, 1.5, 2.5, 2.0**31, 2.0**32, 2.0**63, 2.0**64, 1e30, math.inf)
              for s in (1, -1)]  # fmt: skip
     near = np.array(edges[:-2], source.dtype)

@@ -47,7 +47,7 @@ def start(
     block: tuple[int, int, int] = (64, 1, 1),
     shared_bytes: int = 0,
 ) -> ptx.Launch:
-    """A kernel on tensors, the last of which it may write."""
+    """Starts a kernel on tensors, the last of which it may write."""
     memory = ptx.Memory()
     for i, tensor in enumerate(tensors):
         memory.add_tensor(tensor, f"tensor {i}", writable=i == len(tensors) - 1)
@@ -82,7 +82,7 @@ def test_broken_rules(module: ptx.Module, name: str, reason: str) -> None:
 
 
 def test_races_between_blocks(module: ptx.Module) -> None:
-    """Also where the blocks do not run in the same wave."""
+    """Races between blocks are found, also if the blocks do not run in the same wave."""
     assert start(module, "two_blocks_write", torch.zeros(64)).executed["ret"] == 64
     for blocks in (2, 1000):
         with pytest.raises(ptx.PtxError, match="race"):
@@ -110,7 +110,9 @@ def test_store_into_read_only_memory(module: ptx.Module) -> None:
 @pytest.mark.parametrize("short", ["in", "out"])
 @pytest.mark.parametrize("end", ["first", "last"])
 def test_bounds_are_exact_to_the_byte(module: ptx.Module, short: str, end: str) -> None:
-    """Also with another region right beside, whose bytes are no part of this one."""
+    """Bounds are exact to the byte, also with another region right next to them, whose bytes are no
+    part of this one.
+    """
     block = torch.arange(640, dtype=torch.uint8)
     regions = {"in": block[64:192], "out": block[320:448]}
     before = block.clone()
@@ -167,7 +169,7 @@ def test_misaligned_vectors(module: ptx.Module, place: int) -> None:
 
 
 def test_wild_pointers(module: ptx.Module) -> None:
-    """Also those whose end wraps around the address space."""
+    """Wild pointers are refused, also those whose end wraps around the address space."""
     out = torch.zeros(64)
     memory = ptx.Memory()
     memory.add_tensor(out, "out")
@@ -198,7 +200,7 @@ def test_strided_views_span_their_extent() -> None:
 
 
 def test_shared_memory_and_barriers(module: ptx.Module) -> None:
-    """Blocks of several waves, each with rows of its own."""
+    """Shared memory and barriers work in blocks of several waves, each with rows of its own."""
     values = torch.randn(64 * 600)
     before = values.clone()
     start(module, "reverse", values, grid=(600, 1, 1))
@@ -216,7 +218,7 @@ def test_barriers_in_loops(module: ptx.Module) -> None:
 
 
 def test_atomic_additions(module: ptx.Module) -> None:
-    """Several threads to one number; what it was before an addition depends on their order."""
+    """Several threads add to one number; its value before an addition depends on their order."""
     values = torch.randint(0, 9, (40, 64), dtype=torch.int32)
     counts = torch.zeros(40, 64, dtype=torch.int32)
     start(module, "histogram_of_block", values, counts, grid=(40, 1, 1))
@@ -292,7 +294,7 @@ def test_shuffles(module: ptx.Module) -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(32, 32), (64, 16), (128, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_exchanges_of_triton(capability: int, rows: int, columns: int, dtype: torch.dtype) -> None:
-    """Layouts that change through shared memory, by vectors or by matrices."""
+    """Exchanges of Triton change layouts through shared memory, by vectors or by matrices."""
     pytest.importorskip("triton", reason="there is no Triton")
     from .support.gpuless.transpose import compiled
 

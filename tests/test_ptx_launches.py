@@ -36,7 +36,7 @@ class Launcher(NamedTuple):
 def launchers(
     launched_text: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Launcher, Launcher]:
-    """Two, so that each must find its own runtime."""
+    """Two launchers, each of which must find its own runtime."""
     made = []
     for _ in range(2):
         folder = tmp_path_factory.mktemp("launcher")
@@ -137,7 +137,7 @@ def test_invalid_configurations(launcher: Launcher) -> None:
 @needs_nvcc
 @needs_compiler
 def test_large_parameters(launcher: Launcher) -> None:
-    """A structure of 4016 bytes by value, indexed at run time."""
+    """Large parameters work: a structure of 4016 bytes by value, indexed at run time."""
 
     class Large(ctypes.Structure):
         _fields_ = (
@@ -172,7 +172,9 @@ def test_without_an_interpreter_there_is_no_driver(tmp_path: Path, launched_text
 def test_the_runtime_offers_what_launchers_need_and_no_more(
     launchers: tuple[Launcher, Launcher],
 ) -> None:
-    """Nothing to allocate, copy or wait with: a launcher that did would not link."""
+    """The runtime offers what launchers need and no more: a launcher that allocates, copies or
+    waits would not link.
+    """
     runtime = symbols("--defined-only", launchers[0].gpu.library)
     assert runtime - {"stand_in_set_callback", "FASTDDIM_STAND_IN"} == {
         "__cudaGetKernel",

@@ -1,4 +1,4 @@
-"""The interpreter of PTX: what it refuses, scopes, registers and predicates."""
+"""The interpreter of PTX: its refusals, scopes, registers and predicates."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("statement", REFUSED)
 def test_refused(statement: str) -> None:
-    """Whatever is not implemented is an error, also in code that no thread reaches."""
+    """Unknown parts of PTX are an error, also in code that no thread reaches."""
     declarations = ".reg .pred p; .reg .b64 x; .reg .b16 h;"
     sources = {"a": np.ones(1, "u4"), "b": np.ones(1, "u4")}
     body = f"setp.ne.u32 p, a, a; @!p bra over; {statement} over: mov.u32 d, 7;"
@@ -155,14 +155,16 @@ def test_scopes() -> None:
 
 
 def test_registers_start_poisoned() -> None:
-    """What was never written is NaN, so that reading it shows."""
+    """Registers start poisoned: an unwritten one is NaN, so that reading it shows."""
     out = evaluate("mov.f32 d, t;", {"a": np.zeros(4, "u4")}, "f32", ".reg .f32 t;")
     assert np.isnan(out.view("f4")).all()
 
 
 @pytest.mark.parametrize("count", [512, 600])
 def test_predicated_lanes_keep_their_value(count: int) -> None:
-    """And what turned them off does not count as executed."""
+    """Lanes that a predicate turns off keep their value, and the instruction does not count as
+    executed for them.
+    """
     a = np.arange(count, dtype="u4")
     body = """
         mov.u32 d, a;

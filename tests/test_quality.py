@@ -109,7 +109,7 @@ KINDS = {"0": (0.0, "small"), "1": (1.0, "small"), "σ̂": (1.0, "large")}
 
 @functools.cache
 def distance(steps: int, kind: str, seed: int, count: int) -> float:
-    """Of so many digits."""
+    """The distance of so many digits."""
     network = grid.Network("digits", compiled=False)
     cell = grid.Cell(steps, *KINDS[kind], count=count, seed=seed)
     row = grid.measure(cell, network, "digits", ("classifier",))

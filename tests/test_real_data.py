@@ -1,4 +1,4 @@
-"""Trained models on images they were not trained on: what the paper's experiments showed."""
+"""Trained models on images they were not trained on: the results of the paper's experiments."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def digits_model():
 
 @pytest.fixture(scope="module")
 def same_latents(digits_model):
-    """η = 0 samples of one x_T by number of steps."""
+    """Samples at η = 0 of one x_T, by number of steps."""
     return {
         steps: fastddim.sample(digits_model, steps, batch_size=16, seed=1)
         for steps in (5, 10, 20, 50, 100)
@@ -82,14 +82,18 @@ def test_same_latents_give_the_same_digits(same_latents):
 
 
 def test_noise_decides_otherwise(digits_model, same_latents):
-    """With η = 1 the step noise decides the image as well, so the same x_T tells little."""
+    """Noise decides as well: with η = 1 the step noise changes the image, so the same x_T tells
+    little.
+    """
     drawn = fastddim.sample(digits_model, 20, batch_size=16, seed=1, eta=1.0)
     assert error(drawn, same_latents[100]) > 0.05
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_samples_look_like_digits(digits, digits_model, eta):
-    """As close to a training image as an unseen real digit is, and of every class."""
+    """Samples look like digits: as close to a training image as an unseen real digit is, and of
+    every class.
+    """
     images, labels, held_out = digits
     drawn = fastddim.sample(digits_model, 20, batch_size=120, eta=eta)
 

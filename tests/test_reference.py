@@ -21,7 +21,7 @@ ALPHAS = [(0.9999, 1.0), (0.6, 0.8), (0.02, 0.3), (0.0005, 0.01)]
 
 
 def rows(a, p, **kwargs):
-    """`[1 or B, K]` of one step."""
+    """Rows `[1 or B, K]` of one step."""
     update = Update(**kwargs).checked(B)
     return torch.atleast_2d(stack_row(coefficient_row(a, p, update)))
 
@@ -45,7 +45,7 @@ def per_sample(values):
 @pytest.mark.parametrize("guidance", [None, 1.0, 7.5, 0.0])
 @pytest.mark.parametrize("learned", [False, True])
 def test_float64(prediction, guidance, learned):
-    """Every combination of a step's options, to 1e-12 of the size of the terms."""
+    """Every combination of a step's options is right to 1e-12 of the size of the terms."""
     output = ((2 if guidance is not None else 1) * B, (2 if learned else 1) * C, H, W)
     x, m, z = tensors(torch.float64, SHAPE, output, SHAPE)
     m_64 = wide(m)[:, :C]
@@ -176,7 +176,9 @@ def test_one_output_rounding(dtype, prediction, guidance):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_better_than_rounding_every_operation(dtype, prediction):
-    """What a scheduler written in the tensors' dtype does, each operation rounded to half."""
+    """The update is better than a scheduler in the tensors' dtype, which rounds each operation to
+    half.
+    """
     x, m = tensors(dtype, (1, 20_000), (1, 20_000))
     for a, p in ((0.6, 0.8), (0.02, 0.3)):
         signal, sigma = a**0.5, (1 - a) ** 0.5
@@ -239,7 +241,9 @@ def test_clipping_reaches_the_range_and_no_further():
 
 @pytest.mark.parametrize("z", [math.nan, math.inf])
 def test_noise_is_unread_where_its_coefficient_is_zero(z):
-    """As on the last step, whose noise nobody may have drawn; per sample as well."""
+    """Noise is not read if its coefficient is zero, per sample as well: no caller may have drawn
+    the noise of the last step.
+    """
     x, m = tensors(torch.float32, SHAPE, SHAPE)
     noise = torch.full(SHAPE, z)
     for table in (rows(0.9, 1.0, eta=1.0), rows(0.9, 1.0, eta=1.0, variance="large")):

@@ -34,7 +34,7 @@ def rescaled(backend: Any, case: Case, rescaling: Rescaling) -> Tensor:
 
 
 def expected(case: Case, rescaling: Rescaling) -> np.ndarray:
-    """Sample by sample, as the papers have it: factors in, rows out."""
+    """The rescaling of the papers, sample by sample: factors in, rows out."""
     rows = []
     table, index = case.table.double().numpy(), case.row.numpy()
     channels = case.x.shape[1] if case.x.ndim > 1 else None
@@ -91,7 +91,9 @@ def test_sizes(backend: backends.Backend, size: int) -> None:
 
 
 def test_quantiles_of_ties_and_of_every_rank(backend: backends.Backend) -> None:
-    """Few distinct values, so that neighbouring order statistics are equal or far apart."""
+    """Quantiles are right for ties and every rank: few distinct values make neighbouring order
+    statistics equal or far apart.
+    """
     generator = torch.Generator().manual_seed(0)
     case = make_case(generator, (1, 101), dtype=torch.float64)
     case.model_output.copy_(torch.randint(-3, 4, (1, 101), generator=generator) * 1.5)
@@ -173,7 +175,7 @@ def test_bits_do_not_depend_on_instruction_set_threads_or_batch() -> None:
 
 
 def test_a_sample_beyond_what_torch_quantile_takes() -> None:
-    """torch.quantile refuses more than 2²⁴ elements."""
+    """A sample may have more than 2²⁴ elements, which torch.quantile refuses."""
     count = 2**24 + 5
     x = torch.rand(1, count) * 4
     table = stack_row(coefficient_row(0.5, 0.8, Update(prediction="sample")))[None].float()
@@ -185,7 +187,9 @@ def test_a_sample_beyond_what_torch_quantile_takes() -> None:
 
 @pytest.mark.parametrize("kind", FITS)
 def test_step_applies_them(kind: str) -> None:
-    """x_0 clamped to [−s, s] and divided by s, and the model output scaled, as the papers say."""
+    """A step clamps x_0 to [−s, s] and divides it by s, and scales the model output, as the papers
+    say.
+    """
     generator = torch.Generator().manual_seed(1)
     x, m = (torch.randn(n, 3, 9, 7, generator=generator, dtype=torch.float64) for n in (2, 4))
     rescaling, a, p = FITS[kind], 0.2, 0.6

@@ -144,7 +144,9 @@ def test_generators_draw_on(each: bool) -> None:
 
 
 def test_known_data_are_mixed_with_the_latents_of_the_seed() -> None:
-    """Where all is known, each state is the data at its noise level."""
+    """Known data are mixed with the latents of the seed: with all of it known, each state is the
+    data at its noise level.
+    """
     known, common = draws(*SHAPE, seed=2), {"shape": SHAPE, "schedule": LINEAR}
     given: dict[str, Any] = {"mask": torch.ones(1), "known": known, "seed": 7, **common}
     states = fastddim.sample(

@@ -40,7 +40,7 @@ def generator(seed):
 
 
 class Recorder:
-    """A model that remembers copies of what it was called with."""
+    """A model that keeps copies of its inputs."""
 
     def __init__(self, model=elementwise_model):
         self.model = model
@@ -378,7 +378,7 @@ class TestSignatures:
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 class TestSameBits:
-    """What sample a number belongs to decides it, and nothing else."""
+    """The sample that a number belongs to decides its bits, and nothing else."""
 
     # Large enough for torch to share it among two threads.
     shape = (64, 3, 14, 14)
@@ -486,7 +486,9 @@ class TestSameBits:
         ids=["number", "tensors", "seeds"],
     )
     def test_global_defaults_do_not_matter(self, impl, kind):
-        """A default device or dtype of the user's is for tensors that the user makes."""
+        """Global defaults do not matter: a default device or dtype is for tensors that the user
+        makes.
+        """
         kind = {"shape": SHAPE, "device": "cpu", "impl": impl, "eta": 1.0, "seed": 2} | kind
         x = latents()
         previous = torch.get_default_dtype()
@@ -642,7 +644,7 @@ class TestModels:
         assert torch.equal(own, expected)
 
     def test_output_that_is_the_input(self):
-        """The state is written over in place; an output that aliases it must be read first."""
+        """An output that aliases the state is read before the state is written over."""
         for guidance_scale in (None, 3.0):
             kind = {"shape": SHAPE, "eta": 1.0, "seed": 0, "guidance_scale": guidance_scale}
             own = fastddim.sample(lambda x, t: x, 5, **kind)
@@ -892,7 +894,9 @@ class TestNoHostWork:
     @pytest.mark.parametrize("kind", KINDS, ids=range(len(KINDS)))
     @pytest.mark.parametrize("seed", [3, [1, 2]], ids=["one seed", "seeds"])
     def test_no_synchronisation(self, impl, kind, seed):
-        """Over the whole loop: reset, every step with its noise, callback and trajectory."""
+        """Nothing synchronises over the whole loop: reset, every step with its noise, callback and
+        trajectory.
+        """
         sampler = Sampler(SmallNet(), 4, shape=SHAPE, impl=impl, **kind)
         expected = sampler(seed=seed, return_trajectory=True)
         samples = philox.check_samples(seed, 2)
@@ -924,8 +928,8 @@ class TestNoHostWork:
         assert torch.equal(own, expected)
 
     def test_no_synchronisation_in_inversion(self, impl):
-        """`invert` prepares and runs in one call; what it reads before the first model call is its
-        checks.
+        """`invert` prepares and runs in one call, and reads values on the host only for its checks
+        before the first model call.
         """
         entered = []
 
@@ -976,7 +980,9 @@ class TestNoHostWork:
             sampler._loop.run(x_T, samples=samples)
 
     def test_check_finite_does_synchronise(self, impl):
-        """Documented to wait for the device at every step; the default does not."""
+        """`check_finite` waits for the device at every step, as documented; the default
+        does not.
+        """
         sampler = Sampler(elementwise_model, 4, shape=SHAPE, impl=impl, check_finite=True)
         x_T, samples = latents(dtype=torch.float32), philox.check_samples(0, 2)
         with NoSync(), pytest.raises(AssertionError, match="in the loop"):
@@ -1008,7 +1014,9 @@ class TestNoHostWork:
 
 
 def test_no_value_is_read():
-    """Tensors on the meta device have none; a loop that needs one cannot run there."""
+    """No value is read: tensors on the meta device have none, and a loop that needs one cannot run
+    there.
+    """
     for kind in ({"eta": 0.0}, {"eta": 1.0, "guidance_scale": 2.0}):
         own = fastddim.sample(
             elementwise_model, 5, shape=SHAPE, device="meta", impl="reference", **kind
@@ -1047,7 +1055,9 @@ class TestInvert:
 
     @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "score"])
     def test_exact_where_the_output_does_not_depend_on_the_state(self, prediction):
-        """Then the explicit guess is the solution, and decoding gives the data back."""
+        """Inversion is exact if the output does not depend on the state: the explicit guess is the
+        solution, and decoding gives the data back.
+        """
 
         def model(x, t):
             return torch.sin(t.to(x.dtype)).view(-1, 1, 1, 1) * torch.ones_like(x)
@@ -1059,7 +1069,9 @@ class TestInvert:
         assert (z - x_0).abs().max() > 0.1
 
     def test_round_trip_falls_with_the_number_of_steps(self):
-        """On Gaussian data with the exact ε; the error of an Euler scheme is O(1/S)."""
+        """The error of the round trip falls with the number of steps, as O(1/S), on Gaussian data
+        with the exact ε.
+        """
         model = GaussianModel(LINEAR.alphas_cumprod)
         x_0 = model.mean + model.scale * latents()
         errors = []

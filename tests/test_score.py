@@ -1,4 +1,4 @@
-"""`prediction="score"`: against formulas in float64, and on data whose score is known."""
+"""`prediction="score"`, against formulas in float64, and on data with a known score."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def test_samples_are_those_of_epsilon(impl: str, kind: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_whole_runs_reach_the_data(impl: str) -> None:
-    """The ODE keeps how many standard deviations a state is off the mean."""
+    """Whole runs reach the data: the ODE keeps the number of standard deviations of a state from
+    the mean.
+    """
     x_T = draws(1000)
     a = LINEAR.alphas_cumprod[999]
     x_0 = fastddim.sample(SCORE, 1000, x_T=x_T, prediction="score", impl=impl)

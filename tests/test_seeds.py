@@ -147,7 +147,7 @@ def test_the_seed_is_of_the_cpu_whatever_the_default_device() -> None:
 
 
 def test_no_call_is_refused_for_its_seed() -> None:
-    """What is drawn is a seed that may be given."""
+    """Every drawn seed may also be given."""
     for _ in range(200):
         assert 0 <= int(philox.fresh_seed(torch.device("cpu"))) < 2**63
 
@@ -217,7 +217,7 @@ def test_a_program_of_the_default_compiler() -> None:
 
 
 class TestVmap:
-    """torch's own rules of randomness."""
+    """torch's own rules of randomness under `vmap`."""
 
     def mapped(self, randomness: str, **given: Any) -> Tensor:
         states = X.expand(3, *SHAPE)

@@ -1,4 +1,4 @@
-"""setup.py's decisions: which parts the extension is built with, and what happens where one is
+"""The decisions of setup.py: the parts of the extension that are built, and the result if one is
 missing. The compilers here are scripts that note what they were to compile, and fail.
 """
 
@@ -57,7 +57,7 @@ esac
 
 
 class Machine:
-    """Compilers in a folder of their own, and what they were asked for."""
+    """A machine with compilers in a folder of their own, and a record of their calls."""
 
     def __init__(self, folder: Path, server: subprocess.Popen[str]) -> None:
         self.folder = folder
@@ -132,7 +132,9 @@ def test_without_the_static_runtime_the_cuda_kernels_are_left_out(machine: Machi
 def test_what_cuda_needs_is_an_error_where_cuda_was_asked_for(
     machine: Machine, missing: str
 ) -> None:
-    """FASTDDIM_BUILD_CUDA=1 is not quietly ignored."""
+    """Missing parts of CUDA are an error under FASTDDIM_BUILD_CUDA=1, which is not
+    quietly ignored.
+    """
     if missing == "nvcc":
         (machine.folder / "cuda/bin/nvcc").unlink()
     result = machine.setup("--name", FASTDDIM_BUILD_CUDA="1")
@@ -142,7 +144,7 @@ def test_what_cuda_needs_is_an_error_where_cuda_was_asked_for(
 
 @needs_compiler
 def test_every_target_is_built_that_nvcc_knows(machine: Machine) -> None:
-    """And the PTX that newer GPUs compile for themselves."""
+    """Every target is built that nvcc knows, and the PTX that newer GPUs compile for themselves."""
     machine.runtime.parent.mkdir()
     machine.runtime.touch()
     assert machine.build().returncode != 0
@@ -157,7 +159,9 @@ def test_every_target_is_built_that_nvcc_knows(machine: Machine) -> None:
 @needs_compiler
 @pytest.mark.parametrize("asked", ["0", "1"])
 def test_warnings_are_errors_only_where_asked_for(machine: Machine, asked: str) -> None:
-    """A compiler that we have not seen may warn of anything, and the package still installs."""
+    """Warnings are errors only on request: an unknown compiler may warn of anything, and the
+    package still installs.
+    """
     machine.runtime.parent.mkdir()
     machine.runtime.touch()
     assert machine.build(FASTDDIM_WERROR=asked).returncode != 0
@@ -174,7 +178,9 @@ def test_warnings_are_errors_only_where_asked_for(machine: Machine, asked: str) 
 
 
 def version(folder: Path, code: str, **variables: str) -> str:
-    """The version of what `pip install` would build, from the metadata that it asks for first."""
+    """The version of the package that `pip install` would build, from the metadata that it asks for
+    first.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTDDIM")}
     result = subprocess.run(
         [sys.executable, "-c", code, "-q", "dist_info", "--output-dir", str(folder)],
@@ -215,7 +221,9 @@ sys.path = [os.environ["OVERLAY"], *(f for f in sys.path if f not in hidden)]
 def test_a_version_without_the_kernel_says_why(
     tmp_path: Path, variables: dict[str, str], label: str
 ) -> None:
-    """All that pip shows of a build that succeeds is the version, in its last line."""
+    """A version without the kernel says why, since pip shows only the version of a build that
+    succeeds, in its last line.
+    """
     assert version(tmp_path, PLAINLY, **variables) == f"{__version__}+no.kernel.{label}"
 
 

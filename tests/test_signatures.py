@@ -91,7 +91,9 @@ def test_shared_fields_are_taken_and_others_given() -> None:
 
 
 def test_the_overloads_of_a_step_have_its_options() -> None:
-    """With their types; `inspect` and `help` show the arguments themselves, with defaults."""
+    """The overloads of a step have its options, with their types; `inspect` and `help` show the
+    arguments themselves, with defaults.
+    """
     shown = typing.get_type_hints(fastddim.step)
     own = {"x_t", "model_output", "alpha_t", "alpha_prev", "return_x0", "return"}
     shared = typing.get_type_hints(api.StepOptions)

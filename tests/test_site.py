@@ -51,7 +51,7 @@ class Page(HTMLParser):
 
     @functools.cached_property
     def fetched(self):
-        """What a browser fetches to show the page."""
+        """The addresses that a browser fetches to show the page."""
         addresses = [a["src"] for tag, a in self.elements if a.get("src")]
         return addresses + [
             a["href"] for tag, a in self.elements if tag == "link" and a.get("rel") != "canonical"
@@ -124,7 +124,7 @@ def test_nothing_is_fetched_from_elsewhere(site, pages):
 
 
 def test_links_and_search_work_without_a_server(site, pages):
-    """A folder in the place of a file would be listed, and not shown."""
+    """Links and search work without a server: an address of a folder would list its files."""
     for address, page in pages.items():
         links = [a["href"] for tag, a in page.elements if tag == "a" and "href" in a]
         for link in links if address != "404.html" else ():
@@ -176,7 +176,7 @@ def test_measurements_are_shown(pages, source, name):
 
 
 def test_sections_of_the_readme_are_shown(pages):
-    """All except those that a page says more of."""
+    """Sections of the README are shown, except those that a page replaces with more detail."""
     left = {
         "Install": "install.html",
         "Drop-ins": "dropins.html",
@@ -283,7 +283,7 @@ See [two](#two), [docs/b.md](docs/b.md#end), [this](docs/b.md), [far](https://ex
 
 @pytest.fixture
 def included(monkeypatch, tmp_path):
-    """A function that gives a page as it is with the parts of `PART`."""
+    """A function that gives a page with the parts of `PART` in it."""
     parts = hook("parts")
     monkeypatch.setattr(parts, "README", tmp_path / "README.md")
 

@@ -16,7 +16,7 @@ SHAPE = (3, 2, 4, 4)
 
 
 def equation_67(z_0, z_1, alpha):
-    """As printed, the angle from the inner product; per sample."""
+    """The interpolation as printed, per sample, with the angle from the inner product."""
     mixed = np.empty_like(z_0)
     for i, (first, second) in enumerate(zip(z_0, z_1, strict=True)):
         inner = (first * second).sum()
@@ -106,7 +106,9 @@ class TestDegenerate:
 
     @pytest.mark.parametrize("angle", [1e-4, 1e-6, 1e-8, 1e-10, 1e-12])
     def test_nearly_parallel_latents_are_accurate(self, angle):
-        """Where acos of an inner product would have lost the angle."""
+        """Nearly parallel latents are accurate, although the acos of their inner product would have
+        lost the angle.
+        """
         z_0 = torch.zeros(1, 4, dtype=torch.float64)
         z_1 = torch.zeros(1, 4, dtype=torch.float64)
         z_0[0, 0] = 1.0

@@ -1,5 +1,5 @@
-"""Other processors: settings of torch and MKL that take their code paths, each in a process of its
-own, where the quick tests of bits are run again.
+"""Other processors: settings of torch and MKL that take their code paths. The quick tests of bits
+run again under each, in a process of its own.
 """
 
 from __future__ import annotations

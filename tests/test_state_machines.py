@@ -1,4 +1,4 @@
-"""Any order of calls gives what fresh calls of `sample` give."""
+"""Calls in any order give what fresh calls of `sample` give."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ETAS = st.sampled_from([0.0, 0.4, 1.0])
 
 
 class Boom(Exception):
-    """What a model or a callback raises here."""
+    """An error that a model or a callback raises here."""
 
 
 class Unreliable:
-    """The elementwise model, which raises at its n-th call from now where told so."""
+    """The elementwise model, which raises at its n-th call from now on request."""
 
     def __init__(self) -> None:
         self.calls_left: int | None = None
@@ -151,7 +151,7 @@ class SamplerMachine(RuleBasedStateMachine):
         ]
 
     def arguments(self, which, seed, start, noise, masked):
-        """What a call and `sample` share, the same tensors in each."""
+        """The arguments that a call and `sample` share, with the same tensors in each."""
         generator = torch.Generator().manual_seed(seed % 2**63)
 
         def draw(*shape):

@@ -54,7 +54,7 @@ def test_paper(impl, prediction, dtype):
 
 @pytest.mark.parametrize("last", [0.6, [0.6, 1.0, 0.9]], ids=["number", "[B]"])
 def test_coefficients_per_sample(impl, last):
-    """Numbers and `[B]` tensors mix freely, of any real dtype."""
+    """Coefficients per sample are numbers and `[B]` tensors, mixed freely, of any real dtype."""
     x, m, z = tensors(SHAPE, (6, *SHAPE[1:]), SHAPE)
     p = torch.tensor(last) if isinstance(last, list) else last
     for a, eta, g in itertools.product(
@@ -183,7 +183,9 @@ class TestOut:
         assert all((v == 1).all() for v in (x, m, z))
 
     def test_strides(self, impl):
-        """Transposed, sliced, expanded and channels-last tensors; element order is logical."""
+        """Any strides work: transposed, sliced, expanded and channels-last tensors; element order
+        is logical.
+        """
         x, m, z = tensors(SHAPE, SHAPE, SHAPE, dtype=torch.float32)
         kind = {"eta": 1.0, "seed": 5, "impl": impl}
         expected = fastddim.step(x, m, 0.3, 0.6, **kind)

@@ -100,7 +100,9 @@ def test_gradients(kind: dict) -> None:
 
 
 def test_impossible_rows_harm_no_other() -> None:
-    """ᾱ = 0 for epsilon, and more noise than there is: NaN or infinity, where they are used."""
+    """Impossible rows harm no other: ᾱ = 0 for epsilon, and more noise than possible, give NaN or
+    infinity if they are used.
+    """
     a, p = torch.tensor([0.0, 0.1, 0.5]).double(), torch.tensor([0.1, 0.2, 0.9]).double()
     table = table_of(a, p, Update(eta=1.2))
     x, m = draws(1, 5), draws(1, 5, seed=1)
@@ -131,7 +133,9 @@ def test_nothing_waits() -> None:
 
 
 def test_first_used_in_inference_mode() -> None:
-    """Nothing that is kept is an inference tensor, which no later call could have a gradient by."""
+    """A table first used in inference mode keeps no inference tensor, through which no later call
+    could have a gradient.
+    """
     table = StepTable(stack_row(mixing_row(A, -P)))
     x, m = draws(2, 5), draws(2, 5, seed=1)
     with torch.inference_mode():
@@ -172,7 +176,7 @@ def test_threads_with_states_of_different_dtypes() -> None:
 
 
 def test_a_table_that_is_let_go_takes_its_memory_along() -> None:
-    """At once, without the help of the garbage collector."""
+    """A table that is released frees its memory at once, without the garbage collector."""
     table = table_of(A, P, Update())
     x = draws(2, 5)
     table(x, x, 1)

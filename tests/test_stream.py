@@ -23,7 +23,7 @@ SHAPE = (2, 5)
 
 
 def conditioned(x, t, *, shift, extra):
-    """Correctly rounded operations only, like `elementwise_model`."""
+    """A model of correctly rounded operations, like `elementwise_model`."""
     assert extra["name"] == "fixed"
     assert len(x) == len(t) == len(shift) == len(extra["scale"])
     return elementwise_model(x, t) * extra["scale"][:, :, None] + shift
@@ -83,7 +83,7 @@ def drawn_alone(model, request, **common):
 
 
 def run_in_random_order(stream, requests, rng):
-    """Submit a few, take a few steps, and so on."""
+    """Runs in random order: submit a few, take a few steps, and so on."""
     tickets = []
     for request in requests:
         for _ in range(rng.choice([0, 0, 1, 2])):
@@ -95,7 +95,7 @@ def run_in_random_order(stream, requests, rng):
 
 @pytest.fixture
 def captures(monkeypatch):
-    """Capture by recording, on the CPU; the graphs captured so far."""
+    """Records captures on the CPU, and lists the graphs captured so far."""
     recorded = []
 
     def record(body, warm_up, device, generators):
@@ -238,7 +238,7 @@ class TestIsSample:
     @pytest.mark.skipif("cpu" not in CPU_IMPLS, reason="the cpu backend alone has such a step")
     @pytest.mark.parametrize(("masked", "name"), [(False, "loop_step"), (True, "masked_loop_step")])
     def test_steps_are_taken_in_one_call(self, masked, name, monkeypatch):
-        """Where nothing but the model comes between two states."""
+        """Steps are taken in one call if only the model comes between two states."""
         from fastddim.backends import cpu
 
         taken, made = [], getattr(cpu, name)
@@ -312,7 +312,7 @@ class TestIsSample:
 
 
 class Recording:
-    """The elementwise model, which keeps the batch sizes and raises or breaks where told."""
+    """The elementwise model, which keeps the batch sizes and raises or breaks on request."""
 
     def __init__(self):
         self.sizes, self.error, self.bad = [], None, None

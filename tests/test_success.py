@@ -1,4 +1,4 @@
-"""Arrivals of policies by steps: how they are counted, and the numbers that are committed."""
+"""Arrivals of policies by steps: their count, and the committed numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAGE = "docs/results/policy-success.md"
 
 
 class Planner(nn.Module):
-    """ε of the planner's own chunks, from the position and the goal that are observed."""
+    """A planner that returns ε of its own chunks, from the observed position and goal."""
 
     def __init__(self, side: float | None) -> None:
         super().__init__()
@@ -61,7 +61,9 @@ def work():
 
 @pytest.mark.parametrize(("side", "expected"), [(1.0, 1.0), (-1.0, 1.0), (None, 0.0)])
 def test_arrivals_are_those_of_the_chunks_that_are_executed(side, expected):
-    """The planner as a policy arrives, however it is sampled, and one that stays does not."""
+    """Arrivals are those of the executed chunks: the planner as a policy arrives, in every way of
+    sampling, and a policy that stays does not.
+    """
     planner = Planner(side).eval()
     work = success.Work(episodes=12)
     found = success.arrivals(planner, 2, work)
@@ -69,7 +71,9 @@ def test_arrivals_are_those_of_the_chunks_that_are_executed(side, expected):
 
 
 def test_a_chunk_is_executed_by_half(monkeypatch):
-    """The planner is asked as often as the episode has halves of chunks, each time where it is."""
+    """A chunk is executed by half: the planner is asked as often as the episode has halves of
+    chunks, each time at its position.
+    """
     asked, count = [], 3
     monkeypatch.setattr(Planner, "chunk", lambda self, seen: asked.append(seen) or _ahead(seen))
     episodes = navigation.Episodes.draw(count, 0)
@@ -84,7 +88,7 @@ def test_a_chunk_is_executed_by_half(monkeypatch):
 
 
 def _ahead(seen):
-    """Slowly ahead for as long as is executed, and back for the rest."""
+    """A chunk that goes slowly ahead in its executed part, and back in the rest."""
     chunk = torch.zeros(len(seen), navigation.HORIZON, 2)
     chunk[:, : navigation.EXECUTED, 0] = 0.01
     chunk[:, navigation.EXECUTED :, 0] = -1.0
@@ -166,7 +170,9 @@ def test_the_committed_numbers_are_of_the_committed_weights(committed):
 
 
 def test_the_committed_weights_arrive_as_often(committed):
-    """On another processor a robot or two may come to the other side of a disc."""
+    """The committed weights arrive as often; on another processor a robot or two may come to the
+    other side of a disc.
+    """
     found = success.arrivals(navigation.load(success.WEIGHTS), 4, success.Work())
     (row,) = (
         row

@@ -1,4 +1,4 @@
-"""The networks that others trained: how their files are read, and what they compute."""
+"""The networks that others trained: the reading of their files, and their outputs."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_the_noise_of_the_schedule_is_on_the_grid():
 
 
 class Normal(torch.nn.Module):
-    """The score of data from N(0, s²·I), whose ODE scales the latents."""
+    """A network with the score of data from N(0, s²·I), whose ODE scales the latents."""
 
     schedule = galaxygrad.galaxy_schedule()
 

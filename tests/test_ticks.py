@@ -1,4 +1,5 @@
-"""Nothing in a tick of an `ActionSampler` but the network: no allocation, no wait, one launch.
+"""The cost of a tick of an `ActionSampler` besides the network: no allocation, no wait,
+one launch.
 
 On the CPU, memory is what torch's profiler tells of its allocator. `RecordedGraph` stands in for a
 captured graph, whose launches are counted; tests/support/gpuless/capture.py has what a tick adds on
@@ -29,7 +30,7 @@ SCHEDULE = Schedule.linear()
 
 
 class Quiet(nn.Module):
-    """Allocates nothing: its output is memory of its own."""
+    """A network that allocates nothing: its output is memory of its own."""
 
     def __init__(self, batch: int = B) -> None:
         super().__init__()
@@ -43,7 +44,7 @@ class Quiet(nn.Module):
 
 
 class Followed(Quiet):
-    """One that autograd can follow."""
+    """A network that autograd can follow."""
 
     def forward(self, x: Tensor, t: Tensor, obs: Tensor) -> Tensor:
         return x * self.scale + obs
@@ -123,7 +124,9 @@ class TestAllocations:
         assert sum(size > 0 for size in made) == 3
 
     def test_those_of_autograd_go_again(self) -> None:
-        """A guided network allocates what it keeps for its backward pass, in eager steps."""
+        """Allocations of autograd are freed again: a guided network allocates for its backward
+        pass, in eager steps.
+        """
         robot = Robot(COUNTS["changing"], chunking="guide")
         robot.live(3)
         made = allocations(lambda: robot.live(20))
@@ -180,7 +183,9 @@ def test_one_launch_a_tick(
     recorded: list[RecordedGraph],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a graph of all its steps, without memory that is made or a wait for the device."""
+    """A tick is one launch, of a graph of all its steps, without an allocation or a wait for the
+    device.
+    """
     robot = Robot(changing, graph=mode, **kind)
     robot.sampler.prepare()
     captured, launches = len(recorded), Launches(monkeypatch)
@@ -194,7 +199,9 @@ def test_one_launch_a_tick(
 
 
 def test_ten_thousand_ticks(recorded: list[RecordedGraph], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many launches, and neither a tensor nor a graph more than after the first ones."""
+    """Ten thousand ticks make as many launches, and neither a tensor nor a graph more than the
+    first ones.
+    """
     robot = Robot(COUNTS["one number"], 2, graph="loop", warm_start=1)
     robot.obs = None
     robot.sampler.prepare()
@@ -211,7 +218,9 @@ def test_ten_thousand_ticks(recorded: list[RecordedGraph], monkeypatch: pytest.M
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", (KINDS | GUIDED).values(), ids=KINDS | GUIDED)
 def test_ten_thousand_ticks_on_a_gpu(kind: dict[str, Any]) -> None:
-    """By the counters of CUDA's allocator and its mode that refuses to wait."""
+    """Ten thousand ticks on a GPU allocate and wait for nothing, by the counters of CUDA's
+    allocator and its mode that refuses to wait.
+    """
     robot = Robot(COUNTS["one number"], device="cuda", **kind)
     robot.sampler.prepare()
     robot.live(2)

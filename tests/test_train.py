@@ -193,7 +193,7 @@ def capturing(graph: Graph, *, stream: Stream) -> Iterator[None]:
 
 @pytest.fixture
 def on_gpu(train: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Makes trainers that do on the CPU what they do on a GPU."""
+    """Makes trainers that do the work of a GPU on the CPU."""
     fakes = {
         "Stream": Stream,
         "stream": nullcontext,

@@ -20,7 +20,7 @@ SCHEDULE = fastddim.Schedule.linear()
 
 
 class Network(nn.Module):
-    """One with dropout."""
+    """A network with dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Network(nn.Module):
 
 
 class Wrapper(nn.Module):
-    """A module of the user around a network, by a name that tells nothing."""
+    """A module of the user around a network, under a name that tells nothing."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Policy:
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Warnings are given anew, and are not filtered as those of other toy networks."""
+    """Forgets given warnings, so that toy networks of other tests do not filter them."""
     monkeypatch.setattr(notices, "_given", set())
     with warnings.catch_warnings():
         warnings.simplefilter("default")
@@ -125,7 +125,7 @@ def test_a_module_without_parameters() -> None:
 
 
 class Agent(nn.Module):
-    """A module with a sampler of itself, which is in training mode where it makes that."""
+    """A module with a sampler of itself, which is in training mode when it makes the sampler."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,9 @@ def test_a_sampler_looks_when_it_is_called() -> None:
 
 
 def test_layers_that_are_meant_to_draw() -> None:
-    """Dropout of a network in eval mode that the user has turned on again."""
+    """Layers that are meant to draw: dropout that the user has turned on again in a network in eval
+    mode.
+    """
     net = Network().eval()
     net.dropout.train()
     with warnings.catch_warnings():

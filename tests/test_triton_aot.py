@@ -1,4 +1,6 @@
-"""The Triton kernels compiled ahead of time for every target: what their machine code holds."""
+"""The Triton kernels compiled ahead of time for every target, and the contents of their machine
+code.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,9 @@ def operations_in_ptx(ptx: str) -> dict[str, int]:
     ids=lambda target: f"sm_{target.arch}",
 )
 def test_nvidia(target: Any, variant: str, tmp_path: Path) -> None:
-    """No stack, no spills, wide accesses, and ptxas contracts nothing."""
+    """Kernels for NVIDIA have no stack and no spills, make wide accesses, and ptxas contracts
+    nothing.
+    """
     binary = built(target, variant)
     ptx = binary.kernel.asm["ptx"]
     assert not re.search(r"\b(?:fma|mul|add|sub)\.f(?:32|64)\b", ptx), "may be contracted"
@@ -162,7 +166,9 @@ def test_nvidia(target: Any, variant: str, tmp_path: Path) -> None:
     ids=lambda target: target.arch,
 )
 def test_amd(target: Any, variant: str) -> None:
-    """No spills and no scratch memory; vectors where the tensors are contiguous."""
+    """Kernels for AMD have no spills and no scratch memory, and vectors if the tensors are
+    contiguous.
+    """
     assembly = built(target, variant).kernel.asm["amdgcn"]
     assert_no_spills(assembly)
     loads, stores = WIDE.get(variant, (0, 0))
@@ -230,7 +236,9 @@ def built_of_data(target: Any, variant: str) -> triton_jit.Binary:
     ("target", "variant"), targets_and_variants(triton_jit.SM_90, triton_jit.CUDA_TARGETS)
 )
 def test_rows_and_gradients_on_nvidia(target: Any, variant: str, tmp_path: Path) -> None:
-    """No stack, no spills, and nothing that is not rounded to nearest."""
+    """Rows and gradients on NVIDIA have no stack, no spills, and only operations that are rounded
+    to nearest.
+    """
     binary = built_of_data(target, variant)
     ptx = binary.kernel.asm["ptx"]
     assert not re.search(r"\b(?:fma|mul|add|sub|div|sqrt|rcp)\.f(?:32|64)\b", ptx)
@@ -265,7 +273,9 @@ def assert_no_spills(assembly: str) -> None:
 
 
 def test_other_sizes_need_no_other_kernel() -> None:
-    """Batch, resolution and strides are arguments: one binary serves them."""
+    """Other sizes need no other kernel. Batch, resolution and strides are arguments: one binary
+    serves them.
+    """
     for layout, noise in (("contiguous", "keyed"), ("contiguous", "none"), ("sliced", "keyed")):
         hashes = set()
         for shape in ((2, 4, 64, 64), (5, 4, 96, 160), (3, 3, 128, 32)):

@@ -1,4 +1,5 @@
-"""The Triton backend as PyTorch sees it: who may use it, operators, gradients, `torch.compile`.
+"""The Triton backend as PyTorch sees it: its users, operators, gradients,
+`torch.compile`.
 
 The kernels run on CPU tensors, as in tests/test_triton_ptx.py.
 """
@@ -32,7 +33,7 @@ TRITON = backends.BACKENDS["triton"]
 
 @pytest.fixture
 def launched() -> Iterator[list[str]]:
-    """The names of the kernels that are launched, and executed."""
+    """The names of the kernels that are launched and executed."""
     interpreter, names = Interpreter(), []
 
     def execute(binary: triton_jit.Binary) -> None:
@@ -124,7 +125,7 @@ def test_rows_from_data(launched: list[str]) -> None:
 
 @needs_extension
 def test_values_and_gradients(launched: list[str]) -> None:
-    """Those of the operator that the C++ kernel implements."""
+    """Values and gradients are those of the operator that the C++ kernel implements."""
     case = a_case()
     names = ("x", "model_output", "noise", "history", "known")
     results = []
@@ -174,7 +175,7 @@ def test_the_operators_are_registered_as_they_should_be() -> None:
 @needs_extension
 @pytest.mark.usefixtures("_on_ptx")
 def test_torch_compile_without_a_graph_break() -> None:
-    """Forwards and backwards."""
+    """`torch.compile` makes no graph break, forwards and backwards."""
     case = a_case()
 
     def step(x: Tensor, m: Tensor) -> Tensor:
@@ -190,7 +191,9 @@ def test_torch_compile_without_a_graph_break() -> None:
 
 
 def test_another_device_becomes_current_for_the_launch() -> None:
-    """Triton launches on the current device; where that is the tensors' own nothing is changed."""
+    """Another device becomes current for the launch, since Triton launches on the current device;
+    nothing changes if that is the tensors' own.
+    """
     tensor = mock.Mock(device=torch.device("cuda", 1))
     with (
         mock.patch.object(torch.cuda, "current_device", return_value=0),

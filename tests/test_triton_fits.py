@@ -44,7 +44,7 @@ OTHER_TARGETS = [target for target in triton_jit.CUDA_TARGETS if target != trito
 
 
 def some(names: Any, every: int) -> list[Any]:
-    """Triton compiles a kernel for each kind, which takes longer than to run it."""
+    """Some of the kinds of kernels, since Triton takes longer to compile one than to run it."""
     return [
         pytest.param(name, marks=[] if i % every == 0 else pytest.mark.deep)
         for i, name in enumerate(names)
@@ -78,7 +78,7 @@ def test_the_first_row_without_indices(interpreter: Interpreter) -> None:
 
 
 def many_of_one_value() -> tuple[Case, Rescaling]:
-    """More than 2¹⁶ in a sample, the last of them in a second chunk."""
+    """Many elements of one value: more than 2¹⁶ in a sample, the last of them in a second chunk."""
     case = make_case(torch.Generator().manual_seed(6), (1, 2**16 + 1001))
     case.x.fill_(2.5)
     case.x[0, 70:90] = torch.arange(20.0)

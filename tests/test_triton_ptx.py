@@ -1,5 +1,5 @@
-"""The Triton kernels executed: what Triton compiles for NVIDIA GPUs, through the real launcher, on
-the interpreter of PTX, bit for bit against the C++ kernel on the CPU.
+"""The Triton kernels executed: their code for NVIDIA GPUs, through the real launcher, on the
+interpreter of PTX, bit for bit against the C++ kernel on the CPU.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def test_updates(interpreter: Interpreter, name: str) -> None:
     ids=lambda target: f"sm_{target.arch}",
 )
 def test_other_targets(target: Any) -> None:
-    """What ptxas gets for other GPUs, with operations on pairs from sm_100 on."""
+    """The input of ptxas for other GPUs gives the same bits, with operations on pairs from sm_100
+    on.
+    """
     interpreter = Interpreter()
     with triton_jit.compiled_for(target, interpreter):
         for name in list(UPDATES)[::23]:
@@ -96,7 +98,9 @@ def paired(executed: Counter[str]) -> list[int]:
 
 
 def aligned_case(dtype: torch.dtype, **arguments: Any) -> Case:
-    """Several tiles a sample, the last of them not full, and a multiple of 16 bytes everywhere."""
+    """A case with several tiles a sample, the last of them not full, with a multiple of 16 bytes
+    everywhere.
+    """
     kind = {"noise": "keyed", "guided": True, "model_input": dtype, **arguments}
     return make_case(torch.Generator().manual_seed(7), (2, 3, 720), dtype=dtype, **kind)
 
@@ -104,7 +108,7 @@ def aligned_case(dtype: torch.dtype, **arguments: Any) -> Case:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("noise", ["none", "given", "keyed"])
 def test_vectors(interpreter: Interpreter, dtype: torch.dtype, noise: str) -> None:
-    """Where everything is aligned, every tensor is moved 16 bytes at a time."""
+    """Every tensor is moved 16 bytes at a time if all are aligned."""
     case = aligned_case(dtype, noise=noise, clip=0.5, per_sample=True)
     for got, expected in zip(
         run_bare(triton_jit.LAUNCHERS.update_out, case),
@@ -125,7 +129,7 @@ def test_vectors(interpreter: Interpreter, dtype: torch.dtype, noise: str) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_alignments(interpreter: Interpreter, dtype: torch.dtype) -> None:
-    """Views that begin at any element; nothing outside of them is touched."""
+    """Views may begin at any element, and nothing outside of them is touched."""
     case = aligned_case(dtype, model_input=None)
     expected = run(backends.BACKENDS["cpu"].update_out, case).out
     for offset in range(16 // dtype.itemsize + 1):
@@ -154,7 +158,7 @@ def test_no_noise_is_read_in_vain(interpreter: Interpreter) -> None:
 
 
 def test_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than there may be programs along the second axis of a grid, of which few are enough
+    """Many samples: more than the second axis of a grid may have programs, which is limited to few
     here.
     """
     monkeypatch.setattr(triton_jit.launch, "_MOST_PROGRAMS", 1)
@@ -178,7 +182,9 @@ def some_normals(out, keys, first, TILE: tl.constexpr, VECTOR: tl.constexpr):
 @pytest.mark.parametrize("vector", [2, 4, 8])
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**63, 2**64 - 1])
 def test_the_last_quads(vector: int, seed: int) -> None:
-    """Every bit of the key and of the counter counts: seeds from 2⁶³ on, the last quad 2³² − 1."""
+    """The last quads are right: every bit of the key and of the counter counts, with seeds from 2⁶³
+    on and the last quad 2³² − 1.
+    """
     largest = 2**32 - 1
     keys = philox.make_keys([0, seed], 2)._replace(
         step=torch.tensor([0, largest]), sample=torch.tensor([0, largest - 1])
@@ -233,7 +239,7 @@ def test_bytes_moved_are_the_floor(
 
 
 def test_the_same_digits(interpreter: Interpreter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The images of the CPU, from its recorded model outputs: latents, updates and counters."""
+    """Latents, updates and counters give the images of the CPU, from its recorded model outputs."""
     outputs, images = recorded_digits()
     answers = iter(outputs)
     monkeypatch.setattr(backends, "choose", lambda impl, where: triton_jit.LAUNCHERS)

@@ -45,7 +45,7 @@ def driver() -> Driver:
 
 
 def ignore(binary: triton_jit.Binary) -> None:
-    """Where launches count, and not what they write."""
+    """Ignores launches, in tests that count them and do not read what they write."""
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ UPDATES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", deep(UPDATES, "guided", "torch.bfloat16"))
 def test_updates_alike(name: str, driver: Driver, own: list[str]) -> None:
-    """Other tensors, by the kernel that was found for the first ones."""
+    """Updates alike use the kernel that was found for the first ones, with other tensors."""
     shape, kind = UPDATES[name]
     cases = [make_case(torch.Generator().manual_seed(seed), shape, **kind) for seed in range(3)]
     for case in cases:
@@ -115,7 +115,7 @@ LOOPS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", deep(LOOPS, "eta 1", "order 2"))
 def test_a_loop(kind: str, driver: Driver, own: list[str]) -> None:
-    """The bits of the CPU; Triton's own launch is called for the first step alone."""
+    """A loop has the bits of the CPU; Triton's own launch is called only for the first step."""
     got = draw(model, "triton", **LOOPS[kind])
     assert torch.equal(got, draw(model, "cpu", **LOOPS[kind]))
     steps = [name for name in own if name != "normal_kernel"]
@@ -136,7 +136,7 @@ OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("first", [0, pytest.param(1, marks=pytest.mark.deep)])
 @pytest.mark.parametrize("kind", deep(OUTPUTS, "unaligned", "negated in passing"))
 def test_outputs_that_lie_otherwise(kind: str, first: int, own: list[str]) -> None:
-    """Every other output, beginning with the first or the second."""
+    """Every other output lies in another way, beginning with the first or the second."""
     calls = 0
 
     def changing(x: Tensor, t: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def test_the_current_stream(driver: Driver, own: list[str]) -> None:
 def test_the_device_of_the_tensors(
     driver: Driver, own: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each step is launched while their device is the current one."""
+    """Each step is launched while the tensors' device is the current one."""
     driver.then = ignore
     entered: list[torch.device] = []
 
@@ -201,7 +201,7 @@ def test_the_device_of_the_tensors(
 
 
 def test_hooks_of_profilers(driver: Driver, own: list[str]) -> None:
-    """They are called for each launch from when they are added to when they are removed."""
+    """Hooks of profilers are called for each launch, from their addition to their removal."""
     driver.then = ignore
     begun: list[str] = []
     ended: list[str] = []
@@ -271,7 +271,7 @@ def test_a_default_device_is_no_such_mode(driver: Driver, own: list[str]) -> Non
 
 @pytest.fixture(params=["another version", "another name", "hooks before"])
 def ordinary(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What leaves each launch to Triton."""
+    """Leaves each launch to Triton, for one of three reasons."""
     update = triton_jit.launch.update_kernel
     if request.param == "another version":
         monkeypatch.setattr(repeated, "VERSIONS", ("2.",))
@@ -290,7 +290,7 @@ def test_launches_of_triton_alone(own: list[str]) -> None:
 def test_settings_of_triton(
     driver: Driver, own: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel is looked for again where Triton would compile another one."""
+    """A kernel is looked for again when a setting of Triton would compile another one."""
     driver.then = ignore
     for debug, found in ((False, 1), (True, 1), (True, 0), (False, 1)):
         own.clear()

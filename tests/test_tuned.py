@@ -143,7 +143,9 @@ class TestSamples:
         torch.testing.assert_close(states[-1][mask == 1], known[mask == 1])
 
     def test_weights_change_between_calls_of_one_loop(self):
-        """Loops are kept by the number of steps and their kind."""
+        """Weights may change between calls of one loop: loops are kept by the number of steps and
+        their kind.
+        """
         first, second = random_steps(5, seed=1), random_steps(5, seed=2)
         apart = [sample(steps, impl="auto") for steps in (first, second, 5)]
         assert len({x.double().sum().item() for x in apart}) == 3

@@ -180,7 +180,7 @@ def test_conditions_of_a_batch_reach_the_model() -> None:
 
 
 def test_pure_noise_at_first() -> None:
-    """ᾱ_T = 0, where x/√ᾱ is infinite."""
+    """Pure noise at first is possible: ᾱ_T = 0, where x/√ᾱ is infinite."""
     schedule = SCHEDULE.zero_terminal_snr()
     model = Mixture((6,), schedule, "v_prediction")
     steps = fastddim.tune(model, 5, prediction="v_prediction", **QUICKLY)
@@ -209,7 +209,7 @@ def test_what_the_model_predicts_makes_no_difference(prediction: str) -> None:
 
 
 def test_what_cannot_be_better_stays() -> None:
-    """One point as data: DDIM's own step is exact."""
+    """Steps that cannot be better stay. With one point as data, DDIM's own step is exact."""
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         a = SCHEDULE.alphas_cumprod[t].to(x)[:, None]
@@ -265,7 +265,7 @@ def test_an_interruption_closes_the_bar(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.filterwarnings("ignore:tuning 3 steps did not help")
 @pytest.mark.parametrize("every", [2, 5])
 def test_candidates_may_leave_the_range_of_the_model(every: int) -> None:
-    """Only where the teacher leads it must a model be finite."""
+    """Candidates may leave the range of the model: it must be finite only on the teacher's path."""
     model = Mixture((4,))
 
     def limited(x: Tensor, t: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def test_model_output_in_another_layout(
 def test_sliding_views(
     backend: backends.Backend, generator: torch.Generator, dtype: torch.dtype
 ) -> None:
-    """Every alignment of input and output, sentinels on both sides."""
+    """Views slide through every alignment of input and output, with sentinels on both sides."""
     values = torch.randn(200, generator=generator).to(dtype)
     base = make_case(generator, (1, 61), dtype=dtype, noise="keyed")
     expected = None
@@ -210,7 +210,7 @@ def test_the_first_row_needs_no_index(
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_random_cases(data: st.DataObject) -> None:
-    """Any combination of features, the instruction sets equal bit for bit."""
+    """Any combination of features is right, and the instruction sets are equal bit for bit."""
     if ops.EXTENSION_ERROR is not None:
         pytest.skip(ops.EXTENSION_ERROR)
     case = any_case(data)
@@ -258,7 +258,9 @@ def test_normals(
 def test_noise_of_interleaved_channels(
     backend: backends.Backend, generator: torch.Generator, channels: int
 ) -> None:
-    """Several tiles of pixels, their edges at any channel and at any place in a quad."""
+    """Noise of interleaved channels takes several tiles of pixels, with edges at any channel and at
+    any place in a quad.
+    """
     for pixels in [(1, 1), (7, 9), (31, 43), (64, 65)]:
         shape = (2, channels, *pixels)
         small = pixels != (64, 65)
@@ -303,7 +305,7 @@ def test_thread_counts_give_the_same_bits(generator: torch.Generator) -> None:
 
 
 def test_concurrent_calls(generator: torch.Generator) -> None:
-    """Eight threads at once get what one gets alone."""
+    """Eight threads at once get the results that one gets alone."""
     if ops.EXTENSION_ERROR is not None:
         pytest.skip(ops.EXTENSION_ERROR)
     update_out = backends.BACKENDS["cpu"].update_out
@@ -329,7 +331,9 @@ def test_concurrent_calls(generator: torch.Generator) -> None:
 def test_half_precision_is_closer_than_diffusers(
     backend: backends.Backend, generator: torch.Generator, dtype: torch.dtype
 ) -> None:
-    """One rounding beats a rounding after every operation, on the same inputs."""
+    """Half precision is closer than diffusers: one rounding beats a rounding after every operation,
+    on the same inputs.
+    """
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(clip_sample=False)

@@ -38,7 +38,7 @@ STAGES = (
     Stage("counters", 25, 15, "Nsight Compute: DRAM, issue slots, warps, registers"),
     Stage("compiled", 45, 30, "The loop body under `torch.compile` with graphs", fresh=True),
     Stage("policies", 40, 15, "Ticks of robots' policies: eager, both graphs, weights read"),
-    Stage("build", 20, 1, "An installation from source, begun beside the rest"),
+    Stage("build", 20, 1, "An installation from source, alongside the other stages"),
 )
 
 

@@ -1,12 +1,12 @@
-"""What can go wrong while many samples are drawn, done to real runs, and what was lost by it.
+"""Faults in real runs of many samples, and a count of the losses.
 
-`python tests/faults/run.py` does everything, writes results.json beside it and the table in
+`python tests/faults/run.py` does everything, writes results.json next to it and the table in
 docs/reliability.md, and exits with 1 if anything was lost. `--kills N` sets how often runs are
 killed, `--table` only writes the table.
 
-A try is one fault done to a run. It is lost where what follows is not right: a resumed run whose
-digest is not that of an uninterrupted one, a shard that was there before a kill and is not after
-it, a file that should not be there, a traceback, or another exit code than the documented one.
+A try is one fault done to a run. It is lost if the result is not right: a resumed run whose digest
+is not that of an uninterrupted one, a shard that was there before a kill and is not after it, a
+file that should not be there, a traceback, or an exit code other than the documented one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ PATIENCE = 600
 
 
 class Process:
-    """A forked process, which needs no imports of its own, so that hundreds are quickly done."""
+    """A forked process, which needs no imports of its own: hundreds of them are made quickly."""
 
     def __init__(self, body: Callable[[], Any], log: Path, environment: dict[str, str]) -> None:
         self.log = log
@@ -102,7 +102,7 @@ class Process:
 
 
 class Runs:
-    """Runs of one command in one folder."""
+    """Several processes that run one command in one folder."""
 
     def __init__(self, folder: Path, arguments: Sequence[str] = DIGITS) -> None:
         self.folder, self.arguments = folder, arguments
@@ -124,7 +124,7 @@ class Runs:
         ]
 
     def finish(self, world: int = 1) -> bool:
-        """Whether an undisturbed run ends well."""
+        """True if an undisturbed run ends well."""
         processes = self.start(world)
         waited = [process.wait(PATIENCE) for process in processes]
         for process in processes:
@@ -138,7 +138,7 @@ class Runs:
         return total.hexdigest()
 
     def whole(self) -> set[str]:
-        """The shards that are there and as their digests say."""
+        """The shards whose contents agree with their digests."""
         names = set()
         for record in self.folder.glob("*.sha256"):
             lines = [line.split("  ") for line in record.read_text().splitlines()]
@@ -153,13 +153,13 @@ class Runs:
         return "".join(log.read_text(errors="replace") for log in sorted(self.logs.glob("*.log")))
 
     def one_line(self) -> bool:
-        """Whether the first process ended with one line about an error."""
+        """True if the first process ended with one line about an error."""
         text = (self.logs / "0.log").read_text()
         return re.fullmatch(r"(fastddim: [^\n]+\n)*fastddim: error: [^\n]+\n", text) is not None
 
 
 class Faults:
-    """Counts what is tried and what is lost."""
+    """A count of tries and losses."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.random = folder, random.Random(seed)
@@ -172,7 +172,7 @@ class Faults:
         self.whole = whole
 
     def count(self, fault: str, outcomes: Iterator[bool], **more: Any) -> None:
-        """One row of the results; an outcome is whether all was right."""
+        """Counts one row of the results; an outcome is true if everything was right."""
         tries = losses = 0
         for right in outcomes:
             tries += 1
@@ -196,14 +196,18 @@ class Faults:
         return runs
 
     def mended(self, runs: Runs) -> bool:
-        """Whether another number of ranks makes of it what an uninterrupted run is."""
+        """True if another number of ranks completes the run with the digest of an uninterrupted
+        one.
+        """
         right = self.ends(runs, self.expected)
         if right:
             shutil.rmtree(runs.folder.parent)
         return right
 
     def kills(self, tries: int, runs_of: Callable[[], Runs], expected: str) -> Iterator[bool]:
-        """SIGKILL at random points, up to ten in a run, each followed by other numbers of ranks."""
+        """Kills ranks by SIGKILL at random points, up to ten times in a run, and resumes with other
+        numbers of ranks.
+        """
         while tries > 0:
             runs = runs_of()
             kept = True
@@ -273,7 +277,9 @@ class Faults:
             yield clean and not runs.parts() and self.mended(runs)
 
     def patched(self, tries: int, patch: Callable[[int], None], message: str) -> Iterator[bool]:
-        """A run under `patch(n)` must fail with a line that holds `message`, and go on after."""
+        """Runs a command under `patch(n)`, which must fail with a line that holds `message` and go
+        on afterwards.
+        """
         for _ in range(tries):
             runs, n = self.new(), self.random.randrange(1, 2 * len(self.shards))
 
@@ -295,7 +301,7 @@ class Faults:
             yield self.mended(runs)
 
     def refused(self, tries: int, *words: str, message: str) -> Iterator[bool]:
-        """A command that must fail with one line and leave no folder."""
+        """Runs a command that must fail with one line and leave no folder."""
         for _ in range(tries):
             runs = self.new()
             process = Process(lambda: main([*words], "fastddim"), runs.logs / "0.log", {})
@@ -334,7 +340,8 @@ class Faults:
 
 
 def cut_power(folder: Path, arguments: Sequence[str], event: int, seed: float) -> None:
-    """Run until the given sync or rename, and leave what a power cut then may leave.
+    """Runs until the given sync or rename, and leaves the files as a power cut then may
+    leave them.
 
     A file is what it was at its last sync, or if it had none a part of it; a name is certain once
     its folder is synced after it, and there or not before.
@@ -377,7 +384,7 @@ def cut_power(folder: Path, arguments: Sequence[str], event: int, seed: float) -
 
 
 def full_disk(n: int) -> None:
-    """From the n-th sync on there is no space left."""
+    """Lets the disk run full from the n-th sync on."""
     sync, calls = os.fsync, 0
 
     def fsync(descriptor: int) -> None:
@@ -391,7 +398,7 @@ def full_disk(n: int) -> None:
 
 
 def small_files(_: int) -> None:
-    """The kernel refuses files of the size of a shard."""
+    """Lets the kernel refuse files of the size of a shard."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
 
 
@@ -431,7 +438,7 @@ class Failing(torch.nn.Module):
 
 
 def fail_in(where: str, n: int, folder: Path) -> None:
-    """Exits with 99 if the error is the right one, and a run without it ends as it should."""
+    """Exits with 99 if the error is the right one, and a run without the error ends well."""
     wanted = ValueError if where == "nan" else KeyError
     arguments: dict[str, Any] = {"stop": 400, "batch_size": 8}
     model = Failing(where, n).eval()
@@ -448,7 +455,7 @@ def fail_in(where: str, n: int, folder: Path) -> None:
 
 
 def fuzz(examples: int, folder: Path) -> None:
-    """Prints how many command lines were tried."""
+    """Tries random command lines, and prints their number."""
     from click.testing import CliRunner
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
@@ -493,7 +500,7 @@ def fuzz(examples: int, folder: Path) -> None:
 
 
 def acceptance(faults: Faults) -> dict[str, Any]:
-    """10,000 samples on 1, 2 and 3 ranks, the latter two killed five times: one digest."""
+    """Draws 10,000 samples on 1, 2 and 3 ranks, the latter two killed five times: one digest."""
     rows = []
     for world, kills in ((1, 0), (2, 5), (3, 5)):
         runs = faults.new(ACCEPTANCE)

@@ -1,4 +1,4 @@
-"""Against lucidrains' denoising-diffusion-pytorch, live."""
+"""Live comparison with lucidrains' denoising-diffusion-pytorch."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_through_sample():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @each_objective
 def test_half_precision_buffers(objective, dtype):
-    """As near to the float64 run of the same buffers as the peer, over many draws: the peer rounds
-    more often, but where either rounds up is chance.
+    """The result is as near to a float64 run of the same buffers as the peer's, over many draws:
+    the peer rounds more often, but in a single draw either may be nearer.
     """
     steps = 3
     diffusion = make(dtype, objective=objective, sampling_timesteps=steps, ddim_sampling_eta=0.0)
@@ -134,7 +134,7 @@ def test_classifier_free(plus_plus, objective, dtype):
 @pytest.mark.parametrize("objective", ["pred_noise", "pred_v"])
 @pytest.mark.parametrize("plus_plus", [False, True])
 def test_classifier_free_at_scale_1(plus_plus, objective):
-    """The model's output is unpacked as a pair then: of two samples, or else it fails."""
+    """At scale 1 the model's output is unpacked as a pair: of two samples, or with an error."""
     with default_dtype(torch.float64):
         diffusion = make_guided(
             torch.float64, objective=objective, use_cfg_plus_plus=plus_plus, ddim_sampling_eta=0.5
@@ -232,7 +232,9 @@ class TestOtherClasses:
 
     @pytest.mark.parametrize("objective", ["pred_noise", "pred_x0"])
     def test_learned_variance(self, objective, monkeypatch):
-        """Its model has twice the channels, which its own `model_predictions` splits."""
+        """A model with a learned variance has twice the channels, which its own `model_predictions`
+        splits.
+        """
 
         class Learned(Model):
             out_dim = 4
@@ -304,7 +306,7 @@ class TestOtherClasses:
                 method(diffusion, SHAPE)
 
     def test_weighted_objectives_have_no_ddim(self):
-        """Neither there: its own class fails, and so does ours."""
+        """With weighted objectives the peer's own class fails, and so does ours."""
         peer = lucidrains_module("weighted_objective_gaussian_diffusion")
 
         class Weighted(Model):

@@ -35,7 +35,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 
 
 def in_float64(*schedulers: Any) -> None:
-    """ᾱ as float64, so that coefficients are."""
+    """ᾱ in float64, so that coefficients are in float64 too."""
     for scheduler in schedulers:
         for name in ("alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "one"):
             if name in vars(scheduler):
@@ -51,8 +51,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("rederive", [False, True])
 def test_ddim_steps(name: str, prediction: str, limit: str, rederive: bool, some: Some) -> None:
-    """In float64, over spacings, ends of the schedule, offsets and numbers of steps; 61 and 103 are
-    among those that end at t = −1.
+    """Steps in float64 agree over spacings, ends of the schedule, offsets and numbers of steps; 61
+    and 103 steps are among those that end at t = −1.
     """
     every = itertools.product(
         ("leading", "trailing", "linspace"), (True, False), (0, 1), (1, 7, 50, 61, 103)
@@ -128,7 +128,9 @@ def test_ddpm_steps(prediction: str, limit: str, variance: str, some: Some) -> N
 
 
 def test_ddpm_of_other_timesteps_and_variance() -> None:
-    """Where they are set on the scheduler itself; of a timestep that is there twice the first."""
+    """Timesteps may be set on the scheduler itself; of a timestep that occurs twice, the first
+    counts.
+    """
     theirs, own = pair("DDPMScheduler", 10)
     x, m = draw(*SHAPE), draw(2, 6, 4, 5)
 
@@ -213,7 +215,9 @@ def unit_model(x: Tensor, t: Any) -> Tensor:
     "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
 )
 def test_whole_loops(name: str, dtype: torch.dtype) -> None:
-    """With the same generator the same samples, and the generator left in the same state."""
+    """Loops with the same generator give the same samples, and leave the generator in the same
+    state.
+    """
     etas = (0.0, 1.0) if name in DDIM else (None,)
     for eta, spacing in itertools.product(etas, ("leading", "trailing")):
         theirs, own = pair(name, 20, timestep_spacing=spacing)
@@ -296,7 +300,9 @@ def test_no_noise_is_drawn_where_none_is_added() -> None:
     ids=["int", "numpy", "tensor", "int32"],
 )
 def test_kinds_of_timestep(name: str, kind: Any) -> None:
-    """Among the scheduler's timesteps or, where diffusers takes it, elsewhere."""
+    """A timestep may be of every kind, among the scheduler's own or, if diffusers takes it,
+    elsewhere.
+    """
     theirs, own = pair(name, 10)
     x, m = draw(*SHAPE), draw(*SHAPE)
     for t in (900, 100) if name == "DDPMScheduler" else (900, 1, 49, 999):
@@ -389,7 +395,7 @@ def test_zero_terminal_snr(name: str, prediction: str, eta: float) -> None:
                 s.step(m, t, x, eta, rederive, variance_noise=z) for s in (theirs, own)
             )
             if t == 999 and eta == 1:
-                # 1 − ᾱ_prev − σ² is 0 but for rounding: theirs has the root of that, or NaN.
+                # 1 − ᾱ_prev − σ² is 0 except for rounding: theirs has the root of that, or NaN.
                 assert got.prev_sample.isfinite().all()
                 torch.testing.assert_close(
                     expected.prev_sample.where(~expected.prev_sample.isnan(), got.prev_sample),
@@ -428,7 +434,7 @@ def test_errors_are_those_of_diffusers() -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_what_the_kernel_does_not_take(name: str) -> None:
-    """Tensors that broadcast, and integers."""
+    """Tensors that broadcast, and integers, give the results of diffusers."""
     theirs, own = pair(name)
     cases = [
         (draw(1, 3, 4, 5), draw(*SHAPE)),
@@ -446,7 +452,9 @@ def test_what_the_kernel_does_not_take(name: str) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_mixed_dtypes(name: str, prediction: str) -> None:
-    """The results have the dtypes that diffusers' have, and are no further from exact ones."""
+    """The results have the dtypes that the results of diffusers have, and are no further from the
+    exact values.
+    """
     theirs, own = pair(name, prediction_type=prediction)
     for of_m, of_x in itertools.permutations(
         (torch.float64, torch.float32, torch.float16, torch.bfloat16), 2
@@ -471,7 +479,7 @@ def test_mixed_dtypes(name: str, prediction: str) -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 1e-3, 1.0, 1.5])
 def test_ends_of_thresholding(ratio: float) -> None:
-    """A ratio that is no quantile is refused as in diffusers."""
+    """A ratio that is no quantile is refused, as in diffusers."""
     for limit in (0.5, 1.0, 30.0):
         theirs, own = pair(
             "DDIMScheduler",
@@ -579,7 +587,9 @@ def test_gradients_of_mixing(method: str) -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_signatures_are_those_of_diffusers(name: str) -> None:
-    """Pipelines look at them to see what a scheduler takes."""
+    """Signatures are those of diffusers, since pipelines read them to see the arguments of a
+    scheduler.
+    """
     for method in ("step", "set_timesteps", "add_noise", "get_velocity", "batch_step_no_noise"):
         theirs = getattr(getattr(diffusers, name), method, None)
         own = getattr(getattr(ours, name), method, None)
@@ -632,7 +642,9 @@ def test_copies(name: str, copied: Any) -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_pickles_and_pipelines_name_the_package_alone(name: str) -> None:
-    """Files are laid out anew in later versions, which load what earlier ones have saved."""
+    """Pickles and pipelines name the package only: later versions move files, and load what earlier
+    ones have saved.
+    """
     _, own = pair(name)
     own.set_noise("philox", seed=5)
     strings = [
@@ -650,7 +662,7 @@ def test_pickles_and_pipelines_name_the_package_alone(name: str) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("whole", [True, False], ids=["made and used", "used"])
 def test_in_inference_mode(name: str, whole: bool) -> None:
-    """Where pipelines are run; and their schedulers outside it afterwards."""
+    """Pipelines run in inference mode, and their schedulers serve outside it afterwards."""
     theirs, own = pair(name, None)
     x, m = draw(*SHAPE), draw(*SHAPE)
     with torch.inference_mode():
@@ -671,7 +683,7 @@ def test_in_inference_mode(name: str, whole: bool) -> None:
 
 
 def test_an_eta_that_is_no_number_is_for_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it equals the η of the step before."""
+    """An η that is no number is left to diffusers, even if it equals the η of the step before."""
     _, own = pair("DDIMScheduler")
     x, m = draw(*SHAPE), draw(*SHAPE)
     own.step(m, 500, x, 0.5, variance_noise=x)
@@ -705,8 +717,8 @@ def test_the_output_object_is_a_whole_one() -> None:
 
 
 class TestOnADevice:
-    """Timesteps on a device are known by where they lie. "meta" stands in for one: its tensors have
-    no values, so that reading one fails.
+    """Timesteps on a device are recognised by their address. "meta" stands in for a device: its
+    tensors have no values, so that reading one fails.
     """
 
     @pytest.mark.parametrize("name", CLASSES)
@@ -784,7 +796,7 @@ class TestOnADevice:
 
 
 class TestPhilox:
-    """noise="philox": that of `fastddim.sample`."""
+    """The noise of noise="philox" is that of `fastddim.sample`."""
 
     @pytest.mark.parametrize("seed", [7, [3, 2**64 - 1]])
     def test_ddim(self, seed: Any) -> None:
@@ -840,7 +852,9 @@ class TestPhilox:
         assert torch.equal(step(), drawn)
 
     def test_steps_are_counted_in_the_timesteps_of_now(self) -> None:
-        """However they have changed: the first one takes the noise of step 0."""
+        """Steps are counted in the present timesteps, however these have changed: the first takes
+        the noise of step 0.
+        """
         _, own = pair("DDIMScheduler")
         own.set_noise("philox", seed=1)
         x = draw(*SHAPE)
@@ -869,7 +883,7 @@ class TestPhilox:
 
 
 def test_schedulers_that_are_left_take_their_tables_along() -> None:
-    """Tables are bounded, whatever η is asked for."""
+    """The number of tables is bounded for any number of different η."""
     _, own = pair("DDIMScheduler")
     x = draw(*SHAPE)
     for i in range(100):

@@ -1,4 +1,4 @@
-"""Philox noise of the schedulers: seeds from generators, and what a config keeps of it."""
+"""The Philox noise of the schedulers: seeds from generators, and their place in a config."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ class TestGenerators:
         assert torch.equal(drawn(scheduler, None, x), drawn(scheduler, None, x))
 
     def test_two_runs_with_one_generator_differ(self) -> None:
-        """As with torch's noise; with the same noise, chains from other x_T run together."""
+        """Two runs with one generator differ, as with torch's noise. With the same noise, chains
+        from other x_T would run together.
+        """
         scheduler, x = scheduler_of(), torch.randn(SHAPE)
         (generator,) = seeded(5)
         runs = [drawn(scheduler, generator, x) for _ in range(3)]
@@ -71,7 +73,7 @@ class TestGenerators:
 
     @pytest.mark.parametrize("name", NOISY)
     def test_without_a_seed_every_run_draws_one(self, name: str) -> None:
-        """From torch's default generator, whose seed repeats them."""
+        """A run without a seed draws one from torch's default generator, whose seed repeats it."""
         scheduler, x = scheduler_of(name), torch.randn(SHAPE)
         scheduler.set_noise("philox")
         scheduler = pickle.loads(pickle.dumps(type(scheduler).from_config(scheduler.config)))
@@ -100,7 +102,9 @@ class TestGenerators:
         torch._dynamo.reset()
 
     def test_a_run_begins_with_set_timesteps(self) -> None:
-        """Also where a pipeline begins later than the run before has ended."""
+        """A run begins with `set_timesteps`, even if a pipeline begins later than the run before
+        has ended.
+        """
         scheduler, x = scheduler_of(), torch.randn(SHAPE)
         (generator,) = seeded(5)
         results = []
@@ -131,7 +135,9 @@ class TestGenerators:
 
     @pytest.mark.parametrize("name", NOISY)
     def test_of_a_list_each_sample_has_its_own(self, name: str) -> None:
-        """Whatever else is in the batch."""
+        """With a list of generators each sample has its own noise, whatever else is in
+        the batch.
+        """
         scheduler, x = scheduler_of(name), torch.randn(SHAPE)
         together = drawn(scheduler, seeded(3, 4), x)
         for i, seed in enumerate((3, 4)):
@@ -140,7 +146,7 @@ class TestGenerators:
             torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=0)
 
     def test_a_list_of_one_is_that_one(self) -> None:
-        """As diffusers reads it."""
+        """A list of one generator is that generator, as diffusers reads it."""
         scheduler, x = scheduler_of(), torch.randn(SHAPE)
         assert torch.equal(drawn(scheduler, seeded(3), x), drawn(scheduler, *seeded(3), x))
 
@@ -154,7 +160,7 @@ class TestGenerators:
 
     @pytest.mark.parametrize("name", DDIM)
     def test_they_go_to_a_step_of_diffusers(self, name: str) -> None:
-        """Of an η that is no number, whose noise the kernel cannot draw."""
+        """Steps go to diffusers if η is no number, since the kernel cannot draw their noise."""
         scheduler, x = scheduler_of(name), torch.randn(SHAPE)
         t = scheduler.timesteps[1]
         fused = scheduler.step(x, t, x, 0.5, generator=seeded(3)[0]).prev_sample
@@ -165,7 +171,7 @@ class TestGenerators:
 
     @pytest.mark.parametrize("variance", ["learned", "learned_range"])
     def test_learned_variances(self, variance: str) -> None:
-        """The noise is a tensor there, which is scaled before the step."""
+        """With learned variances the noise is a tensor, which is scaled before the step."""
         scheduler = scheduler_of("DDPMScheduler", variance_type=variance, clip_sample=False)
         x, t = torch.randn(SHAPE), 500
         m = torch.cat([x, torch.full_like(x, 0.25)], 1)
@@ -239,7 +245,7 @@ class TestGenerators:
 
 
 class _OnCuda(Generator):
-    """A generator that says it is one of a device that is not here."""
+    """A generator that reports a device that this machine lacks."""
 
     device = torch.device("cuda")
 

@@ -1,4 +1,4 @@
-"""Timesteps that the schedulers are given instead of their number."""
+"""The schedulers, given timesteps instead of their number."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_number_follows_timesteps() -> None:
 
 
 def test_the_inverse_goes_back() -> None:
-    """To where it has begun: by the same ε at both ends of each step."""
+    """The inverse ends where it has begun, with the same ε at both ends of each step."""
     inverse, forward = scheduler_of("DDIMInverseScheduler"), scheduler_of()
     x, m = torch.randn(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
     inverse.set_timesteps(timesteps=VISITED[::-1])
@@ -134,7 +134,9 @@ def test_copies_and_pickles_have_them(name: str) -> None:
 
 
 def test_on_a_device_their_values_are_known() -> None:
-    """ "meta" stands in for one: reading a tensor there fails."""
+    """The values of timesteps on a device are known. "meta" stands in for a device: reading a
+    tensor there fails.
+    """
     scheduler = scheduler_of()
     scheduler.set_timesteps(timesteps=VISITED, device="meta")
     x = torch.zeros(SHAPE, device="meta")
@@ -218,5 +220,5 @@ class TestErrors:
 
 
 def test_diffusers_refuses_them_still() -> None:
-    """Else ours ought to be compared with it."""
+    """diffusers still refuses these timesteps; if it takes them, ours have to be compared."""
     assert "timesteps" not in inspect.signature(diffusers.DDIMScheduler.set_timesteps).parameters

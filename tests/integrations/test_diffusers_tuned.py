@@ -66,7 +66,9 @@ class TestSamples:
     @pytest.mark.parametrize("case", CONFIGS)
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
     def test_they_are_those_of_sample(self, case, exact, name, dtype):
-        """Tuned for ᾱ of the scheduler, or for that of its config in float64."""
+        """The samples are those of `sample`, tuned for ᾱ of the scheduler or for ᾱ of its config in
+        float64.
+        """
         config, options = CONFIGS[case]
         theirs = getattr(diffusers, name)(**config)
         schedule = Schedule.from_diffusers(theirs.config if exact else theirs)

@@ -39,13 +39,13 @@ UNET = ("inpainting", "local", "global")
 
 
 def scheduler(name: str = "DDIM", **config: Any) -> Any:
-    """As the repository's configurations have it, with fewer timesteps."""
+    """The scheduler of the repository's configurations, with fewer timesteps."""
     config = {"num_train_timesteps": T, "beta_schedule": "squaredcos_cap_v2", **config}
     return getattr(diffusers, f"{name}Scheduler")(**config)
 
 
 def in_float64(scheduler: Any) -> Any:
-    """With ᾱ in float64, so that coefficients are."""
+    """The scheduler with ᾱ in float64, so that coefficients are in float64 too."""
     for name in {"alphas_cumprod", "final_alpha_cumprod", "one"} & vars(scheduler).keys():
         setattr(scheduler, name, getattr(scheduler, name).double())
     return scheduler
@@ -61,13 +61,13 @@ def policies(kind: str, scheduler: Any, **options: Any) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def ticks(policy: Any, batches: Any = (2, 2, 2), dtype: torch.dtype = torch.float32) -> list[Any]:
-    """What a policy answers tick after tick."""
+    """The answers of a policy, tick after tick."""
     given = (observation(tick, batch, dtype) for tick, batch in enumerate(batches))
     return [policy.predict_action(now) for now in given]
 
 
 def compare(own: Any, theirs: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """The same answers of the same draws."""
+    """Both policies give the same answers from the same draws."""
     runs = same_draws(*[lambda p=p: ticks(p, dtype=dtype, **options) for p in (own, theirs)])
     assert_same(*runs, TOLERANCE[dtype])
     assert all(value.isfinite().all() for answer in runs[0] for value in answer.values())
@@ -76,7 +76,7 @@ def compare(own: Any, theirs: Any, dtype: torch.dtype = torch.float32, **options
 
 @pytest.fixture
 def own_loops(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The policies that sampled by their own loop, each time."""
+    """The policies that sampled by their own loop, each time it was taken."""
     taken: list[Any] = []
     before = Policy._denoise
 
@@ -99,8 +99,8 @@ def test_every_policy(kind: str, name: str, own_loops: list[Any]) -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("name", ["DDIM", "DDPM"])
 def test_configurations(name: str, prediction: str, some: Some, own_loops: list[Any]) -> None:
-    """Spacings, ends of the schedule and numbers of steps, also such as do not divide T; all in
-    float64, where 1/√ᾱ does not magnify rounding.
+    """Actions agree over spacings, ends of the schedule and numbers of steps, some of which do not
+    divide T. All are in float64, in which 1/√ᾱ does not magnify rounding.
     """
     every = itertools.product(
         ("leading", "trailing", "linspace"), (0, 1), (1, 3, 7, 8, None), *[(True, False)] * 2
@@ -159,7 +159,7 @@ def test_settings_change_between_ticks(own_loops: list[Any]) -> None:
 
 
 def test_a_generator() -> None:
-    """Its draws, and those alone."""
+    """A given generator is drawn from, and no other."""
     own, theirs = policies("global", scheduler("DDPM"))
     data, mask = torch.zeros(2, 8, 2), torch.zeros(2, 8, 2, dtype=torch.bool)
     features = torch.randn(2, 6)
@@ -182,7 +182,7 @@ def test_a_generator() -> None:
 
 
 class Spoiled(nn.Module):
-    """A network whose output is useless wherever the state is known."""
+    """A network whose output is useless for known elements."""
 
     def __init__(self, model: nn.Module, mask: Tensor) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Spoiled(nn.Module):
 
 @pytest.mark.parametrize("name", ["DDIM", "DDPM"])
 def test_known_elements_reach_others_through_the_network_alone(name: str) -> None:
-    """What the update makes of known elements has no effect, to the last bit: of any mask."""
+    """The update of known elements has no effect, to the last bit, for any mask."""
     policy, theirs = policies("inpainting", scheduler(name))
     mask = torch.rand(3, 8, 5) < 0.4
     data = torch.randn(3, 8, 5)
@@ -263,7 +263,9 @@ def test_other_cases_are_sampled_by_the_policy(
 def test_a_mask_of_another_shape_is_left_to_the_policy(
     own_loops: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Indexing takes one of the first dimensions too."""
+    """A mask of another shape is left to the policy, since indexing takes one of the first
+    dimensions too.
+    """
     monkeypatch.setattr(notices, "_given", set())
     own, theirs = policies("inpainting", scheduler())
     data, mask = torch.randn(8, 8, 5), torch.rand(8, 8) < 0.5
@@ -309,7 +311,7 @@ def test_in_inference_mode_and_out_of_it() -> None:
 
 
 def test_in_threads() -> None:
-    """A loop of control in one, an evaluation in another."""
+    """A control loop in one thread and an evaluation in another do not disturb each other."""
     own, theirs = policies("transformer", scheduler())
     data, mask = torch.zeros(1, 8, 2), torch.zeros(1, 8, 2, dtype=torch.bool)
     cond = torch.randn(1, 2, 3)
@@ -377,7 +379,7 @@ def test_weights_change_in_place() -> None:
 
 @pytest.mark.parametrize("kind", ["inpainting", "transformer"])
 def test_a_tick_is_one_replay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data, mask and observation are copied into what was captured once."""
+    """A tick is one replay: data, mask and observation are copied into the captured tensors."""
     replays: list[RecordedGraph] = []
     replay = RecordedGraph.replay
 
@@ -397,7 +399,9 @@ def test_a_tick_is_one_replay(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_tick_does_not_wait_for_the_device() -> None:
-    """The policy's own loop does, for each index by its mask."""
+    """A tick does not wait for the device. The policy's own loop waits, for each index
+    by its mask.
+    """
     own, theirs = policies("inpainting", scheduler())
     data, mask = torch.randn(1, 8, 5), torch.rand(1, 8, 5) < 0.5
     with torch.no_grad():
@@ -432,7 +436,9 @@ class Guided(DiffusionUnetLowdimPolicy):
 
 
 def test_options_of_the_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the last time, as where graphs are captured and not wanted."""
+    """The options of the latest `install` count, for instance where graphs were captured and are
+    not wanted any more.
+    """
     with recorded_graphs(monkeypatch) as graphs:
         own, theirs = policies("inpainting", scheduler())
         assert fast.install(own, graph=False) is own

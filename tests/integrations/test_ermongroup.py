@@ -1,4 +1,6 @@
-"""Against `functions/denoising.py` of ermongroup/ddim, which no registry has: written out here."""
+"""Comparison with `functions/denoising.py` of ermongroup/ddim, which no registry has: written out
+here.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def test_seq_of_any_kind():
     (ermongroup.generalized_steps, peer_generalized), (ermongroup.ddpm_steps, peer_ddpm),
 ])  # fmt: skip
 def test_half_precision(fast, peer, dtype):
-    """As in the original, the states become what x and b promote to."""
+    """As in the original, states get the dtype to which x and b promote."""
     x, b, seq = torch.randn(4, 3, 5, 5).to(dtype), LINEAR.float(), [0, 1]
 
     def exact_model(x, t):

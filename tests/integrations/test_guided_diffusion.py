@@ -1,4 +1,4 @@
-"""Against the port of guided-diffusion that is in coqui-tts, live."""
+"""Live comparison with the port of guided-diffusion in coqui-tts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def compare(diffusion, run, tolerance):
 @pytest.mark.parametrize("variance", ["FIXED_SMALL", "FIXED_LARGE", "LEARNED", "LEARNED_RANGE"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps(kind, variance, dtype, some):
-    """Every option, with a timestep of its own for each sample, among them the first and last."""
+    """Steps agree for every option, with a timestep of its own for each sample, the first and the
+    last among them.
+    """
     diffusion, model = make(kind, variance), Model(learned="LEARNED" in variance)
     x, t = draw(dtype), torch.tensor([0, 19, 7])
     every = itertools.product(
@@ -173,7 +175,9 @@ def test_timesteps_of_any_layout():
 
 
 def test_nothing_waits_for_the_device():
-    """From the second call on; the first puts coefficients and timesteps there."""
+    """Nothing waits for the device from the second call on; the first call copies coefficients and
+    timesteps there.
+    """
     diffusion, model, x = fast(make()), Model(), draw(torch.float32)
     t = torch.tensor([0, 19, 7])
     options = itertools.product((None, torch.tanh), (None, gradient), (0.0, 0.5))
@@ -187,7 +191,7 @@ def test_nothing_waits_for_the_device():
 
 
 def test_tables_follow_the_object():
-    """Other ᾱ in the same object, and many η."""
+    """Tables follow other ᾱ in the same object, and many η."""
     diffusion, x, t = make(), draw(torch.float64), torch.tensor([0, 19, 7])
     own, other = fast(diffusion), make(T=60)
     run = lambda d, eta=0.5: d.ddim_sample(Model(), x, t, eta=eta)  # noqa: E731
@@ -220,7 +224,7 @@ def test_refused():
 
 @pytest.mark.parametrize("spaced", [None, "ddim20"])
 def test_conditioning_free(spaced):
-    """Of the port in Tortoise, whose model is asked twice."""
+    """Conditioning-free guidance is that of the port in Tortoise, which calls the model twice."""
 
     class Free(Model):
         def forward(self, x, t, shift=0.0, conditioning_free=False):

@@ -1,4 +1,4 @@
-"""Methods that a peer's code calls on its own objects are called where somebody overrides them."""
+"""Methods that a peer's code calls on its own objects are called when a user overrides them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Second(Peer):
 
 
 class TestHooks:
-    """What tells an override."""
+    """The signs of an override."""
 
     hooks = Hooks("method", of=("Peer", "Second"), attributes=("value",))
 
@@ -131,7 +131,7 @@ class TestSchedulers:
     def test_of_the_peer(
         self, cls: str, name: str, change: Any, config: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Seen from the next `set_timesteps` on."""
+        """An override on the peer is seen from the next `set_timesteps` on."""
         theirs, own = pair(cls, **config)
         plain = take(own, name)
         peer = getattr(diffusers, cls)
@@ -145,7 +145,7 @@ class TestSchedulers:
 class TestWhatASchedulerHas:
     @pytest.mark.parametrize("cls", CLASSES)
     def test_a_property(self, cls: str) -> None:
-        """Of ᾱ, which gives another tensor each time."""
+        """A property for ᾱ may give another tensor each time."""
 
         def halved(self: Any) -> Any:
             return vars(self)["kept"] * 0.5
@@ -171,7 +171,9 @@ class TestWhatASchedulerHas:
         assert len(own._fastddim_work.tables) == 1
 
     def test_a_copy_has_a_cache_of_its_own(self) -> None:
-        """Else an override of one of them would be seen in the other, or missed."""
+        """A copy has a cache of its own. Otherwise an override of one of them would be seen in the
+        other, or missed.
+        """
         theirs, own = pair("DDIMScheduler")
         other = copy.copy(own)
         other._get_variance = lambda *_: torch.tensor(0.01)

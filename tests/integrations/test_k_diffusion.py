@@ -1,4 +1,6 @@
-"""Against k-diffusion's samplers, live, and stable-diffusion-webui's `ddim`, written out here."""
+"""Live comparison with k-diffusion's samplers, and with stable-diffusion-webui's `ddim`, written
+out here.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,7 @@ def test_noise_sampler():
 
 
 def test_upwards():
-    """Levels that rise have no meaning at η > 0, but numbers."""
+    """Rising levels give numbers at η > 0, although they have no meaning."""
     peer = k_diffusion_sampling()
     x, sigmas = torch.randn(2, 3, dtype=torch.float64), levels(torch.float64).flip(0)[1:]
     for eta in (0.0, 0.5):
@@ -93,7 +95,9 @@ def test_upwards():
     (torch.float64, torch.float32),
 ], ids=str)  # fmt: skip
 def test_state_of_another_dtype_than_the_levels(dtypes):
-    """No further from the run in float64 than the peer, which computes some of it in x's dtype."""
+    """The result is no further from the run in float64 than the peer's, which computes a part in
+    x's dtype.
+    """
     peer = k_diffusion_sampling()
     x, sigmas = torch.randn(2, 3, 50).to(dtypes[0]), levels(dtypes[1])[-4:]
     noise = torch.randn(3, *x.shape).to(dtypes[0])
@@ -120,7 +124,7 @@ def test_state_of_another_dtype_than_the_levels(dtypes):
 
 
 def test_eta_is_that_of_ddim():
-    """The same run in DDIM's own variables, by `fastddim.step`."""
+    """η is that of DDIM: the same run in DDIM's own variables, by `fastddim.step`."""
     import fastddim
 
     alphas = LINEAR[[900, 600, 300, 50]]

@@ -1,4 +1,4 @@
-"""Against `DDIMSampler` of stable-diffusion-sdkit (package `ldm`), live."""
+"""Live comparison with `DDIMSampler` of stable-diffusion-sdkit (package `ldm`)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ def test_steps(parameterization, dtype, some):
 @each_dtype
 @each_parameterization
 def test_sampling(parameterization, dtype):
-    """Whole loops through `sample`, and through `ddim_sampling` for what that does not pass."""
+    """Whole loops agree through `sample`, and through `ddim_sampling` for the arguments that
+    `sample` does not pass.
+    """
     with default_dtype(dtype):
         c, u = conditions("list")
         sampler = make(parameterization)
@@ -145,7 +147,9 @@ def test_sampling(parameterization, dtype):
 
 
 def test_quantized_loop():
-    """In float64 alone: rounding decides what is quantized to what."""
+    """A quantized loop agrees in float64 only: in float32, rounding decides the
+    quantized values.
+    """
     with default_dtype(torch.float64):
         for parameterization in ("eps", "v"):
             c, _ = conditions("tensor")
@@ -218,7 +222,7 @@ def test_stochastic_encode(original, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @each_parameterization
 def test_half_precision(parameterization, dtype):
-    """As in the original, the state becomes float32 in a step, but stays what it is in `encode`."""
+    """As in the original, the state becomes float32 in a step, but keeps its dtype in `encode`."""
     sampler, x, (c, u) = make(parameterization), torch.randn(SHAPE).to(dtype), conditions("tensor")
     arguments = (x, c, torch.full((3,), 17), 4)
     half_model = sampler.model.apply_model
@@ -248,7 +252,9 @@ def test_half_precision(parameterization, dtype):
 
 @each_parameterization
 def test_coefficients_are_rounded_as_in_the_peer(parameterization):
-    """A float64 state with float32 buffers shows their last bits."""
+    """Coefficients are rounded as in the peer; a float64 state with float32 buffers shows their
+    last bits.
+    """
     # Without noise, which the peer rounds to float32 after it has multiplied it.
     sampler, x = make(parameterization, eta=0.0), torch.randn(SHAPE).double()
     c, u = conditions("tensor")
@@ -269,7 +275,9 @@ def test_coefficients_are_rounded_as_in_the_peer(parameterization):
 
 
 def test_sigmas_of_all_timesteps():
-    """Where the model has none, as in the original's own repository, those of the sampler."""
+    """A model without sigmas of all timesteps, as in the original's own repository, gets those of
+    the sampler.
+    """
     sampler, x, (c, _) = make(), torch.randn(SHAPE), conditions("tensor")
     arguments = (x, c, torch.full((3,), 5), 5)
     (expected, _), _ = same_draws(
@@ -296,7 +304,7 @@ def test_refused():
 
 
 def test_tables_follow_the_object():
-    """Another schedule, parameterization or η in the same object."""
+    """Tables follow another schedule, parameterization or η in the same object."""
     sampler, own, (c, u) = make(), make(), conditions("tensor")
     fast.install(own)
     for eta, parameterization, steps in ((0.2, "eps", 10), (0.9, "eps", 10), (0.9, "v", 8)):
@@ -335,7 +343,9 @@ def test_tables_are_no_part_of_the_object():
 
 
 def test_nothing_waits_for_the_device():
-    """From the second step at an index on, but for what the user's functions do."""
+    """Nothing waits for the device from the second step at an index on, except the user's
+    functions.
+    """
     sampler, x = fast_of(make()), torch.randn(SHAPE)
     c, u = conditions("tensor")
     t = torch.full((3,), 17)

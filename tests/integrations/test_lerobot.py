@@ -1,4 +1,4 @@
-"""Against LeRobot's `DiffusionPolicy`, live, through its own `select_action`."""
+"""Live comparison with LeRobot's `DiffusionPolicy`, through its own `select_action`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def no_warning_given(monkeypatch):
 
 @pytest.fixture
 def policy():
-    """One of five DDIM steps, that samplers are installed on."""
+    """A policy of five DDIM steps, for samplers to be installed on."""
     return lerobot.install(make_policy(**DDIM, num_inference_steps=5))
 
 
@@ -67,14 +67,14 @@ def same_actions(policy, tolerance=1e-5, **run):
 
 
 def prepared(policy):
-    """The samplers that were prepared."""
+    """The samplers that were prepared so far."""
     return policy.diffusion.conditional_sample._samplers._kept.values()
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_actions(config, some):
-    """A random network takes the rounding of float32 to 1e-5 and beyond in 100 steps of DDIM,
-    LeRobot's too, so these are compared in float64 alone.
+    """Actions agree with LeRobot's. A random network magnifies the rounding of float32 to 1e-5 and
+    beyond in 100 steps of DDIM, LeRobot's too, so these are compared in float64 only.
     """
     for dtype, environments in some([*product(TOLERANCE, (1, 3))], config, quick=1):
         policy = lerobot.install(make_policy(**CONFIGS[config]).to(dtype))
@@ -88,7 +88,7 @@ def test_ddim_of_all_steps():
 
 @pytest.mark.parametrize("cameras", [1, 2])
 def test_images(cameras):
-    """Their encoders are LeRobot's own code, and come before."""
+    """Encoders of images are LeRobot's own code, and run before the sampler."""
     separate = cameras == 2
     policy = make_policy(
         cameras=cameras, use_separate_rgb_encoder_per_camera=separate, num_inference_steps=4
@@ -150,7 +150,7 @@ def test_generator(scheduler, noise):
 
 
 def test_condition_of_now(policy):
-    """A sampler that is prepared once reads what each tick observes."""
+    """A sampler that is prepared once reads the observation of each tick."""
     diffusion, conditions = policy.diffusion, torch.randn(3, 1, 14)
     noise, expected = torch.randn(1, 4, 2), untouched(policy).diffusion
     with torch.no_grad():
@@ -173,7 +173,7 @@ class TestModes:
         assert len(prepared(policy)) == 1
 
     def test_gradients(self, policy):
-        """Where they are asked for, LeRobot's loop has them."""
+        """LeRobot's loop runs if gradients are asked for, and has them."""
         condition, noise = torch.randn(1, 14), torch.randn(1, 4, 2)
         own, expected = (
             p.diffusion.conditional_sample(1, condition.requires_grad_(), noise=noise)
@@ -198,7 +198,7 @@ class TestModes:
         assert len(prepared(policy)) == 1
 
     def test_autocast(self, policy):
-        """Steps are rounded once, as LeRobot's are for an output that is float32."""
+        """Under autocast steps are rounded once, as LeRobot's are for an output in float32."""
         expected = untouched(policy)
         expected.diffusion.unet.register_forward_hook(lambda _module, _inputs, y: y.float())
         with torch.autocast("cpu", torch.bfloat16):
@@ -208,7 +208,9 @@ class TestModes:
         assert len(prepared(policy)) == 2
 
     def test_noise_under_autocast(self):
-        """It is drawn in the dtype of the network's output, as LeRobot draws it."""
+        """Under autocast noise is drawn in the dtype of the network's output, as
+        LeRobot draws it.
+        """
         policy = lerobot.install(make_policy(num_inference_steps=5))
         with torch.autocast("cpu", torch.bfloat16):
             same_actions(policy, 0.03, environments=3)
@@ -240,7 +242,7 @@ class TestModes:
 
 
 class TestChanges:
-    """Between ticks, of all that a sampler depends on."""
+    """Changes, between ticks, of everything that a sampler depends on."""
 
     def test_number_of_steps(self, policy):
         for steps in (5, 4, 5, 30, 1, 3):
@@ -319,7 +321,7 @@ class TestChanges:
 
 class TestCopies:
     def test_deep_copy(self, policy):
-        """It samples with its own network, before and after the original has."""
+        """A deep copy samples with its own network, before and after the original has."""
         for _ in range(2):
             copied = copy.deepcopy(policy)
             with torch.no_grad():
@@ -343,7 +345,7 @@ class TestCopies:
 
 
 def test_threads(policy):
-    """They wait for each other, and have what they would have alone."""
+    """Threads wait for each other, and get the actions that they would get alone."""
     conditions = torch.randn(4, 1, 14)
 
     def chunk(i):
@@ -368,7 +370,9 @@ def test_threads(policy):
 
 @pytest.mark.parametrize("scheduler", ["DDPM", "DDIM"])
 def test_one_replay_a_tick(scheduler, monkeypatch):
-    """Of a graph of the whole loop, captured at the first and given the observation of each."""
+    """Each tick is one replay of a graph of the whole loop, which is captured at the first tick and
+    gets the observation of each.
+    """
     policy = make_policy(noise_scheduler_type=scheduler, num_inference_steps=5)
     replays = []
     monkeypatch.setattr(
@@ -428,7 +432,7 @@ class TestInstall:
 
 @pytest.mark.parametrize("kind", ["another", "subclass"])
 def test_other_schedulers(policy, kind):
-    """LeRobot's own loop takes those that there is no sampler for, and says so once."""
+    """Schedulers without a sampler run in LeRobot's own loop, with one warning."""
 
     class Halved(diffusers.DDIMScheduler):
         def step(self, model_output, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""docs/migrating.md: what stands there before and after gives the same numbers."""
+"""docs/migrating.md: the code before and the code after give the same numbers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def code(section: str, title: str) -> str:
 
 
 def subclass(kind: type) -> type:
-    """One that the page's code may change."""
+    """A subclass that the page's code may change."""
     return type(kind.__name__, (kind,), {})
 
 
@@ -169,7 +169,7 @@ def test_before_and_after_agree(section):
 
 
 def noise_of(x, steps, seed=5):
-    """What a loop draws that calls `randn_like` at every step."""
+    """The noise of a loop that calls `randn_like` at every step."""
     torch.manual_seed(seed)
     noise = torch.stack([torch.randn_like(x) for _ in range(steps)])
     torch.manual_seed(seed)
@@ -177,7 +177,7 @@ def noise_of(x, steps, seed=5):
 
 
 class TestAsSample:
-    """What the page says a peer's call is as one of `fastddim.sample`."""
+    """Calls of peers as the page writes them by `fastddim.sample`."""
 
     @pytest.mark.parametrize("offset", [0, 1])
     def test_diffusers(self, offset):

@@ -27,7 +27,9 @@ STEPS = 4
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from more, and lose much where cores are shared."""
+    """Uses one thread: models this small gain nothing from more, and lose much where cores are
+    shared.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -205,7 +207,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 class TestPhilox:
-    """Noise of seeds that a pipeline's generators give."""
+    """Noise from the seeds of a pipeline's generators."""
 
     OPTIONS: ClassVar[dict[str, Any]] = {"batch_size": 2, "eta": 1.0}
 
@@ -260,7 +262,7 @@ class TestPhilox:
         assert np.array_equal(images(pipe, seed=5), five)
 
     def test_stable_diffusion(self) -> None:
-        """From the same latents, so that the step noise alone differs."""
+        """Stable Diffusion from the same latents, so that only the step noise differs."""
         pipe = stable_diffusion(diffusers.StableDiffusionPipeline)
         pipe.scheduler = ours.DDIMScheduler.from_config(pipe.scheduler.config, noise="philox")
         latents = ours.initial_latents(pipe, 7, batch_size=2)
@@ -342,7 +344,7 @@ def transformer(pipeline: Any) -> Any:
 
 class TestInitialLatents:
     def test_of_each_pipeline(self) -> None:
-        """The latents of `fastddim.sample`, in the shape and the dtype of the model."""
+        """Latents are those of `fastddim.sample`, in the shape and the dtype of the model."""
         for pipe, shape in (
             (unconditional(diffusers.DDIMPipeline, diffusers.DDIMScheduler()), (3, 16, 16)),
             (stable_diffusion(diffusers.StableDiffusionPipeline), (4, 8, 8)),
@@ -364,7 +366,9 @@ class TestInitialLatents:
         assert torch.equal(latents, expected)
 
     def test_a_pipeline_starts_from_them(self) -> None:
-        """As `fastddim.sample` does: DDIM from the same latents, with the same noise."""
+        """A pipeline starts from the latents that `fastddim.sample` starts from, with the same
+        noise.
+        """
         pipe = stable_diffusion(diffusers.StableDiffusionPipeline)
         config = {**pipe.scheduler.config, "set_alpha_to_one": True}
         pipe.scheduler = ours.DDIMScheduler.from_config(config, noise="philox", seed=7)
@@ -443,7 +447,9 @@ print(json.dumps(said), flush=True)
 
 
 def test_a_saved_pipeline_in_another_process(tmp_path: Path) -> None:
-    """It loads after the import; without it, it loads too, or the error says what to import."""
+    """A saved pipeline loads in another process after the import; without it, the pipeline loads
+    too, or the error says what to import.
+    """
     name = "fastddim.integrations.diffusers"
     unconditional(diffusers.DDPMPipeline, ours.DDPMScheduler()).save_pretrained(tmp_path)
 

@@ -48,7 +48,7 @@ def scheduler_of(kind, **config):
 
 
 def loop(network, scheduler, steps, shift, step_kwargs):
-    """As policies have it."""
+    """The loop of policies over a scheduler."""
     x = torch.randn(2, 4, 3, dtype=shift.dtype)
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
@@ -184,7 +184,9 @@ def test_uncovered(kind, config, step_kwargs, reason):
 
 
 def test_schedulers_of_this_package(some):
-    """They are diffusers' with other code; noise of their own is not the loop's."""
+    """Schedulers of this package are those of diffusers with other code; noise of their own is not
+    the loop's.
+    """
     from fastddim.integrations.diffusers import DDIMScheduler, DDPMScheduler
 
     compare(DDIMScheduler(50), 5, eta=1.0)

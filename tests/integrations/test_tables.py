@@ -25,7 +25,9 @@ def test_versions_count_changes_in_place() -> None:
 
 
 def test_sources_live_as_long_as_their_value() -> None:
-    """So the `id` in a key cannot become that of another object."""
+    """Sources live as long as their value, so the `id` in a key cannot become that of another
+    object.
+    """
     cache, source = CacheOf(1)[owner := Owner()], Owner()
     alive = weakref.ref(source)
     cache.put(id(source), "value", (source,))

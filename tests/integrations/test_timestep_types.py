@@ -85,8 +85,8 @@ def outcome(call: Any) -> Any:
 
 
 def assert_same_outcome(argument: str, theirs: Any, own: Any) -> None:
-    """The same value; or an error of ours that names the argument, and is no other kind of error
-    where a user may look for the peer's.
+    """Asserts the same value, or an error of ours that names the argument and is of the kind that a
+    user may catch for the peer.
     """
     if not isinstance(theirs, Exception):
         assert not isinstance(own, Exception), own
@@ -158,7 +158,9 @@ class TestStep:
     @pytest.mark.parametrize("cls", CLASSES)
     @pytest.mark.parametrize("dtype", OTHERS)
     def test_on_a_device(self, cls: str, dtype: torch.dtype) -> None:
-        """Where nothing reads its value. "meta" stands in for one."""
+        """Timesteps on a device serve if nothing reads their value. "meta" stands in
+        for a device.
+        """
         x, own = torch.zeros(SHAPE, device="meta"), pair(cls)[1]
         with pytest.raises(IndexError, match=f"^timestep: expected an integer.* got {dtype}"):
             own.step(x, torch.zeros((), dtype=dtype, device="meta"), x)
@@ -200,7 +202,9 @@ class TestManyTimesteps:
     @pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
     @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
     def test_masks(self, cls: str, method: str, dtype: torch.dtype) -> None:
-        """Of all timesteps, as an index of tensors has it: here with a sample for each."""
+        """Masks select among all timesteps, as an index of tensors does: here with a sample for
+        each.
+        """
         mask = torch.zeros(1000, dtype=dtype)
         mask[[3, 700]] = 1
         x, m = draw()
@@ -250,7 +254,9 @@ class TestWhereTablesLive:
 
     @pytest.mark.parametrize(("cls", "method"), MOVING)
     def test_values_stay(self, cls: str, method: str) -> None:
-        """Tables are made of what the host knows, once: "meta" has no values to read."""
+        """Values stay on the host, and tables are made of them once: "meta" has no
+        values to read.
+        """
         own = pair(cls)[1]
         on_device = torch.zeros(SHAPE, device="meta")
         for _ in range(3):
@@ -275,7 +281,7 @@ class TestWhereTablesLive:
 
 
 class TestOtherDropIns:
-    """What each of them takes for an index."""
+    """The indices that each of the other drop-ins takes."""
 
     INDICES = ((torch.int64, torch.int32), (torch.int16, *OTHERS))
 
@@ -352,7 +358,9 @@ class TestOtherDropIns:
         ids=str,
     )
     def test_ermongroup(self, seq: Any) -> None:
-        """Any number: the model sees it as it is, and ᾱ is that of its integral part."""
+        """ermongroup's code takes any number: the model gets it unchanged, and ᾱ is that of its
+        integral part.
+        """
         b, x = of_ermongroup.LINEAR, draw()[0]
 
         def alpha(b: Tensor, t: Any) -> Tensor:

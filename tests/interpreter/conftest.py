@@ -1,4 +1,4 @@
-"""Corrects what Triton's interpreter gets wrong, which parity.py shows to be enough."""
+"""Corrections of Triton's interpreter, which parity.py shows to be enough."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..support.gpuless import exact
 
 
 def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
-    """The interpreter rounds the product."""
+    """Fuses the product, which the interpreter rounds."""
     fma = {np.dtype(np.float32): exact.fma32, np.dtype(np.float64): exact.fma64}[z.data.dtype]
     with np.errstate(all="ignore"):
         return interpreter.TensorHandle(fma(x.data, y.data, z.data), z.dtype.scalar)
@@ -22,7 +22,7 @@ _convert_float = interpreter._convert_float
 
 
 def converted(values: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
-    """The interpreter truncates float32 to bfloat16."""
+    """Rounds float32 to bfloat16, which the interpreter truncates."""
     if source == tl.float32 and target == tl.bfloat16:
         flat = np.ascontiguousarray(values).view(np.float32).reshape(-1)
         return exact.narrowed(flat, "bf16").reshape(values.shape)
@@ -33,7 +33,9 @@ _binary_op = interpreter.InterpreterBuilder.binary_op
 
 
 def computed(self: Any, x: Any, y: Any, operation: Any) -> Any:
-    """The interpreter gives a comparison the type of what was compared."""
+    """Gives a comparison a Boolean type, where the interpreter gives it the type of its
+    operands.
+    """
     if operation in _COMPARISONS:
         return interpreter.TensorHandle(operation(x.data, y.data), tl.int1)
     return _binary_op(self, x, y, operation)
@@ -43,7 +45,9 @@ _patch_lang_tensor = interpreter._patch_lang_tensor
 
 
 def indexed(tensor: Any, scope: Any) -> None:
-    """Triton 3.6 takes a Python integer from an array of one dimension, which NumPy now refuses."""
+    """Takes an integer from an array of one dimension, which Triton 3.6 does in a way that NumPy
+    now refuses.
+    """
     _patch_lang_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 

@@ -98,7 +98,7 @@ def test_large_samples(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 @settings(max_examples=40)
 @given(data=st.data())
 def test_random_cases(data: st.DataObject) -> None:
-    """Any combination of features."""
+    """Any combination of features agrees."""
     case = any_case(data, largest_batch=4)
     assert_bits_of_cpu(LAUNCHERS.update_out, case, in_place=data.draw(st.booleans()))
 
@@ -145,7 +145,7 @@ def test_normals(dtype: torch.dtype, layout: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tuned_steps(dtype: torch.dtype) -> None:
-    """Each step from the state and the epsilon that the one before has left."""
+    """Each tuned step starts from the state and the epsilon of the step before."""
     tuned = random_steps(4, clip=0.8)
     plan = make_plan(Schedule.linear(), tuned, Update(clip=0.8).checked(None))
     table = to_table(plan.table, torch.float32, torch.device("cpu"))

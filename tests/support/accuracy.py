@@ -13,7 +13,7 @@ from .updates import Case, Result, run
 
 
 def spacing(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Distance between neighbouring numbers of `dtype` at `values`."""
+    """The distance between neighbouring numbers of `dtype` at `values`."""
     info = torch.finfo(dtype)
     return np.maximum(abs(values), info.tiny) * info.eps
 
@@ -24,7 +24,8 @@ def extended(values: Tensor) -> np.ndarray:
 
 
 def assert_accurate(case: Case, got: Result) -> None:
-    """Error at most twice that of the eager formula, plus one rounding of the output.
+    """Asserts an error of at most twice that of the eager formula, plus one rounding of
+    the output.
 
     A handful of elements may hit no rounding error at all, so the eager error counts as at least
     one rounding of the largest term.
@@ -51,7 +52,9 @@ def assert_accurate(case: Case, got: Result) -> None:
 
 
 def check(backend: backends.Backend, case: Case) -> None:
-    """The body every backend runs: accuracy against float64, in place, and the next model input."""
+    """Runs the checks of every backend: accuracy against float64, in place, and the next model
+    input.
+    """
     got = run(backend.update_out, case)
     in_place = run(backend.update_out, case, in_place=True)
     for a, b in zip(got.tensors(), in_place.tensors(), strict=True):
@@ -66,7 +69,7 @@ def check(backend: backends.Backend, case: Case) -> None:
 
 
 def drawn(case: Case) -> Tensor | None:
-    """The noise of the step: as given, or drawn; None where it has none."""
+    """The noise of the step, given or drawn; None without noise."""
     if case.keys is None:
         return case.noise
     return philox.normal(case.keys, case.x.shape[1:], philox.STEP_NOISE)

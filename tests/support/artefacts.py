@@ -1,4 +1,5 @@
-"""What C++ compilers and nvcc make for tests, made once for all workers and later runs.
+"""Outputs of C++ compilers and nvcc for tests, made once for all workers and later
+runs.
 
 An artefact is found again by all that it was made of: the command, the compiler's version, and the
 contents of every file that the compiler read, which it lists itself (`-MD`). A change of any of
@@ -65,8 +66,8 @@ def compiled(
 
 
 def artefact(asked: str, tree: Path, read: Iterable[str], suffix: str) -> Path | None:
-    """Where the artefact is of a command that reads these files as they are now; None where one is
-    gone.
+    """The path of the artefact that a command makes of these files in their present state; None if
+    one is gone.
     """
     files = [tree / name for name in sorted(read)]
     if not all(file.is_file() for file in files):
@@ -100,7 +101,7 @@ def version(compiler: str) -> str:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Held by one process at a time, and released also where that is killed."""
+    """A lock that one process holds at a time, and that is released if that process is killed."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(FOLDER / f"{name}.lock", os.O_RDWR | os.O_CREAT)
     try:

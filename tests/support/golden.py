@@ -1,4 +1,5 @@
-"""What has the same bits on every CPU: SHA-256 digests of all tables and of the noise.
+"""SHA-256 digests of everything that has the same bits on every CPU: all tables, and
+the noise.
 
     python tests/support/golden.py
 
@@ -147,7 +148,9 @@ def noise(impl: str) -> Iterator[Tensor]:
 
 
 def digests() -> dict[str, str]:
-    """Of everything but the noise of compiled backends, which is that of the reference."""
+    """Digests of everything except the noise of compiled backends, which is that of the
+    reference.
+    """
     groups: Mapping[str, Callable[[], Iterator[Tensor]]] = {
         "schedules": schedules,
         "timesteps": timesteps,

@@ -158,7 +158,7 @@ PER_CALL = ("seed", "sample_offset", "noise", "x_T", "mask", "known", "return_tr
 
 
 def prepared(impl: str) -> Iterator[tuple[str, list[Tensor]]]:
-    """Each `Sampler` drawn from twice, with calls of other kinds between."""
+    """Results of each `Sampler`, drawn from twice, with calls of other kinds between."""
     for name, case in sampling().items():
         per_call = {key: case.pop(key) for key in PER_CALL if key in case}
         if "x_T" in per_call:
@@ -192,7 +192,9 @@ def inverted(impl: str) -> Iterator[tuple[str, list[Tensor]]]:
 
 
 def streamed(impl: str) -> Iterator[tuple[str, list[Tensor]]]:
-    """Three slots for requests of many kinds, each of which comes when others are on their way."""
+    """Results of three slots for requests of many kinds, each of which comes when others are on
+    their way.
+    """
     kinds: dict[str, dict[str, Any]] = {
         "plain": {},
         "order 2": {"order": 2},

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 
 def elementwise_model(x: Tensor, t: Tensor) -> Tensor:
-    """Correctly rounded operations only, so that its bits do not depend on an element's place.
+    """A model of correctly rounded operations, so that its bits do not depend on an element's
+    place.
 
     (A vectorised tanh or exp may differ in the last bit from the one that handles the remainder.)
     """
@@ -41,7 +42,7 @@ class SmallNet(nn.Module):
 
 
 class GaussianModel:
-    """The exact ε for data N(mean, scale²·I): E[ε | x_t] under the schedule."""
+    """A model with the exact ε for data N(mean, scale²·I): E[ε | x_t] under the schedule."""
 
     def __init__(self, alphas_cumprod: Tensor, mean: float = 0.5, scale: float = 0.3) -> None:
         self.alphas_cumprod, self.mean, self.scale = alphas_cumprod, mean, scale
@@ -52,5 +53,7 @@ class GaussianModel:
 
 
 def shown(value: Any) -> str:
-    """The value in the name of a test, where functions have no addresses: workers must agree."""
+    """The value in the name of a test, with functions shown without addresses: workers
+    must agree.
+    """
     return re.sub(r" at 0x\w+", "", str(value))

@@ -9,7 +9,7 @@ import pytest
 
 
 class Missing:
-    """Stands where a package is not installed; using it skips the test."""
+    """Stands in for a package that is not installed; using it skips the test."""
 
     def __init__(self, package: str) -> None:
         self._package = package

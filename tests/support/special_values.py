@@ -1,4 +1,4 @@
-"""What every backend makes of zeros, infinities and NaN."""
+"""Zeros, infinities and NaN in every backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .updates import DTYPES, LAYOUTS, make_case, run
 
 
 def noise_has_the_specified_bits(backend: backends.Backend, generator: torch.Generator) -> None:
-    """x = m = 0 and a noise coefficient of 1 leave z itself, for any layout."""
+    """Asserts that x = m = 0 and a noise coefficient of 1 leave z itself, in any layout."""
     for layout in LAYOUTS[:-1]:
         case = make_case(generator, (3, 5, 7, 9), layout=layout, noise="keyed")
         rows = torch.zeros_like(case.rows)

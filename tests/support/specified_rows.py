@@ -1,5 +1,5 @@
-"""Rows that take factors from their data, to the bit, on NumPy: what csrc/cpu/fit.h and the kernels
-of GPUs compute.
+"""Rows that take factors from their data, to the bit, on NumPy: the specification of csrc/cpu/fit.h
+and of the GPU kernels.
 
 `reference.rescaled_rows` says what they mean; here the order of sums is told and where numbers are
 rounded.
@@ -63,7 +63,9 @@ def _rescaled(row: Any, x: np.ndarray, outputs: list[np.ndarray], rescaling: Res
 
 
 def _squared_deviations(values: np.ndarray) -> Any:
-    """Element i goes to sum i % 256; then the upper half of the sums is added to the lower one."""
+    """The squared deviations: element i goes to sum i % 256, then the upper half of the sums is
+    added to the lower one.
+    """
     count = len(values)
     d = values.astype(np.float64) - (np.float64(values[0]) if count else 0.0)
     d = np.append(d, np.zeros(-count % LANES)).reshape(-1, LANES)

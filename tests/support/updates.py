@@ -171,7 +171,7 @@ def poisoned_like(values: Tensor, frame: int = UNALIGNED) -> tuple[Tensor, Tenso
 
 
 def written_only_inside(view: Tensor, buffer: Tensor) -> bool:
-    """Whether everything in the buffer but the view still is the sentinel."""
+    """True if everything in the buffer except the view is still the sentinel."""
     copy = buffer.clone()
     copy.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(SENTINEL)
     return bool((copy == torch.tensor(SENTINEL).to(copy.dtype)).all())
@@ -180,7 +180,9 @@ def written_only_inside(view: Tensor, buffer: Tensor) -> bool:
 def run(
     update_out: Callable[..., None], case: Case, *, in_place: bool = False, with_x_0: bool = True
 ) -> Result:
-    """One call into poisoned outputs. In place, x_prev goes over x and epsilon over the history."""
+    """Runs one call into poisoned outputs. In place, x_prev goes over x and epsilon over the
+    history.
+    """
     x = torch.empty_strided(case.x.shape, case.x.stride(), dtype=case.x.dtype)
     x.copy_(case.x)
     framed = {name: poisoned_like(case.x, case.frame) for name in ("out", "x_0")}
@@ -222,7 +224,7 @@ def run(
 
 
 def use_instruction_set(name: str) -> None:
-    """Make the C++ kernel use an instruction set from now on; skips where this CPU lacks it."""
+    """Makes the C++ kernel use an instruction set from now on; skips if this CPU lacks it."""
     if ops.EXTENSION_ERROR is not None:
         pytest.skip(ops.EXTENSION_ERROR)
     library = ctypes.CDLL(fastddim._C.__file__)
@@ -241,7 +243,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
 
 
 def any_case(data: st.DataObject, largest_batch: int = 9) -> Case:
-    """Any combination of features."""
+    """Arguments with any combination of features."""
     dims = data.draw(st.integers(2, 5))
     sizes = data.draw(st.lists(st.integers(0, 9), min_size=dims, max_size=dims))
     shape = (min(sizes[0], largest_batch), *sizes[1:])

@@ -124,7 +124,7 @@ class TransformerForDiffusion(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Features of an observation `[B·To, …]`: of both of its fields."""
+    """Features of an observation `[B·To, …]`, from both of its fields."""
 
     def __init__(self, features: int = 3) -> None:
         super().__init__()
@@ -140,7 +140,9 @@ class Encoder(nn.Module):
 
 
 class Policy(nn.Module):
-    """What all policies have, of the repository's `ModuleAttrMixin` and base policies too."""
+    """The common parts of all policies, of the repository's `ModuleAttrMixin` and base policies
+    too.
+    """
 
     def __init__(
         self,
@@ -204,7 +206,7 @@ class Policy(nn.Module):
         return trajectory
 
     def _free(self, batch: int, horizon: int, dim: int) -> tuple[Tensor, Tensor]:
-        """(data, mask) of a sample of which nothing is known."""
+        """(data, mask) of a sample without known elements."""
         data = torch.zeros(size=(batch, horizon, dim), device=self.device, dtype=self.dtype)
         return data, torch.zeros_like(data, dtype=torch.bool)
 
@@ -397,11 +399,15 @@ class DiffusionUnetImagePolicy(Policy):
 
 
 class DiffusionUnetHybridImagePolicy(DiffusionUnetImagePolicy):
-    """The same with an encoder of robomimic; no subclass in the repository."""
+    """The policy of low-dimensional and image observations with an encoder of robomimic; no
+    subclass in the repository.
+    """
 
 
 class DiffusionUnetVideoPolicy(DiffusionUnetImagePolicy):
-    """Inpaints the states and has the images as a condition; no subclass in the repository."""
+    """A policy that inpaints the states and has the images as a condition; no subclass in the
+    repository.
+    """
 
     def __init__(self, shape_meta: dict[str, Any], *arguments: Any, **kwargs: Any) -> None:
         super().__init__(shape_meta, *arguments, **kwargs)
@@ -424,7 +430,7 @@ class DiffusionUnetVideoPolicy(DiffusionUnetImagePolicy):
 
 
 class DiffusionTransformerHybridImagePolicy(DiffusionTransformerLowdimPolicy):
-    """Features of images as the condition; no subclass in the repository."""
+    """A policy with features of images as the condition; no subclass in the repository."""
 
     def predict_action(self, obs_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         nobs = self.normalizer.normalize(obs_dict)
@@ -496,7 +502,7 @@ def make(kind: str, scheduler: Any, **options: Any) -> Any:
 
 
 def observation(tick: int, batch: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """What environments give at a tick: one step more than a policy looks at."""
+    """The output of environments at a tick: one step more than a policy looks at."""
     generator = torch.Generator().manual_seed(tick)
     shapes = {"obs": (OBS,), "image": (1, 5, 5)}
     return {

@@ -34,7 +34,7 @@ def fast(diffusion):
 
 
 class Model(nn.Module):
-    """Of C or, with a learned variance, 2C channels."""
+    """A model of C or, with a learned variance, 2C channels."""
 
     def __init__(self, learned=False):
         super().__init__()

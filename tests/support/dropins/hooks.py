@@ -1,4 +1,4 @@
-"""Overrides of a method that a peer's code calls on its own objects, in the ways that there are."""
+"""Overrides of a method that a peer's code calls on its own objects, in all possible ways."""
 
 from __future__ import annotations
 

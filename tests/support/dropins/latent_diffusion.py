@@ -29,7 +29,9 @@ class DDPM:
 
 
 class Latent(DDPM):
-    """What the sampler asks of a LatentDiffusion; buffers are rounded from float64 ones."""
+    """The part of a LatentDiffusion that the sampler needs; buffers are rounded from
+    float64 ones.
+    """
 
     num_timesteps = T
     device = torch.device("cpu")
@@ -59,7 +61,7 @@ class Latent(DDPM):
 
 
 def total(c):
-    """Of every tensor in a condition."""
+    """The sum of every tensor in a condition."""
     if isinstance(c, dict | list):
         return sum(total(v) for v in (c.values() if isinstance(c, dict) else c))
     return c
@@ -82,7 +84,7 @@ def fast_of(sampler):
 
 
 def compare(sampler, run, tolerance):
-    """The same results, of the model asked the same."""
+    """Asserts the same results, from the same calls of the model."""
     asked = sampler.model.asked
     asked.clear()
     own, expected = same_draws(lambda: run(fast_of(sampler)), lambda: run(sampler))

@@ -14,7 +14,7 @@ SHAPE = (3, 2, 6, 10)
 
 
 class Model(nn.Module):
-    """What the peer asks of a Unet."""
+    """The part of a Unet that the peer needs."""
 
     channels = out_dim = 2
     random_or_learned_sinusoidal_cond = False
@@ -49,7 +49,7 @@ def compare(diffusion, method, *arguments, tolerance, **kwargs):
 
 
 class GuidedModel(Model):
-    """With the guidance of the peer's own Unet."""
+    """A model with the guidance of the peer's own Unet."""
 
     cond_drop_prob = 0.5
 
@@ -69,7 +69,7 @@ def make_guided(dtype, **kwargs):
 
 
 class SequenceModel(Model):
-    """Of `[B, C, N]`, or `[B, N, C]`, with arguments of the user's."""
+    """A model of `[B, C, N]`, or `[B, N, C]`, with arguments of the user's."""
 
     def forward(self, x, time, x_self_cond=None, shift=0.0):
         self.given.append((time, x_self_cond))

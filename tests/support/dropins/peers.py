@@ -75,7 +75,7 @@ def guided_diffusion() -> types.ModuleType:
 
 
 class _Registry:
-    """As much of `draccus.ChoiceRegistry` as the configs of LeRobot are made with."""
+    """The part of `draccus.ChoiceRegistry` that the configs of LeRobot need."""
 
     @staticmethod
     def register_subclass(_name: str) -> Callable[[type], type]:
@@ -115,8 +115,8 @@ _LEROBOT_NAMES = {"configs": ("types", "policies"), "optim": ("optimizers", "sch
 
 
 def lerobot_packages(*names: str) -> dict[str, types.ModuleType]:
-    """LeRobot, its configs and other packages of it, to import their modules from without what
-    their `__init__` imports.
+    """LeRobot, its configs and other packages of it, importable without the imports of their
+    `__init__`.
     """
     root, packages = _require("lerobot"), {}
     for name in ("", "configs", *names):
@@ -138,7 +138,9 @@ def _of_module(package: str, modules: tuple[str, ...], name: str) -> Any:
 
 
 def same_draws(*runs: Callable[[], Any], seed: int = 11) -> list[Any]:
-    """What each run gives from one state of torch's generator; all must leave it in one state."""
+    """The results of all runs, each from one state of torch's generator; all must leave it in one
+    state.
+    """
     results, states = [], []
     for run in runs:
         torch.manual_seed(seed)
@@ -149,7 +151,8 @@ def same_draws(*runs: Callable[[], Any], seed: int = 11) -> list[Any]:
 
 
 def assert_same(own: Any, expected: Any, tolerance: float) -> None:
-    """Nested lists, tuples and dicts of tensors agree: keys, shapes, dtypes and values.
+    """Asserts that nested lists, tuples and dicts of tensors agree: keys, shapes, dtypes and
+    values.
 
     Where a tensor has values above 1 the tolerance is relative to the largest.
     """
@@ -196,7 +199,7 @@ def run_example(
 
 
 def _require(package: str) -> Path:
-    """Where a package is, found without importing it."""
+    """The folder of a package, found without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         pytest.skip(f"compares with the package {package}, which is not installed")
@@ -218,7 +221,9 @@ def _package(name: str, *absent: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def modules_named(given: dict[str, Any]) -> Iterator[None]:
-    """Modules under names for a while; they and what is imported below them then goes."""
+    """Modules under other names for a while; they and all that is imported below them are then
+    removed.
+    """
 
     def named() -> set[str]:
         return {n for n in sys.modules for g in given if n == g or n.startswith(f"{g}.")}

@@ -9,7 +9,7 @@ import torch
 
 
 class WebuiModel:
-    """epsilon, and ᾱ where the webui's models have it."""
+    """A model with epsilon, and ᾱ in the attribute of the webui's models."""
 
     def __init__(self, alphas_cumprod):
         inner = types.SimpleNamespace(alphas_cumprod=alphas_cumprod)

@@ -53,7 +53,9 @@ STEPS = 4
 
 
 class OnDevice(probes.NoSync):
-    """Refuses results off the device as well: a graph would hold their values, not the work."""
+    """A mode that also refuses results off the device: a graph would hold their values, not the
+    work.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -67,14 +69,14 @@ _pinned: Any = WeakIdKeyDictionary()
 
 
 def pin_memory(tensor: Tensor) -> Tensor:
-    """In the place of `Tensor.pin_memory`, which needs a GPU."""
+    """Stands in for `Tensor.pin_memory`, which needs a GPU."""
     pinned = tensor.clone()
     _pinned[pinned] = True
     return pinned
 
 
 class Unwaiting(TorchDispatchMode):
-    """Refuses what makes the host wait for the device, and lets the host do what it wants."""
+    """A mode that refuses waits of the host for the device, and lets the host do anything else."""
 
     _COPIES = frozenset({torch.ops.aten._to_copy, torch.ops.aten.copy_})
     _SHAPE_ALONE = frozenset({torch.ops.aten.zeros_like, torch.ops.aten.empty_like})
@@ -167,7 +169,7 @@ def run(
     masked: bool = False,
     **update: Any,
 ) -> str:
-    """What the probe says: of the captured body, or of the whole loop where `mode` is False."""
+    """The probe's findings about the captured body, or about the whole loop if `mode` is False."""
     # Plans and coefficients are made on the host, from values; so are they here.
     prepared = setup(None, mode, **update)
     try:
@@ -344,7 +346,9 @@ def a_call(mode: bool | str, keys: dict[str, Any]) -> Any:
 
 
 def a_call_with_conditions(mode: bool | str) -> Any:
-    """Numbers, tensors and lists as arguments, a strength a step, and two halves of guidance."""
+    """A call with numbers, tensors and lists as arguments, a strength for each step, and two halves
+    of guidance.
+    """
     update: dict[str, Any] = {"guidance_scale": [1.0, 2.0, 3.0, 2.0], "eta": [1.0, 0.5, 0.0, 1.0]}
     prepared = setup(None, mode, **update)
 
@@ -373,7 +377,7 @@ def a_call_with_conditions(mode: bool | str) -> Any:
 
 
 def a_call_with_generators(mode: bool | str) -> Any:
-    """On the host, where they draw x_T and the noise of each step."""
+    """A call with generators on the host, which draw x_T and the noise of each step."""
     options = CallOptions(noise=[torch.Generator(), torch.Generator()])
     return made_loop(mode, eta=1.0), lambda loop: loop.sample(options)
 
@@ -387,7 +391,7 @@ def a_masked_run(mode: bool | str) -> Any:
 
 
 def a_loop_taken_over(mode: bool | str) -> Any:
-    """By a call with other coefficients."""
+    """A call with other coefficients, which takes over a loop."""
     other = setup(None, mode, eta=0.5, denoised_fn=lambda x_0, t: x_0)
     other = Setup(**{**vars(other), "model": same})
     return made_loop(mode, eta=1.0, denoised_fn=lambda x_0, t: x_0), lambda loop: loop.load(other)
@@ -420,7 +424,7 @@ def submit(stream: fastddim.Stream) -> None:
 
 
 def ticks(mode: bool | str) -> Any:
-    """What the ticks of a robot take over from its last chunk."""
+    """Ticks of a robot, each of which takes something over from the last chunk."""
     shape = (2, 6, 3)
 
     def make() -> tuple[Chunks, WarmStart]:
@@ -462,7 +466,7 @@ CALLS: dict[str, Callable[[bool | str], Any]] = {
 
 
 def whole(case: Callable[[bool | str], Any], mode: bool | str) -> str:
-    """What the probe says of a whole call, with all that the host does in it."""
+    """The probe's findings about a whole call, with all work of the host in it."""
     make, call = case(mode)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     try:

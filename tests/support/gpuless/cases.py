@@ -1,4 +1,4 @@
-"""Updates that between them take every path of a GPU kernel, and what "the same bits" means."""
+"""Updates that together take every path of a GPU kernel, and the meaning of "the same bits"."""
 
 from __future__ import annotations
 
@@ -134,14 +134,14 @@ def update_case(name: str) -> Case:
 
 
 def assert_bare_bits_of_cpu(update_out: Any, case: Case, *, alone: bool = False) -> None:
-    """The bits of an update that writes x_prev alone."""
+    """Asserts the bits of an update that writes only x_prev."""
     cpu = backends.BACKENDS["cpu"].update_out
     for a, b in zip(run_bare(update_out, case, alone=alone), run_bare(cpu, case), strict=True):
         assert same_bits(a, b), f"differs in {int((a != b).sum())} of {a.numel()}"
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit, but for the payload of a NaN."""
+    """True for values that are equal bit for bit, except for the payload of a NaN."""
     if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.isnan(), b.isnan()):
         return False
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
@@ -178,8 +178,8 @@ def run_bare(update_out: Any, case: Case, *, alone: bool = False) -> list[Tensor
 
 
 def assert_bits_of_cpu(update_out: Any, case: Case, *, in_place: bool = False) -> Result:
-    """`update_out` gives the bits of the C++ kernel on the CPU in every output, with x_0 among them
-    and without it; the latter without indices of rows where the samples share one.
+    """Asserts that `update_out` gives the bits of the C++ kernel on the CPU in every output, with
+    x_0 and without it; the latter without indices of rows if the samples share one.
     """
     cpu = backends.BACKENDS["cpu"].update_out
     got = run(update_out, case, in_place=in_place)
@@ -191,7 +191,7 @@ def assert_bits_of_cpu(update_out: Any, case: Case, *, in_place: bool = False) -
 
 
 def assert_normals(normal_out: Any, dtype: torch.dtype) -> None:
-    """The specified normals in every layout, and nothing outside of the view."""
+    """Asserts the specified normals in every layout, and nothing outside of the view."""
     for layout in LAYOUTS[:-1]:
         generator = torch.Generator().manual_seed(1)
         case = make_case(generator, (3, 5, 7, 3), dtype=dtype, layout=layout, noise="keyed")
@@ -204,7 +204,9 @@ def assert_normals(normal_out: Any, dtype: torch.dtype) -> None:
 
 
 def assert_advance(advance: Any, count: int) -> None:
-    """Counters up by one, and the timesteps that the first `count` of them then point to."""
+    """Asserts that counters go up by one, and the timesteps that the first `count` of them then
+    point to.
+    """
     timesteps = torch.randint(0, 1000, (9,))
     counters = torch.randint(0, 8, (count + 3,))
     before, t = counters.clone(), torch.zeros(count, dtype=torch.int64)
@@ -214,7 +216,7 @@ def assert_advance(advance: Any, count: int) -> None:
 
 
 def recorded_digits() -> tuple[list[Tensor], Tensor]:
-    """(what the model of digits returned in each step on the CPU, the images that came of it)."""
+    """(outputs of the model of digits in each step on the CPU, the resulting images)."""
     digits = fastddim.models.load("digits")
     outputs: list[Tensor] = []
 

@@ -121,7 +121,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
 
 @pytest.fixture
 def idle(device: Device) -> Iterator[Device]:
-    """Told of launches, and executes none."""
+    """A device that is told of launches and executes none."""
     device.gpu.executes = False
     yield device
     device.gpu.executes = True

@@ -92,7 +92,9 @@ def _moderate(x: np.ndarray, exponent: int) -> np.ndarray:
 
 
 def _fma64_moderate(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """Boldo and Melquiond's algorithm, where no intermediate result overflows or is subnormal."""
+    """The fused multiply-add by Boldo and Melquiond's algorithm, if no intermediate result
+    overflows or is subnormal.
+    """
     high, low = _two_product(a, b)
     addend, addend_error = two_sum(c, low)
     total, total_error = two_sum(high, addend)
@@ -124,7 +126,7 @@ def _fma64_any(a: float, b: float, c: float) -> float:
 
 
 def minimum(a: Array, b: Array) -> Array:
-    """−0 < +0, and a number where the other is NaN."""
+    """The minimum with −0 < +0, and a number if the other is NaN."""
     return _extremum(a, b, a < b, np.bitwise_or)
 
 
@@ -141,7 +143,7 @@ def _extremum(a: Array, b: Array, first: Array, of_equals: Callable[..., Array])
 
 
 def propagating(extremum: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
-    """NaN where either operand is (`.NaN`)."""
+    """NaN if either operand is NaN (`.NaN`)."""
 
     def compute(a: Array, b: Array) -> Array:
         nan = a.dtype.type(np.nan)

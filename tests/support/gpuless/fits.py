@@ -1,5 +1,5 @@
-"""Rows fitted to their data, and gradients: calls that between them take every path of the kernels
-for GPUs, compared with the C++ kernels bit for bit.
+"""Rows fitted to their data, and gradients: calls that together take every path of the kernels for
+GPUs, compared with the C++ kernels bit for bit.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def fitted(
 
 
 def assert_fit_of_cpu(rescale_rows: Any, case: Case, rescaling: Rescaling) -> None:
-    """`rescale_rows` gives the bits of the CPU; it gets no index where the samples share a row."""
+    """Asserts that `rescale_rows` gives the bits of the CPU; it gets no index if the samples share
+    a row.
+    """
     cpu = backends.BACKENDS["cpu"].rescale_rows
     expected = fitted(cpu, case, rescaling, case.table, case.row)
     got = fitted(rescale_rows, case, rescaling, *case.alone)
@@ -183,7 +185,7 @@ BACKWARD_CASES = dict(backward_arguments())
 
 
 def backward_case(name: str) -> tuple[Case, Tensor | None, Tensor | None]:
-    """The update, and the gradients of x_prev and x_0, with a few numbers that are none."""
+    """An update, and the gradients of x_prev and x_0, with a few values that are not numbers."""
     shape, arguments, grads = BACKWARD_CASES[name]
     generator = torch.Generator().manual_seed(41)
     case = make_case(generator, shape, **arguments)
@@ -224,7 +226,9 @@ def gradients(
 def assert_backward_of_cpu(
     backward_out: Any, case: Case, grad_out: Tensor | None, grad_x_0: Tensor | None
 ) -> None:
-    """`backward_out` gives the bits of the CPU; it gets no index where the samples share a row."""
+    """Asserts that `backward_out` gives the bits of the CPU; it gets no index if the samples share
+    a row.
+    """
     cpu, indexed = torch.ops.fastddim.backward_out, (case.table, case.row)
     expected = gradients(cpu, case, indexed, grad_out, grad_x_0)
     got = gradients(backward_out, case, case.alone, grad_out, grad_x_0)

@@ -1,5 +1,5 @@
-"""A GPU that is none: launchers that nvcc built run on a stand-in for the CUDA runtime, and what
-they launch runs on the interpreter of PTX.
+"""A simulated GPU: launchers that nvcc built run on a stand-in for the CUDA runtime, and the
+launched kernels run on the interpreter of PTX.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class FakeGpu:
         self.error: ptx.PtxError | None = None
 
     def disconnect(self) -> None:
-        """From here on every launch fails as it does without a driver."""
+        """Makes every launch from here on fail as it does without a driver."""
         self._runtime.stand_in_set_callback(None)
 
     def load(self, launcher: Path, text: str) -> ctypes.CDLL:

@@ -1,4 +1,4 @@
-"""What each PTX opcode does, after NVIDIA's "PTX ISA" 9.0.
+"""The effect of each PTX opcode, after NVIDIA's "PTX ISA" 9.0.
 
 `decode` turns one instruction into a function that executes it for some threads of a wave. Every
 part of the opcode has to be taken by the builder of its first part: what is left over is refused,
@@ -6,8 +6,8 @@ so that no suffix is ever ignored.
 
 Left out on purpose, and refused: the approximate operations (`.approx`, `.full`), whose results the
 ISA leaves to the hardware, and float additions and multiplications without `.rn`, which ptxas may
-fuse. But for one: `rsqrt.approx.ftz.f32` gives, in turns, the numbers that the ISA's bound on its
-error allows.
+fuse. There is one exception: `rsqrt.approx.ftz.f32` gives, in turns, the numbers that the ISA's
+bound on its error allows.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Scope(Protocol):
 
 
 BASES = {"global": 0, "const": 0, "shared": 1 << 56, "local": 2 << 56, "param": 3 << 56}
-"""Where the spaces lie in generic addresses; host addresses are below 2^48."""
+"""The spaces in generic addresses; host addresses are below 2^48."""
 
 DTYPES = {
     **{f"{kind}{8 * size}": np.dtype(t) for kind in "bu" for size, t in UNSIGNED.items()},
@@ -176,7 +176,7 @@ def integer(text: str) -> int | None:
 
 
 def immediate(text: str, dtype: np.dtype) -> Array | None:
-    """The value of a literal as a scalar of this dtype; None if it is no literal."""
+    """The value of a literal as a scalar of this dtype; None for other text."""
     size = dtype.itemsize
     match = _FLOAT_BITS.fullmatch(text)
     if match:
@@ -244,7 +244,7 @@ def _register_reader(register: Register, dtype: np.dtype, wider: bool) -> Reader
 
 
 def writer(scope: Scope, operand: str, dtype: np.dtype, wider: bool = False) -> Writer:
-    """Into a register; a wider one is filled by extension where that is allowed."""
+    """A writer into a register; a wider register is filled by extension if that is allowed."""
     if operand == "_":
         return lambda wave, lanes, value: None
     register = scope.find(operand)
@@ -270,7 +270,9 @@ def writer(scope: Scope, operand: str, dtype: np.dtype, wider: bool = False) -> 
 
 
 def put(wave: Wave, index: int, lanes: Lanes, value: Array) -> None:
-    """Registers are never changed in place, so that they may share arrays."""
+    """Puts values into registers. An array is never changed in place, so that registers may share
+    arrays.
+    """
     if lanes is not None:
         before = wave.registers[index]
         after = before.copy() if before.ndim else np.full(wave.count(None), before)
@@ -437,7 +439,7 @@ def _carrying(
     carry_out: bool,
     product: Callable[[Array, Array], Array] | None = None,
 ) -> Step:
-    """Addition or subtraction with the carry flag; of a product where there is one."""
+    """Addition or subtraction with the carry flag, of a product if there is one."""
     i.arity(4 if product else 3)
     word = "u" + type[1:]
     write = i.writer(i.operands[0], word)
@@ -896,7 +898,7 @@ def _convert_address(i: Instruction) -> Step:
 
 @opcode("createpolicy")
 def _create_policy(i: Instruction) -> Step:
-    """Policies only steer caches: any value does."""
+    """Ignores cache policies, which only steer caches."""
     i.type("b64")
     i.required("fractional")
     i.required("L2::evict_first", "L2::evict_last", "L2::evict_normal", "L2::evict_unchanged")
@@ -1095,7 +1097,7 @@ def _atomic(i: Instruction) -> Step:
 
 
 def _cache_hints(i: Instruction) -> bool:
-    """Takes what only steers caches; true if a cache policy is among the operands."""
+    """Takes the operands that only steer caches; true if a cache policy is among them."""
     i.flag("volatile")
     i.one_of(*(_LOAD_CACHES if i.base == "ld" else _STORE_CACHES))
     i.one_of(*_LEVELS_1)

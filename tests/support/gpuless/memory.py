@@ -1,4 +1,4 @@
-"""The memory that interpreted threads see: what they may touch, and who touched it before.
+"""The memory that interpreted threads see: its bounds, and the record of accesses.
 
 A region of host memory is registered with its exact bounds. Within one launch every access is
 checked against them, against its natural alignment, and against the accesses of all other threads.
@@ -38,7 +38,7 @@ class Block:
 
     @classmethod
     def poisoned(cls, size: int) -> Block:
-        """Memory nobody has written: all ones, which is NaN to every float type."""
+        """Memory in its first state: all ones, which is NaN to every float type."""
         return cls(np.full(_rounded_up(size), 0xFF, np.uint8))
 
     def fill(self, content: bytes) -> None:
@@ -116,7 +116,8 @@ class Memory:
 
 
 class Shadow:
-    """Which thread wrote and which read each granule of a memory since the last synchronisation.
+    """A record of the thread that wrote and the thread that read each granule of a memory since the
+    last synchronisation.
 
     A granule is as wide as the narrowest access so far, so the record is exact to the byte.
     """
@@ -159,7 +160,7 @@ class Shadow:
             _refuse(now != thread, thread, now, "overwrites", "wrote")
 
     def update(self, offset: np.ndarray, size: int, thread: np.ndarray) -> None:
-        """Atomic operations, which may meet one another and nothing else."""
+        """Records atomic operations, which may meet one another and nothing else."""
         for granule in self._granules(offset, size):
             reader, writer = self._reader[granule], self._writer[granule]
             read = (reader != _NOBODY) & (reader != thread)

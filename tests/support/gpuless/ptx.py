@@ -33,7 +33,7 @@ _WAVE_THREADS = 16384
 in the cache."""
 
 _POISON = {0: np.True_, **{size: t(-1 % (1 << 8 * size)) for size, t in UNSIGNED.items()}}
-"""What a register holds that nobody has written: NaN to every float type."""
+"""The value of a register that was never written: NaN to every float type."""
 
 _THREADS_PER_BLOCK, _SHARED_BYTES = 1024, 227 * 1024
 
@@ -78,12 +78,14 @@ class Kernel:
 
     @functools.cached_property
     def program(self) -> Program:
-        """Decoded when it is first needed: a module may hold kernels that a test never launches."""
+        """The program, decoded when it is first needed: a module may hold kernels that a test never
+        launches.
+        """
         return _Decoder(self, self._module).decode(self._body)
 
     @functools.cached_property
     def offsets(self) -> list[int]:
-        """Where each parameter lies in parameter memory."""
+        """The offset of each parameter in parameter memory."""
         offsets, end = [], 0
         for (_, size), alignment in zip(self.parameters, self._alignments, strict=True):
             offsets.append(_aligned(end, alignment))
@@ -293,7 +295,7 @@ class _Decoder:
         return Program(operations, self.widths, self.specials, self.shared_bytes, self.local_bytes)
 
     def _collect(self, body: str) -> None:
-        """Declarations and labels are noted, instructions kept for when all of them are known."""
+        """Notes declarations and labels, and keeps instructions until all of them are known."""
         position = _skip_space(body, 0)
         while position < len(body):
             label = _LABEL.match(body, position)
@@ -389,7 +391,7 @@ class _Decoder:
 
 
 def _control(opcode: str, operands: list[str]) -> str:
-    """Which kind of control instruction this is; empty if it is none."""
+    """The kind of a control instruction; empty for any other."""
     if opcode in ("ret", "exit") and not operands:
         return "exit"
     if opcode in ("bra", "bra.uni") and len(operands) == 1:
@@ -466,7 +468,7 @@ def _check_shape(kernel: Kernel, grid: tuple[int, ...], block: tuple[int, ...]) 
 
 
 class _Execution(NamedTuple):
-    """What all waves of a launch share."""
+    """The state that all waves of a launch share."""
 
     program: Program
     grid: tuple[int, int, int]
@@ -573,7 +575,7 @@ class _Wave:
     # Control flow.
 
     def run(self) -> np.ndarray:
-        """Executes all threads; how many executed each operation."""
+        """Executes all threads, and returns how many executed each operation."""
         groups: dict[int, Lanes] = {0: None}
         while groups or self._parked:
             if not groups:
@@ -585,7 +587,7 @@ class _Wave:
         return self._counts
 
     def _straight(self, start: int, lanes: Lanes, stop: int) -> list[tuple[int, Lanes]]:
-        """Executes up to the next threads or change of control; where the threads go then."""
+        """Executes up to the next change of control, and returns the next place of the threads."""
         operations, counts = self._program.operations, self._counts
         position = start
         while position != stop:
@@ -611,7 +613,7 @@ class _Wave:
     def _guarded(
         self, guard: tuple[int, bool] | None, lanes: Lanes, complement: bool
     ) -> tuple[Lanes, Lanes]:
-        """Those of `lanes` that a predicate lets through, and the others where they are wanted."""
+        """The lanes that a predicate lets through, and the others if they are wanted."""
         nobody = self._lane[:0]
         if guard is None:
             return lanes, nobody

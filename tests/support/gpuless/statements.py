@@ -17,14 +17,18 @@ HALVES_AND_WORDS = ("u16", "s16", *WORDS)
 def evaluate(
     body: str, sources: dict[str, np.ndarray], result: str, declarations: str = ""
 ) -> np.ndarray:
-    """What `body` leaves in register d, of PTX type `result`, for each element of its sources."""
+    """The values that `body` leaves in register d, of PTX type `result`, for each element of its
+    sources.
+    """
     return run_statements(body, sources, result, declarations)[0]
 
 
 def run_statements(
     body: str, sources: dict[str, np.ndarray], result: str, declarations: str = ""
 ) -> tuple[np.ndarray, ptx.Launch]:
-    """`body` in one thread for each element of its sources, registers named by their keys."""
+    """Runs `body` in one thread for each element of its sources, with registers named by their
+    keys.
+    """
     count = len(next(iter(sources.values())))
     bits = {name: values.view(f"u{values.itemsize}") for name, values in sources.items()}
     size = int(result.lstrip("bfus")) // 8

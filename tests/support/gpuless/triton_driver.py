@@ -67,7 +67,7 @@ class Driver:
 
 
 def kernel_of(source: Any, device: int) -> Any:
-    """What was compiled of a source."""
+    """The compiled kernel of a source."""
     kernels = source.fn.device_caches[device][0].values()
     return next(kernel for kernel in kernels if kernel.src is source)
 
