@@ -36,7 +36,7 @@ REFERENCE = {
     if page.startswith("reference/")
     for name, options in re.findall(r"^::: (\S+)\n((?:    .*\n)*)", text, re.MULTILINE)
 }
-"""What the pages of the reference name, with the options of mkdocstrings."""
+"""The names on the pages of the reference, with the options of mkdocstrings."""
 
 
 def navigated(entry):
@@ -105,7 +105,7 @@ def test_parts_of_the_readme_are_included_once():
 
 
 def public_names(module):
-    """What a module of griffe exports, else what it defines without an underscore."""
+    """The exported names of a module of griffe, else its own names without an underscore."""
     if module.exports is not None:
         return [str(name) for name in module.exports]
     members = module.members.items()
