@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,24 +26,22 @@ if __name__ == "__main__":
 
 from harness import machine
 from paper import experiments
-from paper.plots import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    Level,
-    Line,
-    Panel,
-    Plot,
-    plots,
-    sheet,
+from paper.measured import (
+    actions_plot,
+    arrivals_plot,
+    consistency_plot,
+    quality_plot,
+    reconstruction_plot,
+    requests_plots,
+    sampling_plot,
 )
-from paper.timeline import DARK, LIGHT, timeline
+from paper.plots import Plot, plots
+from paper.rows import bars, dots
+from paper.sheets import Panel, sheet
+from paper.speed import cpu_time, gpu_time, update_dots
+from paper.timeline import timeline
 from quality import data
 from quality.grid import fingerprint
-from quality_tables import FEW_KINDS, PAPER_RECONSTRUCTION, baseline_of
 
 import fastddim
 from fastddim.files import atomic_file
@@ -128,32 +126,9 @@ def consistency(work: Work) -> None:
 
 def plot_consistency(work: Work) -> None:
     """Distance to the image of most steps, by steps."""
-    rows = work.read("consistency")["rows"]
-    panels = []
-    for name in work.names:
-        lines = []
-        for eta, color, marker in ((0.0, BLUE, "o"), (1.0, ORANGE, "s")):
-            own = [row for row in rows if (row["data"], row["eta"]) == (name, eta)]
-            lines.append(
-                Line(
-                    f"η = {eta:g}",
-                    [row["steps"] for row in own],
-                    [row["distance"] for row in own],
-                    color,
-                    marker,
-                    error=[row["error"] for row in own],
-                )
-            )
-        panels.append(
-            Plot(
-                f"{name}: S steps against {own[0]['reference_steps']}",
-                lines,
-                "steps S",
-                "distance of features, relative",
-                [Level("two images of different $x_T$", 1.0)],
-            )
-        )
-    plots(work.figures / "consistency-distance.png", panels)
+    plots(
+        work.figures / "consistency-distance.png", _by_model(work, "consistency", consistency_plot)
+    )
 
 
 def interpolation(work: Work) -> None:
@@ -163,12 +138,14 @@ def interpolation(work: Work) -> None:
         model = fastddim.models.load(name)
         title = f"{name}, {work.between_steps} steps"
         strip = [experiments.between(model, p, work.frames, work.between_steps) for p in PAIRS]
-        weights = np.linspace(0, 1, work.frames)
-        columns = [f"{weight:.1f}" if weight % 1 else f"{weight:g}" for weight in weights]
-        columns[0] = "α = 0"
-        strips.append([Panel(title, np.stack([to_uint8(x) for x in strip]), columns)])
+        images, seeds = (
+            np.stack([to_uint8(x) for x in strip]),
+            [f"seeds {a}, {b}" for a, b in PAIRS],
+        )
+        strips.append([Panel(title, images, _weights("α", work.frames), seeds)])
         square = experiments.between(model, CORNERS, work.square, work.between_steps)
-        squares.append(Panel(title, _table(square, work.square)))
+        across, down = (_weights(weight, work.square) for weight in "αβ")
+        squares.append(Panel(title, _table(square, work.square), across, down))
     sheet(work.figures / "interpolation.png", strips)
     sheet(work.figures / "interpolation-square.png", [squares])
 
@@ -206,27 +183,14 @@ def reconstruction(work: Work) -> None:
 
 def plot_reconstruction(work: Work) -> None:
     """Error by steps, with the paper's."""
-    rows = work.read("reconstruction")["rows"]
-    panels = []
-    for name in work.names:
-        lines = []
-        for refine, color, marker in ((0, BLUE, "o"), (work.refine, GREEN, "^")):
-            own = [row for row in rows if (row["data"], row["refine"]) == (name, refine)]
-            lines.append(
-                Line(
-                    f"refine={refine}" if refine else "fastddim.invert",
-                    [row["steps"] for row in own],
-                    [row["mse"] for row in own],
-                    color,
-                    marker,
-                    error=[row["error"] for row in own],
-                )
-            )
-        steps = [steps for steps in PAPER_RECONSTRUCTION if steps in lines[0].x]
-        errors = [PAPER_RECONSTRUCTION[s] for s in steps]
-        lines.append(Line("the paper, CIFAR10", steps, errors, GREY, "x", (0, (4, 3))))
-        panels.append(Plot(name, lines, "steps S, each way", "squared error of a pixel"))
+    panels = _by_model(work, "reconstruction", reconstruction_plot)
     plots(work.figures / "reconstruction-error.png", panels)
+
+
+def _by_model(work: Work, name: str, plot: Callable[[list[dict[str, Any]]], Plot]) -> list[Plot]:
+    """A plot of the rows of each model."""
+    rows = work.read(name)["rows"]
+    return [plot([row for row in rows if row["data"] == own]) for own in work.names]
 
 
 def plot_quality(work: Work) -> None:
@@ -241,96 +205,50 @@ def plot_quality(work: Work) -> None:
 
 def plot_sampling(work: Work) -> None:
     """Wall time by steps (the paper's figure 4), with that of DDPM's 1000 steps."""
-    panels = []
-    rows = work.read("sampling-cpu")["rows"]
-    for case in dict.fromkeys(row["case"] for row in rows):
-        own = [row for row in rows if row["case"] == case and "diffusers" in row["timings"]]
-        steps = [row["steps"] for row in own]
-        lines = [
-            Line(label, steps, [row["timings"][key]["seconds"] for row in own], color, marker)
-            for label, key, color, marker in (
-                ("diffusers' DDIM", "diffusers", ORANGE, "s"),
-                ("fastddim", "fastddim", BLUE, "o"),
-            )
-        ]
-        level = Level("diffusers' DDPM, S = 1000", own[0]["timings"]["DDPM"]["seconds"], GREY)
-        batch = own[0]["shape"][0]
-        panels.append(Plot(f"{case}, batch of {batch}", lines, "steps S", "seconds", [level]))
+    cases = _by_case(work.read("sampling-cpu")["rows"])
+    panels = [sampling_plot(case, rows) for case, rows in cases.items()]
     plots(work.figures / "sampling.png", panels, columns=3)
 
 
+def plot_requests(work: Work) -> None:
+    """Requests served a second and their latency, one after the other and in a stream."""
+    cases = _by_case(work.read("stream-cpu")["rows"])
+    panels = [plot for rows in cases.values() for plot in requests_plots(rows)]
+    plots(work.figures / "requests.png", panels)
+
+
+def _by_case(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row)
+    return cases
+
+
+def plot_update(work: Work) -> None:
+    """One update as a multiple of the floor."""
+    dots(work.figures / "update.png", update_dots(work.read("step-cpu")["rows"]))
+
+
+def plot_time(work: Work) -> None:
+    """The parts of a step's time by network, on a CPU and on a GPU."""
+    results = {
+        name: work.read(name)["rows"]
+        for name in ("loops-cpu", "step-cpu", "policies-cpu", "gpu-h100")
+    }
+    panels = [cpu_time(results["loops-cpu"], results["step-cpu"], results["policies-cpu"])]
+    panels.append(gpu_time(results["gpu-h100"]))
+    bars(work.figures / "time.png", panels)
+
+
 def plot_timeline(work: Work) -> None:
-    """The loop of a robot in time, for light and dark pages; nothing in it is measured."""
-    for name, theme in (("timeline", LIGHT), ("timeline-dark", DARK)):
-        timeline(work.figures / f"{name}.png", theme)
+    """The loop of a robot in time; nothing in it is measured."""
+    timeline(work.figures / "timeline.png")
 
 
 def plot_policies(work: Work) -> None:
     """Arrivals of a trained policy, and what its chunks of actions miss, by steps."""
     result = work.read("policy-success")
     plots(work.figures / "policy-success.png", [arrivals_plot(result), actions_plot(result)])
-
-
-def arrivals_plot(result: dict[str, Any]) -> Plot:
-    """One line for each way to take few steps, and the level of all of DDPM's."""
-    lines = [
-        Line(
-            way,
-            [row["steps"] for row in rows],
-            [100 * row["success"] for row in rows],
-            color,
-            marker,
-            error=[100 * row["error"] for row in rows],
-        )
-        for way, color, marker, rows in _ways(result, "success")
-    ]
-    own = next(row for row in result["rows"] if (row["way"], row["steps"]) == ("η = 1", 100))
-    level = Level("DDPM, 100 steps", 100 * own["success"], below=True, error=100 * own["error"])
-    title, ylabel = "episodes that arrive", "percent"
-    return Plot(title, lines, "steps S", ylabel, [level], linear=True)
-
-
-def actions_plot(result: dict[str, Any]) -> Plot:
-    """One line for each way to solve the ODE in few steps."""
-    lines = [
-        Line(way, [row["steps"] for row in rows], [row["distance"] for row in rows], color, marker)
-        for way, color, marker, rows in _ways(result, "distance")
-    ]
-    return Plot("distance to the exact solution", lines, "steps S", "root mean square, speeds")
-
-
-def _ways(
-    result: dict[str, Any], value: str
-) -> Iterator[tuple[str, str, str, list[dict[str, Any]]]]:
-    """The ways to take few steps of the trained policy, with their style and rows."""
-    for way, color, marker in zip(
-        ("η = 1", "order 1, leading", "order 1", "order 2", "tuned", "warm start"),
-        (ORANGE, GREY, BLUE, GREEN, PURPLE, BLACK),
-        ("s", "x", "o", "^", "D", "v"),
-        strict=True,
-    ):
-        own = [row for row in result["rows"] if (row["policy"], row["way"]) == ("trained", way)]
-        rows = [row for row in own if value in row and row["steps"] < 100]
-        if rows:
-            yield way, color, marker, rows
-
-
-def quality_plot(result: dict[str, Any]) -> Plot:
-    """One line for each kind of few steps that a model was measured with, and DDPM's level."""
-    lines = []
-    for kind, color, marker in zip(
-        FEW_KINDS, (ORANGE, BLUE, GREEN, PURPLE), ("s", "o", "^", "D"), strict=True
-    ):
-        rows = kind.rows(result)
-        # Not all models have tuned steps.
-        if rows:
-            cells = [row["classifier"] for row in rows]
-            steps, distances = [row["steps"] for row in rows], [cell["distance"] for cell in cells]
-            errors = [cell["error"] for cell in cells]
-            lines.append(Line(kind.label, steps, distances, color, marker, error=errors))
-    distance, error = baseline_of(result)
-    level = Level("DDPM, 1000 calls", distance, GREY, below=True, error=error)
-    return Plot(result["data"], lines, "calls of the model", "Fréchet distance", [level])
 
 
 EXPERIMENTS = {
@@ -343,6 +261,9 @@ PLOTS = {
     "reconstruction": plot_reconstruction,
     "quality": plot_quality,
     "sampling": plot_sampling,
+    "requests": plot_requests,
+    "update": plot_update,
+    "time": plot_time,
     "timeline": plot_timeline,
     "policies": plot_policies,
 }
@@ -356,6 +277,11 @@ def draw(which: Sequence[str], work: Work, *, only_plots: bool = False) -> None:
             EXPERIMENTS[name](work)
         if name in PLOTS:
             PLOTS[name](work)
+
+
+def _weights(name: str, frames: int) -> list[str]:
+    """Labels of `frames` weights from 0 to 1."""
+    return [f"{name} = 0", *(f"{weight:.2g}" for weight in np.linspace(0, 1, frames)[1:])]
 
 
 def _table(images: Tensor, columns: int) -> Images:

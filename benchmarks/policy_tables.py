@@ -28,7 +28,7 @@ def policies_as_markdown(result: dict[str, Any]) -> str:
     ratios, slowest = [], []
     for row in result["rows"]:
         timings = row["timings"]
-        about = [row["case"], _millions(row["parameters"]), str(row["steps"]), str(row["ticks"])]
+        about = [row["case"], millions(row["parameters"]), str(row["steps"]), str(row["ticks"])]
         cells = [duration(timings[FLOOR]["seconds"])]
         cells += [duration(row[f"{name.replace(' ', '_')}_seconds"]) for name in extra]
         ratios.append([*about, *cells, *(_ratio(timings.get(name)) for name in timed)])
@@ -52,7 +52,7 @@ def _place(contender: str) -> tuple[int, str]:
     return CONTENDERS.index(contender) if known else len(CONTENDERS), contender
 
 
-def _millions(parameters: int) -> str:
+def millions(parameters: int) -> str:
     return f"{parameters / 1e6:.2g} M" if parameters < 1e7 else f"{parameters / 1e6:.0f} M"
 
 

@@ -1,4 +1,4 @@
-"""What few steps miss of the exact solution, by how they are taken.
+"""The distance of few steps to the exact solution, by how they are taken.
 
     python benchmarks/paper/few_steps.py
 

@@ -6,18 +6,15 @@ It shows the arguments of one call of `fastddim.ActionSampler` and measures noth
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
 from fastddim.actions.chunks import Chunks
-from fastddim.images import save_png
+from fastddim.images import Images
 
-from .plots import BLACK, BLUE, GREEN, GREY, ORANGE, WIDTH, _figure, _pixels
+from .style import BLUE, GREEN, ORANGE, WIDTH, Theme, figure, pixels, save
 
 HORIZON, EXECUTED, FROZEN, STEPS = 16, 8, 3, 10
 """Actions of a chunk, ticks between two observations, ticks of a loop, and its network calls."""
@@ -30,23 +27,7 @@ _CONTROL, _OBSERVATION, _LOOP, _CHUNK, _APART, _END = 0.0, 1.35, 2.15, 3.5, 1.75
 _TALL = 0.62
 
 
-@dataclass(frozen=True)
-class Theme:
-    """The colours of a picture on a light or a dark page; `chunks` has one for each chunk."""
-
-    page: str
-    text: str
-    faint: str
-    chunks: Sequence[str]
-
-    def tinted(self, color: str, part: float) -> tuple[float, ...]:
-        """A colour of which only `part` is left, over the page."""
-        pairs = zip(to_rgb(color), to_rgb(self.page), strict=True)
-        return tuple(part * own + (1 - part) * page for own, page in pairs)
-
-
-LIGHT = Theme("#FFFFFF", BLACK, GREY, (BLUE, ORANGE, GREEN))
-DARK = Theme("#1E2129", "#E6E6E6", "#9A9DA5", ("#56B4E9", "#E69F00", "#2FBF8F"))
+CHUNK_COLORS = (BLUE, ORANGE, GREEN)
 
 
 def executed_chunk(tick: int) -> int:
@@ -55,40 +36,42 @@ def executed_chunk(tick: int) -> int:
 
 
 def soft_mask() -> list[float]:
-    """How much each action of the chunk before counts in the next one with `"guide"`."""
+    """The weight of each action of the chunk before in the next one with `"guide"`."""
     chunks = Chunks((1, HORIZON, 1), torch.float64, torch.device("cpu"))
     chunks.shift(EXECUTED, FROZEN)
     weights: list[float] = chunks.weights.flatten().tolist()
     return weights
 
 
-def timeline(path: str | os.PathLike[str], theme: Theme) -> None:
+def timeline(path: str | os.PathLike[str]) -> None:
     """Write the picture.
 
     Raises:
-        OSError: `path` cannot be written.
+        OSError: a file cannot be written.
     """
-    with _figure(WIDTH, HEIGHT, facecolor=theme.page) as figure:
-        ax = figure.add_axes((0.135, 0.1, 0.855, 0.885))
-        ax.set(xlim=(-0.2, TICKS + 0.2), ylim=(_END, -0.25), facecolor=theme.page, yticks=())
+    save(path, _timeline)
+
+
+def _timeline(theme: Theme) -> Images:
+    with figure(WIDTH, HEIGHT, theme) as drawn:
+        ax = drawn.add_axes((0.135, 0.1, 0.855, 0.885))
+        ax.set(xlim=(-0.2, TICKS + 0.2), ylim=(_END, -0.25), yticks=())
         ax.set_xticks(range(0, TICKS + 1, 4))
         ax.grid(visible=False)
         ax.spines["left"].set_visible(False)
-        ax.spines["bottom"].set_color(theme.faint)
-        ax.tick_params(colors=theme.text)
-        ax.set_xlabel("control tick", color=theme.text, labelpad=1)
+        ax.set_xlabel("control tick", labelpad=1)
         _control(ax, theme)
         for chunk in range(CHUNKS):
             _loop(ax, theme, chunk)
             _chunk(ax, theme, chunk)
         _spans(ax, theme)
-        save_png(path, _pixels(figure))
+        return pixels(drawn)
 
 
 def _control(ax: Axes, theme: Theme) -> None:
     _name(ax, theme, _CONTROL, "executed\nactions")
     for tick in range(TICKS):
-        _cell(ax, theme, tick, _CONTROL, theme.chunks[executed_chunk(tick)])
+        _cell(ax, theme, tick, _CONTROL, _color(theme, executed_chunk(tick)))
 
 
 def _loop(ax: Axes, theme: Theme, chunk: int) -> None:
@@ -97,7 +80,7 @@ def _loop(ax: Axes, theme: Theme, chunk: int) -> None:
         _name(ax, theme, _OBSERVATION, "observation")
         _name(ax, theme, _LOOP, f"loop of {STEPS}\nnetwork calls")
         return
-    start, color = EXECUTED * chunk, theme.chunks[chunk]
+    start, color = EXECUTED * chunk, _color(theme, chunk)
     ax.plot(start, _OBSERVATION + _TALL / 2, "o", color=color, markersize=6)
     arrow = {"arrowstyle": "-|>", "color": color, "linewidth": 1.0}
     loop, first = _LOOP, _CHUNK + _APART * chunk
@@ -115,12 +98,13 @@ def _loop(ax: Axes, theme: Theme, chunk: int) -> None:
 
 def _chunk(ax: Axes, theme: Theme, chunk: int) -> None:
     """The actions of a chunk at the ticks that they are due at."""
-    start, top, color = EXECUTED * chunk, _CHUNK + _APART * chunk, theme.chunks[chunk]
+    start, top, color = EXECUTED * chunk, _CHUNK + _APART * chunk, _color(theme, chunk)
     _name(ax, theme, top, f"chunk {chunk + 1}")
     for i in range(HORIZON):
         frozen = chunk > 0 and i < FROZEN
         taken = executed_chunk(start + i) == chunk
-        face = theme.chunks[chunk - 1] if frozen else color if taken else theme.tinted(color, 0.25)
+        own = color if taken else theme.tinted(CHUNK_COLORS[chunk], 0.25)
+        face = _color(theme, chunk - 1) if frozen else own
         _cell(ax, theme, start + i, top, face, hatch="////" if frozen else None)
     if chunk > 0:
         bottom = top + _TALL + 0.55
@@ -147,6 +131,10 @@ def _spans(ax: Axes, theme: Theme) -> None:
         arrow = {"arrowstyle": "<->", "color": theme.text, "linewidth": 0.9, "shrinkA": 0}
         ax.annotate("", (last, y), (first, y), arrowprops={**arrow, "shrinkB": 0})
         _note(ax, theme, (first + last) / 2, y - 0.27, text, ha="center")
+
+
+def _color(theme: Theme, chunk: int) -> str:
+    return theme.color(CHUNK_COLORS[chunk])
 
 
 def _cell(

@@ -27,7 +27,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import machine
-from paper.plots import Panel, sheet
+from paper.sheets import Panel, sheet
 
 import fastddim
 from fastddim import philox
@@ -220,7 +220,7 @@ def unneeded(cell: Cell, rows: list[dict[str, Any]]) -> bool:
     return any(row["method"] == cell.method and row["of_few"] <= goal for row in own)
 
 
-def draw(path: Path, weights: Path, names: list[str], *, columns: int = 3) -> None:
+def draw(path: Path, weights: Path, names: list[str], *, columns: int = 5) -> None:
     """Write the picture: for each network the same latents in few steps, tuned, and in many."""
     panels = []
     for name in names:
