@@ -24,6 +24,7 @@ from fastddim.wrappers import (
 )
 
 Model: TypeAlias = Callable[..., Any]
+"""`model(x, t, **model_kwargs)`, as `model` of `fastddim.sample` describes it."""
 
 
 def check_model(model: Any, name: str = "model") -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Images: TypeAlias = NDArray[np.uint8]
+"""Eight-bit images `[N, H, W, C]`."""
 
 _PIL_MODES = {1: "L", 3: "RGB"}
 # Pillow clips 16-bit and float images at 255 instead of scaling them, so those are refused.

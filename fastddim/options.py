@@ -42,13 +42,21 @@ from fastddim.tuned import TunedSteps
 from fastddim.validation import check_bool, check_choice, check_coefficient, check_number
 
 Coefficient: TypeAlias = float | Tensor
+"""A number for all samples, or a tensor `[B]` with one for each."""
 PerStep: TypeAlias = Coefficient | Sequence[Coefficient]
+"""A coefficient for all steps, or a sequence with one for each step."""
 Steps: TypeAlias = int | Sequence[int] | Tensor | TunedSteps
+"""A number of steps, the timesteps in the order visited, or tuned steps."""
 Seed: TypeAlias = int | Sequence[int] | Tensor
+"""One seed for all samples, or one for each: a sequence, or an int64 tensor `[B]`."""
 NoiseSource: TypeAlias = Tensor | torch.Generator | Sequence[torch.Generator] | None
+"""The noise itself, the generator that draws it, or a generator for each sample."""
 Callback: TypeAlias = Callable[[int, int, Tensor, Tensor], object]
+"""`callback(step_index, timestep, x_t, x_0)`, called after each update."""
 DenoisedFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""`denoised_fn(x_0, t)`, which returns the x_0 to go on with."""
 Conditions: TypeAlias = Mapping[str, Any] | Callable[[int, int], Mapping[str, Any]]
+"""Rows by name for all samples of a run, or a function `(start, stop)` for those of a part."""
 
 
 @dataclass(kw_only=True, repr=False, eq=False)

@@ -31,11 +31,12 @@ DOCS = ROOT / "docs"
 SETTINGS = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 PAGES = {p.relative_to(DOCS).as_posix(): p.read_text("utf-8") for p in DOCS.rglob("*.md")}
 REFERENCE = {
-    name
+    name: (yaml.safe_load(options) or {}).get("options", {})
     for page, text in PAGES.items()
     if page.startswith("reference/")
-    for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    for name, options in re.findall(r"^::: (\S+)\n((?:    .*\n)*)", text, re.MULTILINE)
 }
+"""The names on the pages of the reference, with the options of mkdocstrings."""
 
 
 def navigated(entry):
@@ -63,6 +64,37 @@ def test_the_navigation_is_the_pages():
     assert sorted(navigated(SETTINGS["nav"])) == sorted(PAGES)
 
 
+def linked(page):
+    """The pages that a page links to."""
+    folder = (DOCS / page).parent
+    targets = re.findall(r"\]\(([^)#:\s]+\.md)[^)]*\)", PAGES[page])
+    return {(folder / t).resolve().relative_to(DOCS.resolve()).as_posix() for t in targets}
+
+
+def test_every_page_is_reached_by_links_from_the_home_page():
+    reached, found = set(), {"index.md"}
+    while found:
+        reached |= found
+        found = {target for page in found for target in linked(page)} - reached
+    assert sorted(set(PAGES) - reached) == []
+
+
+@pytest.mark.parametrize("page", sorted(set(PAGES) - {"index.md"}))
+def test_a_page_begins_with_its_purpose(page):
+    title, first = PAGES[page].split("\n\n")[:2]
+    assert re.fullmatch("# .+", title)
+    assert not re.match(r"[#|!-]|```|:::", first), first
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.startswith("tasks/") or page == "dropins.md"]
+)
+def test_the_page_of_a_task_ends_with_where_to_go_on(page):
+    heading, _, last = PAGES[page].rpartition("\n## ")[2].partition("\n")
+    assert heading == "Where to go on"
+    assert "](" in last
+
+
 def test_parts_of_the_readme_are_included_once():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     marks = re.findall(r"<!-- --8<-- \[(start|end):(\w+)\] -->", readme)
@@ -72,10 +104,76 @@ def test_parts_of_the_readme_are_included_once():
     assert sorted(included) == sorted(parts)
 
 
-@pytest.mark.parametrize("name", fastddim.__all__)
-def test_public_names_are_in_the_reference(name):
-    assert f"fastddim.{name}" in REFERENCE
-    assert inspect.getdoc(getattr(fastddim, name))
+def public_names(module):
+    """The exported names of a module of griffe, else its own names without an underscore."""
+    if module.exports is not None:
+        return [str(name) for name in module.exports]
+    members = module.members.items()
+    return [n for n, m in members if not n.startswith("_") and not (m.is_alias or m.is_module)]
+
+
+def of_another_package(member):
+    return member.is_alias and not member.target_path.startswith("fastddim.")
+
+
+@pytest.fixture(scope="module")
+def documented(shown):
+    """The path of each object that the reference shows."""
+    paths = set()
+    for name, options in REFERENCE.items():
+        entry = shown[name.removeprefix("fastddim.")]
+        paths.add(entry.canonical_path)
+        if entry.is_module and options.get("members") is not False:
+            members = [entry[n] for n in options.get("members", public_names(entry))]
+            own = [m for m in members if not of_another_package(m)]
+            paths |= {m.canonical_path for m in own if m.docstring}
+    return paths
+
+
+def public_modules():
+    """The modules that export names, or that the reference shows whole.
+
+    The modules of the backends are left out, whose functions are those of
+    `fastddim.backends.Backend`, and so is the command line, which has a page of its own.
+    """
+    found = {name for name, options in REFERENCE.items() if "members" not in options}
+    for module in pkgutil.walk_packages(fastddim.__path__, "fastddim."):
+        source = importlib.util.find_spec(module.name).origin
+        if source.endswith(".py") and "\n__all__ = [" in Path(source).read_text("utf-8"):
+            found.add(module.name)
+    modules = {"fastddim", *(n for n in found if inspect.ismodule(pkgutil.resolve_name(n)))}
+    return sorted(n for n in modules if not n.startswith(("fastddim.backends.", "fastddim.cli")))
+
+
+@pytest.mark.parametrize("name", public_modules())
+def test_public_names_are_in_the_reference(name, shown, documented):
+    module = shown[name.removeprefix("fastddim.")] if name != "fastddim" else shown
+    own = [m for m in map(module.__getitem__, public_names(module)) if not of_another_package(m)]
+    assert own
+    assert [m.path for m in own if m.canonical_path not in documented] == []
+
+
+def annotations(documented):
+    """The annotations of what callers give and get, methods of a class among them."""
+    if documented.is_function:
+        yield from (p.annotation for p in documented.parameters)
+        yield documented.returns
+    elif documented.is_class:
+        for name, member in documented.members.items():
+            if not member.is_alias and (name == "__call__" or not name.startswith("_")):
+                yield from annotations(member)
+
+
+def test_the_types_of_arguments_are_in_the_reference(shown, documented):
+    used = set()
+    for path in documented:
+        for annotation in annotations(shown[path.removeprefix("fastddim.")]):
+            parts = annotation.iterate() if isinstance(annotation, griffe.Expr) else ()
+            used |= {p.canonical_path for p in parts if isinstance(p, griffe.ExprName)}
+    own = [name.removeprefix("fastddim.") for name in used if name.startswith("fastddim.")]
+    types = {shown[name] for name in own if "._" not in name}
+    assert len(types) > 20
+    assert sorted(t.path for t in types if t.canonical_path not in documented) == []
 
 
 @pytest.mark.parametrize("name", sorted(REFERENCE))
@@ -83,9 +181,11 @@ def test_what_the_reference_names_has_docstrings(name):
     """Names in the reference have docstrings; without one a name would be left out."""
     documented = pkgutil.resolve_name(name)
     assert inspect.getdoc(documented)
+    chosen = REFERENCE[name].get("members")
     for member, value in vars(documented).items() if inspect.ismodule(documented) else ():
         own = getattr(value, "__module__", None) == documented.__name__
-        if own and callable(value) and not member.startswith("_"):
+        shown = member in chosen if chosen else chosen is None and not member.startswith("_")
+        if own and callable(value) and shown:
             assert inspect.getdoc(value), member
 
 

@@ -119,7 +119,8 @@ def test_commands_that_pages_show_exist(monkeypatch, tmp_path):
         command
         for text in PAGES.values()
         for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-        for command in re.findall(r"^fastddim (\w+)(.*?)(?: *#.*)?$", block, re.MULTILINE)
+        for line in block.replace("\\\n", "").splitlines()
+        for command in re.findall(r"^fastddim (\w+)(.*?)(?: *#.*)?$", line)
     ]
     assert {name for name, _ in commands} >= {
         *("env", "sample", "invert", "interpolate", "generate", "merge", "digest", "tune")

@@ -38,7 +38,9 @@ FORMAT = "fastddim actions"
 VERSION = 1
 
 Header: TypeAlias = dict[str, Any]
+"""All that the ticks of a sampler depend on besides their observations."""
 Path: TypeAlias = str | os.PathLike[str]
+"""The path of a log."""
 
 
 class LoggedTick(NamedTuple):

@@ -24,8 +24,10 @@ from fastddim.options import (
 from fastddim.tuned import TunedSteps
 
 Chunking: TypeAlias = Literal["freeze", "guide"]
+"""The ways in which a chunk agrees with the last one; see `fastddim.ActionSampler`."""
 CHUNKINGS = (None, "freeze", "guide")
 Actions: TypeAlias = int | Sequence[int] | Tensor
+"""A number of actions for all robots, or one for each."""
 """A number of actions, or one for each environment: B integers, or int64 `[B]` on the CPU."""
 
 

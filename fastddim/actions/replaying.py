@@ -19,6 +19,7 @@ _CIRCUMSTANCES = ("versions", "computation")
 
 Arguments: TypeAlias = Mapping[str, Any] | None
 Observation: TypeAlias = Arguments | tuple[Arguments, Arguments]
+"""The `model_kwargs` of a tick, or these and its `uncond_kwargs`."""
 
 
 class Replayed(NamedTuple):

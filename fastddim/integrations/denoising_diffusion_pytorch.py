@@ -44,7 +44,7 @@ from fastddim.integrations._shared import each
 from fastddim.integrations._tables import step_table
 from fastddim.plan import Row
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 _PACKAGE = "denoising_diffusion_pytorch"
 
@@ -82,10 +82,10 @@ def _drop_in(cls: type) -> Callable[..., Any] | None:
     return next((method for method in found if method is not None), None)
 
 
-def _of(*modules: str) -> Callable[[Method], Method]:
+def _of(*modules: str) -> Callable[[_Method], _Method]:
     """Make a method the drop-in for the classes of some modules; it then refuses other classes."""
 
-    def decorate(method: Method) -> Method:
+    def decorate(method: _Method) -> _Method:
         @functools.wraps(method)
         def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
             right = _drop_in(type(self))
@@ -99,7 +99,7 @@ def _of(*modules: str) -> Callable[[Method], Method]:
             return method(self, *args, **kwargs)
 
         _drop_ins.update(dict.fromkeys(modules, checked))
-        return cast(Method, checked)
+        return cast(_Method, checked)
 
     return decorate
 

@@ -45,7 +45,7 @@ from fastddim.integrations._conditional_sample import METHOD, ConditionalSample
 from fastddim.integrations._hooks import Hooks
 from fastddim.integrations._policies import LoopCall
 
-Policy = TypeVar("Policy")
+_Policy = TypeVar("_Policy")
 
 _UNETS = (
     "DiffusionUnetLowdimPolicy",
@@ -56,7 +56,7 @@ _UNETS = (
 _TRANSFORMERS = ("DiffusionTransformerLowdimPolicy", "DiffusionTransformerHybridImagePolicy")
 
 
-def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Policy:
+def install(policy: _Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> _Policy:
     """Let a policy sample with prepared samplers. Call it again to change the options.
 
     Copies and pickles of the policy, such as averaged ones, do the same, each with its own network.
@@ -79,7 +79,7 @@ def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Po
     return policy
 
 
-def uninstall(policy: Policy) -> Policy:
+def uninstall(policy: _Policy) -> _Policy:
     """Undo `install` on a policy, or on a copy of one; without `install`, do nothing.
 
     Returns:

@@ -32,7 +32,9 @@ from fastddim.integrations._tables import step_table
 from fastddim.plan import Row
 
 Model = Callable[[Tensor, Tensor], Tensor]
+"""A network `model(x, t)`."""
 Steps = tuple[list[Tensor], list[Tensor]]
+"""The states and the predicted x_0 of each step, on the CPU."""
 
 
 def generalized_steps(

@@ -51,12 +51,12 @@ from fastddim.integrations._conditional_sample import METHOD, ConditionalSample
 from fastddim.integrations._hooks import Hooks
 from fastddim.integrations._policies import LoopCall
 
-Policy = TypeVar("Policy")
+_Policy = TypeVar("_Policy")
 
 _CLASS = "DiffusionModel"
 
 
-def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Policy:
+def install(policy: _Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> _Policy:
     """Let a `DiffusionPolicy` sample with prepared samplers. Call it again to change the options.
 
     Args:
@@ -75,7 +75,7 @@ def install(policy: Policy, *, graph: Graph = "auto", impl: Impl = "auto") -> Po
     return policy
 
 
-def uninstall(policy: Policy) -> Policy:
+def uninstall(policy: _Policy) -> _Policy:
     """Undo `install` on a policy, or on a copy of one; without `install`, do nothing.
 
     Returns:

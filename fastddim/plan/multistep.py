@@ -15,8 +15,10 @@ HistoryWeights: TypeAlias = Sequence[float]
 """w_k of each earlier eps, the last one first."""
 
 ORDERS = (1, 2)
+"""The orders of the solvers."""
 
 NO_HISTORY: HistoryWeights = (0.0,)
+"""The history weights of a step that reads no earlier epsilon."""
 
 
 class EpsilonWeights(NamedTuple):
@@ -32,6 +34,7 @@ class EpsilonWeights(NamedTuple):
 
 
 Weights: TypeAlias = HistoryWeights | EpsilonWeights
+"""The weights of one step."""
 
 
 def epsilon_weights(direction: Any, weights: Weights) -> EpsilonWeights:

@@ -146,7 +146,7 @@ CASES = {
 
 
 def test_every_section_is_run():
-    assert list(SECTIONS) == list(CASES)
+    assert list(SECTIONS) == [*CASES, "Where to go on"]
 
 
 # The peer's own, with NumPy 2.

@@ -54,6 +54,7 @@ from fastddim.tracing import HELD, TAKES_OBJECTS, constant
 from fastddim.transfer import upload
 
 Output = dict[str, Tensor]
+"""The tensors of a step by name, as the original returns them."""
 
 _HOOKS = Hooks(
     "p_mean_variance",

@@ -51,8 +51,8 @@ from fastddim.kept import keep
 from fastddim.plan import Row
 from fastddim.steptable import StepTable
 
-Callback = Callable[[int], Any]
-ImageCallback = Callable[[Tensor, int], Any]
+_Callback = Callable[[int], Any]
+_ImageCallback = Callable[[Tensor, int], Any]
 
 _HOOKS = Hooks("predict_start_from_z_and_v", "predict_eps_from_z_and_v", of=("DDPM",))
 
@@ -149,12 +149,12 @@ def ddim_sampling(
     shape: Sequence[int],
     x_T: Tensor | None = None,
     ddim_use_original_steps: bool = False,
-    callback: Callback | None = None,
+    callback: _Callback | None = None,
     timesteps: int | None = None,
     quantize_denoised: bool = False,
     mask: Tensor | None = None,
     x0: Tensor | None = None,
-    img_callback: ImageCallback | None = None,
+    img_callback: _ImageCallback | None = None,
     log_every_t: int = 100,
     temperature: float = 1.0,
     noise_dropout: float = 0.0,
@@ -233,7 +233,7 @@ def encode(
     return_intermediates: int | None = None,
     unconditional_guidance_scale: float = 1.0,
     unconditional_conditioning: Any = None,
-    callback: Callback | None = None,
+    callback: _Callback | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Take latents `t_enc` steps up with DDIM's ODE (arXiv 2010.02502, eq. 13).
 
@@ -286,8 +286,8 @@ def decode(
     unconditional_guidance_scale: float = 1.0,
     unconditional_conditioning: Any = None,
     use_original_steps: bool = False,
-    callback: Callback | None = None,
-    img_callback: ImageCallback | None = None,
+    callback: _Callback | None = None,
+    img_callback: _ImageCallback | None = None,
 ) -> Tensor:
     """Take latents `[B, …]` down the last `t_start` steps with `p_sample_ddim`.
 
