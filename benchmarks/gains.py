@@ -32,7 +32,7 @@ def gains_as_markdown(measured: Mapping[str, Result]) -> str:
         ["**One update**", "`fastddim.step`", _one_update()],
         ["**Requests a second**", "`fastddim.Stream`", _requests()],
         ["**Exact replay**", "`seed=`, `fastddim.generate`", _replay()],
-        ["**A large U-Net**", "any of these", _large_network(measured)],
+        ["**A large U-Net**", "the same number of calls", _large_network(measured)],
     ]
     machines = [result_of("loops-cpu")["machine"]["cpu"]]
     machines += [found.machine["gpu"] for found in measured.values()]
@@ -48,15 +48,15 @@ def _fewer_calls() -> str:
     own = [row for row in timed if row["case"] == "digits U-Net"]
     found = equal_quality(quality, own, [TUNED])
     if found is None:
-        return "no number of tuned steps measured is as good as DDPM's 1000"
-    speedup = "" if found.speedup is None else f", {gain(found.speedup)} times faster"
-    return f"digits as good as DDPM's of 1000 calls in {found.steps} tuned calls{speedup}"
+        return "no number of tuned calls measured is as good as DDPM's 1000"
+    speedup = "" if found.speedup is None else f": **{gain(found.speedup)}×** faster"
+    return f"{found.steps} tuned calls draw digits as good as DDPM's of 1000{speedup}"
 
 
 def _small_networks(measured: Mapping[str, Result]) -> str:
     ratio = _loop("policy head")["diffusers"]["ratio"]
     more = "".join(_on_gpus(measured, "policy head"))
-    return f"diffusers' loop takes {gain(ratio)} times as long around a policy head{more}"
+    return f"**{gain(ratio)}×** as fast as diffusers' loop around a policy head on a CPU{more}"
 
 
 def _one_update() -> str:
@@ -64,8 +64,8 @@ def _one_update() -> str:
     timings = next(row["timings"] for row in result_of("step-cpu")["rows"] if row["case"] == case)
     own, theirs = (timings[name]["ratio"] for name in ("fastddim.step", "diffusers"))
     return (
-        f"{gain(own)} times the time of one `torch.add` of a latent; diffusers' `step` takes "
-        f"{gain(theirs)} times"
+        f"**{gain(own)}×** the time of one `torch.add` of the same latent; "
+        f"diffusers' `step` takes {gain(theirs)}×"
     )
 
 
@@ -75,10 +75,7 @@ def _requests() -> str:
     alone, shared = (
         most["timings"][name]["requests_per_second"] for name in ("one after the other", "stream")
     )
-    return (
-        f"{three(shared)} instead of {three(alone)}, where more arrive than can be served "
-        "one after the other"
-    )
+    return f"**{three(shared)}** digits under overload; one after the other {three(alone)}"
 
 
 def _load(row: Mapping[str, Any]) -> float:
@@ -87,9 +84,10 @@ def _load(row: Mapping[str, Any]) -> float:
 
 def _replay() -> str:
     kills = _faults()["SIGKILL at a random moment"]
+    whole = kills["tries"] - kills["losses"]
     return (
-        "the same bits in every batch, order and number of threads; of "
-        f"{kills['tries']} killed runs {kills['tries'] - kills['losses']} went on to the same bytes"
+        "the same noise in every batch, order and number of threads; "
+        f"**{whole} of {kills['tries']}** killed runs ended with the bytes of a run left alone"
     )
 
 
@@ -100,14 +98,13 @@ def _faults() -> dict[str, dict[str, int]]:
 def _large_network(measured: Mapping[str, Result]) -> str:
     ratio = _loop("diffusers U-Net")["diffusers"]["ratio"]
     amount = "nothing" if ratio < NOTHING else "little"
-    sentence = f"the loop itself gains {amount} ({gain(ratio)} times on a CPU)"
+    sentence = f"the loop itself gains **{amount}** on a CPU ({gain(ratio)}×)"
     for gpu, result in measured.items():
         captured = result.fastest(map(measures.latent, gpu_tables.GRAPHS))
         spared = captured and result.ratio(measures.latent("diffusers"), captured)
         if spared:
-            sentence += (
-                f"; a CUDA graph spares Python's launches, {gain(spared)} times on an {gpu.upper()}"
-            )
+            name = gpu.upper()
+            sentence += f"; on an {name} a CUDA graph saves Python's launches: {gain(spared)}×"
     return sentence
 
 
@@ -120,4 +117,4 @@ def _on_gpus(measured: Mapping[str, Result], name: str) -> Iterator[str]:
     for gpu, result in measured.items():
         ratio = gpu_tables.gain_over_diffusers(result, name)
         if ratio is not None:
-            yield f", {gain(ratio)} times on an {gpu.upper()}"
+            yield f", **{gain(ratio)}×** on an {gpu.upper()}"

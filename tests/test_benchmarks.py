@@ -8,12 +8,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import gains
 import harness
 import headline
 import loops
 import pytest
 import quality_tables
 import sampling_loops
+import speed_tables
 import tables
 import torch
 import version_tables
@@ -22,7 +24,6 @@ from gpu_results import Result
 from headline import equal_quality
 from quality import grid
 from quality_tables import Kind, images_seen, quality_as_markdown
-from speed_tables import gains
 
 import fastddim
 
@@ -193,7 +194,7 @@ def without_tuned(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     found["sampling-cpu"]["rows"] = [row for row in timed if "fastddim" in row["timings"]]
     for row in found["sampling-cpu"]["rows"]:
         row["timings"].pop("fastddim, tuned", None)
-    for module in (tables, headline, quality_tables):
+    for module in (tables, headline, quality_tables, gains):
         monkeypatch.setattr(module, "result_of", lambda name: found.get(name) or result_of(name))
     return found
 
@@ -311,10 +312,40 @@ def test_without_a_gpu_the_first_table_has_no_such_row(monkeypatch: pytest.Monke
     assert made["gpu"].startswith("No result file is there")
 
 
+def test_the_readme_s_gains_follow_the_results(without_tuned: dict[str, Any]) -> None:
+    """Numbers of another result file are in the table, and a GPU only where one was measured."""
+    loops_, steps = without_tuned["loops-cpu"]["rows"], without_tuned["step-cpu"]["rows"]
+    for rows, case, contender, ratio in (
+        (loops_, "policy head", "diffusers", 3.25),
+        (loops_, "diffusers U-Net", "diffusers", 1.2),
+        (steps, "η = 0, 1×4×64×64", "fastddim.step", 1.75),
+    ):
+        for row in rows:
+            if row["case"] == case:
+                row["timings"][contender]["ratio"] = ratio
+    served = without_tuned["stream-cpu"]["rows"][4]
+    assert (served["case"], served["load"]) == ("digits U-Net", 8.0)
+    served["timings"]["stream"]["requests_per_second"] = 123.4
+    table = gains.gains_as_markdown({})
+    assert "no number of tuned calls measured is as good as DDPM's 1000" in table
+    assert "| **3.25×** as fast as diffusers' loop around a policy head on a CPU |" in table
+    assert "| **1.75×** the time of one `torch.add`" in table
+    assert "| **123** digits under overload; one after the other 21.6 |" in table
+    assert "the loop itself gains **little** on a CPU (1.20×) |" in table
+    assert "H100" not in table
+
+    timing = {"seconds": 0.05, "ratio": 1 / 120}
+    row = {"case": "digits U-Net", "steps": 8, "timings": {"fastddim, tuned": timing}}
+    without_tuned["sampling-cpu"]["rows"].append(row)
+    without_tuned["quality-digits"]["rows"].append(quality_row(quality_tables.TUNED, 8, 0.9))
+    table = gains.gains_as_markdown({})
+    assert "| 8 tuned calls draw digits as good as DDPM's of 1000: **120×** faster |" in table
+
+
 def test_gains_are_those_measured() -> None:
     ratios = {"diffusers": 0.1, "diffusers against fastddim": 1.2, "fastddim": 0.08}
     row = {"timings": {name: {"ratio": ratio} for name, ratio in ratios.items()}}
-    assert gains(row) == pytest.approx((10, 1.2, 12.5))
+    assert speed_tables.gains(row) == pytest.approx((10, 1.2, 12.5))
 
 
 def test_results_are_of_modified_code_only_if_code_is(
