@@ -12,10 +12,8 @@ import gpu_predictions
 import gpu_results
 import gpu_tables
 import pytest
-import tables
 from gpucheck import measures
 
-ROOT = Path(__file__).resolve().parent.parent
 PREDICTED = gpu_predictions.predictions()
 ROWS = {row["measure"]: row for row in PREDICTED["rows"]}
 FIRST = gpu_results.read(gpu_results.RESULTS / f"{gpu_results.FIRST}.json")
@@ -48,11 +46,6 @@ def test_results_say_where_they_come_from() -> None:
         assert all(result.machine[name] for name in ("gpu", "driver", "torch", "triton", "commit"))
         assert result.machine["modified"] is False
     assert PREDICTED["machine"]["modified"] is False
-
-
-def test_the_page_shows_the_committed_results() -> None:
-    page = (ROOT / "docs/gpu.md").read_text()
-    assert tables.updated(page, gpu_tables.blocks()) == page
 
 
 # Predictions.

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import harness
 import policy_cases
 import policy_tables
 import pytest
-import tables
 import torch
 from cpu_results import result_of
 from lerobot_loops import around_lerobot
@@ -21,8 +19,6 @@ from policy_tables import COMPILED, FLOOR, INSTALLED, OURS, THEIRS
 from torch import nn
 
 from .support.dropins import peers
-
-ROOT = Path(__file__).resolve().parent.parent
 
 TOYS: dict[str, Callable[[], nn.Module]] = {
     "MLP": lambda: MlpPolicy(width=8, step_width=4),
@@ -146,10 +142,6 @@ def test_percentiles() -> None:
 
 
 class TestResults:
-    def test_the_page_shows_them(self) -> None:
-        page = (ROOT / "docs/results/policy-speed.md").read_text()
-        assert tables.updated(page, policy_tables.blocks()) == page
-
     def test_they_say_where_they_come_from(self) -> None:
         result = result_of("policies-cpu")
         machine = result["machine"]

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tables
 import third_party_tables
 import torch
 from third_party import galaxygrad, ode, report
 
 import fastddim
 
-ROOT = Path(__file__).parents[1]
 CHANNELS, PATCH, SIDE, WIDTHS, BLOCKS = 6, 4, 12, (5, 7), 2
 PATCHES = (SIDE // PATCH) ** 2
 
@@ -195,11 +193,6 @@ def test_a_report_measures_only_what_is_missing(file, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "measure", None)
     report.run(results, tmp_path, ["galaxy"])
     assert results.read_text() == written
-
-
-def test_the_page_shows_the_committed_results():
-    page = (ROOT / "docs/third-party.md").read_text()
-    assert tables.updated(page, third_party_tables.blocks()) == page
 
 
 def test_calls_are_the_fewest_that_come_as_near_as_the_own_sampler():
