@@ -410,7 +410,7 @@ class TestGuidance:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"guidance_scale": 2.0}, "under guidance where uncond_kwargs={'y': ...} tells"),
+            ({"guidance_scale": 2.0}, "under guidance where uncond_kwargs={'y': ...} gives"),
             ({"uncond_kwargs": {"y": 5}}, "uncond_kwargs: expected None without guidance_scale"),
             (
                 {"guidance_scale": 2.0, "uncond_kwargs": {"z": 5}},

@@ -439,7 +439,8 @@ class TestBundled:
         model, x = models.load(name), self.held_out(name)[:6]
         t = torch.tensor([1, 200, 400, 600, 800, 999])
         alone = torch.cat([model(x[i : i + 1], t[i : i + 1]) for i in range(6)])
-        torch.testing.assert_close(model(x, t), alone, rtol=0, atol=2e-5)
+        # Processors differ in the order of some thousand float32 terms an output.
+        torch.testing.assert_close(model(x, t), alone, rtol=0, atol=1e-4)
 
     def test_a_folder_of_the_same_name_does_not_hide_it(
         self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -440,7 +440,7 @@ def test_other_schedulers(policy, kind):
 
     policy.diffusion.noise_scheduler, reason = {
         "another": (diffusers.LCMScheduler(100), "its scheduler is none of .*: LCMScheduler"),
-        "subclass": (Halved(100), "the step of its scheduler, Halved, at timestep 80 is none of"),
+        "subclass": (Halved(100), "the step of its scheduler, Halved, at timestep 80 is neither"),
     }[kind]
     with pytest.warns(
         UserWarning, match=f"lerobot: the policy's own loop is taken, since {reason}"
