@@ -144,10 +144,8 @@ def interpolation(work: Work) -> None:
         model = fastddim.models.load(name)
         title = f"{name}, {work.between_steps} steps"
         strip = [experiments.between(model, p, work.frames, work.between_steps) for p in PAIRS]
-        images, seeds = (
-            np.stack([to_uint8(x) for x in strip]),
-            [f"seeds {a}, {b}" for a, b in PAIRS],
-        )
+        images = np.stack([to_uint8(x) for x in strip])
+        seeds = [f"seeds {a}, {b}" for a, b in PAIRS]
         strips.append([Panel(title, images, _weights("α", work.frames), seeds)])
         square = experiments.between(model, CORNERS, work.square, work.between_steps)
         across, down = (_weights(weight, work.square) for weight in "αβ")
@@ -237,13 +235,9 @@ def plot_update(work: Work) -> None:
 
 def plot_time(work: Work) -> None:
     """The parts of a step's time by network, on a CPU and on a GPU."""
-    results = {
-        name: work.read(name)["rows"]
-        for name in ("loops-cpu", "step-cpu", "policies-cpu", "gpu-h100")
-    }
-    panels = [cpu_time(results["loops-cpu"], results["step-cpu"], results["policies-cpu"])]
-    panels.append(gpu_time(results["gpu-h100"]))
-    bars(work.figures / "time.png", panels)
+    names = ("loops-cpu", "step-cpu", "policies-cpu", "gpu-h100")
+    loops, steps, policies, gpu = (work.read(name)["rows"] for name in names)
+    bars(work.figures / "time.png", [cpu_time(loops, steps, policies), gpu_time(gpu)])
 
 
 def plot_timeline(work: Work) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,10 @@ def _fewer_calls() -> str:
 
 def _small_networks(measured: Mapping[str, Result]) -> str:
     ratio = _loop("policy head")["diffusers"]["ratio"]
-    more = "".join(_on_gpus(measured, "policy head"))
-    return f"**{gain(ratio)}×** as fast as diffusers' loop around a policy head on a CPU{more}"
+    sentence = f"**{gain(ratio)}×** as fast as diffusers' loop around a policy head on a CPU"
+    for gpu, on_gpu in _on_gpus(measured, gpu_tables.without_noise("policy head")):
+        sentence += f", **{gain(on_gpu)}×** on an {gpu}"
+    return sentence
 
 
 def _one_update() -> str:
@@ -99,12 +101,8 @@ def _large_network(measured: Mapping[str, Result]) -> str:
     ratio = _loop("diffusers U-Net")["diffusers"]["ratio"]
     amount = "nothing" if ratio < NOTHING else "little"
     sentence = f"the loop itself gains **{amount}** on a CPU ({gain(ratio)}×)"
-    for gpu, result in measured.items():
-        captured = result.fastest(map(measures.latent, gpu_tables.GRAPHS))
-        spared = captured and result.ratio(measures.latent("diffusers"), captured)
-        if spared:
-            name = gpu.upper()
-            sentence += f"; on an {name} a CUDA graph saves Python's launches: {gain(spared)}×"
+    for gpu, on_gpu in _on_gpus(measured, measures.latent):
+        sentence += f"; on an {gpu} a CUDA graph saves Python's launches: {gain(on_gpu)}×"
     return sentence
 
 
@@ -113,8 +111,11 @@ def _loop(case: str) -> Any:
     return next(row["timings"] for row in rows if (row["case"], row["eta"]) == (case, 0))
 
 
-def _on_gpus(measured: Mapping[str, Result], name: str) -> Iterator[str]:
+def _on_gpus(
+    measured: Mapping[str, Result], of: Callable[[str], str]
+) -> Iterator[tuple[str, float]]:
+    """Each GPU with the gain over diffusers there, if `of` was measured."""
     for gpu, result in measured.items():
-        ratio = gpu_tables.gain_over_diffusers(result, name)
+        ratio = gpu_tables.gain_over_diffusers(result, of)
         if ratio is not None:
-            yield f", **{gain(ratio)}×** on an {gpu.upper()}"
+            yield gpu.upper(), ratio

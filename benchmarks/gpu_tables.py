@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ def _at_most(result: Result, most: float, quantity: str) -> Found | None:
 
 def _faster_than_diffusers(result: Result) -> Found | None:
     names = ("policy head", "digits U-Net", "fashion U-Net")
-    return _at_least(3, {name: gain_over_diffusers(result, name) for name in names})
+    return _at_least(3, {name: gain_over_diffusers(result, without_noise(name)) for name in names})
 
 
 def _at_least(least: float, ratios: dict[str, float | None]) -> Found | None:
@@ -101,10 +102,15 @@ def _at_least(least: float, ratios: dict[str, float | None]) -> Found | None:
     return Found(text, min(known.values()) >= least)
 
 
-def gain_over_diffusers(result: Result, model: str) -> float | None:
-    """The gain of the fastest kind of graph over diffusers, at η = 0."""
-    best = result.fastest(measures.loop(model, 0.0, mode) for mode in GRAPHS)
-    return None if best is None else result.ratio(measures.loop(model, 0.0, "diffusers"), best)
+def gain_over_diffusers(result: Result, of: Callable[[str], str]) -> float | None:
+    """The gain of the fastest kind of graph over diffusers; `of` names a contender's measure."""
+    best = result.fastest(map(of, GRAPHS))
+    return None if best is None else result.ratio(of("diffusers"), best)
+
+
+def without_noise(model: str) -> Callable[[str], str]:
+    """The measures of a model's loop at η = 0, by contender."""
+    return partial(measures.loop, model, 0.0)
 
 
 def _latent_against_diffusers(result: Result) -> Found | None:
@@ -325,7 +331,7 @@ def headline_rows(gpu: str, result: Result) -> Iterator[list[str]]:
 
 def headline_sentence(gpu: str, result: Result) -> Iterator[str]:
     """The same comparison at an equal number of steps, for loops made of CUDA graphs."""
-    ratios = {name: gain_over_diffusers(result, name) for name in measures.LOOP_ETAS}
+    ratios = {name: gain_over_diffusers(result, without_noise(name)) for name in measures.LOOP_ETAS}
     found = [f"{gain(ratio)} times around the {name}" for name, ratio in ratios.items() if ratio]
     if found:
         yield (

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.ticker import NullLocator
 from quality.grid import ALL_STEPS, Cell, fingerprint
 from quality_tables import FEW_KINDS, TUNED, Kind, baseline_of
 
 import fastddim
-from fastddim.images import Images, grid, to_uint8
+from fastddim.images import Images, to_uint8
 
+from .sheets import tiled
 from .style import BLUE, DPI, ORANGE, PURPLE, SMALL, TEXT, WIDTH, Theme, figure, pixels, save
 
 FIRST, COUNT = 16, 8
@@ -131,7 +131,7 @@ def picture(
     theme: Theme,
 ) -> Images:
     """The images with their labels, and the curves to the right of them."""
-    table = _table(images, theme)
+    table = tiled(images, theme, CELL // max(images.shape[2:4]), PADDING)
     height, width = TOP + len(table) + _BOTTOM, round(WIDTH * DPI)
     with figure(WIDTH, height / DPI, theme) as drawn:
 
@@ -159,16 +159,6 @@ def picture(
         ax = drawn.add_axes((x / width, bottom / height, across / width, up / height))
         _curves(ax, ways, rows, quality, theme)
         return pixels(drawn)
-
-
-def _table(images: Images, theme: Theme) -> Images:
-    """All images as one, `[H, W, 3]`, on the theme's page."""
-    scale = CELL // max(images.shape[2:4])
-    flat = images.reshape(-1, *images.shape[2:])
-    tiled = grid(flat, images.shape[1], scale=scale, padding=PADDING)
-    between = grid(np.zeros_like(flat), images.shape[1], scale=scale, padding=PADDING) == 255
-    page = np.array([round(255 * part) for part in to_rgb(theme.page)], dtype=np.uint8)
-    return np.where(between, page, tiled)
 
 
 def _curves(

@@ -79,7 +79,7 @@ class _Box:
     def of(cls, panel: Panel, theme: Theme, height: int) -> _Box:
         return cls(
             panel,
-            _tiled(panel, theme, height),
+            tiled(panel.images, theme, _scale(panel), _PADDING, height),
             left=round(CHARACTER * DPI * max(map(len, panel.rows), default=-1)) + 14,
             top=_TITLE + (_COLUMN_LABEL if panel.columns else 0),
         )
@@ -120,15 +120,23 @@ def _shown_height(panel: Panel) -> int:
     return panel.images.shape[2] * _scale(panel)
 
 
-def _tiled(panel: Panel, theme: Theme, tall: int) -> Images:
-    """One image of all, each in the middle of `tall` pixels, with the page between them."""
-    scale = _scale(panel)
-    large = panel.images.repeat(scale, axis=2).repeat(scale, axis=3)
+def tiled(images: Images, theme: Theme, scale: int, padding: int, tall: int = 0) -> Images:
+    """One image of all, enlarged by `scale`, with the page between them: uint8 `[H, W, 3]`.
+
+    Args:
+        images: uint8 `[rows, columns, H, W, C]`.
+        theme: that of the page.
+        scale: a whole factor.
+        padding: pixels between two images, and around all.
+        tall: pixels in whose middle each image lies, if it has fewer from top to bottom.
+    """
+    large = images.repeat(scale, axis=2).repeat(scale, axis=3)
     rows, columns, height, width, _ = large.shape
-    apart = np.array([tall, width]) + _PADDING
+    tall = max(tall, height)
+    apart = np.array([tall, width]) + padding
     page = np.round(255 * np.array(to_rgb(theme.page))).astype(np.uint8)
-    tiled = np.full((*(apart * (rows, columns) + _PADDING), 3), page)
+    whole = np.full((*(apart * (rows, columns) + padding), 3), page)
     for row, column in np.ndindex(rows, columns):
-        top, left = apart * (row, column) + (_PADDING + (tall - height) // 2, _PADDING)
-        tiled[top : top + height, left : left + width] = large[row, column]
-    return tiled
+        top, left = apart * (row, column) + (padding + (tall - height) // 2, padding)
+        whole[top : top + height, left : left + width] = large[row, column]
+    return whole
